@@ -1,0 +1,1 @@
+"""Words that every kvfs package shares: errors, types, wire frames and seams."""

@@ -1,0 +1,339 @@
+"""The one error tree.
+
+    KvfsError
+    ├── NamespaceError             the request does not fit the namespace as it is
+    │   ├── EntryNotFound          ENOENT
+    │   ├── EntryExists            EEXIST
+    │   ├── NotADirectory          ENOTDIR
+    │   ├── IsADirectory           EISDIR
+    │   ├── DirectoryNotEmpty      ENOTEMPTY
+    │   ├── NameTooLong            ENAMETOOLONG
+    │   ├── InvalidRename          EINVAL     (a directory into its own subtree)
+    │   ├── NotPermitted           EPERM      (a block is read-only, a namespace is special)
+    │   ├── AttributeMissing       ENODATA
+    │   ├── TooManyLinks           EMLINK
+    │   └── InodeStale             ESTALE
+    ├── InvalidRequest             EINVAL     the caller's arguments are wrong
+    │   ├── LimitExceeded          E2BIG
+    │   ├── LayoutMismatch         EINVAL
+    │   ├── VersionMismatch        EPROTO
+    │   └── NotLoopback            EACCES     (no authentication is configured)
+    ├── CapacityError              there is no room
+    │   ├── CacheFull              ENOSPC
+    │   ├── ArenaFull              ENOMEM     temporary
+    │   └── DiskFull               ENOSPC
+    ├── IntegrityError             the bytes are not what was written; for a cache, a miss
+    │   ├── ChunkCorrupt           EIO
+    │   └── ChunkMismatch          EIO        (another chunk's bytes, or another generation's)
+    └── ServiceError               a server or a disk failed, the request may be fine
+        ├── ChunkNotFound          EIO
+        ├── ConnectionLost         EIO        temporary
+        ├── DeadlineExceeded       ETIMEDOUT  temporary
+        ├── Conflict               EAGAIN     temporary (a transaction lost its race)
+        ├── PrepareExpired         ESTALE     (the writer was taken for dead, its batch collected)
+        ├── NoTarget               EIO        temporary (no chunk server is serving)
+        ├── TargetFailed           EIO        (its disk failed; it is out of service)
+        ├── ProtocolError          EPROTO
+        └── InternalError          EIO        (a bug; the server's log has the traceback)
+
+Errors carry data, not prose: the fields of each class are what the caller can act on, and they
+travel over the wire. ``posix_errno`` is what the mount answers; ``wire_code`` is what frames carry;
+``temporary`` says whether the same request may succeed later without anybody's help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from typing import Any, ClassVar
+
+WIRE_CODES: dict[str, type[KvfsError]] = {}
+
+
+@dataclasses.dataclass(eq=False)
+class KvfsError(Exception):
+    """Root of the tree; never raised itself."""
+
+    posix_errno: ClassVar[int] = errno.EIO
+    wire_code: ClassVar[str] = "error"
+    temporary: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "wire_code" in cls.__dict__:
+            WIRE_CODES[cls.wire_code] = cls
+
+    def __str__(self) -> str:
+        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self)]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = tuple(getattr(self, f.name) for f in dataclasses.fields(self))
+        return (type(self), values)
+
+    def wire_data(self) -> dict[str, Any]:
+        """The fields, as plain msgpack values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def from_wire(code: str, data: dict[str, Any]) -> KvfsError:
+    """The error that a peer sent. An unknown code (a newer peer) becomes ProtocolError."""
+    cls = WIRE_CODES.get(code)
+    if cls is None:
+        return ProtocolError(detail=f"unknown error code {code!r}")
+    known = {f.name for f in dataclasses.fields(cls)}
+    try:
+        return cls(**{k: v for k, v in data.items() if k in known})
+    except TypeError:
+        return ProtocolError(detail=f"error {code!r} lacks fields")
+
+
+# --- namespace
+
+
+class NamespaceError(KvfsError):
+    """The request does not fit the namespace as it is."""
+
+
+@dataclasses.dataclass(eq=False)
+class EntryNotFound(NamespaceError, LookupError):
+    name: bytes | str = b""
+    posix_errno = errno.ENOENT
+    wire_code = "entry_not_found"
+
+
+@dataclasses.dataclass(eq=False)
+class EntryExists(NamespaceError):
+    name: bytes | str = b""
+    posix_errno = errno.EEXIST
+    wire_code = "entry_exists"
+
+
+@dataclasses.dataclass(eq=False)
+class NotADirectory(NamespaceError):
+    name: bytes | str = b""
+    posix_errno = errno.ENOTDIR
+    wire_code = "not_a_directory"
+
+
+@dataclasses.dataclass(eq=False)
+class IsADirectory(NamespaceError):
+    name: bytes | str = b""
+    posix_errno = errno.EISDIR
+    wire_code = "is_a_directory"
+
+
+@dataclasses.dataclass(eq=False)
+class DirectoryNotEmpty(NamespaceError):
+    name: bytes | str = b""
+    posix_errno = errno.ENOTEMPTY
+    wire_code = "directory_not_empty"
+
+
+@dataclasses.dataclass(eq=False)
+class NameTooLong(NamespaceError):
+    length: int = 0
+    posix_errno = errno.ENAMETOOLONG
+    wire_code = "name_too_long"
+
+
+@dataclasses.dataclass(eq=False)
+class InvalidRename(NamespaceError):
+    name: bytes | str = b""
+    posix_errno = errno.EINVAL
+    wire_code = "invalid_rename"
+
+
+@dataclasses.dataclass(eq=False)
+class NotPermitted(NamespaceError, PermissionError):
+    reason: str = ""
+    posix_errno = errno.EPERM
+    wire_code = "not_permitted"
+
+
+@dataclasses.dataclass(eq=False)
+class AttributeMissing(NamespaceError):
+    name: bytes | str = b""
+    posix_errno = errno.ENODATA
+    wire_code = "attribute_missing"
+
+
+@dataclasses.dataclass(eq=False)
+class TooManyLinks(NamespaceError):
+    inode: int = 0
+    posix_errno = errno.EMLINK
+    wire_code = "too_many_links"
+
+
+@dataclasses.dataclass(eq=False)
+class InodeStale(NamespaceError):
+    inode: int = 0
+    posix_errno = errno.ESTALE
+    wire_code = "inode_stale"
+
+
+# --- the caller's arguments
+
+
+@dataclasses.dataclass(eq=False)
+class InvalidRequest(KvfsError, ValueError):
+    detail: str = ""
+    posix_errno = errno.EINVAL
+    wire_code = "invalid_request"
+
+
+@dataclasses.dataclass(eq=False)
+class LimitExceeded(InvalidRequest):
+    limit: int = 0
+    posix_errno = errno.E2BIG
+    wire_code = "limit_exceeded"
+
+
+@dataclasses.dataclass(eq=False)
+class LayoutMismatch(InvalidRequest):
+    """A namespace exists with another layout than the one asked for."""
+
+    wire_code = "layout_mismatch"
+
+
+@dataclasses.dataclass(eq=False)
+class VersionMismatch(InvalidRequest):
+    found: str = ""
+    expected: str = ""
+    posix_errno = errno.EPROTO
+    wire_code = "version_mismatch"
+
+
+@dataclasses.dataclass(eq=False)
+class NotLoopback(InvalidRequest):
+    address: str = ""
+    posix_errno = errno.EACCES
+    wire_code = "not_loopback"
+
+
+# --- no room
+
+
+class CapacityError(KvfsError):
+    """There is no room."""
+
+
+@dataclasses.dataclass(eq=False)
+class CacheFull(CapacityError):
+    needed_bytes: int = 0
+    capacity_bytes: int = 0
+    posix_errno = errno.ENOSPC
+    wire_code = "cache_full"
+
+
+@dataclasses.dataclass(eq=False)
+class ArenaFull(CapacityError, MemoryError):
+    needed_bytes: int = 0
+    leased_bytes: int = 0
+    posix_errno = errno.ENOMEM
+    wire_code = "arena_full"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class DiskFull(CapacityError):
+    path: str = ""
+    posix_errno = errno.ENOSPC
+    wire_code = "disk_full"
+
+
+# --- wrong bytes
+
+
+class IntegrityError(KvfsError):
+    """The bytes are not what was written."""
+
+
+@dataclasses.dataclass(eq=False)
+class ChunkCorrupt(IntegrityError):
+    inode: int = 0
+    number: int = 0
+    expected_crc32c: int = 0
+    found_crc32c: int = 0
+    wire_code = "chunk_corrupt"
+
+
+@dataclasses.dataclass(eq=False)
+class ChunkMismatch(IntegrityError):
+    inode: int = 0
+    number: int = 0
+    detail: str = ""
+    wire_code = "chunk_mismatch"
+
+
+# --- servers and disks
+
+
+class ServiceError(KvfsError):
+    """A server or a disk failed."""
+
+
+@dataclasses.dataclass(eq=False)
+class ChunkNotFound(ServiceError, LookupError):
+    inode: int = 0
+    number: int = 0
+    wire_code = "chunk_not_found"
+
+
+@dataclasses.dataclass(eq=False)
+class ConnectionLost(ServiceError):
+    address: str = ""
+    detail: str = ""
+    wire_code = "connection_lost"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class DeadlineExceeded(ServiceError):
+    operation: str = ""
+    seconds: float = 0.0
+    posix_errno = errno.ETIMEDOUT
+    wire_code = "deadline_exceeded"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class Conflict(ServiceError):
+    detail: str = ""
+    posix_errno = errno.EAGAIN
+    wire_code = "conflict"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class PrepareExpired(ServiceError):
+    batch_id: int = 0
+    posix_errno = errno.ESTALE
+    wire_code = "prepare_expired"
+
+
+@dataclasses.dataclass(eq=False)
+class NoTarget(ServiceError):
+    detail: str = ""
+    wire_code = "no_target"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class TargetFailed(ServiceError):
+    target_id: int = 0
+    detail: str = ""
+    wire_code = "target_failed"
+
+
+@dataclasses.dataclass(eq=False)
+class ProtocolError(ServiceError):
+    detail: str = ""
+    posix_errno = errno.EPROTO
+    wire_code = "protocol_error"
+
+
+@dataclasses.dataclass(eq=False)
+class InternalError(ServiceError):
+    detail: str = ""
+    wire_code = "internal_error"

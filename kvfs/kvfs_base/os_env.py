@@ -1,0 +1,463 @@
+"""The real seams: the operating system's clock, sockets and files. The only module of kvfs_base
+that imports them."""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import random
+import socket
+import stat
+import struct
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import trio
+
+from kvfs_base.errors import ConnectionLost, DeadlineExceeded, DiskFull, TargetFailed
+from kvfs_base.limits import CONNECTIONS_MAX, FDS_PER_MESSAGE_MAX, MIB
+from kvfs_base.seams import (
+    BlockingNetwork,
+    Buffer,
+    Connection,
+    Disk,
+    DiskFile,
+    DiskUsage,
+    Env,
+    Listener,
+)
+from kvfs_base.types import Address
+
+IOV_MAX = 1024
+SOCKET_BUFFER_BYTES = 4 * MIB
+"""Asked for on data connections: with 64 KiB a loopback pair stalls at half its rate."""
+
+
+class SystemClock:
+    def time_ns(self) -> int:
+        return time.time_ns()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+# --- disk
+
+
+def _disk_error(exc: OSError, path: str) -> Exception:
+    """Missing and existing paths are the caller's business; everything else is the disk's."""
+    if isinstance(exc, FileNotFoundError | FileExistsError):
+        return exc
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(path=path)
+    return TargetFailed(detail=f"{path}: {os.strerror(exc.errno or 0)}")
+
+
+class OsDiskFile:
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self._path = path
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def preadv(self, buffers: Sequence[memoryview], offset: int) -> int:
+        wanted = sum(len(b) for b in buffers)
+        done = 0
+        try:
+            while done < wanted:
+                count = os.preadv(self._fd, _tail(buffers, done), offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError as exc:
+            raise _disk_error(exc, self._path) from exc
+        return done
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
+        wanted = sum(len(b) for b in buffers)
+        done = 0
+        try:
+            while done < wanted:
+                done += os.pwritev(self._fd, _tail(buffers, done), offset + done)
+        except OSError as exc:
+            raise _disk_error(exc, self._path) from exc
+        return done
+
+    def truncate(self, size: int) -> None:
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as exc:
+            raise _disk_error(exc, self._path) from exc
+
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def get_attribute(self, name: str) -> bytes | None:
+        try:
+            return os.getxattr(self._fd, f"user.{name}")
+        except OSError as exc:
+            if exc.errno == errno.ENODATA:
+                return None
+            raise _disk_error(exc, self._path) from exc
+
+    def set_attribute(self, name: str, value: bytes) -> None:
+        try:
+            os.setxattr(self._fd, f"user.{name}", value)
+        except OSError as exc:
+            raise _disk_error(exc, self._path) from exc
+
+    def sync(self) -> None:
+        try:
+            os.fdatasync(self._fd)
+        except OSError as exc:
+            raise TargetFailed(detail=f"fdatasync {self._path}: {exc.strerror}") from exc
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _tail(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
+    """What is left of ``buffers`` after ``done`` bytes, at most IOV_MAX pieces."""
+    if not done and len(buffers) <= IOV_MAX:
+        return list(buffers)
+    rest: list[Buffer] = []
+    for buffer in buffers:
+        if done >= len(buffer):
+            done -= len(buffer)
+            continue
+        rest.append(memoryview(buffer)[done:] if done else buffer)
+        done = 0
+        if len(rest) == IOV_MAX:
+            break
+    return rest
+
+
+class OsDisk:
+    """Files below ``root``."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}" if path else self._root
+
+    def open(
+        self,
+        path: str,
+        *,
+        write: bool = False,
+        create: bool = False,
+        exclusive: bool = False,
+        direct: bool = False,
+    ) -> DiskFile:
+        flags = os.O_CLOEXEC | (os.O_RDWR if write else os.O_RDONLY)
+        flags |= (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0)
+        full = self._path(path)
+        try:
+            if direct:
+                try:
+                    return OsDiskFile(os.open(full, flags | os.O_DIRECT, 0o600), path)
+                except OSError as exc:
+                    if exc.errno != errno.EINVAL:
+                        raise
+            return OsDiskFile(os.open(full, flags & ~os.O_EXCL if direct else flags, 0o600), path)
+        except OSError as exc:
+            raise _disk_error(exc, path) from exc
+
+    def rename(self, source: str, target: str) -> None:
+        try:
+            os.rename(self._path(source), self._path(target))
+        except OSError as exc:
+            raise _disk_error(exc, target) from exc
+
+    def unlink(self, path: str) -> None:
+        try:
+            os.unlink(self._path(path))
+        except OSError as exc:
+            raise _disk_error(exc, path) from exc
+
+    def make_directory(self, path: str) -> None:
+        try:
+            os.makedirs(self._path(path), mode=0o700, exist_ok=True)
+        except OSError as exc:
+            raise _disk_error(exc, path) from exc
+
+    def list(self, path: str) -> list[str]:
+        try:
+            return os.listdir(self._path(path))
+        except OSError as exc:
+            raise _disk_error(exc, path) from exc
+
+    def exists(self, path: str) -> bool:
+        return os.path.lexists(self._path(path))
+
+    def sync_directory(self, path: str) -> None:
+        try:
+            fd = os.open(self._path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise TargetFailed(detail=f"fsync {path}: {exc.strerror}") from exc
+
+    def usage(self) -> DiskUsage:
+        try:
+            st = os.statvfs(self._root)
+        except OSError as exc:
+            raise _disk_error(exc, self._root) from exc
+        return DiskUsage(st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize)
+
+
+# --- control network
+
+
+def _remove_stale_socket(path: str) -> None:
+    """A socket file that nobody listens on is what a killed server left."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        except OSError:
+            return
+
+
+def _listening_socket(address: Address) -> tuple[socket.socket, Address]:
+    address.require_loopback()
+    try:
+        if address.kind == "unix":
+            _remove_stale_socket(address.path)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            previous = os.umask(0o177)
+            try:
+                sock.bind(address.path)
+            finally:
+                os.umask(previous)
+            bound = address
+        else:
+            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((address.host, address.port))
+            bound = Address.tcp(address.host, sock.getsockname()[1])
+        sock.listen(min(CONNECTIONS_MAX, socket.SOMAXCONN))
+    except OSError as exc:
+        raise ConnectionLost(address=str(address), detail=exc.strerror or str(exc)) from exc
+    return sock, bound
+
+
+class OsNetwork:
+    async def connect(self, address: Address) -> trio.abc.Stream:
+        address.require_loopback()
+        try:
+            if address.kind == "unix":
+                return await trio.open_unix_socket(address.path)
+            return await trio.open_tcp_stream(address.host, address.port)
+        except OSError as exc:
+            detail = exc.strerror or str(exc)
+            raise ConnectionLost(address=str(address), detail=detail) from exc
+
+    async def serve(
+        self,
+        address: Address,
+        handler: Callable[[trio.abc.Stream], Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        sock, bound = _listening_socket(address)
+        sock.setblocking(False)
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(trio.serve_listeners, handler, [listener])
+                task_status.started(bound)
+        finally:
+            if address.kind == "unix":
+                try:
+                    os.unlink(address.path)
+                except FileNotFoundError:
+                    pass
+
+
+# --- data network
+
+
+def _timeval(seconds: float | None) -> bytes:
+    whole = int(seconds or 0)
+    return struct.pack("@ll", whole, int(((seconds or 0) - whole) * 1e6))
+
+
+class OsConnection:
+    """A blocking socket. Timeouts are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO): Python's own would
+    make the socket non-blocking and add a poll to every call."""
+
+    def __init__(self, sock: socket.socket, peer: Address) -> None:
+        self._sock = sock
+        self._peer = peer
+        self._timeout = 0.0
+        self.can_pass_descriptors = sock.family == socket.AF_UNIX
+        sock.setblocking(True)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        if not self.can_pass_descriptors:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _lost(self, exc: OSError) -> Exception:
+        if exc.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
+            return DeadlineExceeded(operation=str(self._peer), seconds=self._timeout)
+        return ConnectionLost(address=str(self._peer), detail=exc.strerror or str(exc))
+
+    def send(self, parts: Sequence[Buffer], descriptors: Sequence[int] = ()) -> None:
+        wanted = sum(len(p) for p in parts)
+        ancillary = (
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+            if descriptors
+            else []
+        )
+        done = 0
+        try:
+            while done < wanted:
+                done += self._sock.sendmsg(_tail(parts, done), ancillary)
+                ancillary = []
+        except OSError as exc:
+            raise self._lost(exc) from exc
+
+    def send_file(self, descriptor: int, offset: int, count: int) -> None:
+        out = self._sock.fileno()
+        end = offset + count
+        try:
+            while offset < end:
+                sent = os.sendfile(out, descriptor, offset, end - offset)
+                if sent == 0:
+                    raise ConnectionLost(address=str(self._peer), detail="file shorter than said")
+                offset += sent
+        except OSError as exc:
+            raise self._lost(exc) from exc
+
+    def receive_into(self, views: Sequence[memoryview]) -> None:
+        wanted = sum(len(v) for v in views)
+        done = 0
+        try:
+            while done < wanted:
+                rest = _tail(views, done)
+                count = self._sock.recvmsg_into(rest, 0, socket.MSG_WAITALL)[0]
+                if count == 0:
+                    raise ConnectionLost(address=str(self._peer), detail="closed by peer")
+                done += count
+        except OSError as exc:
+            raise self._lost(exc) from exc
+
+    def receive_with_descriptors(self, view: memoryview) -> list[int]:
+        space = socket.CMSG_SPACE(4 * FDS_PER_MESSAGE_MAX)
+        found = array.array("i")
+        try:
+            count, ancillary, flags, _ = self._sock.recvmsg_into(
+                [view], space, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError as exc:
+            raise self._lost(exc) from exc
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                found.frombytes(data[: len(data) - len(data) % found.itemsize])
+        if count == 0 or flags & socket.MSG_CTRUNC:
+            for fd in found:
+                os.close(fd)
+            detail = "closed by peer" if count == 0 else "descriptors were cut off"
+            raise ConnectionLost(address=str(self._peer), detail=detail)
+        if count < len(view):
+            self.receive_into([view[count:]])
+        return list(found)
+
+    def set_timeout(self, seconds: float | None) -> None:
+        self._timeout = seconds or 0.0
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            self._sock.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
+
+    def shutdown(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class OsListener:
+    def __init__(self, address: Address) -> None:
+        self._sock, self.address = _listening_socket(address)
+
+    def accept(self) -> Connection:
+        try:
+            sock, _ = self._sock.accept()
+        except OSError as exc:
+            raise ConnectionLost(address=str(self.address), detail=str(exc.strerror)) from exc
+        return OsConnection(sock, self.address)
+
+    def close(self) -> None:
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread blocked in accept
+        except OSError:
+            pass
+        self._sock.close()
+        if self.address.kind == "unix":
+            try:
+                os.unlink(self.address.path)
+            except FileNotFoundError:
+                pass
+
+
+class OsBlockingNetwork:
+    def connect(self, address: Address, timeout: float) -> Connection:
+        address.require_loopback()
+        family = socket.AF_UNIX
+        if address.kind == "tcp":
+            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.settimeout(timeout)
+        try:
+            target = address.path if address.kind == "unix" else (address.host, address.port)
+            sock.connect(target)
+        except TimeoutError:
+            sock.close()
+            raise DeadlineExceeded(operation=f"connect {address}", seconds=timeout) from None
+        except OSError as exc:
+            sock.close()
+            detail = exc.strerror or str(exc)
+            raise ConnectionLost(address=str(address), detail=detail) from exc
+        return OsConnection(sock, address)
+
+    def listen(self, address: Address) -> Listener:
+        return OsListener(address)
+
+
+def host_id() -> str:
+    """Boot and network namespace: two processes with equal ids share a kernel and its sockets."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot = file.read().strip()
+    return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
+
+
+def os_env(seed: int | None = None) -> Env:
+    """The real world. ``seed`` makes chance repeatable."""
+    blocking: BlockingNetwork = OsBlockingNetwork()
+    disk: Callable[[str], Disk] = OsDisk
+    return Env(
+        clock=SystemClock(),
+        rng=random.Random(seed),
+        network=OsNetwork(),
+        blocking_network=blocking,
+        host_id=host_id(),
+        open_disk=disk,
+    )
+
+
+__all__ = ["OsBlockingNetwork", "OsDisk", "OsNetwork", "SystemClock", "host_id", "os_env"]

@@ -1,0 +1,335 @@
+"""Calls over frames: a trio server that takes whole batches, a pipelining trio client and a
+blocking client for threads.
+
+A request is a msgspec struct that is a member of its service's union and names its answer in a
+``Reply`` class variable:
+
+    class GetAttr(Request, tag="get_attr"):
+        Reply: ClassVar = Attr
+        inode: U64
+
+The server hands everything that one read of a connection brought to the handler at once and writes
+all answers with one system call. Per call that cut the cost from 260 us to about 40 us when calls
+are pipelined (measured on trio, two cores).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import msgspec
+import trio
+
+from kvfs_base import frames
+from kvfs_base.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    KvfsError,
+    ProtocolError,
+)
+from kvfs_base.frames import Frame, FrameDecoder, Kind
+from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS, CONNECTIONS_MAX, KIB
+from kvfs_base.seams import BlockingNetwork, Connection, Network
+from kvfs_base.types import Address
+
+log = logging.getLogger(__name__)
+
+READ_BYTES = 256 * KIB
+
+
+class Request(msgspec.Struct, array_like=True):
+    """Base of all requests."""
+
+    Reply: ClassVar[Any] = None
+
+
+class Handler(Protocol):
+    """A service behind an RpcServer."""
+
+    def connected(self, session_id: int) -> None: ...
+
+    async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
+        """One answer or KvfsError a request, in order."""
+
+    def disconnected(self, session_id: int) -> None: ...
+
+
+class RpcServer:
+    """Serves one request union on any number of addresses."""
+
+    def __init__(self, network: Network, requests: Any, handler: Handler) -> None:
+        self._network = network
+        self._decoder = msgspec.msgpack.Decoder(requests)
+        self._handler = handler
+        self._next_session = 1
+        self._open = trio.CapacityLimiter(CONNECTIONS_MAX)
+
+    async def serve(
+        self,
+        address: Address,
+        *,
+        task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        await self._network.serve(address, self._connection, task_status=task_status)
+
+    async def _connection(self, stream: trio.abc.Stream) -> None:
+        session_id = self._next_session
+        self._next_session += 1
+        async with self._open, stream:
+            self._handler.connected(session_id)
+            try:
+                await self._loop(session_id, stream)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass
+            except (ProtocolError, KvfsError) as exc:
+                log.info("closing connection %d: %s", session_id, exc)
+            finally:
+                self._handler.disconnected(session_id)
+
+    async def _loop(self, session_id: int, stream: trio.abc.Stream) -> None:
+        decoder = FrameDecoder()
+        while data := await stream.receive_some(READ_BYTES):
+            batch = list(decoder.feed(data))
+            if batch:
+                await stream.send_all(b"".join(await self._answer(session_id, batch)))
+
+    async def _answer(self, session_id: int, batch: list[Frame]) -> list[bytes]:
+        answers: list[bytes] = [b""] * len(batch)
+        requests: list[Any] = []
+        places: list[int] = []
+        for place, frame in enumerate(batch):
+            try:
+                requests.append(self._decoder.decode(frame.body))
+                places.append(place)
+            except msgspec.MsgspecError as exc:
+                answers[place] = frames.encode_error(
+                    frame.request_id, ProtocolError(detail=str(exc))
+                )
+        try:
+            results = await self._handler.handle(session_id, requests)
+        except Exception as exc:
+            log.exception("a handler failed")
+            results = [exc] * len(requests)
+        for place, result in zip(places, results, strict=True):
+            request_id = batch[place].request_id
+            if isinstance(result, BaseException):
+                answers[place] = frames.encode_error(request_id, result)
+                continue
+            try:
+                answers[place] = frames.encode(Kind.REPLY, request_id, result)
+            except ProtocolError as exc:
+                answers[place] = frames.encode_error(request_id, exc)
+        return answers
+
+
+def _decode_reply(frame: Frame, request: Request) -> Any:
+    """The reply, or raises the error that the frame carries."""
+    if frame.kind is Kind.ERROR:
+        raise frames.decode_error(frame.body)
+    try:
+        return _reply_decoder(type(request)).decode(frame.body)
+    except msgspec.MsgspecError as exc:
+        raise ProtocolError(detail=f"reply to {type(request).__name__}: {exc}") from exc
+
+
+_reply_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def _reply_decoder(request_type: type[Request]) -> msgspec.msgpack.Decoder[Any]:
+    decoder = _reply_decoders.get(request_type)
+    if decoder is None:
+        decoder = _reply_decoders[request_type] = msgspec.msgpack.Decoder(request_type.Reply)
+    return decoder
+
+
+class _Waiter:
+    """A future of one call: ``frame`` or ``error`` is set, then ``event``."""
+
+    __slots__ = ("error", "event", "frame")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.frame: Frame | None = None
+        self.error: KvfsError | None = None
+
+
+class RpcClient:
+    """Calls from trio tasks, pipelined over one connection that is dialled when needed.
+
+    Runs inside ``async with``. A call that was on its way when the connection broke raises
+    ConnectionLost: whether it was carried out is unknown, so only the caller may repeat it.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        address: Address,
+        *,
+        on_connect: Callable[[RpcClient], Awaitable[None]] | None = None,
+    ) -> None:
+        self._network = network
+        self._address = address
+        self._on_connect = on_connect
+        self._stream: trio.abc.Stream | None = None
+        self._waiting: dict[int, _Waiter] = {}
+        self._next_id = 1
+        self._dialling = trio.Lock()
+        self._outbox: list[bytes] = []
+        self._sending = False
+        self._nursery_manager: Any = None
+        self._nursery: trio.Nursery | None = None
+
+    async def __aenter__(self) -> RpcClient:
+        self._nursery_manager = trio.open_nursery()
+        self._nursery = await self._nursery_manager.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
+        self._drop(ConnectionLost(address=str(self._address), detail="client closed"))
+        await self._nursery_manager.__aexit__(*exc_info)
+
+    async def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
+        """The reply. Raises what the server raised, ConnectionLost or DeadlineExceeded."""
+        waiter = _Waiter()
+        request_id = self._next_id
+        self._next_id += 1
+        frame = frames.encode(Kind.REQUEST, request_id, request)
+        with trio.move_on_after(timeout):
+            if self._stream is None:
+                await self._dial()
+            self._waiting[request_id] = waiter
+            try:
+                await self._send(frame)
+                await waiter.event.wait()
+            finally:
+                self._waiting.pop(request_id, None)
+            if waiter.error is not None:
+                raise waiter.error
+            assert waiter.frame is not None
+            return _decode_reply(waiter.frame, request)
+        raise DeadlineExceeded(operation=type(request).__name__, seconds=timeout)
+
+    async def _dial(self) -> None:
+        async with self._dialling:
+            if self._stream is not None:
+                return
+            with trio.move_on_after(CONNECT_SECONDS) as scope:
+                stream = await self._network.connect(self._address)
+            if scope.cancelled_caught:
+                raise DeadlineExceeded(operation=f"connect {self._address}")
+            assert self._nursery is not None
+            self._stream = stream
+            self._nursery.start_soon(self._receive, stream)
+        # Calls may overtake the greeting: it only restores what the server forgot.
+        if self._on_connect is not None:
+            await self._on_connect(self)
+
+    async def _send(self, frame: bytes) -> None:
+        # Frames queued while a send is in progress go out together with the next one.
+        self._outbox.append(frame)
+        if self._sending:
+            return
+        self._sending = True
+        try:
+            while self._outbox:
+                stream = self._stream
+                if stream is None:
+                    self._outbox.clear()
+                    break
+                data = b"".join(self._outbox)
+                self._outbox.clear()
+                try:
+                    # Another task's frame may be in here: a cancelled caller must not tear it.
+                    with trio.CancelScope(shield=True):
+                        await stream.send_all(data)
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    self._drop(ConnectionLost(address=str(self._address), detail="send failed"))
+        finally:
+            self._sending = False
+
+    async def _receive(self, stream: trio.abc.Stream) -> None:
+        decoder = FrameDecoder()
+        reason = "closed by peer"
+        try:
+            while data := await stream.receive_some(READ_BYTES):
+                for frame in decoder.feed(data):
+                    waiter = self._waiting.get(frame.request_id)
+                    if waiter is not None:
+                        waiter.frame = frame
+                        waiter.event.set()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            reason = "connection reset"
+        except KvfsError as exc:
+            reason = str(exc)
+        if self._stream is stream:
+            self._drop(ConnectionLost(address=str(self._address), detail=reason))
+        await trio.aclose_forcefully(stream)
+
+    def _drop(self, error: KvfsError) -> None:
+        self._stream = None
+        self._outbox.clear()
+        for waiter in self._waiting.values():
+            waiter.error = error
+            waiter.event.set()
+
+
+class BlockingRpcClient:
+    """Calls from one thread at a time over one connection. 23 us a call on a Unix socket, against
+    160 us a side on trio: hot paths with a thread of their own use this one."""
+
+    def __init__(self, network: BlockingNetwork, address: Address) -> None:
+        self._network = network
+        self._address = address
+        self._connection: Connection | None = None
+        self._next_id = 1
+
+    def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
+        """As RpcClient.call. Dials again after a failure, but never sends a request twice."""
+        return self.call_many([request], timeout)[0]
+
+    def call_many(self, requests: Sequence[Request], timeout: float = CALL_SECONDS) -> list[Any]:
+        """All replies; raises the first error. The requests travel in one write."""
+        connection = self._connection
+        if connection is None:
+            connection = self._network.connect(self._address, CONNECT_SECONDS)
+            connection.set_timeout(timeout)
+            self._connection = connection
+        first = self._next_id
+        self._next_id += len(requests)
+        try:
+            connection.send(
+                [frames.encode(Kind.REQUEST, first + i, r) for i, r in enumerate(requests)]
+            )
+            received = [receive_frame(connection) for _ in requests]
+        except BaseException:
+            self.close()
+            raise
+        replies: list[Any] = []
+        for i, (frame, request) in enumerate(zip(received, requests, strict=True)):
+            if frame.request_id != first + i:
+                self.close()
+                raise ProtocolError(detail="replies out of order")
+            replies.append(_decode_reply(frame, request))
+        return replies
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def receive_frame(connection: Connection) -> Frame:
+    """The next frame of a connection that carries no payloads."""
+    header_bytes = memoryview(bytearray(frames.HEADER_BYTES))
+    connection.receive_into([header_bytes])
+    header = frames.decode_header(header_bytes)
+    if header.payload_bytes:
+        raise ProtocolError(detail="payload on a control connection")
+    body = bytearray(header.body_bytes)
+    if body:
+        connection.receive_into([memoryview(body)])
+    return Frame(header.kind, header.request_id, bytes(body))

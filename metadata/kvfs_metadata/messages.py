@@ -1,0 +1,339 @@
+"""Requests of the metadata service: the wire format, field by field.
+
+Every request is one transaction: it happens whole or not at all. Requests that arrive together are
+committed together.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from kvfs_base.cluster import GetClusterMap, Heartbeat
+from kvfs_base.limits import (
+    BATCH_BLOCKS_MAX,
+    BLOCK_KEY_BYTES,
+    DIRECTORY_PAGE_ENTRIES,
+    SYMLINK_BYTES_MAX,
+    XATTR_NAME_BYTES_MAX,
+    XATTR_VALUE_BYTES_MAX,
+)
+from kvfs_base.rpc import Request
+from kvfs_base.types import U32, U64, Attr, BlockInfo, KVLayout, Name, ShortText
+
+Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYTES)]
+"""Block keys, 32 bytes each, end to end: slicing a string costs less than a msgpack list."""
+
+XattrName = Annotated[bytes, msgspec.Meta(min_length=1, max_length=XATTR_NAME_BYTES_MAX)]
+SessionUuid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Done(msgspec.Struct, array_like=True, frozen=True):
+    """The answer of requests that have nothing else to say."""
+
+
+# --- sessions
+
+
+class Attach(Request, tag="attach"):
+    """First request of a connection that opens files. After a reconnect it names the session again
+    and declares what is open, so that nothing open is collected."""
+
+    Reply: ClassVar = Done
+    session: SessionUuid
+    open_inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=100_000)] = ()
+
+
+class OpenInode(Request, tag="open"):
+    """Counts one open of a file for this connection's session: while it lasts, an unlinked file
+    keeps its data. Answers with fresh attributes. Raises InodeStale."""
+
+    Reply: ClassVar = Attr
+    inode: U64
+
+
+class CloseInode(Request, tag="close"):
+    Reply: ClassVar = Done
+    inode: U64
+
+
+# --- namespace
+
+
+class Lookup(Request, tag="lookup"):
+    """Raises EntryNotFound, NotADirectory, InodeStale. In a KV namespace the name is the block's
+    key in lower-case hex."""
+
+    Reply: ClassVar = Attr
+    parent: U64
+    name: Name
+
+
+class Resolve(Request, tag="resolve"):
+    """Walks a path of ``/``-separated names from the root; symbolic links are not followed."""
+
+    Reply: ClassVar = Attr
+    path: Annotated[bytes, msgspec.Meta(max_length=4096)]
+
+
+class GetAttr(Request, tag="getattr"):
+    Reply: ClassVar = Attr
+    inode: U64
+
+
+class SetAttr(Request, tag="setattr"):
+    """Sets what is not None. ``size`` only records: the caller has changed the chunks before.
+    ``grow_to`` raises the size to at least this and never lowers it (concurrent appenders).
+    ``sparse`` can only be set. ctime becomes now."""
+
+    Reply: ClassVar = Attr
+    inode: U64
+    mode: U32 | None = None
+    uid: U32 | None = None
+    gid: U32 | None = None
+    size: U64 | None = None
+    grow_to: U64 | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    sparse: bool = False
+
+
+class Make(Request, tag="make"):
+    """Creates a file, directory, symbolic link or special file by the type bits of ``mode``.
+    Raises EntryExists; with ``exclusive`` false an existing regular file is returned as it is."""
+
+    Reply: ClassVar = Attr
+    parent: U64
+    name: Name
+    mode: U32
+    uid: U32 = 0
+    gid: U32 = 0
+    rdev: U32 = 0
+    target: Annotated[bytes, msgspec.Meta(max_length=SYMLINK_BYTES_MAX)] = b""
+    exclusive: bool = True
+
+
+class Link(Request, tag="link"):
+    Reply: ClassVar = Attr
+    inode: U64
+    parent: U64
+    name: Name
+
+
+class Unlink(Request, tag="unlink"):
+    """Also removes a block from a KV namespace. Answers with the inode as it is now: nlink 0 means
+    that its data goes as soon as no session has it open."""
+
+    Reply: ClassVar = Attr
+    parent: U64
+    name: Name
+
+
+class Rmdir(Request, tag="rmdir"):
+    Reply: ClassVar = Done
+    parent: U64
+    name: Name
+
+
+class Rename(Request, tag="rename"):
+    """``flags``: 1 RENAME_NOREPLACE, 2 RENAME_EXCHANGE (Linux's renameat2). Blocks and namespace
+    directories do not move: NotPermitted."""
+
+    Reply: ClassVar = Done
+    parent: U64
+    name: Name
+    new_parent: U64
+    new_name: Name
+    flags: U32 = 0
+
+
+class DirectoryPage(msgspec.Struct, array_like=True, frozen=True):
+    entries: tuple[tuple[bytes, Attr], ...]
+    """In the order of the names' bytes. ``.`` and ``..`` are the front end's."""
+    more: bool
+
+
+class ReadDir(Request, tag="readdir"):
+    """Entries whose names sort after ``after``. Names are the cookie, so a listing is stable while
+    entries come and go."""
+
+    Reply: ClassVar = DirectoryPage
+    inode: U64
+    after: Annotated[bytes, msgspec.Meta(max_length=255)] = b""
+    limit: Annotated[int, msgspec.Meta(ge=1, le=DIRECTORY_PAGE_ENTRIES)] = DIRECTORY_PAGE_ENTRIES
+
+
+class ReadLink(Request, tag="readlink"):
+    Reply: ClassVar = bytes
+    inode: U64
+
+
+class GetXattr(Request, tag="getxattr"):
+    """Raises AttributeMissing. KV namespaces and blocks show ``user.kvfs.*`` attributes
+    (key, generation, crc32c, last_use_ns, layout)."""
+
+    Reply: ClassVar = bytes
+    inode: U64
+    name: XattrName
+
+
+class SetXattr(Request, tag="setxattr"):
+    """``flags``: 1 XATTR_CREATE, 2 XATTR_REPLACE."""
+
+    Reply: ClassVar = Done
+    inode: U64
+    name: XattrName
+    value: Annotated[bytes, msgspec.Meta(max_length=XATTR_VALUE_BYTES_MAX)]
+    flags: U32 = 0
+
+
+class ListXattr(Request, tag="listxattr"):
+    Reply: ClassVar = tuple[bytes, ...]
+    inode: U64
+
+
+class RemoveXattr(Request, tag="removexattr"):
+    Reply: ClassVar = Done
+    inode: U64
+    name: XattrName
+
+
+class FilesystemStats(msgspec.Struct, array_like=True, frozen=True):
+    capacity_bytes: U64
+    """The cache's capacity, or what the disks hold if that is less."""
+    used_bytes: U64
+    inodes: U64
+
+
+class StatFs(Request, tag="statfs"):
+    Reply: ClassVar = FilesystemStats
+
+
+class Sync(Request, tag="sync"):
+    """Answered once everything acknowledged before it is on stable storage (fsync)."""
+
+    Reply: ClassVar = Done
+
+
+# --- blocks
+
+
+class NamespaceInfo(msgspec.Struct, array_like=True, frozen=True):
+    inode: U64
+    layout: KVLayout
+
+
+class OpenNamespace(Request, tag="open_namespace"):
+    """``path`` is ``TENANT/MODEL`` below ``/kv``. Raises EntryNotFound without ``create``, and
+    LayoutMismatch if it exists with another layout (``layout`` None accepts any)."""
+
+    Reply: ClassVar = NamespaceInfo
+    path: ShortText
+    layout: KVLayout | None = None
+    create: bool = False
+
+
+class MatchBlocks(Request, tag="match_blocks"):
+    """How many of ``keys``, counted from the first without a gap, are stored. Counts as a use."""
+
+    Reply: ClassVar = int
+    namespace: U64
+    keys: Keys
+
+
+class LookupBlocks(Request, tag="lookup_blocks"):
+    """BlockInfo or None for each key. Counts as a use."""
+
+    Reply: ClassVar = tuple[BlockInfo | None, ...]
+    namespace: U64
+    keys: Keys
+
+
+class PreparedBlock(msgspec.Struct, array_like=True, frozen=True):
+    inode: U64
+    chain: U32
+
+
+class PreparedBatch(msgspec.Struct, array_like=True, frozen=True):
+    batch_id: U64
+    """0 if every key is stored already: nothing to write, nothing to commit."""
+    blocks: tuple[PreparedBlock | None, ...]
+    """None where the key is stored already."""
+
+
+class PrepareBlocks(Request, tag="prepare_blocks"):
+    """Gives each absent key an inode number and a chain. Nothing becomes visible. The batch expires
+    after limits.PREPARE_SECONDS_MAX. Raises CacheFull, NoTarget."""
+
+    Reply: ClassVar = PreparedBatch
+    namespace: U64
+    keys: Keys
+    sizes: Annotated[tuple[U32, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)]
+
+
+class CommitBlocks(Request, tag="commit_blocks"):
+    """Makes the written blocks of a batch visible, all in one transaction. ``crc32c`` has one value
+    for each prepared (not None) block, in order. A key that somebody else stored meanwhile keeps
+    its first value; the later chunk is collected. Raises PrepareExpired."""
+
+    Reply: ClassVar = Done
+    batch_id: U64
+    crc32c: Annotated[tuple[U32, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)]
+
+
+class AbortBlocks(Request, tag="abort_blocks"):
+    """Drops a prepared batch; its chunks are collected."""
+
+    Reply: ClassVar = Done
+    batch_id: U64
+
+
+class RemoveBlocks(Request, tag="remove_blocks"):
+    """Answers with the number of keys that were stored. ``inodes``, if given, has one generation a
+    key: a block that was replaced since is left alone (used to drop blocks found corrupt)."""
+
+    Reply: ClassVar = int
+    namespace: U64
+    keys: Keys
+    inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
+
+
+class Statistics(Request, tag="statistics"):
+    """Counters and gauges by name (docs/metrics)."""
+
+    Reply: ClassVar = dict[str, int]
+
+
+MetadataRequest = (
+    Attach
+    | OpenInode
+    | CloseInode
+    | Lookup
+    | Resolve
+    | GetAttr
+    | SetAttr
+    | Make
+    | Link
+    | Unlink
+    | Rmdir
+    | Rename
+    | ReadDir
+    | ReadLink
+    | GetXattr
+    | SetXattr
+    | ListXattr
+    | RemoveXattr
+    | StatFs
+    | Sync
+    | OpenNamespace
+    | MatchBlocks
+    | LookupBlocks
+    | PrepareBlocks
+    | CommitBlocks
+    | AbortBlocks
+    | RemoveBlocks
+    | Statistics
+    | Heartbeat
+    | GetClusterMap
+)
