@@ -1,0 +1,33 @@
+"""Rules that hold for every test: an unasked-for WARNING in a log is a failure, a hang dumps stacks,
+no process or mount is left behind."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+faulthandler.enable()
+
+
+@pytest.fixture(autouse=True)
+def no_unexpected_warnings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test during which a kvfs logger said WARNING or worse, unless the test carries
+    ``@pytest.mark.logs_warnings``."""
+    records: list[logging.LogRecord] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.name.startswith("kvfs"):
+                records.append(record)
+
+    collector = Collector(level=logging.WARNING)
+    logging.getLogger().addHandler(collector)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(collector)
+    if records and request.node.get_closest_marker("logs_warnings") is None:
+        pytest.fail("logged: " + "; ".join(r.getMessage() for r in records))
