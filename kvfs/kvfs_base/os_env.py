@@ -232,10 +232,14 @@ def _remove_stale_socket(path: str) -> None:
 
 def _listening_socket(address: Address) -> tuple[socket.socket, Address]:
     address.require_loopback()
+    if address.kind == "unix":
+        family = socket.AF_UNIX
+    else:
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         if address.kind == "unix":
             _remove_stale_socket(address.path)
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             previous = os.umask(0o177)
             try:
                 sock.bind(address.path)
@@ -243,13 +247,12 @@ def _listening_socket(address: Address) -> tuple[socket.socket, Address]:
                 os.umask(previous)
             bound = address
         else:
-            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-            sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((address.host, address.port))
             bound = Address.tcp(address.host, sock.getsockname()[1])
         sock.listen(min(CONNECTIONS_MAX, socket.SOMAXCONN))
     except OSError as exc:
+        sock.close()
         raise ConnectionLost(address=str(address), detail=exc.strerror or str(exc)) from exc
     return sock, bound
 

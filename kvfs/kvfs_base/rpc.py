@@ -265,9 +265,11 @@ class RpcClient:
             reason = "connection reset"
         except KvfsError as exc:
             reason = str(exc)
-        if self._stream is stream:
-            self._drop(ConnectionLost(address=str(self._address), detail=reason))
-        await trio.aclose_forcefully(stream)
+        finally:
+            if self._stream is stream:
+                self._drop(ConnectionLost(address=str(self._address), detail=reason))
+            with trio.CancelScope(shield=True):
+                await trio.aclose_forcefully(stream)
 
     def _drop(self, error: KvfsError) -> None:
         self._stream = None

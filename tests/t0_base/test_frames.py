@@ -1,0 +1,99 @@
+"""Frames: what is encoded is decoded however it is cut; no input does worse than ProtocolError."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfs_base import frames
+from kvfs_base.errors import (
+    EntryNotFound,
+    InternalError,
+    KvfsError,
+    ProtocolError,
+    VersionMismatch,
+)
+from kvfs_base.frames import FrameDecoder, Kind
+from kvfs_base.limits import FRAME_BODY_BYTES_MAX, FRAME_PAYLOAD_BYTES_MAX
+
+
+@given(
+    bodies=st.lists(st.binary(max_size=300), min_size=1, max_size=8),
+    cuts=st.lists(st.integers(min_value=1, max_value=64), min_size=1, max_size=50),
+)
+def test_frames_survive_any_fragmentation(bodies: list[bytes], cuts: list[int]) -> None:
+    stream = b"".join(frames.encode(Kind.REQUEST, i, b) for i, b in enumerate(bodies))
+    decoder = FrameDecoder()
+    out = []
+    position = 0
+    turn = 0
+    while position < len(stream):
+        step = cuts[turn % len(cuts)]
+        out += decoder.feed(stream[position : position + step])
+        position += step
+        turn += 1
+    assert [msgspec.msgpack.decode(f.body) for f in out] == bodies
+    assert [f.request_id for f in out] == list(range(len(bodies)))
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_refused_or_waited_for_and_never_crashes(noise: bytes) -> None:
+    decoder = FrameDecoder()
+    try:
+        list(decoder.feed(noise))
+    except KvfsError as exc:
+        assert isinstance(exc, ProtocolError | VersionMismatch)
+
+
+@given(data=st.data())
+def test_a_damaged_header_never_yields_a_longer_frame_than_the_bound(data: st.DataObject) -> None:
+    frame = bytearray(frames.encode(Kind.REPLY, 5, b"body"))
+    position = data.draw(st.integers(0, frames.HEADER_BYTES - 1))
+    frame[position] ^= data.draw(st.integers(1, 255))
+    try:
+        header = frames.decode_header(frame)
+    except KvfsError:
+        return
+    assert header.body_bytes <= FRAME_BODY_BYTES_MAX
+    assert header.payload_bytes <= FRAME_PAYLOAD_BYTES_MAX
+
+
+def test_header_layout_is_the_documented_one() -> None:
+    frame = frames.encode(Kind.REPLY, 0x0102, b"", payload_bytes=3)
+    assert frame[:24].hex() == "4b5601020200000002010000000000000300000000000000"
+
+
+def test_other_versions_are_named() -> None:
+    frame = bytearray(frames.encode(Kind.REQUEST, 1, None))
+    frame[2] = 9
+    with pytest.raises(VersionMismatch) as info:
+        frames.decode_header(frame)
+    assert (info.value.found, info.value.expected) == ("9", "1")
+
+
+def test_bodies_over_the_bound_are_not_sent() -> None:
+    with pytest.raises(ProtocolError):
+        frames.encode(Kind.REQUEST, 1, bytes(FRAME_BODY_BYTES_MAX))
+
+
+def test_payload_on_a_control_stream_is_refused() -> None:
+    with pytest.raises(ProtocolError):
+        list(FrameDecoder().feed(frames.encode(Kind.REQUEST, 1, None, payload_bytes=1)))
+
+
+def test_errors_travel_with_their_fields_and_strangers_without_their_text() -> None:
+    frame = frames.encode_error(3, EntryNotFound(name=b"x"))
+    error = frames.decode_error(frame[frames.HEADER_BYTES :])
+    assert isinstance(error, EntryNotFound)
+    assert error.name == b"x"
+    frame = frames.encode_error(3, RuntimeError("a secret path"))
+    error = frames.decode_error(frame[frames.HEADER_BYTES :])
+    assert isinstance(error, InternalError)
+    assert "secret" not in str(error)
+
+
+@given(st.binary(max_size=100))
+def test_error_bodies_never_crash_the_reader(noise: bytes) -> None:
+    assert isinstance(frames.decode_error(noise), KvfsError)

@@ -1,0 +1,150 @@
+"""One suite that every Network passes: the operating system's and the memory one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from kvfs_base.errors import ConnectionLost, NotLoopback
+from kvfs_base.os_env import OsNetwork
+from kvfs_base.seams import Network
+from kvfs_base.testing import MemoryNetwork
+from kvfs_base.types import Address
+
+World = tuple[Network, Address]
+
+
+@pytest.fixture(params=["os-unix", "os-tcp", "memory-unix", "memory-tcp"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    kind, _, family = request.param.partition("-")
+    network: Network = OsNetwork() if kind == "os" else MemoryNetwork()
+    unix = Address.unix(str(tmp_path / "s"))
+    return network, unix if family == "unix" else Address.tcp("127.0.0.1", 0)
+
+
+async def echo(stream: trio.abc.Stream) -> None:
+    async with stream:
+        while data := await stream.receive_some(1000):
+            await stream.send_all(data)
+
+
+def run_with_server(world: World, body: Callable[[Network, Address], object]) -> None:
+    async def main() -> None:
+        network, address = world
+        async with trio.open_nursery() as nursery:
+            bound = await nursery.start(network.serve, address, echo)
+            await body(network, bound)  # type: ignore[misc]
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+async def receive_exactly(stream: trio.abc.Stream, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = await stream.receive_some(count - len(data))
+        assert piece
+        data += piece
+    return data
+
+
+def test_bytes_arrive_in_order_both_ways(world: World) -> None:
+    async def body(network: Network, address: Address) -> None:
+        stream = await network.connect(address)
+        async with stream:
+            for i in range(20):
+                await stream.send_all(bytes([i]) * 100)
+                assert await receive_exactly(stream, 100) == bytes([i]) * 100
+
+    run_with_server(world, body)
+
+
+def test_many_connections_at_once(world: World) -> None:
+    async def one(network: Network, address: Address, i: int) -> None:
+        async with await network.connect(address) as stream:
+            await stream.send_all(b"%04d" % i)
+            assert await receive_exactly(stream, 4) == b"%04d" % i
+
+    async def body(network: Network, address: Address) -> None:
+        async with trio.open_nursery() as nursery:
+            for i in range(50):
+                nursery.start_soon(one, network, address, i)
+
+    run_with_server(world, body)
+
+
+def test_a_closed_peer_is_an_end_of_stream(world: World) -> None:
+    async def main() -> None:
+        network, address = world
+
+        async def goodbye(stream: trio.abc.Stream) -> None:
+            async with stream:
+                await stream.send_all(b"bye")
+
+        async with trio.open_nursery() as nursery:
+            bound = await nursery.start(network.serve, address, goodbye)
+            stream = await network.connect(bound)
+            assert await receive_exactly(stream, 3) == b"bye"
+            assert await stream.receive_some(1) == b""
+            await stream.aclose()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_nobody_listening_is_connection_lost(world: World) -> None:
+    network, address = world
+    if address.kind == "tcp":
+        address = Address.tcp("127.0.0.1", 1)
+    with pytest.raises(ConnectionLost) as info:
+        trio.run(network.connect, address)
+    assert info.value.address == str(address)
+
+
+def test_two_servers_cannot_share_an_address(world: World) -> None:
+    async def body(network: Network, address: Address) -> None:
+        with pytest.raises(ConnectionLost):
+            await network.serve(address, echo)
+
+    run_with_server(world, body)
+
+
+def test_an_address_is_free_again_after_its_server(world: World) -> None:
+    async def nothing(network: Network, address: Address) -> None:
+        async with await network.connect(address):
+            pass
+
+    run_with_server(world, nothing)
+    run_with_server(world, nothing)
+
+
+def test_os_network_refuses_addresses_outside_the_machine() -> None:
+    for call in (OsNetwork().connect, lambda a: OsNetwork().serve(a, echo)):
+        with pytest.raises(NotLoopback):
+            trio.run(call, Address.tcp("0.0.0.0", 0))
+
+
+def test_a_socket_file_left_by_a_killed_server_is_replaced(tmp_path: Path) -> None:
+    import socket
+
+    path = str(tmp_path / "stale")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    assert Path(path).exists()
+
+    async def nothing(network: Network, address: Address) -> None:
+        async with await network.connect(address):
+            pass
+
+    run_with_server((OsNetwork(), Address.unix(path)), nothing)
+    assert not Path(path).exists()
+
+
+def test_sockets_are_private(tmp_path: Path) -> None:
+    async def body(network: Network, address: Address) -> None:
+        assert Path(address.path).stat().st_mode & 0o777 == 0o600
+
+    run_with_server((OsNetwork(), Address.unix(str(tmp_path / "s"))), body)

@@ -1,0 +1,264 @@
+"""Calls: pipelining, batches, errors, lost connections, deadlines; trio and blocking clients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import trio
+import trio.testing
+
+from kvfs_base import frames
+from kvfs_base.errors import ConnectionLost, DeadlineExceeded, EntryNotFound, ProtocolError
+from kvfs_base.frames import Kind
+from kvfs_base.os_env import OsBlockingNetwork, OsNetwork
+from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer
+from kvfs_base.seams import Connection
+from kvfs_base.testing import MemoryNetwork
+from kvfs_base.types import Address
+
+
+class Double(Request, tag="double"):
+    Reply: ClassVar = int
+    value: int
+
+
+class Fail(Request, tag="fail"):
+    Reply: ClassVar = int
+    name: bytes
+
+
+class Hang(Request, tag="hang"):
+    Reply: ClassVar = int
+
+
+class Unserved(Request, tag="unserved"):
+    Reply: ClassVar = int
+
+
+class WrongReply(Request, tag="double"):
+    Reply: ClassVar = str
+    value: int
+
+
+class Calculator:
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.sessions: set[int] = set()
+
+    def connected(self, session_id: int) -> None:
+        self.sessions.add(session_id)
+
+    def disconnected(self, session_id: int) -> None:
+        self.sessions.remove(session_id)
+
+    async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
+        assert session_id in self.sessions
+        self.batches.append(len(requests))
+        answers: list[Any] = []
+        for request in requests:
+            match request:
+                case Double(value=value):
+                    answers.append(2 * value)
+                case Fail(name=name):
+                    answers.append(EntryNotFound(name=name))
+                case Hang():
+                    await trio.sleep_forever()
+        return answers
+
+
+ADDRESS = Address.unix("/memory")
+Body = Callable[[RpcClient, Calculator], Awaitable[None]]
+
+
+def run(body: Body, *, clock: Any = None, hanging: int = 0) -> None:
+    """A server, a client, and a check that the server noticed the client's end (a connection whose
+    handler hangs is noticed when the handler is done)."""
+
+    async def main() -> None:
+        network = MemoryNetwork()
+        calculator = Calculator()
+        server = RpcServer(network, Double | Fail | Hang, calculator)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve, ADDRESS)
+            async with RpcClient(network, ADDRESS) as client:
+                await body(client, calculator)
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(calculator.sessions) == hanging
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=clock)
+
+
+def test_a_call_returns_its_reply() -> None:
+    async def body(client: RpcClient, _: Calculator) -> None:
+        assert await client.call(Double(21)) == 42
+
+    run(body)
+
+
+def test_concurrent_calls_are_pipelined_and_batched() -> None:
+    results: dict[int, int] = {}
+
+    async def body(client: RpcClient, calculator: Calculator) -> None:
+        await client.call(Double(0))
+
+        async def one(i: int) -> None:
+            results[i] = await client.call(Double(i))
+
+        async with trio.open_nursery() as nursery:
+            for i in range(200):
+                nursery.start_soon(one, i)
+        assert results == {i: 2 * i for i in range(200)}
+        assert len(calculator.batches) < 20
+
+    run(body)
+
+
+def test_errors_arrive_as_what_they_are() -> None:
+    async def body(client: RpcClient, _: Calculator) -> None:
+        with pytest.raises(EntryNotFound) as info:
+            await client.call(Fail(b"x"))
+        assert info.value.name == b"x"
+        assert await client.call(Double(1)) == 2
+
+    run(body)
+
+
+def test_a_request_that_the_service_does_not_know_fails_alone() -> None:
+    async def body(client: RpcClient, _: Calculator) -> None:
+        with pytest.raises(ProtocolError):
+            await client.call(Unserved())
+        assert await client.call(Double(1)) == 2
+
+    run(body)
+
+
+def test_a_reply_of_the_wrong_type_is_a_protocol_error() -> None:
+    async def body(client: RpcClient, _: Calculator) -> None:
+        with pytest.raises(ProtocolError):
+            await client.call(WrongReply(1))
+
+    run(body)
+
+
+def test_a_call_without_an_answer_meets_its_deadline() -> None:
+    async def body(client: RpcClient, _: Calculator) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await client.call(Hang(), timeout=5)
+
+    run(body, clock=trio.testing.MockClock(autojump_threshold=0), hanging=1)
+
+
+def test_a_cancelled_call_leaves_the_connection_usable() -> None:
+    async def body(client: RpcClient, _: Calculator) -> None:
+        with trio.move_on_after(0):
+            await client.call(Double(1))
+        assert await client.call(Double(4)) == 8
+
+    run(body)
+
+
+def test_calls_in_flight_fail_when_the_server_goes_and_later_ones_dial_again() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        server = RpcServer(network, Double | Fail | Hang, Calculator())
+        async with RpcClient(network, ADDRESS) as client, trio.open_nursery() as outer:
+
+            async def hang() -> None:
+                with pytest.raises(ConnectionLost):
+                    await client.call(Hang())
+
+            async with trio.open_nursery() as nursery:
+                await nursery.start(server.serve, ADDRESS)
+                assert await client.call(Double(1)) == 2
+                outer.start_soon(hang)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(ConnectionLost):
+                await client.call(Double(1))
+            await outer.start(server.serve, ADDRESS)
+            assert await client.call(Double(2)) == 4
+            outer.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_peer_that_talks_nonsense_loses_its_connection_only() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        server = RpcServer(network, Double | Fail | Hang, Calculator())
+        async with trio.open_nursery() as nursery:
+            await nursery.start(server.serve, ADDRESS)
+            stream = await network.connect(ADDRESS)
+            await stream.send_all(b"GET / HTTP/1.1\r\nHost: kvfs.example\r\n\r\n")
+            assert await stream.receive_some(100) == b""
+            async with RpcClient(network, ADDRESS) as client:
+                assert await client.call(Double(1)) == 2
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Any:
+    """A calculator on a real Unix socket, in a thread of its own."""
+    address = Address.unix(str(tmp_path / "calculator"))
+    ready = threading.Event()
+    token: list[Any] = []
+    scope = trio.CancelScope()
+
+    async def main() -> None:
+        server = RpcServer(OsNetwork(), Double | Fail | Hang, Calculator())
+        with scope:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(server.serve, address)
+                token.append(trio.lowlevel.current_trio_token())
+                ready.set()
+
+    thread = threading.Thread(target=trio.run, args=(main,))
+    thread.start()
+    assert ready.wait(10)
+    yield address
+    token[0].run_sync_soon(scope.cancel)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_blocking_client(served: Address) -> None:
+    client = BlockingRpcClient(OsBlockingNetwork(), served)
+    assert client.call(Double(3)) == 6
+    assert client.call_many([Double(i) for i in range(100)]) == [2 * i for i in range(100)]
+    with pytest.raises(EntryNotFound):
+        client.call(Fail(b"y"))
+    assert client.call(Double(5)) == 10
+    with pytest.raises(DeadlineExceeded):
+        BlockingRpcClient(OsBlockingNetwork(), served).call(Hang(), timeout=0.05)
+    client.close()
+    assert client.call(Double(6)) == 12
+    client.close()
+
+
+def test_replies_out_of_order_are_refused(tmp_path: Path) -> None:
+    network = OsBlockingNetwork()
+    listener = network.listen(Address.unix(str(tmp_path / "liar")))
+    peers: list[Connection] = []
+
+    def lie() -> None:
+        connection = listener.accept()
+        peers.append(connection)
+        connection.receive_into([memoryview(bytearray(24))])
+        connection.send([frames.encode(Kind.REPLY, 999, 1)])
+
+    thread = threading.Thread(target=lie)
+    thread.start()
+    client = BlockingRpcClient(network, listener.address)
+    with pytest.raises(ProtocolError):
+        client.call(Double(1))
+    thread.join()
+    peers[0].close()
+    listener.close()

@@ -1,0 +1,77 @@
+"""Reads the syntax tree of every production module: time, chance, sockets and files come in through
+the seams, and nothing unpickles or evaluates what it was given."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    path
+    for room in ("kvfs", "metadata", "datapath", "gds", "tools")
+    for path in sorted((ROOT / room).rglob("*.py"))
+]
+
+FORBIDDEN_IMPORTS = {"time", "random", "socket", "datetime", "select", "selectors", "asyncio"}
+FORBIDDEN_EVERYWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "numpy.load", "np.load"}
+
+# Where a seam is made real, and the programs around the services: they talk to people and processes.
+OUTER = {
+    "kvfs/kvfs_base/os_env.py": "the real seams themselves",
+    "kvfs/kvfs_base/testing.py": "memory seams, over socket pairs",
+    "metadata/kvfs_metadata/lmdb_engine.py": "the engine's own files and boot id",
+    "kvfs/kvfs/supervisor.py": "starts and watches processes",
+}
+OUTER_FOLDERS = ("tools/", "kvfs/kvfs/cli", "kvfs/kvfs/supervisor", "kvfs/kvfs/integrations/")
+
+
+def is_outer(name: str) -> bool:
+    return name in OUTER or name.startswith(OUTER_FOLDERS)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name.partition(".")[0]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.lineno, node.module.partition(".")[0]
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield node.lineno, ast.unparse(node.func)
+
+
+def problems(path: Path, name: str) -> list[str]:
+    tree = ast.parse(path.read_text())
+    found = [f"{name}:{line} imports {m}" for line, m in imports(tree) if m in FORBIDDEN_EVERYWHERE]
+    found += [f"{name}:{line} calls {c}" for line, c in calls(tree) if c in FORBIDDEN_CALLS]
+    if not is_outer(name):
+        found += [f"{name}:{n} imports {m}" for n, m in imports(tree) if m in FORBIDDEN_IMPORTS]
+        found += [f"{name}:{n} calls {c}" for n, c in calls(tree) if c in ("open", "os.urandom")]
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_module_goes_through_the_seams(path: Path) -> None:
+    assert problems(path, str(path.relative_to(ROOT))) == []
+
+
+def test_the_lint_finds_what_it_looks_for(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "import time\nimport pickle\nfrom random import choice\nx = eval('1')\nopen('f')"
+    )
+    assert len(problems(bad, "metadata/kvfs_metadata/bad.py")) == 5
+    assert len(problems(bad, "tools/kvfs_tools/bad.py")) == 2
+
+
+def test_exceptions_name_files_that_exist() -> None:
+    assert [name for name in OUTER if not (ROOT / name).exists()] == []
