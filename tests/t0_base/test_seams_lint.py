@@ -20,9 +20,10 @@ FORBIDDEN_IMPORTS = {"time", "random", "socket", "datetime", "select", "selector
 FORBIDDEN_EVERYWHERE = {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "numpy.load", "np.load"}
 
-# Where a seam is made real, and the programs around the services: they talk to people and processes.
+# Where a seam is made real, and the programs around the services.
 OUTER = {
     "kvfs/kvfs_base/os_env.py": "the real seams themselves",
+    "kvfs/kvfs_base/seams.py": "names the type of chance",
     "kvfs/kvfs_base/testing.py": "memory seams, over socket pairs",
     "metadata/kvfs_metadata/lmdb_engine.py": "the engine's own files and boot id",
     "kvfs/kvfs/supervisor.py": "starts and watches processes",

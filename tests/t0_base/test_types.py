@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+
 from kvfs_base.errors import InvalidRequest, NotLoopback
 from kvfs_base.types import Address, Attr, KVLayout, Layout
 
