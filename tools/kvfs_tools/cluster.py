@@ -1,0 +1,89 @@
+"""A whole kvfs on this machine for the length of a ``with`` block: what the demo, the benchmarks and
+cluster tests run against is the same ``kvfs up`` that users run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+
+
+class ClusterFailed(RuntimeError):
+    """``kvfs up`` ended, or did not get ready; the message holds the end of its output."""
+
+
+class LocalCluster:
+    """Runs ``kvfs up`` on ``directory``/data, mounted at ``directory``/mnt."""
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        arena_bytes: int = 0,
+        capacity_bytes: int = 0,
+        chunk_servers: int = 3,
+    ) -> None:
+        root = Path(directory).absolute()
+        self.directory = root / "data"
+        self.mountpoint = root / "mnt"
+        self._log_path = root / "up.log"
+        self._argv = [sys.executable, "-m", "kvfs", "up", str(self.directory)]
+        self._argv += ["--mount", str(self.mountpoint), "--chunk-servers", str(chunk_servers)]
+        if capacity_bytes:
+            self._argv += ["--capacity", str(capacity_bytes)]
+        if arena_bytes:
+            self._argv += ["--arena", str(arena_bytes)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> LocalCluster:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Returns once every role is serving. Raises ClusterFailed."""
+        self.mountpoint.mkdir(parents=True, exist_ok=True)
+        # A session of its own: Ctrl-C reaches us first, and we stop it in order.
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_SECONDS
+        ready = self.directory / "run" / "endpoints.json"
+        while not (ready.exists() and os.path.ismount(self.mountpoint)):
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise ClusterFailed(self._log_path.read_text(errors="replace")[-2000:])
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for what is left after a while."""
+        process = self._process
+        if process is None:
+            return
+        self._process = None
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
