@@ -1,0 +1,83 @@
+# kvfs. `make demo` shows it, `make test` checks it; both set up what they need first.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+# pip writes into one virtual environment: recipes must not run side by side.
+.NOTPARALLEL:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TRACE ?=
+PYTEST_ARGS ?=
+
+# torch has a CPU wheel for Python 3.11 in the pinned version; on other versions pip would fetch a
+# CUDA build of several GB, so there the tests that need torch skip.
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+comma := ,
+TEST_EXTRAS := fuse,test$(if $(filter 3.11,$(PYTHON_VERSION)),$(comma)llm)
+
+.PHONY: help setup demo demo-llm test test-only test-gpu lint format bench clean
+
+help: ## Show these targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(VENV)/.stamp-base ## Install missing system packages, create .venv
+
+demo: setup ## Replay conversations through a real kvfs [TRACE=file.jsonl]
+	$(BIN)/kvfs demo $(if $(TRACE),--trace "$(TRACE)")
+
+demo-llm: $(VENV)/.stamp-llm ## A language model continues from a cache that another process filled
+	$(BIN)/kvfs demo-llm
+
+test: $(VENV)/.stamp-test lint ## Lint, type check and run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-only: $(VENV)/.stamp-test ## Run the tests alone [PYTEST_ARGS=...]
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup ## Style, format, types, import order
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: setup ## Rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: $(VENV)/.stamp-gpu ## Tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+bench: setup ## Measure against the machine's own limits
+	$(BIN)/kvfs bench
+
+clean: ## Remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist site
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	scripts/system-packages.sh
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	    "kvfs needs Python 3.11 or newer, this is %d.%d: make PYTHON=/path/to/python3" % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp a set of extras: a second run costs nothing, a changed pyproject.toml installs again.
+define install
+scripts/system-packages.sh
+$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(1)]'
+touch $@
+endef
+
+$(VENV)/.stamp-base: pyproject.toml scripts/system-packages.sh | $(BIN)/python
+	$(call install,fuse$(comma)test)
+
+$(VENV)/.stamp-llm: $(VENV)/.stamp-base
+	$(call install,fuse$(comma)test$(comma)llm)
+
+$(VENV)/.stamp-test: $(VENV)/.stamp-base
+	$(call install,$(TEST_EXTRAS))
+
+$(VENV)/.stamp-gpu: $(VENV)/.stamp-base
+	$(call install,fuse$(comma)test$(comma)gpu)
