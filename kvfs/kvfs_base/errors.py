@@ -17,6 +17,9 @@
     │   ├── LimitExceeded          E2BIG
     │   ├── LayoutMismatch         EINVAL
     │   ├── VersionMismatch        EPROTO
+    │   ├── FileTooLarge           EFBIG
+    │   ├── NotSupported           ENOTSUP    (this file system does not do that)
+    │   ├── MountFailed            ENODEV     (no FUSE here, or the mount point is not usable)
     │   └── NotLoopback            EACCES     (no authentication is configured)
     ├── CapacityError              there is no room
     │   ├── CacheFull              ENOSPC
@@ -202,6 +205,28 @@ class VersionMismatch(InvalidRequest):
     expected: str = ""
     posix_errno = errno.EPROTO
     wire_code = "version_mismatch"
+
+
+@dataclasses.dataclass(eq=False)
+class FileTooLarge(InvalidRequest):
+    limit: int = 0
+    posix_errno = errno.EFBIG
+    wire_code = "file_too_large"
+
+
+@dataclasses.dataclass(eq=False)
+class NotSupported(InvalidRequest):
+    posix_errno = errno.ENOTSUP
+    wire_code = "not_supported"
+
+
+@dataclasses.dataclass(eq=False)
+class MountFailed(InvalidRequest):
+    """``detail`` is for people: what is wrong and what to do about it."""
+
+    mountpoint: str = ""
+    posix_errno = errno.ENODEV
+    wire_code = "mount_failed"
 
 
 @dataclasses.dataclass(eq=False)

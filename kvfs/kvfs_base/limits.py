@@ -67,3 +67,44 @@ Writing 4,096 blocks of 8 MiB at 300 MB/s would take longer; clients split such 
 REMOVALS_PER_HEARTBEAT = 4096
 """Chunks one heartbeat reply asks a server to remove: at 1 ms an unlink (ext4 with discard)
 about 4 s of work, done outside the heartbeat."""
+
+# --- mount
+
+FILE_BYTES_MAX = FILE_CHUNK_BYTES << 32
+"""Chunks are numbered with 32 bits: 64 PiB."""
+
+MOUNT_IO_BYTES = 1 * MIB
+"""The largest FUSE read or write: 256 pages, the kernel's own bound."""
+
+MOUNT_THREADS = 8
+"""Data path calls that wait at the same time. Each holds at most one MOUNT_IO_BYTES buffer; more
+threads than disks and cores gain nothing."""
+
+MOUNT_TASKS = 64
+"""FUSE requests at work at the same time; each has a receive buffer of MOUNT_IO_BYTES (libfuse's),
+so 64 MiB at worst."""
+
+MOUNT_UNPUSHED_BYTES = 4 * FILE_CHUNK_BYTES
+"""A file that grew by this much tells the metadata service, so that after a crash no more than
+this (and one write) lies unrecorded behind its end: that tail is cut before a hole is opened."""
+
+MOUNT_WRITE_BACK_SECONDS = 5.0
+"""Sizes and times of files that stay open are recorded this often."""
+
+MOUNT_REMEMBERED_INODES = 65_536
+"""Inodes whose cached pages are known to be current, about 150 bytes each. One that was forgotten
+only has its pages dropped when it is opened again."""
+
+MOUNT_OPEN_FILES = 100_000
+"""As many inodes as one Attach can name after a reconnect."""
+
+MOUNT_BLOCK_BUFFER_BYTES = BLOCK_BYTES_MAX
+"""Blocks of other hosts are held whole while they are read (a part cannot be verified): together
+at most this much, or the one block that is being read."""
+
+DIRECTORY_REPLY_ENTRIES = 256
+"""Entries fetched for one readdir of the kernel at most: its buffer of 32 KiB holds about 180."""
+
+DIRECTORY_RECENT_NAMES = 4096
+"""Names a directory handle keeps as they are, about 0.5 MiB; the kernel steps back by less than one
+reply. Older positions cost 8 bytes each."""
