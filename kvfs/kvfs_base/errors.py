@@ -36,6 +36,7 @@
         ├── PrepareExpired         ESTALE     (the writer was taken for dead, its batch collected)
         ├── NoTarget               EIO        temporary (no chunk server is serving)
         ├── TargetFailed           EIO        (its disk failed; it is out of service)
+        ├── ServerBusy             EBUSY      temporary (a bound of the server is reached)
         ├── ProtocolError          EPROTO
         └── InternalError          EIO        (a bug; the server's log has the traceback)
 
@@ -349,6 +350,14 @@ class TargetFailed(ServiceError):
     target_id: int = 0
     detail: str = ""
     wire_code = "target_failed"
+
+
+@dataclasses.dataclass(eq=False)
+class ServerBusy(ServiceError):
+    detail: str = ""
+    posix_errno = errno.EBUSY
+    wire_code = "server_busy"
+    temporary = True
 
 
 @dataclasses.dataclass(eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import errno
+import fcntl
 import os
 import random
 import socket
@@ -15,7 +16,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from kvfs_base.errors import ConnectionLost, DeadlineExceeded, DiskFull, TargetFailed
+from kvfs_base.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    DiskFull,
+    ServerBusy,
+    TargetFailed,
+)
 from kvfs_base.limits import CONNECTIONS_MAX, FDS_PER_MESSAGE_MAX, MIB
 from kvfs_base.seams import (
     BlockingNetwork,
@@ -51,6 +58,8 @@ def _disk_error(exc: OSError, path: str) -> Exception:
         return exc
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(path=path)
+    if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return ServerBusy(detail=os.strerror(exc.errno))  # this process's trouble, not the disk's
     return TargetFailed(detail=f"{path}: {os.strerror(exc.errno or 0)}")
 
 
@@ -108,14 +117,41 @@ class OsDiskFile:
         except OSError as exc:
             raise _disk_error(exc, self._path) from exc
 
-    def sync(self) -> None:
+    def sync(self, *, attributes: bool = False) -> None:
         try:
-            os.fdatasync(self._fd)
+            if attributes:
+                os.fsync(self._fd)
+            else:
+                os.fdatasync(self._fd)
         except OSError as exc:
-            raise TargetFailed(detail=f"fdatasync {self._path}: {exc.strerror}") from exc
+            raise TargetFailed(detail=f"sync {self._path}: {exc.strerror}") from exc
+
+    def has_writer(self) -> bool:
+        # The kernel grants a read lease only while no file description is open for writing, which
+        # also sees descriptors that were passed to processes we know nothing of.
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        except OSError as exc:
+            if exc.errno == errno.EAGAIN:
+                return True
+            raise _disk_error(exc, self._path) from exc
+        fcntl.fcntl(self._fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return False
+
+    def lock(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            raise _disk_error(exc, self._path) from exc
+        return True
 
     def close(self) -> None:
-        os.close(self._fd)
+        # The number may belong to another file by the time of a second close.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def _tail(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
@@ -343,13 +379,18 @@ class OsConnection:
                     raise ConnectionLost(address=str(self._peer), detail="file shorter than said")
                 offset += sent
         except OSError as exc:
+            if exc.errno == errno.EIO:  # sockets have other names for their troubles
+                raise TargetFailed(detail=f"sendfile: {exc.strerror}") from exc
             raise self._lost(exc) from exc
 
     def receive_into(self, views: Sequence[memoryview]) -> None:
         wanted = sum(len(v) for v in views)
         done = 0
+        started = time.monotonic()
         try:
             while done < wanted:
+                if done and self._timeout and time.monotonic() - started >= self._timeout:
+                    raise DeadlineExceeded(operation=str(self._peer), seconds=self._timeout)
                 rest = _tail(views, done)
                 count = self._sock.recvmsg_into(rest, 0, socket.MSG_WAITALL)[0]
                 if count == 0:

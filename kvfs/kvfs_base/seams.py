@@ -54,11 +54,20 @@ class DiskFile(Protocol):
 
     def set_attribute(self, name: str, value: bytes) -> None: ...
 
-    def sync(self) -> None:
-        """fdatasync. A failure is final: the caller takes the target out of service and never
-        retries (Linux reports a lost write once and then forgets it)."""
+    def sync(self, *, attributes: bool = False) -> None:
+        """fdatasync, or fsync where extended attributes must be durable too. A failure is final:
+        the caller takes the target out of service and never retries (Linux reports a lost write
+        once and then forgets it)."""
 
-    def close(self) -> None: ...
+    def has_writer(self) -> bool:
+        """Whether any process has this file open for writing (or mapped so), descriptors that were
+        passed on included. Only a read-only descriptor may be asked."""
+
+    def lock(self) -> bool:
+        """Takes the file's exclusive advisory lock, held until ``close``. False if it is taken."""
+
+    def close(self) -> None:
+        """Twice does no harm."""
 
 
 class Disk(Protocol):
@@ -118,10 +127,12 @@ class Connection(Protocol):
         """Everything, or ConnectionLost / DeadlineExceeded."""
 
     def send_file(self, descriptor: int, offset: int, count: int) -> None:
-        """``count`` bytes of an open file, without bringing them to user space."""
+        """``count`` bytes of an open file, without bringing them to user space. Raises
+        ConnectionLost also if the file is shorter, TargetFailed if its disk fails."""
 
     def receive_into(self, views: Sequence[memoryview]) -> None:
-        """Fills every view, or ConnectionLost / DeadlineExceeded."""
+        """Fills every view, or ConnectionLost / DeadlineExceeded. The timeout covers the whole
+        call: a peer that trickles does not hold a buffer for longer."""
 
     def receive_with_descriptors(self, view: memoryview) -> list[int]:
         """Fills ``view`` and returns the descriptors that came with it."""

@@ -7,7 +7,6 @@ work on it as on a disk.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import os
 import queue
 import random
@@ -17,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 import trio.testing
 
-from kvfs_base.errors import ConnectionLost
+from kvfs_base.errors import ConnectionLost, DiskFull
 from kvfs_base.os_env import OsConnection, OsDiskFile
 from kvfs_base.seams import Buffer, Connection, Disk, DiskFile, DiskUsage, Env, Listener
 from kvfs_base.types import Address
@@ -40,29 +39,57 @@ class ManualClock:
         self._elapsed_ns += int(seconds * 1e9)
 
 
-@dataclasses.dataclass
 class _MemoryInode:
-    fd: int
-    attributes: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    """A memfd. It is kept open read-only, so that ``has_writer`` sees the users' descriptors only,
+    and lives as long as one of them."""
+
+    def __init__(self) -> None:
+        writable = os.memfd_create("kvfs", os.MFD_CLOEXEC)
+        try:
+            self.fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            os.close(writable)
+        self.attributes: dict[str, bytes] = {}
 
     def __del__(self) -> None:
         os.close(self.fd)
 
 
 class MemoryDiskFile(OsDiskFile):
-    def __init__(self, inode: _MemoryInode, path: str, *, write: bool) -> None:
+    """Asks its disk's ``before`` first, then does as a file does."""
+
+    def __init__(self, disk: MemoryDisk, inode: _MemoryInode, path: str, *, write: bool) -> None:
         flags = os.O_RDWR if write else os.O_RDONLY
         super().__init__(os.open(f"/proc/self/fd/{inode.fd}", flags | os.O_CLOEXEC), path)
         self._inode = inode
+        self._disk = disk
+        self._write = write
+
+    def preadv(self, buffers: Sequence[memoryview], offset: int) -> int:
+        self._disk.before("preadv", self._path)
+        return super().preadv(buffers, offset)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
+        self._disk.before("pwritev", self._path)
+        grows = offset + sum(len(b) for b in buffers) - self.size()
+        if self._write and grows > self._disk.usage().free_bytes:
+            raise DiskFull(path=self._path)
+        return super().pwritev(buffers, offset)
+
+    def truncate(self, size: int) -> None:
+        self._disk.before("truncate", self._path)
+        super().truncate(size)
 
     def get_attribute(self, name: str) -> bytes | None:
+        self._disk.before("get_attribute", self._path)
         return self._inode.attributes.get(name)
 
     def set_attribute(self, name: str, value: bytes) -> None:
+        self._disk.before("set_attribute", self._path)
         self._inode.attributes[name] = value
 
-    def sync(self) -> None:
-        pass
+    def sync(self, *, attributes: bool = False) -> None:
+        self._disk.before("sync", self._path)
 
 
 class MemoryDisk:
@@ -89,10 +116,10 @@ class MemoryDisk:
         if inode is None:
             if not create or path.rpartition("/")[0] not in self._directories:
                 raise FileNotFoundError(path)
-            inode = self._files[path] = _MemoryInode(os.memfd_create("kvfs", os.MFD_CLOEXEC))
+            inode = self._files[path] = _MemoryInode()
         elif create and exclusive:
             raise FileExistsError(path)
-        return MemoryDiskFile(inode, path, write=write)
+        return MemoryDiskFile(self, inode, path, write=write)
 
     def rename(self, source: str, target: str) -> None:
         self.before("rename", source)
@@ -120,6 +147,7 @@ class MemoryDisk:
         return sorted(below - {""})
 
     def exists(self, path: str) -> bool:
+        self.before("exists", path)
         return path in self._files or path in self._directories
 
     def sync_directory(self, path: str) -> None:
