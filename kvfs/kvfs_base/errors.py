@@ -20,6 +20,8 @@
     │   ├── FileTooLarge           EFBIG
     │   ├── NotSupported           ENOTSUP    (this file system does not do that)
     │   ├── MountFailed            ENODEV     (no FUSE here, or the mount point is not usable)
+    │   │   ├── MountPointBusy     EBUSY      (something is mounted there, or lies in the directory)
+    │   │   └── FuseMissing        ENODEV     (no /dev/fuse, no fusermount3 or no pyfuse3)
     │   └── NotLoopback            EACCES     (no authentication is configured)
     ├── CapacityError              there is no room
     │   ├── CacheFull              ENOSPC
@@ -28,6 +30,11 @@
     ├── IntegrityError             the bytes are not what was written; for a cache, a miss
     │   ├── ChunkCorrupt           EIO
     │   └── ChunkMismatch          EIO        (another chunk's bytes, or another generation's)
+    ├── SetupError                 a person has to change something on this machine
+    │   ├── NotKvfsDirectory       ENOTDIR
+    │   ├── AlreadyRunning         EBUSY
+    │   ├── NotRunning             ESRCH
+    │   └── RoleFailed             ECHILD     (a process of `kvfs up` did not get ready)
     └── ServiceError               a server or a disk failed, the request may be fine
         ├── ChunkNotFound          EIO
         ├── ConnectionLost         EIO        temporary
@@ -231,6 +238,18 @@ class MountFailed(InvalidRequest):
 
 
 @dataclasses.dataclass(eq=False)
+class MountPointBusy(MountFailed):
+    posix_errno = errno.EBUSY
+    wire_code = "mount_point_busy"
+
+
+@dataclasses.dataclass(eq=False)
+class FuseMissing(MountFailed):
+    posix_errno = errno.ENODEV
+    wire_code = "fuse_missing"
+
+
+@dataclasses.dataclass(eq=False)
 class NotLoopback(InvalidRequest):
     address: str = ""
     posix_errno = errno.EACCES
@@ -290,6 +309,48 @@ class ChunkMismatch(IntegrityError):
     number: int = 0
     detail: str = ""
     wire_code = "chunk_mismatch"
+
+
+# --- this machine's setup
+
+
+class SetupError(KvfsError):
+    """A person has to change something on this machine."""
+
+
+@dataclasses.dataclass(eq=False)
+class NotKvfsDirectory(SetupError):
+    path: str = ""
+    detail: str = ""
+    posix_errno = errno.ENOTDIR
+    wire_code = "not_kvfs_directory"
+
+
+@dataclasses.dataclass(eq=False)
+class AlreadyRunning(SetupError):
+    directory: str = ""
+    pid: int = 0
+    posix_errno = errno.EBUSY
+    wire_code = "already_running"
+
+
+@dataclasses.dataclass(eq=False)
+class NotRunning(SetupError):
+    directory: str = ""
+    posix_errno = errno.ESRCH
+    wire_code = "not_running"
+
+
+@dataclasses.dataclass(eq=False)
+class RoleFailed(SetupError):
+    """``exit_code`` is negative for a signal, as in ``subprocess``, and 0 if the process ran but
+    was not ready in time; ``detail`` is the last line that it wrote."""
+
+    role: str = ""
+    exit_code: int = 0
+    detail: str = ""
+    posix_errno = errno.ECHILD
+    wire_code = "role_failed"
 
 
 # --- servers and disks

@@ -26,7 +26,6 @@ OUTER = {
     "kvfs/kvfs_base/seams.py": "names the type of chance",
     "kvfs/kvfs_base/testing.py": "memory seams, over socket pairs",
     "metadata/kvfs_metadata/lmdb_engine.py": "the engine's own files and boot id",
-    "kvfs/kvfs/supervisor.py": "starts and watches processes",
 }
 OUTER_FOLDERS = ("tools/", "kvfs/kvfs/cli", "kvfs/kvfs/supervisor", "kvfs/kvfs/integrations/")
 
