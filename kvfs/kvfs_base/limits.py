@@ -108,3 +108,143 @@ DIRECTORY_REPLY_ENTRIES = 256
 DIRECTORY_RECENT_NAMES = 4096
 """Names a directory handle keeps as they are, about 0.5 MiB; the kernel steps back by less than one
 reply. Older positions cost 8 bytes each."""
+
+# --- metadata
+
+WRITE_GROUP_REQUESTS = 4096
+"""Requests in one group commit. Their writes are held in memory until the commit: a few hundred
+bytes each, a batch of blocks up to 0.5 MiB."""
+
+INODE_RANGE = 4096
+"""Inode numbers a metadata service takes from its persistent counter at a time. A crash wastes at
+most one range: at one crash a second 63 bits last 70 million years."""
+
+COMMITTED_BATCHES_MAX = 65_536
+"""Batches whose commit can be repeated: a caller retries for less than a minute, and commits reach
+about 1,000 a second. About 6 MiB of memory, 20 bytes each on disk."""
+
+PREPARED_BATCHES_MAX = 65_536
+"""Batches being written at the same time. Each holds up to BATCH_BLOCKS_MAX keys, but their sizes
+together are bounded by the cache's capacity."""
+
+EVICT_BATCH_BLOCKS = 256
+"""Blocks one background transaction evicts: about 3 ms of the service's time."""
+
+EVICT_SECONDS = 1.0
+"""How often the disks' free space is compared with what they keep free."""
+
+LAST_USE_SECONDS = 30.0
+"""Uses of blocks are written down this often (in transactions of LAST_USE_BATCH_BLOCKS): a crash
+forgets at most the recency of this long."""
+
+LAST_USE_BATCH_BLOCKS = 512
+
+SYNC_SECONDS = 1.0
+"""With durability "cache" everything acknowledged is on stable storage this much later."""
+
+OPEN_INODES_MAX = 100_000
+"""Files one session may have open, and one Attach may name: 0.9 MiB of frame."""
+
+SESSIONS_MAX = 8192
+"""Sessions remembered, detached ones included."""
+
+SESSION_GRACE_SECONDS = 30.0
+"""A session whose connection broke keeps its files open this long: three times as long as clients
+try to reconnect."""
+
+RETRY_SECONDS = 10.0
+"""Clients wait this long for a metadata service that is restarting. Loading 1 M blocks takes about
+3 s."""
+
+NAMESPACES_MAX = 65_536
+"""KV namespaces; each costs about 1 KiB of memory before it holds a block."""
+
+NAMESPACE_DEPTH_MAX = 8
+"""Names in a namespace's path below ``/kv``."""
+
+METADATA_MAP_BYTES = 1 * GIB
+"""First size of the LMDB map; it doubles when full. Address space only: the file grows by pages."""
+
+METADATA_MAP_BYTES_MAX = 4096 * GIB
+
+# --- data path
+
+TARGETS_PER_SERVER_MAX = 64
+"""What one Heartbeat can report. More disks than that want a second server anyway."""
+
+ITEMS_PER_REQUEST_MAX = FDS_PER_MESSAGE_MAX
+"""Chunks in one data request: as many as descriptors fit into one message."""
+
+SERVER_BUFFERS = 16
+"""Receive buffers of TRANSFER_BYTES in one chunk server: 128 MiB at worst, whatever clients do.
+A disk that takes 1 GB/s is kept busy by about three."""
+
+SERVER_CHECK_BUFFERS = 4
+SERVER_CHECK_BYTES = 1 * MIB
+"""Buffers in which a server computes checksums of chunks it already has. They are apart from the
+receive buffers, so that stalled writers do not hold up readers."""
+
+STALL_SECONDS = 10.0
+"""A peer that neither sends nor takes what was announced for that long loses its connection and
+gives back its buffer."""
+
+STAGED_CHUNKS_MAX = 4096
+"""Staging files open in one chunk server, a descriptor each."""
+
+UNSEALED_CHUNKS_MAX = 65_536
+"""Chunks that one connection wrote to and did not seal: 1 TiB of files. The oldest is sealed (or
+left open, if it still has a writer) to make room."""
+
+VERIFIED_CHUNKS_MAX = 65_536
+"""Chunks a server remembers to have verified since its start, about 200 bytes each."""
+
+REMOVE_BY_NAME_MAX = 4096
+"""A removal of more chunks than this lists the directory instead of trying every name."""
+
+CLIENT_THREADS = 32
+CLIENT_THREADS_PER_TARGET = 8
+"""Requests that a chunk client has in flight, in all and to one target: a target that hangs holds
+up no more than its own. Eight O_DIRECT reads of 1 MiB or more saturate an NVMe disk (fio)."""
+
+CLIENT_IDLE_CONNECTIONS = CLIENT_THREADS_PER_TARGET
+"""Kept per address between requests."""
+
+CLIENT_SPLIT_BYTES = 1 * MIB
+"""A batch is spread over threads in portions of at least this: below, the cost of a request (about
+50 us) is more than what a further thread gains."""
+
+FILE_DESCRIPTORS_MAX = 512
+"""Chunk descriptors one client keeps open for its files; half of the usual limit of 1,024."""
+
+# --- node agent and its clients
+
+AGENT_CONNECTIONS_MAX = 256
+"""A connection costs the agent a thread and a connection to the metadata service."""
+
+CLIENT_CONNECTIONS_MAX = 8
+"""Calls that one Client has in flight; further threads wait. The agent's work is disk reads, which
+eight requests keep busy, and one more connection holds the session."""
+
+STAGING_BYTES = BLOCK_BYTES_MAX
+"""Staging area of one client by default: the largest block fits. Pages are allocated on touch, so a
+client that never stages more than 8 MiB at a time costs 8 MiB."""
+
+STAGING_ROUND_BYTES = 4 * TRANSFER_BYTES
+"""A put goes to the agent in rounds of about this, so that the client copies one round while the
+agent writes the one before."""
+
+LEASES_PER_CLIENT_MAX = 65_536
+"""Batches a client may hold at once. A lease of one block costs the agent about 200 bytes."""
+
+PUTS_PER_CLIENT_MAX = 64
+"""Prepared batches a client may have open: its connections, and what it left unfinished."""
+
+AGENT_CALL_SECONDS = 60.0
+"""A batch of 4,096 blocks of 2 MiB, read at 150 MB/s, takes this long; what takes longer is better
+recomputed."""
+
+LOAD_WAIT_SECONDS = 30.0
+"""How long a get waits for another client's load of the same block before it counts a miss."""
+
+TARGET_UUID_CHARS_MAX = 128
+"""It is part of a key of the metadata store; LMDB's keys end at 511 bytes."""
