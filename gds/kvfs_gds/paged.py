@@ -1,0 +1,208 @@
+"""Paged KV caches: where the pieces of a stored block lie on a device, and copies on the CPU.
+
+A stored block is a row of *fragments*, end to end: layer by layer, K then V (MLA has one fragment a
+layer). A fragment covers the block's tokens, so it is one or several *pieces*, one for each page of
+the engine. Engines differ only in where a piece goes:
+
+    address(fragment, page) = bases[fragment] + page * page_stride_bytes
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs_base.errors import InvalidRequest
+
+VECTOR_BYTES = 16
+"""The GPU copies 16-byte vectors: pieces and addresses are multiples of it."""
+
+Int64s = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostMemory:
+    """A range of this process's memory: an arena mapping, a staging area, a pinned buffer."""
+
+    address: int
+    nbytes: int
+    read_only: bool = False
+    owner: Any = None
+    """Kept alive as long as this object is."""
+
+    @classmethod
+    def of(cls, buffer: Any) -> HostMemory:
+        """The memory of any contiguous buffer, writable or not."""
+        array = np.frombuffer(buffer, dtype=np.uint8)
+        return cls(array.ctypes.data, array.nbytes, not array.flags.writeable, buffer)
+
+
+def _strided(tensor: Any) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+    """(address, shape, strides in bytes, item size) of a torch, cupy or numpy array, on any
+    device."""
+    if hasattr(tensor, "data_ptr"):
+        item = int(tensor.element_size())
+        strides = tuple(int(s) * item for s in tensor.stride())
+        return int(tensor.data_ptr()), tuple(tensor.shape), strides, item
+    interface = getattr(tensor, "__cuda_array_interface__", None) or getattr(
+        tensor, "__array_interface__", None
+    )
+    if interface is None:
+        raise InvalidRequest(detail=f"not a tensor: {type(tensor).__name__}")
+    return int(interface["data"][0]), tuple(tensor.shape), tuple(tensor.strides), tensor.itemsize
+
+
+def _inner_bytes(shape: Sequence[int], strides: Sequence[int], item: int) -> int:
+    """Bytes of a contiguous row-major tail of dimensions. Raises InvalidRequest if it is not."""
+    expected = item
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            raise InvalidRequest(detail=f"a page is not contiguous: {shape} strides {strides}")
+        expected *= size
+    return expected
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedLayout:
+    """Addresses of a paged KV cache. ``bases`` has one address a fragment, layer by layer with
+    ``fragments_per_layer`` each; ``num_pages`` bounds the page numbers."""
+
+    bases: tuple[int, ...]
+    page_stride_bytes: int
+    piece_bytes: int
+    num_pages: int
+    fragments_per_layer: int = 2
+
+    def __post_init__(self) -> None:
+        numbers = (self.piece_bytes, self.page_stride_bytes, *self.bases)
+        if not self.bases or self.piece_bytes <= 0 or self.num_pages <= 0:
+            raise InvalidRequest(detail="empty paged layout")
+        if any(n % VECTOR_BYTES for n in numbers):
+            raise InvalidRequest(detail=f"addresses must be multiples of {VECTOR_BYTES}")
+        if self.piece_bytes > self.page_stride_bytes and self.num_pages > 1:
+            raise InvalidRequest(detail="pages overlap")
+        if len(self.bases) % self.fragments_per_layer:
+            raise InvalidRequest(detail="fragments do not make whole layers")
+
+    @property
+    def layers(self) -> int:
+        return len(self.bases) // self.fragments_per_layer
+
+    def block_bytes(self, pages_per_block: int) -> int:
+        return len(self.bases) * pages_per_block * self.piece_bytes
+
+    @classmethod
+    def vllm(cls, layers: Sequence[Any]) -> PagedLayout:
+        """One tensor a layer, [2, pages, page_tokens, heads, dim] (FlashAttention backend)."""
+        return cls._of([(t, 0, 1) for t in layers])
+
+    @classmethod
+    def flashinfer(cls, layers: Sequence[Any]) -> PagedLayout:
+        """One tensor a layer, [pages, 2, ...] with NHD or HND pages."""
+        return cls._of([(t, 1, 0) for t in layers])
+
+    @classmethod
+    def mla(cls, layers: Sequence[Any]) -> PagedLayout:
+        """One tensor a layer, [pages, page_tokens, latent + rope]."""
+        return cls._of([(t, None, 0) for t in layers])
+
+    @classmethod
+    def sglang(cls, k: Sequence[Any], v: Sequence[Any], page_tokens: int) -> PagedLayout:
+        """Token pools [tokens, heads, dim], one K and one V tensor a layer; page ``p`` is tokens
+        ``p * page_tokens`` and on."""
+        bases: list[int] = []
+        shapes = set()
+        for tensor in (t for pair in zip(k, v, strict=True) for t in pair):
+            address, shape, strides, item = _strided(tensor)
+            token_bytes = _inner_bytes(shape[1:], strides[1:], item)
+            if strides[0] != token_bytes:
+                raise InvalidRequest(detail="tokens of a pool are not contiguous")
+            bases.append(address)
+            shapes.add((page_tokens * token_bytes, shape[0] // page_tokens))
+        piece, pages = _only(shapes)
+        return cls(tuple(bases), piece, piece, pages, 2)
+
+    @classmethod
+    def _of(cls, tensors: Sequence[tuple[Any, int | None, int]]) -> PagedLayout:
+        bases: list[int] = []
+        shapes = set()
+        for tensor, kv_axis, page_axis in tensors:
+            address, shape, strides, item = _strided(tensor)
+            outer = 1 if kv_axis is None else 2
+            if kv_axis is not None and shape[kv_axis] != 2:
+                raise InvalidRequest(detail=f"axis {kv_axis} of {shape} must be K and V")
+            piece = _inner_bytes(shape[outer:], strides[outer:], item)
+            bases.append(address)
+            if kv_axis is not None:
+                bases.append(address + strides[kv_axis])
+            shapes.add((strides[page_axis], piece, shape[page_axis], outer))
+        stride, piece, pages, per_layer = _only(shapes)
+        return cls(tuple(bases), stride, piece, pages, per_layer)
+
+
+def _only(shapes: set[Any]) -> Any:
+    if len(shapes) != 1:
+        raise InvalidRequest(detail=f"layers differ in shape: {sorted(shapes)}")
+    return shapes.pop()
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """Blocks of host memory and the pages they belong to. ``offsets`` [blocks] are bytes into the
+    host memory; ``pages`` [blocks, pages_per_block] are page numbers. Checked once, here."""
+
+    host: HostMemory
+    offsets: Int64s
+    layout: PagedLayout
+    pages: Int32s
+
+    def __post_init__(self) -> None:
+        blocks = len(self.offsets)
+        if self.pages.ndim != 2 or len(self.pages) != blocks:
+            raise InvalidRequest(detail=f"pages {self.pages.shape} for {blocks} blocks")
+        if not blocks:
+            return
+        if self.pages.min() < 0 or self.pages.max() >= self.layout.num_pages:
+            raise InvalidRequest(detail=f"page outside 0..{self.layout.num_pages - 1}")
+        end = int(self.offsets.max()) + self.block_bytes
+        if self.offsets.min() < 0 or end > self.host.nbytes:
+            raise InvalidRequest(detail=f"block ends at {end} of {self.host.nbytes} bytes")
+        if (self.offsets % VECTOR_BYTES).any() or self.host.address % VECTOR_BYTES:
+            raise InvalidRequest(detail=f"offsets must be multiples of {VECTOR_BYTES}")
+
+    @property
+    def pages_per_block(self) -> int:
+        return int(self.pages.shape[1])
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes(self.pages_per_block)
+
+    @property
+    def nbytes(self) -> int:
+        return self.block_bytes * len(self.offsets)
+
+
+def copy_on_cpu(transfer: Transfer, first_layer: int, end_layer: int, *, store: bool) -> None:
+    """The same copies as the GPU kernel's, by memmove: for engines on the CPU and for tests.
+    ``store`` copies pages to host memory, otherwise host memory to pages."""
+    layout = transfer.layout
+    piece = layout.piece_bytes
+    fragments = range(
+        first_layer * layout.fragments_per_layer, end_layer * layout.fragments_per_layer
+    )
+    fragment_bytes = piece * transfer.pages_per_block
+    for offset, pages in zip(transfer.offsets.tolist(), transfer.pages.tolist(), strict=True):
+        block = transfer.host.address + offset
+        for fragment in fragments:
+            near = block + fragment * fragment_bytes
+            for page in pages:
+                far = layout.bases[fragment] + page * layout.page_stride_bytes
+                ctypes.memmove(near if store else far, far if store else near, piece)
+                near += piece

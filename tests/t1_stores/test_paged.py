@@ -1,0 +1,131 @@
+"""Paged layouts: the addresses of each engine's tensors, and copies there and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfs_base.errors import InvalidRequest
+from kvfs_gds.paged import HostMemory, PagedLayout, Transfer, copy_on_cpu
+
+LAYERS, PAGES, TOKENS, HEADS, DIM = 3, 10, 4, 2, 8
+
+
+def caches(kind: str) -> tuple[PagedLayout, Any]:
+    """A layout and a function [layer, fragment, page] -> bytes of that piece, by plain indexing."""
+    rng = np.random.default_rng(1)
+
+    def tensor(*shape: int) -> Any:
+        return rng.integers(0, 2**16, shape, dtype=np.uint16)
+
+    if kind == "vllm":
+        ts = [tensor(2, PAGES, TOKENS, HEADS, DIM) for _ in range(LAYERS)]
+        return PagedLayout.vllm(ts), lambda layer, f, p: ts[layer][f, p].tobytes()
+    if kind == "flashinfer":
+        ts = [tensor(PAGES, 2, TOKENS, HEADS, DIM) for _ in range(LAYERS)]
+        return PagedLayout.flashinfer(ts), lambda layer, f, p: ts[layer][p, f].tobytes()
+    if kind == "mla":
+        ts = [tensor(PAGES, TOKENS, 24) for _ in range(LAYERS)]
+        return PagedLayout.mla(ts), lambda layer, f, p: ts[layer][p].tobytes()
+    k = [tensor(PAGES * TOKENS, HEADS, DIM) for _ in range(LAYERS)]
+    v = [tensor(PAGES * TOKENS, HEADS, DIM) for _ in range(LAYERS)]
+    return (
+        PagedLayout.sglang(k, v, TOKENS),
+        lambda layer, f, p: (k, v)[f][layer][p * TOKENS : (p + 1) * TOKENS].tobytes(),
+    )
+
+
+KINDS = ["vllm", "flashinfer", "mla", "sglang"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+def test_blocks_go_to_their_pages_and_back(kind: str, data: st.DataObject) -> None:
+    layout, piece_at = caches(kind)
+    per_block = data.draw(st.sampled_from([1, 2]))
+    blocks = data.draw(st.integers(0, PAGES // per_block))
+    chosen = data.draw(st.permutations(range(PAGES)))[: blocks * per_block]
+    pages = np.array(chosen, dtype=np.int32).reshape(blocks, per_block)
+    before = {
+        (layer, f, p): piece_at(layer, f, p)
+        for layer in range(LAYERS)
+        for f in range(layout.fragments_per_layer)
+        for p in range(PAGES)
+    }
+    size = layout.block_bytes(per_block)
+    slots = data.draw(st.permutations(range(PAGES)))[:blocks]
+    host = np.random.default_rng(2).integers(0, 256, PAGES * size, dtype=np.uint8)
+    stored = host.copy()
+    offsets = np.array(slots, dtype=np.int64) * size
+    transfer = Transfer(HostMemory.of(host), offsets, layout, pages)
+    first = data.draw(st.integers(0, LAYERS))
+    end = data.draw(st.integers(first, LAYERS))
+
+    copy_on_cpu(transfer, first, end, store=False)
+    expected = dict(before)
+    for b, slot in enumerate(slots):
+        pieces = stored[slot * size : (slot + 1) * size].reshape(
+            LAYERS, layout.fragments_per_layer, per_block, layout.piece_bytes
+        )
+        for layer in range(first, end):
+            for f in range(layout.fragments_per_layer):
+                for i, page in enumerate(pages[b].tolist()):
+                    expected[layer, f, page] = pieces[layer, f, i].tobytes()
+    assert {at: piece_at(*at) for at in before} == expected
+
+    host[:] = 0
+    copy_on_cpu(transfer, first, end, store=True)
+    keep = np.zeros_like(stored)
+    layer_bytes = size // LAYERS
+    for slot in slots:
+        part = slice(slot * size + first * layer_bytes, slot * size + end * layer_bytes)
+        keep[part] = stored[part]
+    assert (host == keep).all()
+
+
+def good(**changes: Any) -> Transfer:
+    layout, _ = caches("vllm")
+    host = HostMemory.of(np.zeros(4 * layout.block_bytes(1), dtype=np.uint8))
+    fields: dict[str, Any] = {
+        "host": host,
+        "offsets": np.array([0], dtype=np.int64),
+        "layout": layout,
+        "pages": np.array([[0]], dtype=np.int32),
+    }
+    return Transfer(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pages": np.array([[PAGES]], dtype=np.int32)},
+        {"pages": np.array([[-1]], dtype=np.int32)},
+        {"pages": np.array([[0], [1]], dtype=np.int32)},
+        {"pages": np.array([0], dtype=np.int32)},
+        {"offsets": np.array([-16], dtype=np.int64)},
+        {"offsets": np.array([10**9], dtype=np.int64)},
+        {"offsets": np.array([8], dtype=np.int64)},
+    ],
+    ids=str,
+)
+def test_transfers_outside_their_memory_are_refused(changes: dict[str, Any]) -> None:
+    good()
+    with pytest.raises(InvalidRequest):
+        good(**changes)
+
+
+def test_layouts_that_do_not_fit_the_kernel_are_refused() -> None:
+    with pytest.raises(InvalidRequest):  # K and V are not where they should be
+        PagedLayout.vllm([np.zeros((3, PAGES, TOKENS, HEADS, DIM), dtype=np.uint16)])
+    with pytest.raises(InvalidRequest):  # a page is not contiguous
+        PagedLayout.vllm([np.zeros((2, PAGES, TOKENS, HEADS, DIM), dtype=np.uint16)[..., ::2]])
+    with pytest.raises(InvalidRequest):  # 6-byte pages
+        PagedLayout.mla([np.zeros((PAGES, 1, 3), dtype=np.uint16)])
+    with pytest.raises(InvalidRequest):  # layers of different shapes
+        PagedLayout.mla([np.zeros((PAGES, n, 8), dtype=np.uint16) for n in (1, 2)])
+    with pytest.raises(InvalidRequest):
+        PagedLayout.mla([object()])

@@ -1,0 +1,113 @@
+"""Paged copies on a CUDA device agree with the CPU's, byte for byte, and touch nothing else."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvfs_base.errors import InvalidRequest
+from kvfs_gds.paged import HostMemory, PagedLayout, Transfer, copy_on_cpu
+
+cupy = pytest.importorskip("cupy")
+pytestmark = pytest.mark.gpu
+try:
+    if not cupy.cuda.runtime.getDeviceCount():
+        pytest.skip("no CUDA device", allow_module_level=True)
+except cupy.cuda.runtime.CUDARuntimeError:
+    pytest.skip("no CUDA driver", allow_module_level=True)
+
+from kvfs_gds.cuda import REGISTER_SLICE_BYTES, CudaCopier, Registration  # noqa: E402
+
+POISON = 0xA5
+LAYERS, PAGES = 3, 64
+
+
+@pytest.fixture(scope="module")
+def copier() -> CudaCopier:
+    return CudaCopier()
+
+
+@pytest.fixture
+def arena() -> Iterator[tuple[np.ndarray[Any, Any], HostMemory]]:
+    """A memfd as its owner writes it, and the read-only mapping that a reader registers."""
+    size = REGISTER_SLICE_BYTES + (64 << 20)  # two slices: copies cross the seam
+    fd = os.memfd_create("arena")
+    os.ftruncate(fd, size)
+    writable = np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8)
+    reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    mapping = mmap.mmap(reader, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    yield writable, HostMemory.of(mapping)
+    os.close(reader)
+    os.close(fd)
+
+
+def tensors(kind: str, piece: int, on: Any) -> tuple[PagedLayout, list[Any]]:
+    """A poisoned paged cache of numpy or cupy arrays and its layout."""
+
+    def full(*shape: int) -> Any:
+        return on.full(shape, POISON, dtype=on.uint8)
+
+    if kind == "vllm":
+        ts = [full(2, PAGES, piece) for _ in range(LAYERS)]
+        return PagedLayout.vllm(ts), ts
+    if kind == "flashinfer":
+        ts = [full(PAGES, 2, piece) for _ in range(LAYERS)]
+        return PagedLayout.flashinfer(ts), ts
+    if kind == "mla":
+        ts = [full(PAGES, piece) for _ in range(LAYERS)]
+        return PagedLayout.mla(ts), ts
+    ts = [full(PAGES * 2, piece // 2) for _ in range(2 * LAYERS)]
+    return PagedLayout.sglang(ts[::2], ts[1::2], 2), ts
+
+
+@pytest.mark.parametrize("kind", ["vllm", "flashinfer", "mla", "sglang"])
+@pytest.mark.parametrize("piece", [32, 1152, 4096, 36864, 65536])
+@pytest.mark.parametrize("per_block", [1, 4])
+def test_load_and_store_agree_with_the_cpu(
+    copier: CudaCopier, arena: Any, kind: str, piece: int, per_block: int
+) -> None:
+    writable, reader = arena
+    rng = np.random.default_rng(piece + per_block)
+    cpu_layout, cpu = tensors(kind, piece, np)
+    gpu_layout, gpu = tensors(kind, piece, cupy)
+    size = cpu_layout.block_bytes(per_block)
+    blocks = min(PAGES // per_block, 12)
+    slots = rng.permutation(len(writable) // size)[:blocks]
+    slots[0] = REGISTER_SLICE_BYTES // size  # across or next to the seam
+    slots = np.unique(slots)
+    offsets = slots.astype(np.int64) * size
+    for offset in offsets:
+        writable[offset : offset + size] = rng.integers(0, 256, size, dtype=np.uint8)
+    pages = rng.permutation(PAGES)[: len(slots) * per_block].astype(np.int32)
+    pages = pages.reshape(len(slots), per_block)
+    registration = Registration(reader)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    for first, end in ((1, 2), (0, LAYERS)):
+        on_gpu = Transfer(reader, offsets, gpu_layout, pages)
+        plan = copier.plan(on_gpu, stream)
+        copier.copy(on_gpu, plan, first, end, stream)
+        copy_on_cpu(Transfer(reader, offsets, cpu_layout, pages), first, end, store=False)
+        stream.synchronize()
+        for a, b in zip(cpu, gpu, strict=True):
+            assert (a == b.get()).all()
+    registration.close()
+
+    staging = np.full(size * len(slots), POISON, dtype=np.uint8)
+    registration = Registration(HostMemory.of(staging))
+    tight = np.arange(len(slots), dtype=np.int64) * size
+    back = Transfer(HostMemory.of(staging), tight, gpu_layout, pages)
+    copier.copy(back, copier.plan(back, stream), 0, LAYERS, stream, store=True)
+    stream.synchronize()
+    for at, offset in zip(tight, offsets, strict=True):
+        assert (staging[at : at + size] == writable[offset : offset + size]).all()
+    registration.close()
+
+
+def test_memory_that_cannot_be_registered_is_a_typed_error() -> None:
+    with pytest.raises(InvalidRequest):
+        Registration(HostMemory(address=4096, nbytes=4096))
