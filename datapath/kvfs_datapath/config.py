@@ -1,0 +1,37 @@
+"""Settings of a chunk server."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvfs_base.errors import InvalidRequest
+from kvfs_base.limits import TARGETS_PER_SERVER_MAX
+from kvfs_base.types import Address
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkServerConfig:
+    """``directories`` are absolute paths, one target each. ``durability`` is ``cache`` (what was
+    acknowledged may be lost with the power; it is recomputable) or ``strict`` (a chunk is on stable
+    storage before it is acknowledged). Raises InvalidRequest."""
+
+    server_id: str
+    directories: tuple[str, ...]
+    metadata: Address
+    unix: Address | None
+    tcp: Address | None
+    capacity_bytes: int = 0
+    """Of each target; 0 is what its file system holds."""
+    durability: str = "cache"
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.directories) <= TARGETS_PER_SERVER_MAX:
+            raise InvalidRequest(detail=f"{len(self.directories)} target directories")
+        if len(set(self.directories)) != len(self.directories):
+            raise InvalidRequest(detail="a target directory is named twice")
+        if self.durability not in ("cache", "strict"):
+            raise InvalidRequest(detail=f"durability {self.durability!r}: cache or strict")
+        if self.unix is None and self.tcp is None:
+            raise InvalidRequest(detail="a chunk server needs a Unix or a TCP address")
+        if self.capacity_bytes < 0:
+            raise InvalidRequest(detail="capacity below zero")

@@ -1,0 +1,167 @@
+"""The client's side of data connections: one conversation at a time each, pooled by address."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from kvfs_base import frames
+from kvfs_base.errors import ConnectionLost, ProtocolError
+from kvfs_base.frames import Kind
+from kvfs_base.limits import CALL_SECONDS, CLIENT_IDLE_CONNECTIONS, CONNECT_SECONDS
+from kvfs_base.rpc import Request
+from kvfs_base.seams import BlockingNetwork, Buffer, Connection
+from kvfs_base.types import Address
+from kvfs_datapath.wire import (
+    close_all,
+    decode_reply,
+    receive_body,
+    receive_header,
+    receive_header_and_descriptors,
+    send_message,
+)
+
+_Result = TypeVar("_Result")
+
+
+class DataConnection:
+    """Asks one question at a time. ``broken`` is set while an answer is outstanding: if the caller
+    gives up then, the next answer on this connection would not be its own."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._next_id = 1
+        self.broken = False
+
+    def call(
+        self,
+        request: Request,
+        payload: Sequence[Buffer] = (),
+        into: Callable[[Any], Sequence[memoryview]] | None = None,
+    ) -> Any:
+        """The reply. ``into`` names, from the reply, the memory for the payload that follows it.
+        Raises what the server raised, ConnectionLost, DeadlineExceeded, ProtocolError."""
+        self._ask(request, payload)
+        header = receive_header(self._connection)
+        reply = self._reply(header, request)
+        views = [] if into is None else into(reply)
+        if sum(len(v) for v in views) != header.payload_bytes:
+            raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")
+        if header.payload_bytes:
+            self._connection.receive_into(views)
+        self.broken = False
+        return reply
+
+    def call_for_descriptors(
+        self, request: Request, expected: Callable[[Any], int]
+    ) -> tuple[Any, list[int]]:
+        """The reply and the descriptors that came with it, ``expected`` of them; the caller closes
+        them."""
+        self._ask(request, ())
+        header, descriptors = receive_header_and_descriptors(self._connection)
+        try:
+            reply = self._reply(header, request)
+            if header.payload_bytes or len(descriptors) != expected(reply):
+                raise ProtocolError(detail=f"a reply with {len(descriptors)} descriptors")
+        except BaseException:
+            close_all(descriptors)
+            raise
+        self.broken = False
+        return reply, descriptors
+
+    def _ask(self, request: Request, payload: Sequence[Buffer]) -> None:
+        self.broken = True
+        self._next_id += 1
+        send_message(self._connection, Kind.REQUEST, self._next_id, request, payload)
+
+    def _reply(self, header: frames.FrameHeader, request: Request) -> Any:
+        body = receive_body(self._connection, header)
+        if header.request_id != self._next_id:
+            raise ProtocolError(detail="an answer to another request")
+        if header.kind is Kind.ERROR:
+            self.broken = bool(header.payload_bytes)
+        return decode_reply(header, body, request)
+
+    def shutdown(self) -> None:
+        self._connection.shutdown()
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+class ConnectionPool:
+    """Connections by address, dialled when needed and kept for a while. Thread-safe."""
+
+    def __init__(self, network: BlockingNetwork) -> None:
+        self._network = network
+        self._lock = threading.Lock()
+        self._idle: dict[Address, list[DataConnection]] = {}
+        self._busy: set[DataConnection] = set()
+        self._closed = False
+
+    def run(self, address: Address, action: Callable[[DataConnection], _Result]) -> _Result:
+        """Does ``action`` on a connection. If one that was kept turns out to be dead (the server
+        was restarted), does it once more on a fresh one: every request of the data path may be
+        repeated."""
+        connection = self._take(address)
+        if connection is not None:
+            try:
+                return self._use(address, connection, action)
+            except ConnectionLost:
+                self._drop_idle(address)
+        dialled = self._network.connect(address, CONNECT_SECONDS)
+        dialled.set_timeout(CALL_SECONDS)
+        return self._use(address, DataConnection(dialled), action)
+
+    def _take(self, address: Address) -> DataConnection | None:
+        with self._lock:
+            idle = self._idle.get(address)
+            return idle.pop() if idle else None
+
+    def _use(
+        self,
+        address: Address,
+        connection: DataConnection,
+        action: Callable[[DataConnection], _Result],
+    ) -> _Result:
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._busy.add(connection)
+        if closed:
+            connection.close()
+            raise ConnectionLost(address=str(address), detail="the client is closed")
+        try:
+            return action(connection)
+        finally:
+            with self._lock:
+                self._busy.discard(connection)
+                idle = self._idle.setdefault(address, [])
+                keep = (
+                    not connection.broken
+                    and not self._closed
+                    and len(idle) < CLIENT_IDLE_CONNECTIONS
+                )
+                if keep:
+                    idle.append(connection)
+            if not keep:
+                connection.close()
+
+    def _drop_idle(self, address: Address) -> None:
+        with self._lock:
+            dropped = self._idle.pop(address, [])
+        for connection in dropped:
+            connection.close()
+
+    def close(self) -> None:
+        """Breaks off what is under way."""
+        with self._lock:
+            self._closed = True
+            idle = [c for group in self._idle.values() for c in group]
+            self._idle.clear()
+            busy = list(self._busy)
+        for connection in idle:
+            connection.close()
+        for connection in busy:
+            connection.shutdown()

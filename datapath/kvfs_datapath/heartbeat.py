@@ -1,0 +1,173 @@
+"""A server's two housekeeping threads: heartbeats, and the removals that their replies ask for.
+
+Removing takes a millisecond a chunk (ext4 with discard), so it has its own thread: a server with
+much to remove must not look dead. The metadata service repeats an order until ``removed_seq``
+passes it, and removing twice does no harm, so nothing is remembered across a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from kvfs_base.cluster import Heartbeat, HeartbeatReply, Removal, TargetOrders, TargetReport
+from kvfs_base.errors import KvfsError
+from kvfs_base.limits import HEARTBEAT_SECONDS, TARGET_LEASE_SECONDS
+from kvfs_base.rpc import BlockingRpcClient
+from kvfs_base.seams import DiskUsage, Env
+from kvfs_base.types import Address
+from kvfs_datapath.config import ChunkServerConfig
+from kvfs_datapath.counters import Counters
+from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.targets import Targets
+
+log = logging.getLogger(__name__)
+
+
+class Housekeeping:
+    """Runs from ``start`` to ``stop``. A dead metadata service is waited for without limit."""
+
+    def __init__(
+        self, env: Env, config: ChunkServerConfig, targets: Targets, counters: Counters
+    ) -> None:
+        self._env = env
+        self._config = config
+        self._targets = targets
+        self._counters = counters
+        self._rpc = BlockingRpcClient(env.blocking_network, config.metadata)
+        self._unix: Address | None = None
+        self._tcp: Address | None = None
+        self._stopping = threading.Event()
+        self._work = threading.Condition()
+        self._orders: dict[str, tuple[Removal, ...]] = {}
+        self._removed: dict[str, int] = {}
+        self._usage: dict[str, DiskUsage] = {}
+        self._connected = True
+        self._threads = [
+            threading.Thread(target=self._beat, name="kvfs-heartbeat", daemon=True),
+            threading.Thread(target=self._remove, name="kvfs-remover", daemon=True),
+        ]
+
+    def start(self, unix: Address | None, tcp: Address | None) -> None:
+        """``unix`` and ``tcp`` are where clients find the server."""
+        self._unix, self._tcp = unix, tcp
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Returns once both threads have ended: at most one heartbeat's deadline."""
+        self._stopping.set()
+        with self._work:
+            self._work.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    # --- heartbeats
+
+    def _beat(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                try:
+                    reply = self._rpc.call(self._heartbeat(), TARGET_LEASE_SECONDS)
+                    self._obey(reply)
+                    self._note(connected=True)
+                except KvfsError as exc:
+                    self._note(connected=False, reason=str(exc))
+                self._targets.retry()
+                self._stopping.wait(HEARTBEAT_SECONDS)
+        except Exception:
+            log.exception("the heartbeat thread failed")
+        finally:
+            self._rpc.close()
+
+    def _note(self, *, connected: bool, reason: str = "") -> None:
+        if connected != self._connected:
+            self._connected = connected
+            log.info("metadata service %s %s", "is back" if connected else "is lost:", reason)
+        self._counters.add(**{"heartbeats" if connected else "heartbeats_failed": 1})
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            server_id=self._config.server_id,
+            host_id=self._env.host_id,
+            unix=self._unix,
+            tcp=self._tcp,
+            targets=tuple(self._report(store) for store in self._targets.stores),
+        )
+
+    def _report(self, store: ChunkStore) -> TargetReport:
+        try:
+            usage = self._usage[store.uuid] = store.usage()
+        except KvfsError:
+            usage = self._usage.get(store.uuid, DiskUsage(0, 0))
+        capacity = self._config.capacity_bytes or usage.capacity_bytes
+        with self._work:
+            removed = self._removed.get(store.uuid, 0)
+        return TargetReport(
+            uuid=store.uuid,
+            capacity_bytes=capacity,
+            free_bytes=min(capacity, usage.free_bytes),
+            healthy=store.healthy,
+            removed_seq=removed,
+        )
+
+    def _obey(self, reply: HeartbeatReply) -> None:
+        by_uuid = {store.uuid: store for store in self._targets.stores}
+        for orders in reply.targets:
+            store = by_uuid.get(orders.uuid)
+            if store is not None:
+                self._take_orders(store, orders)
+
+    def _take_orders(self, store: ChunkStore, orders: TargetOrders) -> None:
+        renumbered = store.target_id not in (0, orders.target_id)
+        with self._work:
+            if renumbered:
+                # Another metadata service, or one that lost its memory: it counts from the start.
+                self._removed.pop(store.uuid, None)
+            self._orders[store.uuid] = orders.removals
+            self._work.notify_all()
+        store.set_target_id(orders.target_id)
+
+    # --- removals
+
+    def _remove(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                with self._work:
+                    while not self._orders and not self._stopping.is_set():
+                        self._work.wait()
+                    orders, self._orders = self._orders, {}
+                for store in self._targets.stores:
+                    self._carry_out(store, orders.get(store.uuid, ()))
+        except Exception:
+            log.exception("the remover thread failed")
+
+    def _carry_out(self, store: ChunkStore, removals: tuple[Removal, ...]) -> None:
+        with self._work:
+            done = self._removed.get(store.uuid, 0)
+        due = [r for r in removals if r.seq > done]
+        removed = 0
+        try:
+            for removal in due:
+                if self._stopping.is_set():
+                    return
+                removed += store.remove_range(removal.inode, removal.first, removal.end)
+                if self._env_is_lazy():
+                    self._acknowledge(store, removal.seq)
+            store.sync_removals([r.inode for r in due])
+        except KvfsError as exc:
+            log.info("removals on target %d wait: %s", store.target_id, exc)
+            return
+        finally:
+            self._counters.add(chunks_removed=removed)
+        if due:
+            self._acknowledge(store, due[-1].seq)
+
+    def _env_is_lazy(self) -> bool:
+        """Without durability each removal counts at once; with it, all of them after the sync."""
+        return self._config.durability == "cache"
+
+    def _acknowledge(self, store: ChunkStore, seq: int) -> None:
+        with self._work:
+            self._removed[store.uuid] = seq

@@ -1,0 +1,207 @@
+"""Requests of a chunk server: the wire format, field by field.
+
+A data connection carries frames (``kvfs_base.frames``) whose payload, if any, follows the body: the
+bytes of the request's items end to end, in order, without padding. A connection has one request on
+its way at a time; clients open several. Every request names a target and a batch of items, and one
+item's failure is its own: it stands in ``errors`` and contributes no payload to the answer.
+
+Whoever may connect is trusted as far as the target goes (Unix sockets are 0600, TCP is loopback
+only until authentication exists): the requests are bounded so that no mistake exhausts the server.
+Names of files are made by the server from numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+
+from kvfs_base.errors import KvfsError, from_wire
+from kvfs_base.frames import ErrorBody
+from kvfs_base.limits import BLOCK_BYTES_MAX, ITEMS_PER_REQUEST_MAX, TRANSFER_BYTES
+from kvfs_base.rpc import Request
+from kvfs_base.types import U32, U64, ChunkId
+from kvfs_datapath.format import BlockKey, ChunkInfo
+
+ChunkBytes = Annotated[int, msgspec.Meta(ge=0, le=BLOCK_BYTES_MAX)]
+TransferBytes = Annotated[int, msgspec.Meta(ge=0, le=TRANSFER_BYTES)]
+_ITEMS = msgspec.Meta(min_length=1, max_length=ITEMS_PER_REQUEST_MAX)
+
+
+class ChunkRef(msgspec.Struct, array_like=True, frozen=True):
+    inode: U64
+    number: U32
+
+    @property
+    def chunk(self) -> ChunkId:
+        return ChunkId(self.inode, self.number)
+
+
+class SizedChunk(ChunkRef, frozen=True):
+    """``size`` is what the caller has room for: a chunk of another length is ChunkMismatch."""
+
+    size: ChunkBytes
+
+
+class NewChunk(ChunkRef, frozen=True):
+    """A chunk that is written whole."""
+
+    size: ChunkBytes
+    crc32c: U32
+    key: BlockKey
+
+
+class Piece(ChunkRef, frozen=True):
+    """``length`` bytes of a chunk from ``offset``."""
+
+    offset: ChunkBytes
+    length: TransferBytes
+
+
+class StagedItem(msgspec.Struct, array_like=True, frozen=True):
+    """``token`` is from the Staged answer to an earlier request of this connection."""
+
+    token: U64
+    chunk: NewChunk
+
+
+ChunkRefs = Annotated[tuple[ChunkRef, ...], _ITEMS]
+
+
+class Outcomes(msgspec.Struct, array_like=True, frozen=True):
+    """One info an item in order, None where ``errors`` (by item index) says why not. An item
+    without info and without error is done and has nothing to say."""
+
+    infos: tuple[ChunkInfo | None, ...]
+    errors: dict[int, ErrorBody]
+
+    def error(self, index: int) -> KvfsError | None:
+        body = self.errors.get(index)
+        return None if body is None else from_wire(body.code, body.data)
+
+
+class ChunkRequest(Request):
+    """Base of all: raises NoTarget unless this server has ``target_id``, TargetFailed once its disk
+    has failed."""
+
+    Reply: ClassVar[Any] = Outcomes
+    target_id: U32
+
+
+# --- whole chunks
+
+
+class ReadChunks(ChunkRequest, tag="read"):
+    """Payload of the answer: the sealed chunks that have no error. Any connection."""
+
+    chunks: Annotated[tuple[SizedChunk, ...], _ITEMS]
+
+
+class OpenChunks(ChunkRequest, tag="open"):
+    """Passes a read-only descriptor for each chunk without error, in order (Unix connections).
+    ``direct``: O_DIRECT where the file system has it. ``verify``: checks sealed chunks, once since
+    the server started, for callers that cannot (a checksum covers the whole chunk). ``seal``: seals
+    chunks first that are open and have no writer."""
+
+    chunks: ChunkRefs
+    direct: bool = False
+    verify: bool = False
+    seal: bool = False
+
+
+class WriteChunks(ChunkRequest, tag="write"):
+    """Payload: the chunks. Each is checked against its checksum and published on its own."""
+
+    chunks: Annotated[tuple[NewChunk, ...], _ITEMS]
+
+
+class Staged(msgspec.Struct, array_like=True, frozen=True):
+    tokens: tuple[U64, ...]
+
+
+class StageChunks(ChunkRequest, tag="stage"):
+    """Passes ``count`` descriptors of empty staging files, O_DIRECT where there is such a thing,
+    for the caller to fill (Unix connections). They go with the connection, if not published."""
+
+    Reply: ClassVar[Any] = Staged
+    count: Annotated[int, msgspec.Meta(ge=1, le=ITEMS_PER_REQUEST_MAX)]
+
+
+class PublishChunks(ChunkRequest, tag="publish"):
+    """Publishes staged files and drops those in ``discard``. What the caller wrote is what it says
+    it is: every reader checks."""
+
+    chunks: Annotated[tuple[StagedItem, ...], msgspec.Meta(max_length=ITEMS_PER_REQUEST_MAX)]
+    discard: Annotated[tuple[U64, ...], msgspec.Meta(max_length=ITEMS_PER_REQUEST_MAX)] = ()
+
+
+# --- chunks of ordinary files
+
+
+class OpenForWrite(ChunkRequest, tag="open_for_write"):
+    """Passes a read-write descriptor for each chunk, which is made if missing and marked open
+    (Unix connections). The caller closes it before it asks to seal."""
+
+    chunks: ChunkRefs
+
+
+class ReadPieces(ChunkRequest, tag="read_pieces"):
+    """Payload of the answer: the pieces without error. A piece is shorter where the chunk ends;
+    ``infos[i].length`` says how long the chunk is. Any connection."""
+
+    pieces: Annotated[tuple[Piece, ...], _ITEMS]
+
+
+class WritePieces(ChunkRequest, tag="write_pieces"):
+    """Payload: the pieces. Chunks are made if missing and marked open. The connection counts as
+    their writer until they are sealed."""
+
+    pieces: Annotated[tuple[Piece, ...], _ITEMS]
+
+
+class SealChunks(ChunkRequest, tag="seal"):
+    """The caller has finished writing. ``infos`` tell which chunks have another writer and stay
+    open. A missing chunk is ChunkNotFound."""
+
+    chunks: ChunkRefs
+
+
+class TruncateChunks(ChunkRequest, tag="truncate"):
+    """Cuts each chunk to ``size`` bytes; missing and shorter ones stay as they are."""
+
+    chunks: Annotated[tuple[SizedChunk, ...], _ITEMS]
+
+
+class SyncChunks(ChunkRequest, tag="sync"):
+    """Answered once everything written to the chunks is on stable storage."""
+
+    chunks: ChunkRefs
+
+
+class RemoveRange(ChunkRequest, tag="remove"):
+    """Removes the chunks ``first <= number < end`` of an inode that this target has."""
+
+    inode: U64
+    first: U32
+    end: U32
+
+
+class StatChunks(ChunkRequest, tag="stat"):
+    chunks: ChunkRefs
+
+
+DataRequest = (
+    ReadChunks
+    | OpenChunks
+    | WriteChunks
+    | StageChunks
+    | PublishChunks
+    | OpenForWrite
+    | ReadPieces
+    | WritePieces
+    | SealChunks
+    | TruncateChunks
+    | SyncChunks
+    | RemoveRange
+    | StatChunks
+)

@@ -1,0 +1,415 @@
+"""One data connection of a chunk server: takes a request, does it, answers, and again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from kvfs_base import frames
+from kvfs_base.errors import (
+    ChunkCorrupt,
+    ChunkMismatch,
+    ConnectionLost,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    KvfsError,
+    ProtocolError,
+    TargetFailed,
+    VersionMismatch,
+)
+from kvfs_base.frames import ErrorBody, Kind
+from kvfs_base.limits import KIB, STALL_SECONDS, UNSEALED_CHUNKS_MAX
+from kvfs_base.seams import Connection, DiskFile
+from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
+from kvfs_datapath.buffers import BufferPool, round_up
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.counters import Counters
+from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_datapath.store import ChunkStore, StagedChunk
+from kvfs_datapath.targets import Targets
+from kvfs_datapath.wire import receive_body, receive_header, send_message
+
+log = logging.getLogger(__name__)
+
+_requests = msgspec.msgpack.Decoder(m.DataRequest)
+_Item = TypeVar("_Item")
+DRAIN_BYTES = 64 * KIB
+
+
+@dataclasses.dataclass(slots=True)
+class _Answer:
+    message: Any
+    store: ChunkStore
+    files: list[DiskFile] = dataclasses.field(default_factory=list)
+    """Closed once the answer is sent."""
+    passed: list[int] = dataclasses.field(default_factory=list)
+    """Descriptors that the peer gets."""
+    pieces: list[tuple[DiskFile, int, int]] = dataclasses.field(default_factory=list)
+    """Payload: (file, offset, length)."""
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+class DataSession:
+    """Everything a connection holds (staged files, chunks it wrote to) goes with it."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        targets: Targets,
+        buffers: BufferPool,
+        counters: Counters,
+    ) -> None:
+        self._connection = connection
+        self._targets = targets
+        self._buffers = buffers
+        self._counters = counters
+        self._unread = 0
+        self._staged: dict[int, tuple[ChunkStore, StagedChunk]] = {}
+        self._next_token = 1
+        self._unsealed: dict[tuple[ChunkStore, ChunkId], None] = {}
+        self._handlers: dict[type[Any], Callable[[ChunkStore, Any], _Answer]] = {
+            m.ReadChunks: self._read_chunks,
+            m.OpenChunks: self._open_chunks,
+            m.WriteChunks: self._write_chunks,
+            m.StageChunks: self._stage_chunks,
+            m.PublishChunks: self._publish_chunks,
+            m.OpenForWrite: self._open_for_write,
+            m.ReadPieces: self._read_pieces,
+            m.WritePieces: self._write_pieces,
+            m.SealChunks: self._seal_chunks,
+            m.TruncateChunks: self._truncate_chunks,
+            m.SyncChunks: self._sync_chunks,
+            m.RemoveRange: self._remove_range,
+            m.StatChunks: self._stat_chunks,
+        }
+
+    def run(self) -> None:
+        """Until the peer goes away or breaks the protocol. Closes the connection."""
+        try:
+            while True:
+                self._serve_one()
+        except (ConnectionLost, DeadlineExceeded) as exc:
+            log.debug("connection ended: %s", exc)
+        except (ProtocolError, VersionMismatch) as exc:
+            log.info("closing connection: %s", exc)
+        finally:
+            self._connection.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for store, staged in self._staged.values():
+            store.discard(staged)
+        for store, chunk in self._unsealed:
+            self._targets.settle(store, chunk)
+
+    # --- the conversation
+
+    def _serve_one(self) -> None:
+        connection = self._connection
+        connection.set_timeout(None)  # an idle connection may stay
+        header = receive_header(connection)
+        connection.set_timeout(STALL_SECONDS)
+        self._unread = header.payload_bytes
+        body = receive_body(connection, header)
+        self._counters.add(requests=1)
+        try:
+            answer = self._handle(body)
+        except (ConnectionLost, DeadlineExceeded):
+            raise
+        except KvfsError as exc:
+            self._refuse(header.request_id, exc)
+            return
+        except Exception as exc:
+            log.exception("a request failed")
+            self._refuse(header.request_id, InternalError(detail=type(exc).__name__))
+            return
+        try:
+            self._send(header.request_id, answer)
+        finally:
+            answer.close()
+
+    def _handle(self, body: bytes) -> _Answer:
+        try:
+            request = _requests.decode(body)
+        except msgspec.MsgspecError as exc:
+            raise ProtocolError(detail=str(exc)) from exc
+        store = self._targets.find(request.target_id)
+        answer = self._handlers[type(request)](store, request)
+        if self._unread:
+            answer.close()
+            raise InvalidRequest(detail=f"{self._unread} bytes of payload too many")
+        return answer
+
+    def _send(self, request_id: int, answer: _Answer) -> None:
+        total = sum(length for _, _, length in answer.pieces)
+        send_message(
+            self._connection,
+            Kind.REPLY,
+            request_id,
+            answer.message,
+            payload_bytes=total,
+            descriptors=answer.passed,
+        )
+        try:
+            for file, offset, length in answer.pieces:
+                self._connection.send_file(file.fileno(), offset, length)
+        except TargetFailed as exc:
+            # The answer is under way: only breaking off can still say that it went wrong.
+            answer.store.fail(exc)
+            raise ConnectionLost(detail="the disk failed during a transfer") from exc
+        self._counters.add(read_bytes=total, descriptors_passed=len(answer.passed))
+
+    def _refuse(self, request_id: int, error: KvfsError) -> None:
+        """Reads what is left of the payload, so that the peer, who is sending, gets to read."""
+        scratch = memoryview(bytearray(min(DRAIN_BYTES, self._unread)))
+        while self._unread:
+            self._receive(scratch[: min(len(scratch), self._unread)])
+        self._connection.send([frames.encode_error(request_id, error)])
+
+    def _receive(self, view: memoryview) -> None:
+        """The next payload bytes. Raises InvalidRequest if none were announced."""
+        if len(view) > self._unread:
+            raise InvalidRequest(detail="payload shorter than the items say")
+        self._connection.receive_into([view])
+        self._unread -= len(view)
+
+    def _each(self, items: Sequence[_Item], act: Callable[[_Item], ChunkInfo | None]) -> m.Outcomes:
+        """One item's failure is its own."""
+        infos: list[ChunkInfo | None] = []
+        errors: dict[int, ErrorBody] = {}
+        for index, item in enumerate(items):
+            try:
+                infos.append(act(item))
+            except (ConnectionLost, DeadlineExceeded):
+                raise
+            except KvfsError as exc:
+                if isinstance(exc, ChunkCorrupt | ChunkMismatch):
+                    self._counters.add(bad_chunks=1)
+                infos.append(None)
+                errors[index] = ErrorBody(exc.wire_code, exc.wire_data())
+        return m.Outcomes(tuple(infos), errors)
+
+    def _require_descriptors(self) -> None:
+        if not self._connection.can_pass_descriptors:
+            raise InvalidRequest(detail="descriptors pass over Unix sockets only")
+
+    # --- whole chunks
+
+    def _read_chunks(self, store: ChunkStore, request: m.ReadChunks) -> _Answer:
+        answer = _Answer(None, store)
+
+        def read(item: m.SizedChunk) -> ChunkInfo:
+            file, info = store.open(item.chunk)
+            answer.files.append(file)
+            if not info.is_sealed:
+                raise ChunkMismatch(*item.chunk, detail="the chunk is open for writing")
+            if info.length != item.size:
+                detail = f"{info.length} bytes, {item.size} expected"
+                raise ChunkMismatch(*item.chunk, detail=detail)
+            # The whole batch is on its way from the disk before the first byte is sent.
+            os.posix_fadvise(file.fileno(), 0, info.length, os.POSIX_FADV_WILLNEED)
+            answer.pieces.append((file, 0, info.length))
+            return info
+
+        with _closing_on_error(answer):
+            answer.message = self._each(request.chunks, read)
+        self._counters.add(chunks_read=len(answer.pieces))
+        return answer
+
+    def _open_chunks(self, store: ChunkStore, request: m.OpenChunks) -> _Answer:
+        self._require_descriptors()
+        answer = _Answer(None, store)
+
+        def open_one(item: m.ChunkRef) -> ChunkInfo:
+            if request.verify:
+                self._verify(store, item.chunk, request.seal)
+            file, info = store.open(item.chunk, direct=request.direct)
+            answer.files.append(file)
+            return info
+
+        with _closing_on_error(answer):
+            answer.message = self._each(request.chunks, open_one)
+            answer.passed = [file.fileno() for file in answer.files]
+        return answer
+
+    def _verify(self, store: ChunkStore, chunk: ChunkId, seal: bool) -> None:
+        if seal:
+            store.seal(chunk)
+        file, info = store.open(chunk)
+        try:
+            store.verify(file, info)
+        finally:
+            file.close()
+
+    def _write_chunks(self, store: ChunkStore, request: m.WriteChunks) -> _Answer:
+        with self._buffers.lend(STALL_SECONDS) as buffer:
+            outcomes = self._each(request.chunks, lambda c: self._write_chunk(store, c, buffer))
+        return _Answer(outcomes, store)
+
+    def _write_chunk(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> None:
+        try:
+            staged = store.stage()
+        except KvfsError:
+            self._receive_chunk(store, new, None, buffer)
+            raise
+        try:
+            self._receive_chunk(store, new, staged, buffer)
+        except BaseException:
+            store.discard(staged)
+            raise
+        store.publish(staged, _info_of(new))
+        self._counters.add(chunks_written=1, written_bytes=new.size)
+
+    def _receive_chunk(
+        self, store: ChunkStore, new: m.NewChunk, staged: StagedChunk | None, buffer: memoryview
+    ) -> None:
+        """Receives a chunk to its end even if it cannot be kept: the next one's bytes follow.
+        Raises what went wrong."""
+        error: KvfsError | None = None
+        checksum = 0
+        for offset in range(0, new.size, len(buffer)):
+            piece = buffer[: min(len(buffer), new.size - offset)]
+            self._receive(piece)
+            if staged is None or error is not None:
+                continue
+            checksum = crc32c(piece, checksum)
+            try:
+                # Whole pages, for O_DIRECT; publishing cuts the file to its length.
+                store.fill(staged, buffer[: round_up(len(piece))], offset)
+            except KvfsError as exc:
+                error = exc
+        if error is not None:
+            raise error
+        if staged is not None and checksum != new.crc32c:
+            raise ChunkCorrupt(*new.chunk, expected_crc32c=new.crc32c, found_crc32c=checksum)
+
+    def _stage_chunks(self, store: ChunkStore, request: m.StageChunks) -> _Answer:
+        self._require_descriptors()
+        staged: list[StagedChunk] = []
+        try:
+            staged.extend(store.stage() for _ in range(request.count))
+        except BaseException:
+            for one in staged:
+                store.discard(one)
+            raise
+        tokens = tuple(range(self._next_token, self._next_token + request.count))
+        self._next_token += request.count
+        self._staged.update(zip(tokens, ((store, one) for one in staged), strict=True))
+        return _Answer(m.Staged(tokens), store, passed=[one.file.fileno() for one in staged])
+
+    def _publish_chunks(self, store: ChunkStore, request: m.PublishChunks) -> _Answer:
+        def publish(item: m.StagedItem) -> None:
+            found = self._staged.pop(item.token, None)
+            if found is None or found[0] is not store:
+                raise InvalidRequest(detail=f"nothing is staged as {item.token}")
+            store.publish(found[1], _info_of(item.chunk))
+            self._counters.add(chunks_written=1, written_bytes=item.chunk.size)
+
+        for token in request.discard:
+            dropped = self._staged.pop(token, None)
+            if dropped is not None:
+                dropped[0].discard(dropped[1])
+        return _Answer(self._each(request.chunks, publish), store)
+
+    # --- chunks of ordinary files
+
+    def _writes_to(self, store: ChunkStore, chunk: ChunkId) -> None:
+        self._unsealed[store, chunk] = None
+        while len(self._unsealed) > UNSEALED_CHUNKS_MAX:
+            oldest = next(iter(self._unsealed))
+            del self._unsealed[oldest]
+            self._targets.settle(*oldest)
+
+    def _open_for_write(self, store: ChunkStore, request: m.OpenForWrite) -> _Answer:
+        self._require_descriptors()
+        answer = _Answer(None, store)
+
+        def open_one(item: m.ChunkRef) -> ChunkInfo:
+            self._writes_to(store, item.chunk)
+            file, info = store.open_for_write(item.chunk)
+            answer.files.append(file)
+            return info
+
+        with _closing_on_error(answer):
+            answer.message = self._each(request.chunks, open_one)
+            answer.passed = [file.fileno() for file in answer.files]
+        return answer
+
+    def _read_pieces(self, store: ChunkStore, request: m.ReadPieces) -> _Answer:
+        answer = _Answer(None, store)
+
+        def read(item: m.Piece) -> ChunkInfo:
+            file, info = store.open(item.chunk)
+            answer.files.append(file)
+            store.verify(file, info)
+            length = max(0, min(item.length, info.length - item.offset))
+            answer.pieces.append((file, item.offset, length))
+            return info
+
+        with _closing_on_error(answer):
+            answer.message = self._each(request.pieces, read)
+        return answer
+
+    def _write_pieces(self, store: ChunkStore, request: m.WritePieces) -> _Answer:
+        def write(item: m.Piece) -> None:
+            self._receive(buffer[: item.length])
+            self._writes_to(store, item.chunk)
+            store.patch(item.chunk, item.offset, [buffer[: item.length]])
+            self._counters.add(written_bytes=item.length)
+
+        with self._buffers.lend(STALL_SECONDS) as buffer:
+            return _Answer(self._each(request.pieces, write), store)
+
+    def _seal_chunks(self, store: ChunkStore, request: m.SealChunks) -> _Answer:
+        def seal(item: m.ChunkRef) -> ChunkInfo:
+            info = store.seal(item.chunk)
+            if info.is_sealed:
+                self._unsealed.pop((store, item.chunk), None)
+            return info
+
+        return _Answer(self._each(request.chunks, seal), store)
+
+    def _truncate_chunks(self, store: ChunkStore, request: m.TruncateChunks) -> _Answer:
+        def truncate(item: m.SizedChunk) -> None:
+            self._writes_to(store, item.chunk)
+            store.truncate(item.chunk, item.size)
+
+        return _Answer(self._each(request.chunks, truncate), store)
+
+    def _sync_chunks(self, store: ChunkStore, request: m.SyncChunks) -> _Answer:
+        return _Answer(self._each(request.chunks, lambda item: store.sync(item.chunk)), store)
+
+    def _remove_range(self, store: ChunkStore, request: m.RemoveRange) -> _Answer:
+        removed = store.remove_range(request.inode, request.first, request.end)
+        self._counters.add(chunks_removed=removed)
+        return _Answer(m.Outcomes((), {}), store)
+
+    def _stat_chunks(self, store: ChunkStore, request: m.StatChunks) -> _Answer:
+        return _Answer(self._each(request.chunks, lambda item: store.stat(item.chunk)), store)
+
+
+def _info_of(new: m.NewChunk) -> ChunkInfo:
+    return ChunkInfo(
+        new.inode, new.number, ChunkState.SEALED, length=new.size, crc32c=new.crc32c, key=new.key
+    )
+
+
+@contextlib.contextmanager
+def _closing_on_error(answer: _Answer) -> Iterator[None]:
+    """Files that will not be sent after all."""
+    try:
+        yield
+    except BaseException:
+        answer.close()
+        raise

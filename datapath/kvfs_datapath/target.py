@@ -1,0 +1,81 @@
+"""Whose directory it is: ``target.json`` and the lock against a second server."""
+
+from __future__ import annotations
+
+import uuid as uuids
+from typing import Annotated
+
+import msgspec
+
+from kvfs_base.errors import Conflict, TargetFailed, VersionMismatch
+from kvfs_base.seams import Disk, DiskFile
+from kvfs_base.types import U32
+
+FORMAT = 1
+IDENTITY = "target.json"
+LOCK = "lock"
+IDENTITY_BYTES_MAX = 4096
+
+
+class TargetIdentity(msgspec.Struct, frozen=True, kw_only=True):
+    """Contents of ``target.json``. ``uuid`` is made once and stays with the disk; ``target_id`` is
+    the number that the metadata service last gave it, 0 before that."""
+
+    format: int
+    uuid: Annotated[str, msgspec.Meta(max_length=64)]
+    target_id: U32 = 0
+
+
+class _Format(msgspec.Struct):
+    """The one field that every version has."""
+
+    format: int
+
+
+def lock_target(disk: Disk) -> DiskFile:
+    """The locked file: closing it, or dying, gives the target back. Raises Conflict."""
+    disk.make_directory("")
+    file = disk.open(LOCK, write=True, create=True)
+    try:
+        if not file.lock():
+            raise Conflict(detail="the target directory is in use by another chunk server")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def load_identity(disk: Disk, uuid: str) -> TargetIdentity:
+    """What the directory says it is; an empty one becomes ``uuid``. Raises VersionMismatch,
+    TargetFailed if the file is damaged."""
+    if not disk.exists(IDENTITY):
+        identity = TargetIdentity(format=FORMAT, uuid=str(uuids.UUID(uuid)))
+        save_identity(disk, identity)
+        return identity
+    file = disk.open(IDENTITY)
+    try:
+        view = memoryview(bytearray(IDENTITY_BYTES_MAX))
+        data = bytes(view[: file.preadv([view], 0)])
+    finally:
+        file.close()
+    try:
+        found = msgspec.json.decode(data, type=_Format).format
+        if found != FORMAT:
+            raise VersionMismatch(detail="target directory", found=str(found), expected=str(FORMAT))
+        return msgspec.json.decode(data, type=TargetIdentity)
+    except msgspec.MsgspecError as exc:
+        raise TargetFailed(detail=f"{IDENTITY}: {exc}") from exc
+
+
+def save_identity(disk: Disk, identity: TargetIdentity) -> None:
+    """Whole or not at all."""
+    draft = f"{IDENTITY}.new"
+    file = disk.open(draft, write=True, create=True)
+    try:
+        file.truncate(0)
+        file.pwritev([msgspec.json.encode(identity) + b"\n"], 0)
+        file.sync()
+    finally:
+        file.close()
+    disk.rename(draft, IDENTITY)
+    disk.sync_directory("")

@@ -1,0 +1,190 @@
+"""A metadata service of heartbeats only, for tests of chunk servers and clients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import msgspec
+
+from kvfs_base import frames
+from kvfs_base.cluster import (
+    Chain,
+    ClusterMap,
+    GetClusterMap,
+    Heartbeat,
+    HeartbeatReply,
+    Removal,
+    Target,
+    TargetOrders,
+    TargetReport,
+    TargetState,
+)
+from kvfs_base.errors import ConnectionLost, KvfsError
+from kvfs_base.frames import Kind
+from kvfs_base.rpc import receive_frame
+from kvfs_base.seams import Connection, Env, Listener
+from kvfs_base.types import Address
+
+WAIT_SECONDS = 20.0
+
+
+class FakeMetadata:
+    """Answers heartbeats, numbers targets from 1 and gives each a chain of its own (of the same
+    number), and is the ClusterSource of clients in the same process."""
+
+    def __init__(self, env: Env, address: Address) -> None:
+        self._env = env
+        self._condition = threading.Condition()
+        self._beats: dict[str, tuple[Heartbeat, TargetReport]] = {}
+        self._numbers: dict[str, int] = {}
+        self._removals: dict[str, list[Removal]] = {}
+        self._offline: set[int] = set()
+        self._version = 1
+        self._map = ClusterMap(1, (), ())
+        self.refreshes = 0
+        self.address = address
+        self._listener: Listener | None = None
+        self._connections: list[Connection] = []
+        self._threads: list[threading.Thread] = []
+
+    # --- life
+
+    def start(self) -> None:
+        """May be called again after ``stop``: what is known stays."""
+        self._listener = self._env.blocking_network.listen(self.address)
+        self.address = self._listener.address
+        self._spawn(self._accept, self._listener)
+
+    def stop(self) -> None:
+        assert self._listener is not None
+        self._listener.close()
+        with self._condition:
+            connections, self._connections = self._connections, []
+            threads, self._threads = self._threads, []
+        for connection in connections:
+            connection.shutdown()
+        for thread in threads:
+            thread.join()
+
+    def _spawn(self, target: object, argument: object) -> None:
+        thread = threading.Thread(target=target, args=(argument,), daemon=True)  # type: ignore[arg-type]
+        with self._condition:
+            self._threads.append(thread)
+        thread.start()
+
+    def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                connection = listener.accept()
+            except ConnectionLost:
+                return
+            with self._condition:
+                self._connections.append(connection)
+            self._spawn(self._serve, connection)
+
+    def _serve(self, connection: Connection) -> None:
+        decoder = msgspec.msgpack.Decoder(Heartbeat | GetClusterMap)
+        try:
+            while True:
+                frame = receive_frame(connection)
+                request = decoder.decode(frame.body)
+                reply = self._beat(request) if isinstance(request, Heartbeat) else self.current()
+                connection.send([frames.encode(Kind.REPLY, frame.request_id, reply)])
+        except KvfsError:
+            connection.close()
+
+    def _beat(self, beat: Heartbeat) -> HeartbeatReply:
+        with self._condition:
+            orders = []
+            for report in beat.targets:
+                number = self._numbers.setdefault(report.uuid, len(self._numbers) + 1)
+                self._beats[report.uuid] = (beat, report)
+                queue = self._removals.setdefault(report.uuid, [])
+                queue[:] = [r for r in queue if r.seq > report.removed_seq]
+                orders.append(TargetOrders(report.uuid, number, tuple(queue)))
+            self._rebuild()
+            self._condition.notify_all()
+            return HeartbeatReply(self._version, tuple(orders))
+
+    def _rebuild(self) -> None:
+        targets = []
+        for uuid, number in self._numbers.items():
+            beat, report = self._beats[uuid]
+            gone = number in self._offline or not report.healthy
+            targets.append(
+                Target(
+                    target_id=number,
+                    server_id=beat.server_id,
+                    host_id=beat.host_id,
+                    unix=beat.unix,
+                    tcp=beat.tcp,
+                    state=TargetState.OFFLINE if gone else TargetState.SERVING,
+                    capacity_bytes=report.capacity_bytes,
+                    free_bytes=0,
+                )
+            )
+        if tuple(targets) != self._map.targets:
+            self._version += 1
+            chains = tuple(Chain(t.target_id, 1, (t.target_id,)) for t in targets)
+            self._map = ClusterMap(self._version, tuple(targets), chains)
+
+    # --- what clients ask
+
+    def current(self) -> ClusterMap:
+        with self._condition:
+            return self._map
+
+    def refresh(self) -> ClusterMap:
+        with self._condition:
+            self.refreshes += 1
+            return self._map
+
+    # --- what tests ask
+
+    def take_offline(self, *numbers: int) -> None:
+        """These targets are offline from now on, the others are not."""
+        with self._condition:
+            self._offline = set(numbers)
+            self._rebuild()
+
+    def wait_for_targets(self, count: int) -> None:
+        self._wait(lambda: len(self._map.targets) >= count)
+
+    def wait_for_beats(self, count: int) -> None:
+        """Until every target has sent ``count`` more heartbeats."""
+        for uuid in list(self._beats):
+            for _ in range(count):
+                before = self._beats[uuid][0]
+                self._wait(lambda u=uuid, b=before: self._beats[u][0] is not b)
+
+    def report(self, number: int) -> TargetReport:
+        """The last one of a target."""
+        with self._condition:
+            return next(self._beats[u][1] for u, n in self._numbers.items() if n == number)
+
+    def order_removals(self, number: int, ranges: Sequence[tuple[int, int, int]]) -> int:
+        """Queues (inode, first, end); answers the last sequence number."""
+        with self._condition:
+            uuid = next(u for u, n in self._numbers.items() if n == number)
+            queue = self._removals[uuid]
+            seq = max([self._beats[uuid][1].removed_seq, *(r.seq for r in queue)])
+            for inode, first, end in ranges:
+                seq += 1
+                queue.append(Removal(seq, inode, first, end))
+            return seq
+
+    def wait_for_removals(self, number: int, seq: int) -> None:
+        """Until the target has reported ``seq`` as done."""
+        uuid = next(u for u, n in self._numbers.items() if n == number)
+        self._wait(lambda: self._beats[uuid][1].removed_seq >= seq)
+
+    def wait_until_unhealthy(self, number: int) -> None:
+        uuid = next(u for u, n in self._numbers.items() if n == number)
+        self._wait(lambda: not self._beats[uuid][1].healthy)
+
+    def _wait(self, condition: object) -> None:
+        assert callable(condition)
+        with self._condition:
+            if not self._condition.wait_for(condition, WAIT_SECONDS):
+                raise AssertionError("waited in vain for a heartbeat")
