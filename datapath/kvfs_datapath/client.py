@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -30,6 +31,7 @@ from kvfs_base.limits import (
     CLIENT_SPLIT_BYTES,
     CLIENT_THREADS,
     CLIENT_THREADS_PER_TARGET,
+    FILE_DESCRIPTORS_MAX,
     ITEMS_PER_REQUEST_MAX,
     TRANSFER_BYTES,
 )
@@ -38,6 +40,7 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.connections import ConnectionPool
 from kvfs_datapath.counters import Counters
+from kvfs_datapath.descriptors import DescriptorCache
 from kvfs_datapath.routes import ClusterSource, Route, Router
 from kvfs_datapath.transfers import (
     ChunkRead,
@@ -73,6 +76,8 @@ class ChunkClient:
             raise InvalidRequest(detail=f"prefer={prefer!r}: auto, local or tcp")
         self.router = Router(cluster, env.host_id, prefer)
         self.pool = ConnectionPool(env.blocking_network)
+        open_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.descriptors = DescriptorCache(min(FILE_DESCRIPTORS_MAX, open_max // 4))
         self._threads = ThreadPoolExecutor(CLIENT_THREADS, "kvfs-chunks")
         self._counters = Counters(
             "bad_chunks",
@@ -134,6 +139,7 @@ class ChunkClient:
         """Breaks off what is under way in other threads; their items fail with ConnectionLost."""
         self.pool.close()
         self._threads.shutdown(wait=True)
+        self.descriptors.clear()
 
     # --- batches
 

@@ -248,3 +248,12 @@ LOAD_WAIT_SECONDS = 30.0
 
 TARGET_UUID_CHARS_MAX = 128
 """It is part of a key of the metadata store; LMDB's keys end at 511 bytes."""
+
+FILE_RETRY_SECONDS = 5.0
+FILE_RETRY_PAUSE_SECONDS = 0.1
+"""Reads and writes of ordinary files wait this long for a chunk server that is being restarted
+(a supervisor needs about one second) before a program sees EIO. Blocks do not: they miss."""
+
+SEAL_CHUNKS_PER_REQUEST = 32
+"""512 MiB to checksum: 0.1 s from the page cache, a few seconds from a slow disk, well within
+CALL_SECONDS."""
