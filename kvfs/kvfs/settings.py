@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import re
 import textwrap
 import tomllib
@@ -81,7 +82,7 @@ class Setting:
 
 
 def settings_of(cls: type, section: str) -> list[Setting]:
-    """The settings of a dataclass, in order."""
+    """The settings of a dataclass, in order. What may be None and has no default is None."""
     hints = typing.get_type_hints(cls)
     descriptions = _field_docstrings(cls)
     return [
@@ -90,7 +91,7 @@ def settings_of(cls: type, section: str) -> list[Setting]:
             name=field.name,
             hint=hints[field.name],
             required=field.default is dataclasses.MISSING
-            and field.default_factory is dataclasses.MISSING,
+            and type(None) not in typing.get_args(hints[field.name]),
             default=None if field.default is dataclasses.MISSING else field.default,
             description=descriptions.get(field.name, ""),
         )
@@ -139,6 +140,7 @@ def load(
                 detail=f"{section}.{setting.name} is not set: give {setting.flag} or "
                 f"{setting.variable}, or put it under [{section}] in kvfs.toml"
             )
+        values.setdefault(setting.name, setting.default)
     return cls(**values)
 
 
@@ -215,7 +217,7 @@ def _field_docstrings(cls: type) -> dict[str, str]:
         return {}
     body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
     found: dict[str, str] = {}
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(field.target, ast.Name)

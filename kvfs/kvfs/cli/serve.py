@@ -1,0 +1,104 @@
+"""kvfs serve metadata|chunks|agent, kvfs mount: one role as one process."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kvfs.agent.config import AgentConfig
+from kvfs.cli import logs
+from kvfs.cli.options import config_option, load_settings, setting_options
+from kvfs.cli.process import run_threaded, run_trio, tie_to_supervisor
+from kvfs.cli.targets import metadata_address
+from kvfs.mount.config import MountConfig
+from kvfs.supervisor.home import Home
+from kvfs_base.os_env import os_env
+from kvfs_base.types import Address
+from kvfs_datapath.config import ChunkServerConfig
+from kvfs_metadata.config import MetadataConfig
+
+
+@click.group()
+def serve() -> None:
+    """Start one role in the foreground.
+
+    Prints one JSON line with its addresses once it serves; SIGTERM and Ctrl-C stop it. Every option
+    can also be set in the file given by --config and in the environment
+    (KVFS_METADATA_DIRECTORY, KVFS_CHUNKS_SERVER_ID, ...); see docs/configuration.md.
+    """
+
+
+@serve.command()
+@config_option
+@setting_options(MetadataConfig, "metadata")
+def metadata(config_path: Path | None, **flags: Any) -> None:
+    """Serve the namespace: names, attributes, blocks, eviction, the cluster map."""
+    tie_to_supervisor()
+    logs.set_up()
+    config = load_settings(MetadataConfig, "metadata", flags, config_path)
+    _require_loopback(config.tcp)
+    from kvfs_metadata.service import serve_metadata
+
+    run_trio("metadata", functools.partial(serve_metadata, os_env(), config))
+
+
+@serve.command()
+@config_option
+@setting_options(ChunkServerConfig, "chunks")
+def chunks(config_path: Path | None, **flags: Any) -> None:
+    """Serve chunks from directories, one target each.
+
+    --directories is a list: /disk1/kvfs,/disk2/kvfs.
+    """
+    tie_to_supervisor()
+    logs.set_up()
+    config = load_settings(ChunkServerConfig, "chunks", flags, config_path)
+    _require_loopback(config.tcp)
+    from kvfs_datapath.server import ChunkServer
+
+    server = ChunkServer(os_env(), config)
+    run_threaded("chunks", server, lambda: server.addresses)
+
+
+@serve.command()
+@config_option
+@setting_options(AgentConfig, "agent")
+def agent(config_path: Path | None, **flags: Any) -> None:
+    """Serve the Python clients of this machine from one shared arena."""
+    tie_to_supervisor()
+    logs.set_up()
+    config = load_settings(AgentConfig, "agent", flags, config_path)
+    from kvfs.agent.server import Agent
+
+    run_threaded("agent", Agent(os_env(), config), lambda: [config.unix])
+
+
+@click.command()
+@click.argument("target")
+@click.argument("mountpoint")
+@config_option
+@setting_options(MountConfig, "mount", skip=("mountpoint", "metadata"))
+def mount(target: str, mountpoint: str, config_path: Path | None, **flags: Any) -> None:
+    """Mount TARGET at MOUNTPOINT, in the foreground.
+
+    TARGET is the directory of a running `kvfs up`, or the address of a metadata service
+    (unix:/path, tcp:host:port). SIGTERM and Ctrl-C unmount.
+    """
+    tie_to_supervisor()
+    logs.set_up()
+    if config_path is None and Home(target).settings_path.exists():
+        config_path = Home(target).settings_path
+    flags |= {"mountpoint": os.path.abspath(mountpoint), "metadata": str(metadata_address(target))}
+    config = load_settings(MountConfig, "mount", flags, config_path)
+    from kvfs.mount.main import run_mount
+
+    run_trio("mount", functools.partial(run_mount, os_env(), config))
+
+
+def _require_loopback(address: Address | None) -> None:
+    if address is not None:
+        address.require_loopback()
