@@ -1,0 +1,160 @@
+"""KV blocks as read-only files.
+
+Local blocks are read from a descriptor that the chunk server passed: it verified the chunk before.
+Blocks of other hosts are fetched whole into memory and verified there, because a part of a block
+cannot be checked; those buffers are bounded and the least recently used go first.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import mmap
+import os
+
+import trio
+
+from kvfs.mount.backend import Backend
+from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError, NoTarget, TargetFailed
+from kvfs_base.limits import MOUNT_BLOCK_BUFFER_BYTES, MOUNT_IO_BYTES, PAGE_BYTES
+from kvfs_base.seams import Buffer
+from kvfs_base.types import Attr, ChunkId
+from kvfs_datapath.client import ChunkRead
+from kvfs_metadata.messages import RemoveBlocks
+
+log = logging.getLogger(__name__)
+
+NO_DESCRIPTOR = -1
+
+
+class OpenBlock:
+    """Shared by the handles of one block."""
+
+    def __init__(self, attr: Attr, namespace: int) -> None:
+        self.attr = attr
+        self.inode = attr.inode
+        self.namespace = namespace
+        """Inode of its directory, or 0 if the kernel remembered the block longer than we did."""
+        self.handles = 0
+        self.descriptor = NO_DESCRIPTOR
+        self.fetching = trio.Lock()
+
+    @property
+    def chain(self) -> int:
+        assert self.attr.layout is not None
+        return self.attr.layout.chains[0]
+
+
+class Blocks:
+    """Opens, reads and closes blocks."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._scratch = memoryview(mmap.mmap(-1, MOUNT_IO_BYTES))
+        self._fetched: collections.OrderedDict[int, memoryview] = collections.OrderedDict()
+        self._fetched_bytes = 0
+
+    async def open(self, block: OpenBlock) -> None:
+        """Raises IntegrityError or ChunkNotFound for a damaged block, ServiceError else."""
+        try:
+            block.descriptor = await self._backend.in_thread(
+                self._open_local, ChunkId(block.inode, 0), block
+            )
+        except NoTarget:
+            # Not on this host. Fetched now, so that damage is told by open, not by a later read.
+            await self._whole(block)
+        except (IntegrityError, ChunkNotFound) as exc:
+            await self._damaged(block, exc)
+            raise
+
+    def _open_local(self, chunk: ChunkId, block: OpenBlock) -> int:
+        descriptor = self._backend.chunks.open_sealed(chunk, block.chain)
+        # Our own descriptor of a verified, immutable chunk: the kernel starts reading all of it.
+        os.posix_fadvise(descriptor, 0, block.attr.size, os.POSIX_FADV_WILLNEED)
+        return descriptor
+
+    async def read(self, block: OpenBlock, offset: int, length: int) -> Buffer:
+        """The result is valid until the caller's next await."""
+        length = min(length, block.attr.size - offset)
+        if length <= 0:
+            return b""
+        if block.descriptor == NO_DESCRIPTOR:
+            return (await self._whole(block))[offset : offset + length]
+        if length <= MOUNT_IO_BYTES:
+            view = self._scratch[:length]
+            try:
+                if os.preadv(block.descriptor, [view], offset, os.RWF_NOWAIT) == length:
+                    return view
+            except OSError:
+                pass  # not cached, or a file system that cannot tell: the thread finds out
+        return await self._backend.in_thread(_read_all, block, offset, length)
+
+    def close(self, block: OpenBlock) -> None:
+        if block.descriptor != NO_DESCRIPTOR:
+            os.close(block.descriptor)
+            block.descriptor = NO_DESCRIPTOR
+        self._forget(block.inode)
+
+    async def _whole(self, block: OpenBlock) -> memoryview:
+        """All bytes of a block of another host, verified."""
+        async with block.fetching:
+            view = self._fetched.get(block.inode)
+            if view is not None:
+                self._fetched.move_to_end(block.inode)
+                return view
+            size = max(block.attr.size, 1)
+            self._make_room(size)
+            view = memoryview(mmap.mmap(-1, -(-size // PAGE_BYTES) * PAGE_BYTES))
+            read = ChunkRead(
+                chunk=ChunkId(block.inode, 0),
+                chain=block.chain,
+                size=block.attr.size,
+                crc32c=block.attr.crc32c,
+                key=block.attr.key,
+                view=view,
+            )
+            error = (await self._backend.in_thread(self._backend.chunks.read_chunks, [read]))[0]
+            if error is not None:
+                await self._damaged(block, error)
+                raise error
+            self._fetched[block.inode] = view
+            self._fetched_bytes += len(view)
+            return view
+
+    def _make_room(self, size: int) -> None:
+        while self._fetched and self._fetched_bytes + size > MOUNT_BLOCK_BUFFER_BYTES:
+            self._forget(next(iter(self._fetched)))
+
+    def _forget(self, inode: int) -> None:
+        view = self._fetched.pop(inode, None)
+        if view is not None:
+            self._fetched_bytes -= len(view)
+
+    async def _damaged(self, block: OpenBlock, error: KvfsError) -> None:
+        """Counts it, and removes the block from its namespace: the next look-up is a miss."""
+        if not isinstance(error, IntegrityError | ChunkNotFound):
+            return
+        self._backend.count("blocks_damaged")
+        log.warning("block %s: %s", block.attr.key.hex(), error)
+        if not block.namespace:
+            return
+        request = RemoveBlocks(block.namespace, block.attr.key, (block.inode,))
+        try:
+            await self._backend.call(request)
+        except KvfsError as exc:
+            log.info("block %s was not removed: %s", block.attr.key.hex(), exc)
+
+
+def _read_all(block: OpenBlock, offset: int, length: int) -> bytes:
+    parts: list[bytes] = []
+    while length:
+        try:
+            part = os.pread(block.descriptor, length, offset)
+        except OSError as exc:
+            raise TargetFailed(detail=f"block {block.inode}: {exc.strerror}") from exc
+        if not part:
+            raise ChunkNotFound(inode=block.inode)
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,41 @@
+"""Settings of one mount."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvfs_base.errors import InvalidRequest
+from kvfs_base.limits import MIB
+from kvfs_base.types import Address
+
+
+@dataclasses.dataclass(frozen=True)
+class MountConfig:
+    mountpoint: str
+    metadata: Address
+    allow_other: bool = False
+    """Other users may enter; permissions are checked by the kernel either way."""
+    attribute_seconds: float = 1.0
+    """How long the kernel may answer ``stat`` by itself."""
+    entry_seconds: float = 1.0
+    """How long the kernel may take a name for existing without asking."""
+    negative_seconds: float = 0.0
+    """How long the kernel may take a name for missing. Above 0 a file that somebody else made
+    (another mount, a ``put``) stays invisible for so long to those who asked before."""
+    read_ahead_bytes: int = 4 * MIB
+    """The kernel's read-ahead for this mount; needs root, else the kernel's default stays."""
+    unmount_seconds: float = 2.0
+    """How long an orderly unmount may wait for busy users before the mount is detached."""
+    transport: str = "auto"
+    """How chunks are read: ``auto``, ``local`` or ``tcp`` (see ChunkClient)."""
+
+    def __post_init__(self) -> None:
+        if not self.mountpoint.startswith("/"):
+            raise InvalidRequest(detail=f"mount point must be absolute: {self.mountpoint!r}")
+        for name in ("attribute_seconds", "entry_seconds", "negative_seconds", "unmount_seconds"):
+            if not 0 <= getattr(self, name) <= 86_400:
+                raise InvalidRequest(detail=f"{name} must be between 0 and 86400")
+        if not 0 <= self.read_ahead_bytes <= 256 * MIB:
+            raise InvalidRequest(detail="read_ahead_bytes must be between 0 and 256 MiB")
+        if self.transport not in ("auto", "local", "tcp"):
+            raise InvalidRequest(detail=f"unknown transport {self.transport!r}")

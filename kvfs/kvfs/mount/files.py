@@ -1,0 +1,255 @@
+"""Ordinary files that are open in this mount.
+
+One OpenFile for each inode, however many handles. While a file is open for writing, its size and
+times live here and are recorded at the metadata service on flush, fsync and release, every
+MOUNT_WRITE_BACK_SECONDS, and when it grew by MOUNT_UNPUSHED_BYTES.
+
+Concurrency. Reads and writes hold ``lock`` shared; what makes the file shorter, opens a hole or
+sets times holds it exclusive. So ``size`` never falls under a write at work, and a recorded size
+cannot overtake a truncate. Replies of the service may be older than a local change that was made
+while they were on their way; ``epoch`` counts local changes, and a reply that saw another epoch is
+not used.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvfs.mount.backend import Backend
+from kvfs.mount.locks import SharedLock
+from kvfs_base.errors import FileTooLarge, KvfsError
+from kvfs_base.limits import FILE_BYTES_MAX, MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES
+from kvfs_base.seams import Buffer
+from kvfs_base.types import Attr
+from kvfs_datapath.files import StripedFile
+from kvfs_metadata.messages import GetAttr, SetAttr
+
+
+class OpenFile:
+    """Shared by the handles of one inode."""
+
+    def __init__(self, backend: Backend, attr: Attr) -> None:
+        assert attr.layout is not None
+        self.inode = attr.inode
+        self.handles = 0
+        self.lock = SharedLock()
+        self.epoch = 0
+        self.attr = attr
+        self.size = attr.size
+        self.mtime_ns = attr.mtime_ns
+        self.sparse = attr.sparse
+        self.recorded = (attr.size, attr.mtime_ns)
+        """Size and mtime as the metadata service has them."""
+        self.error: KvfsError | None = None
+        """Of a write-back that nobody waited for; told by the next flush or fsync."""
+        self._backend = backend
+        self._data = StripedFile(backend.chunks, attr.inode, attr.layout)
+        self._fetched = backend.env.clock.monotonic()
+        self._dirty = False
+        self._cut = False
+        """The file was made shorter, and that is not recorded yet."""
+        self._unflushed = False
+        self._tail_clean = False
+
+    # --- attributes
+
+    @property
+    def dirty(self) -> bool:
+        return self._dirty
+
+    def view(self) -> Attr:
+        """The attributes as this mount sees them."""
+        return msgspec.structs.replace(
+            self.attr,
+            size=self.size,
+            mtime_ns=self.mtime_ns,
+            ctime_ns=max(self.attr.ctime_ns, self.mtime_ns) if self._dirty else self.attr.ctime_ns,
+            sparse=self.sparse,
+        )
+
+    def absorb(self, attr: Attr, epoch: int) -> None:
+        """Takes over what the service answered to a request that was sent at ``epoch``."""
+        if epoch != self.epoch:
+            return
+        self._fetched = self._backend.env.clock.monotonic()
+        self.attr = attr
+        self.sparse = self.sparse or attr.sparse
+        self.recorded = (attr.size, attr.mtime_ns)
+        if self._dirty:
+            self.size = max(self.size, attr.size)
+        else:
+            self.size, self.mtime_ns = attr.size, attr.mtime_ns
+
+    async def fresh(self, seconds: float) -> Attr:
+        """The attributes, not older than ``seconds`` where they are the service's."""
+        if self._backend.env.clock.monotonic() - self._fetched > seconds:
+            epoch = self.epoch
+            self.absorb(await self._backend.repeat(GetAttr(self.inode)), epoch)
+        return self.view()
+
+    # --- data
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        if not self.lock.try_shared():
+            async with self.lock.shared():
+                return await self._read(offset, length)
+        try:
+            return await self._read(offset, length)
+        finally:
+            self.lock.release_shared()
+
+    async def _read(self, offset: int, length: int) -> Buffer:
+        if offset >= self.size:
+            return b""
+        arguments = (offset, length, self.size, self.sparse)
+        data = self._data.read_now(*arguments)
+        if data is None:
+            data = await self._backend.in_thread(self._data.read, *arguments)
+        return data
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """All of ``data``. Raises FileTooLarge, CapacityError, ServiceError."""
+        end = offset + len(data)
+        if end > FILE_BYTES_MAX:
+            raise FileTooLarge(limit=FILE_BYTES_MAX)
+        if offset > self.size:
+            async with self.lock.exclusive():
+                await self._open_hole(offset)
+                await self._write(offset, data)
+        elif self.lock.try_shared():
+            try:
+                await self._write(offset, data)
+            finally:
+                self.lock.release_shared()
+        else:
+            await self._write_waiting(offset, data)
+        if self.size - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
+            await self.push()
+
+    async def _write_waiting(self, offset: int, data: Buffer) -> None:
+        async with self.lock.shared():
+            if offset <= self.size:
+                await self._write(offset, data)
+                return
+        # A truncate came first: what was an overwrite now leaves a hole.
+        async with self.lock.exclusive():
+            await self._open_hole(offset)
+            await self._write(offset, data)
+
+    async def _write(self, offset: int, data: Buffer) -> None:
+        self._unflushed = True
+        if not self._data.write_now(offset, data):
+            await self._backend.in_thread(self._data.write, offset, data)
+        self.size = max(self.size, offset + len(data))
+        self._changed()
+
+    def _changed(self) -> None:
+        self.mtime_ns = self._backend.env.clock.time_ns()
+        self._dirty = True
+        self.epoch += 1
+
+    async def _open_hole(self, offset: int) -> None:
+        """The bytes from the end to ``offset`` will read as zeros. Holds the lock exclusive."""
+        if offset <= self.size:
+            return
+        await self._cut_tail()
+        self.sparse = True
+
+    async def _cut_tail(self) -> None:
+        """A mount that was killed may have written behind the recorded end: once for each open,
+        before a hole would show those bytes."""
+        if not self._tail_clean:
+            unrecorded = MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
+            await self._backend.in_thread(self._data.truncate, self.size + unrecorded, self.size)
+            self._tail_clean = True
+
+    def is_new(self) -> None:
+        """The inode was just made: nothing can lie behind its end."""
+        self._tail_clean = True
+
+    # --- recording
+
+    async def change(self, request: SetAttr) -> None:
+        """Applies a SetAttr: sizes change the chunks, times replace those that writes left."""
+        if request.size is None and request.mtime_ns is None:
+            epoch = self.epoch
+            attr = await self._backend.repeat(request)
+            self.absorb(attr, epoch)
+            return
+        async with self.lock.exclusive():
+            if request.size is not None:
+                await self._resize(request.size)
+            if request.mtime_ns is None:
+                request.mtime_ns = self._backend.env.clock.time_ns()
+            await self._record(request)
+
+    async def _resize(self, size: int) -> None:
+        if size > FILE_BYTES_MAX:
+            raise FileTooLarge(limit=FILE_BYTES_MAX)
+        if size < self.size:
+            tail = 0 if self._tail_clean else MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
+            self._unflushed = True
+            await self._backend.in_thread(self._data.truncate, self.size + tail, size)
+            self._tail_clean = True
+            # The chunks are cut: should the service not answer now, a later push tells it.
+            self.size = size
+            self._dirty = self._cut = True
+            self.epoch += 1
+        else:
+            await self._open_hole(size)
+
+    async def push(self) -> None:
+        """Records size and times if they changed here."""
+        async with self.lock.shared():
+            if self._dirty and self.attr.nlink:
+                await self._record(SetAttr(self.inode, mtime_ns=self.mtime_ns))
+
+    async def _record(self, request: SetAttr) -> None:
+        """Sends ``request`` along with what is not recorded yet."""
+        if request.size is None and self._dirty:
+            request.size, request.grow_to = (self.size, None) if self._cut else (None, self.size)
+        request.sparse = self.sparse
+        epoch = self.epoch
+        attr: Attr = await self._backend.repeat(request)
+        self.recorded = (attr.size, attr.mtime_ns)
+        if epoch == self.epoch:  # else a write went on meanwhile: still dirty, its size is newer
+            self._dirty = self._cut = False
+            self.absorb(attr, epoch)
+            self.epoch += 1
+
+    async def flush(self) -> None:
+        """Everything written is with the servers, size and times are recorded."""
+        self._tell_error()
+        if self._unflushed:
+            self._unflushed = False
+            try:
+                await self._backend.in_thread(self._data.flush)
+            except BaseException:
+                self._unflushed = True
+                raise
+        await self.push()
+
+    async def sync(self) -> None:
+        """Data on stable storage at the chunk servers; size and times are recorded."""
+        self._tell_error()
+        await self._backend.in_thread(self._data.sync)
+        await self.push()
+
+    def _tell_error(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    async def write_back(self) -> None:
+        """A push that nobody waits for."""
+        try:
+            await self.push()
+        except KvfsError as exc:
+            self.error = exc
+
+    async def close(self) -> None:
+        """Lets go of descriptors."""
+        if self._unflushed:
+            await self._backend.in_thread(self._data.close)
+        else:
+            self._data.close()

@@ -1,0 +1,532 @@
+"""The file system as a mount shows it: all semantics, no words of any front end.
+
+A front end turns requests of the kernel into calls of one ``Filesystem`` and KvfsErrors into errno.
+Names live at the metadata service; this mount keeps only what is open (``files``, ``blocks``) and
+what it last told the kernel about a file (``_told``), which decides whether pages that the kernel
+has cached may stay when the file is opened again (close-to-open).
+
+All methods run in one trio task at a time between awaits; none holds state across an await other
+than under the lock of the inode (see ``files``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import stat
+from collections.abc import AsyncIterator, Iterable
+
+import trio
+
+from kvfs.mount.backend import Backend
+from kvfs.mount.blocks import Blocks, OpenBlock
+from kvfs.mount.directory import DirectoryEntry, OpenDirectory
+from kvfs.mount.files import OpenFile
+from kvfs.mount.remembered import Remembered
+from kvfs_base.errors import (
+    AttributeMissing,
+    EntryExists,
+    EntryNotFound,
+    InodeStale,
+    KvfsError,
+    LimitExceeded,
+    NamespaceError,
+    NameTooLong,
+    NotPermitted,
+    NotSupported,
+)
+from kvfs_base.limits import (
+    MOUNT_OPEN_FILES,
+    MOUNT_REMEMBERED_INODES,
+    MOUNT_WRITE_BACK_SECONDS,
+    NAME_BYTES_MAX,
+    SYMLINK_BYTES_MAX,
+    XATTR_NAME_BYTES_MAX,
+    XATTR_VALUE_BYTES_MAX,
+)
+from kvfs_base.seams import Buffer
+from kvfs_base.types import Attr, BlockInfo
+from kvfs_metadata.messages import (
+    CloseInode,
+    FilesystemStats,
+    GetAttr,
+    GetXattr,
+    Link,
+    ListXattr,
+    Lookup,
+    LookupBlocks,
+    Make,
+    OpenInode,
+    ReadLink,
+    RemoveXattr,
+    Rename,
+    Rmdir,
+    SetAttr,
+    SetXattr,
+    StatFs,
+    Sync,
+    Unlink,
+)
+
+log = logging.getLogger(__name__)
+
+FOREIGN_XATTRS = (b"security.", b"system.")
+"""Labels, capabilities and ACLs: not kept. The kernel asks for ``security.capability`` before every
+write, so these are answered here."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    uid: int
+    gid: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opened:
+    handle: int
+    keep_cache: bool
+    """Pages that the kernel has of this file are current."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttrChanges:
+    """What is not None is set. Times are nanoseconds since 1970."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Handle:
+    file: OpenFile
+    writable: bool
+
+
+class Filesystem:
+    """Every method raises KvfsErrors only, apart from bugs."""
+
+    def __init__(self, backend: Backend, *, attribute_seconds: float = 1.0) -> None:
+        self._backend = backend
+        self._attribute_seconds = attribute_seconds
+        self._blocks = Blocks(backend)
+        self._files: dict[int, OpenFile] = {}
+        self._open_blocks: dict[int, OpenBlock] = {}
+        self._handles: dict[int, Handle | OpenBlock | OpenDirectory] = {}
+        self._next_handle = 1
+        self._told: Remembered[tuple[int, int]] = Remembered(MOUNT_REMEMBERED_INODES)
+        self._seen_blocks: Remembered[tuple[int, Attr]] = Remembered(MOUNT_REMEMBERED_INODES)
+
+    def statistics(self) -> dict[str, int]:
+        """Counters and gauges by name."""
+        return {
+            "blocks_damaged": 0,
+            **self._backend.statistics,
+            "handles": len(self._handles),
+            "open_blocks": len(self._open_blocks),
+            "open_files": len(self._files),
+        }
+
+    # --- look-ups
+
+    async def lookup(self, parent: int, name: bytes) -> Attr:
+        _check_name(name)
+        return self._tell(await self._backend.repeat(Lookup(parent, name)), parent)
+
+    def forget(self, inodes: Iterable[int]) -> None:
+        """The kernel dropped what it knew of these inodes."""
+        for inode in inodes:
+            self._told.drop(inode)
+            self._seen_blocks.drop(inode)
+
+    async def getattr(self, inode: int) -> Attr:
+        file = self._files.get(inode)
+        if file is not None:
+            return await file.fresh(self._attribute_seconds)
+        block = self._open_blocks.get(inode)
+        if block is not None:
+            return block.attr
+        return self._tell(await self._backend.repeat(GetAttr(inode)))
+
+    def _tell(self, attr: Attr, parent: int = 0) -> Attr:
+        """The attributes that the kernel gets; remembers what it was told."""
+        if attr.is_block:
+            known = self._seen_blocks.get(attr.inode)
+            self._seen_blocks.keep(attr.inode, (parent or (known[0] if known else 0), attr))
+        elif attr.is_file:
+            file = self._files.get(attr.inode)
+            if file is not None:
+                return file.view()
+            self._told.keep(attr.inode, (attr.size, attr.mtime_ns))
+        return attr
+
+    async def setattr(self, inode: int, changes: AttrChanges) -> Attr:
+        request = SetAttr(
+            inode,
+            mode=None if changes.mode is None else stat.S_IMODE(changes.mode),
+            uid=changes.uid,
+            gid=changes.gid,
+            size=changes.size,
+            atime_ns=changes.atime_ns,
+            mtime_ns=changes.mtime_ns,
+        )
+        if changes.size is None and inode not in self._files:
+            return self._tell(await self._backend.repeat(request))
+        async with self._held(inode) as file:
+            await file.change(request)
+            if changes.size is not None:
+                await file.flush()
+            return file.view()
+
+    # --- names
+
+    async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attr:
+        return await self._make(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), caller)
+
+    async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
+        return await self._make(parent, name, mode, caller, rdev=rdev)
+
+    async def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Attr:
+        if len(target) > SYMLINK_BYTES_MAX:
+            raise NameTooLong(length=len(target))
+        return await self._make(parent, name, stat.S_IFLNK | 0o777, caller, target=target)
+
+    async def _make(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int,
+        caller: Caller,
+        *,
+        rdev: int = 0,
+        target: bytes = b"",
+    ) -> Attr:
+        _check_name(name)
+        request = Make(parent, name, mode, caller.uid, caller.gid, rdev, target)
+        # Not repeated after a lost answer: a name that exists then may be somebody else's, and
+        # programs use mkdir and O_EXCL as locks.
+        return self._tell(await self._backend.call(request), parent)
+
+    async def link(self, inode: int, parent: int, name: bytes) -> Attr:
+        _check_name(name)
+
+        async def done_before(error: NamespaceError) -> Attr:
+            found: Attr = await self._backend.repeat(Lookup(parent, name))
+            if found.inode != inode:
+                raise error
+            return found
+
+        attr = await self._backend.settle(Link(inode, parent, name), done_before)
+        return self._changed_by_name(attr)
+
+    async def unlink(self, parent: int, name: bytes) -> None:
+        _check_name(name)
+        attr = await self._backend.settle(Unlink(parent, name), _is_gone)
+        if attr is not None:
+            self._changed_by_name(attr)
+
+    async def rmdir(self, parent: int, name: bytes) -> None:
+        _check_name(name)
+        await self._backend.settle(Rmdir(parent, name), _is_gone)
+
+    async def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        """``flags`` as in renameat2."""
+        _check_name(name)
+        _check_name(new_name)
+
+        async def done_before(error: NamespaceError) -> None:
+            # The kernel had just seen the old name: gone, and the new one there, means done.
+            if flags or not isinstance(error, EntryNotFound):
+                raise error
+            await self._backend.repeat(Lookup(new_parent, new_name))
+
+        await self._backend.settle(Rename(parent, name, new_parent, new_name, flags), done_before)
+
+    def _changed_by_name(self, attr: Attr) -> Attr:
+        """Link counts of open files follow."""
+        file = self._files.get(attr.inode)
+        if file is None:
+            return attr
+        file.attr.nlink, file.attr.ctime_ns = attr.nlink, attr.ctime_ns
+        return file.view()
+
+    async def readlink(self, inode: int) -> bytes:
+        target: bytes = await self._backend.repeat(ReadLink(inode))
+        return target
+
+    # --- files
+
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Attr, Opened]:
+        """``flags`` as in open(2). Raises InodeStale if the file exists and O_EXCL was not asked
+        for: the caller looks again and opens it, which checks permissions."""
+        mode = stat.S_IFREG | stat.S_IMODE(mode)
+        try:
+            attr = await self._create(Make(parent, name, mode, caller.uid, caller.gid), flags)
+        except EntryExists:
+            if flags & os.O_EXCL:
+                raise
+            raise InodeStale() from None
+        opened = await self._open_file(attr.inode, flags & ~os.O_TRUNC, made=True)
+        return self._files[attr.inode].view(), opened
+
+    async def _create(self, request: Make, flags: int) -> Attr:
+        _check_name(request.name)
+        self._check_room()
+        call = self._backend.call if flags & os.O_EXCL else self._backend.repeat
+        attr: Attr = await call(request)
+        return attr
+
+    async def open(self, inode: int, flags: int) -> Opened:
+        """``flags`` as in open(2), O_TRUNC included. Answers from fresh attributes."""
+        self._check_room()
+        block = self._open_blocks.get(inode)
+        if block is not None:
+            return self._share_block(block, flags)
+        seen = self._seen_blocks.get(inode)
+        if seen is not None:
+            return await self._open_block(*seen, flags)
+        if inode not in self._files and inode not in self._told:
+            attr: Attr = await self._backend.repeat(GetAttr(inode))
+            if attr.is_block:
+                return await self._open_block(0, attr, flags)
+        return await self._open_file(inode, flags)
+
+    def _check_room(self) -> None:
+        if len(self._files) + len(self._open_blocks) >= MOUNT_OPEN_FILES:
+            raise LimitExceeded(detail="open files", limit=MOUNT_OPEN_FILES)
+
+    def _add(self, opened: Handle | OpenBlock | OpenDirectory) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        self._handles[handle] = opened
+        return handle
+
+    async def _open_file(self, inode: int, flags: int, *, made: bool = False) -> Opened:
+        file, current = await self._hold(inode)
+        if made:
+            file.is_new()
+        if flags & os.O_TRUNC:
+            try:
+                await file.change(SetAttr(inode, size=0))
+            except BaseException:
+                await self._let_go(file)
+                raise
+            current = False
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        return Opened(self._add(Handle(file, writable)), keep_cache=current)
+
+    async def _hold(self, inode: int) -> tuple[OpenFile, bool]:
+        """Opens an inode at the service; True if it is as the kernel was told last."""
+        file = self._files.get(inode)
+        epoch = 0 if file is None else file.epoch
+        attr: Attr = await self._backend.repeat(OpenInode(inode))
+        if attr.is_block or not attr.is_file:
+            await self._backend.repeat(CloseInode(inode))
+            raise NotPermitted(reason="not an ordinary file")
+        file = self._files.get(inode)
+        if file is None:
+            file = self._files[inode] = OpenFile(self._backend, attr)
+            current = self._told.get(inode) == file.recorded
+        else:
+            current = file.recorded == (attr.size, attr.mtime_ns)
+            file.absorb(attr, epoch)
+        file.handles += 1
+        return file, current
+
+    async def _let_go(self, file: OpenFile) -> None:
+        """Gives back one open; the last one records what is left and forgets the file."""
+        file.handles -= 1
+        try:
+            if not file.handles and file.attr.nlink:
+                await file.flush()
+        except KvfsError as exc:
+            log.warning("inode %d was not written back: %s", file.inode, exc)
+        # A handle that was opened during the flush keeps the file.
+        if not file.handles and self._files.get(file.inode) is file:
+            del self._files[file.inode]
+            self._told.keep(file.inode, file.recorded)
+            try:
+                await file.close()
+            except KvfsError as exc:
+                log.info("inode %d: its chunks stay open: %s", file.inode, exc)
+        try:
+            await self._backend.repeat(CloseInode(file.inode))
+        except KvfsError as exc:
+            log.info("inode %d stays open at the service: %s", file.inode, exc)
+
+    @contextlib.asynccontextmanager
+    async def _held(self, inode: int) -> AsyncIterator[OpenFile]:
+        file, _ = await self._hold(inode)
+        try:
+            yield file
+        finally:
+            await self._let_go(file)
+
+    async def _open_block(self, namespace: int, attr: Attr, flags: int) -> Opened:
+        """A use of the block, as eviction sees it. Raises EntryNotFound if it was removed."""
+        _check_read_only(flags)
+        if namespace:
+            found: tuple[BlockInfo | None, ...] = await self._backend.repeat(
+                LookupBlocks(namespace, attr.key)
+            )
+            if found[0] is None or found[0].inode != attr.inode:
+                self._seen_blocks.drop(attr.inode)
+                raise InodeStale(inode=attr.inode)
+        block = self._open_blocks.get(attr.inode)
+        if block is None:
+            block = OpenBlock(attr, namespace)
+            await self._blocks.open(block)
+            other = self._open_blocks.setdefault(attr.inode, block)
+            if other is not block:  # opened twice at the same time
+                self._blocks.close(block)
+                block = other
+        return self._share_block(block, flags)
+
+    def _share_block(self, block: OpenBlock, flags: int) -> Opened:
+        _check_read_only(flags)
+        block.handles += 1
+        return Opened(self._add(block), keep_cache=True)
+
+    async def read(self, handle: int, offset: int, length: int) -> Buffer:
+        """Fewer bytes than asked only at the end. The result is valid until the next await."""
+        opened = self._handles[handle]
+        if isinstance(opened, Handle):
+            return await opened.file.read(offset, length)
+        assert isinstance(opened, OpenBlock)
+        return await self._blocks.read(opened, offset, length)
+
+    async def write(self, handle: int, offset: int, data: Buffer) -> int:
+        await self._handle(handle).file.write(offset, data)
+        return len(data)
+
+    def _handle(self, handle: int) -> Handle:
+        opened = self._handles[handle]
+        if not isinstance(opened, Handle):
+            raise NotPermitted(reason="a block is read-only")
+        return opened
+
+    async def flush(self, handle: int) -> None:
+        """One close(2) of the handle. Raises what a write-back nobody waited for met."""
+        opened = self._handles[handle]
+        if isinstance(opened, Handle) and opened.writable:
+            await opened.file.flush()
+
+    async def fsync(self, handle: int) -> None:
+        """On stable storage: data, size and times, and the names that lead here."""
+        opened = self._handles[handle]
+        if isinstance(opened, Handle):
+            await opened.file.sync()
+            await self._backend.repeat(Sync())
+
+    async def release(self, handle: int) -> None:
+        opened = self._handles.pop(handle)
+        if isinstance(opened, Handle):
+            await self._let_go(opened.file)
+        elif isinstance(opened, OpenBlock):
+            opened.handles -= 1
+            if not opened.handles:
+                del self._open_blocks[opened.inode]
+                self._blocks.close(opened)
+
+    # --- directories
+
+    async def opendir(self, inode: int) -> int:
+        return self._add(OpenDirectory(self._backend, inode))
+
+    def directory_inode(self, handle: int) -> int:
+        return self._directory(handle).inode
+
+    async def readdir(self, handle: int, position: int) -> list[DirectoryEntry]:
+        """The next entries after ``position`` (0: from the start), none at the end."""
+        directory = self._directory(handle)
+        entries = await directory.read(position)
+        return [
+            DirectoryEntry(e.position, e.name, self._tell(e.attr, directory.inode)) for e in entries
+        ]
+
+    def _directory(self, handle: int) -> OpenDirectory:
+        opened = self._handles[handle]
+        assert isinstance(opened, OpenDirectory)
+        return opened
+
+    async def releasedir(self, handle: int) -> None:
+        del self._handles[handle]
+
+    async def fsyncdir(self, handle: int) -> None:
+        await self._backend.repeat(Sync())
+
+    async def statfs(self) -> FilesystemStats:
+        statistics: FilesystemStats = await self._backend.repeat(StatFs())
+        return statistics
+
+    # --- extended attributes
+
+    async def getxattr(self, inode: int, name: bytes) -> bytes:
+        if name.startswith(FOREIGN_XATTRS):
+            raise AttributeMissing(name=name)
+        _check_xattr_name(name)
+        value: bytes = await self._backend.repeat(GetXattr(inode, name))
+        return value
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        """``flags`` as in setxattr(2)."""
+        if name.startswith(FOREIGN_XATTRS):
+            raise NotSupported(detail=f"extended attribute {name!r}")
+        _check_xattr_name(name)
+        if len(value) > XATTR_VALUE_BYTES_MAX:
+            raise LimitExceeded(limit=XATTR_VALUE_BYTES_MAX)
+        await self._backend.call(SetXattr(inode, name, value, flags))
+
+    async def listxattr(self, inode: int) -> tuple[bytes, ...]:
+        names: tuple[bytes, ...] = await self._backend.repeat(ListXattr(inode))
+        return names
+
+    async def removexattr(self, inode: int, name: bytes) -> None:
+        if name.startswith(FOREIGN_XATTRS):
+            raise AttributeMissing(name=name)
+        _check_xattr_name(name)
+        await self._backend.call(RemoveXattr(inode, name))
+
+    # --- the whole
+
+    async def write_back_forever(self) -> None:
+        """Records what changed in files that stay open."""
+        while True:
+            await trio.sleep(MOUNT_WRITE_BACK_SECONDS)
+            for file in [f for f in self._files.values() if f.dirty]:
+                await file.write_back()
+
+    async def close(self) -> None:
+        """Records everything, after the last request."""
+        for handle in list(self._handles):
+            await self.release(handle)
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) > NAME_BYTES_MAX:
+        raise NameTooLong(length=len(name))
+
+
+def _check_xattr_name(name: bytes) -> None:
+    if len(name) > XATTR_NAME_BYTES_MAX:
+        raise LimitExceeded(detail="attribute name", limit=XATTR_NAME_BYTES_MAX)
+
+
+def _check_read_only(flags: int) -> None:
+    if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+        raise NotPermitted(reason="a block is read-only")
+
+
+async def _is_gone(error: NamespaceError) -> None:
+    """The first attempt of a removal was carried out."""
+    if not isinstance(error, EntryNotFound):
+        raise error

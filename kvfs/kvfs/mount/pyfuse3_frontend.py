@@ -1,0 +1,312 @@
+"""Requests of the kernel through pyfuse3 (libfuse): translation only.
+
+pyfuse3 sends the reply right after a handler returns, before another task runs; so a buffer that
+is valid until the next await may be returned as it is. An exception other than FUSEError would end
+the mount, so every handler goes through ``_handler``.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileInfo,
+    FUSEError,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+)
+
+from kvfs.mount.config import MountConfig
+from kvfs.mount.filesystem import AttrChanges, Caller, Filesystem, Opened
+from kvfs_base.errors import EntryNotFound, KvfsError
+from kvfs_base.limits import KIB, MOUNT_TASKS, NAME_BYTES_MAX, PAGE_BYTES
+from kvfs_base.types import ROOT_INODE, Attr
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BLOCK_SIZE = 128 * KIB
+"""st_blksize: what programs take for a good I/O size."""
+SECTOR_BYTES = 512
+"""Unit of st_blocks."""
+DOT_ENTRIES = 2
+"""``.`` and ``..`` have the positions 1 and 2, the names of the file system follow."""
+FREE_INODES = 1 << 32
+"""Inode numbers do not run out; tools want to see a number."""
+
+
+def _handler(
+    function: Callable[P, Coroutine[Any, Any, R]],
+) -> Callable[P, Coroutine[Any, Any, R]]:
+    @functools.wraps(function)
+    async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await function(*args, **kwargs)
+        except KvfsError as exc:
+            if exc.posix_errno == errno.EIO:
+                log.info("%s: %s", function.__name__, exc)
+            raise FUSEError(exc.posix_errno) from exc
+        except Exception as exc:
+            log.exception("%s failed", function.__name__)
+            raise FUSEError(errno.EIO) from exc
+
+    return wrapper
+
+
+class Frontend(pyfuse3.Operations):
+    supports_dot_lookup = False
+    enable_writeback_cache = False  # sizes and times would be the kernel's: no second mount
+    enable_acl = False
+
+    def __init__(self, filesystem: Filesystem, config: MountConfig) -> None:
+        super().__init__()
+        self._fs = filesystem
+        self._config = config
+
+    # --- translation
+
+    def _entry(self, attr: Attr) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = attr.inode
+        entry.entry_timeout = self._config.entry_seconds
+        entry.attr_timeout = self._config.attribute_seconds
+        entry.st_mode = attr.mode
+        entry.st_nlink = attr.nlink
+        entry.st_uid = attr.uid
+        entry.st_gid = attr.gid
+        entry.st_rdev = attr.rdev
+        entry.st_size = attr.size
+        entry.st_blksize = BLOCK_SIZE
+        entry.st_blocks = -(-attr.size // SECTOR_BYTES) if attr.is_file else 0
+        entry.st_atime_ns = attr.atime_ns
+        entry.st_mtime_ns = attr.mtime_ns
+        entry.st_ctime_ns = attr.ctime_ns
+        return entry
+
+    def _info(self, inode: int, opened: Opened) -> FileInfo:
+        if not opened.keep_cache:
+            # Open drops the pages; the size that the kernel has is as old as they are.
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+        return FileInfo(fh=opened.handle, keep_cache=opened.keep_cache)
+
+    # --- names
+
+    @_handler
+    async def lookup(self, parent: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        try:
+            return self._entry(await self._fs.lookup(parent, name))
+        except EntryNotFound:
+            if not self._config.negative_seconds:
+                raise
+            missing = EntryAttributes()
+            missing.st_ino = 0
+            missing.entry_timeout = self._config.negative_seconds
+            return missing
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        self._fs.forget(inode for inode, _ in inode_list)
+
+    @_handler
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return self._entry(await self._fs.getattr(inode))
+
+    @_handler
+    async def setattr(
+        self,
+        inode: int,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: int | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        changes = AttrChanges(
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return self._entry(await self._fs.setattr(inode, changes))
+
+    @_handler
+    async def mkdir(
+        self, parent: int, name: bytes, mode: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self._fs.mkdir(parent, name, mode, _caller(ctx)))
+
+    @_handler
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self._fs.mknod(parent, name, mode, rdev, _caller(ctx)))
+
+    @_handler
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self._fs.symlink(parent, name, target, _caller(ctx)))
+
+    @_handler
+    async def link(
+        self, inode: int, parent: int, name: bytes, ctx: RequestContext
+    ) -> EntryAttributes:
+        return self._entry(await self._fs.link(inode, parent, name))
+
+    @_handler
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return await self._fs.readlink(inode)
+
+    @_handler
+    async def unlink(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        await self._fs.unlink(parent, name)
+
+    @_handler
+    async def rmdir(self, parent: int, name: bytes, ctx: RequestContext) -> None:
+        await self._fs.rmdir(parent, name)
+
+    @_handler
+    async def rename(  # noqa: PLR0917 (pyfuse3's signature)
+        self,
+        parent: int,
+        name: bytes,
+        new_parent: int,
+        new_name: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        await self._fs.rename(parent, name, new_parent, new_name, flags)
+
+    # --- files
+
+    @_handler
+    async def create(
+        self, parent: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        attr, opened = await self._fs.create(parent, name, mode, flags, _caller(ctx))
+        return FileInfo(fh=opened.handle, keep_cache=True), self._entry(attr)
+
+    @_handler
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return self._info(inode, await self._fs.open(inode, flags))
+
+    @_handler
+    async def read(self, fh: int, off: int, size: int) -> Any:  # anything with a buffer will do
+        return await self._fs.read(fh, off, size)
+
+    @_handler
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        return await self._fs.write(fh, off, buf)
+
+    @_handler
+    async def flush(self, fh: int) -> None:
+        await self._fs.flush(fh)
+
+    @_handler
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self._fs.fsync(fh)
+
+    @_handler
+    async def release(self, fh: int) -> None:
+        await self._fs.release(fh)
+
+    # --- directories
+
+    @_handler
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return await self._fs.opendir(inode)
+
+    @_handler
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        position = start_id
+        while position < DOT_ENTRIES:
+            name = (b".", b"..")[position]
+            position += 1
+            if not pyfuse3.readdir_reply(token, name, self._dot(fh), position):
+                return
+        while entries := await self._fs.readdir(fh, position - DOT_ENTRIES):
+            for entry in entries:
+                position = entry.position + DOT_ENTRIES
+                attributes = self._entry(entry.attr)
+                if not pyfuse3.readdir_reply(token, entry.name, attributes, position):
+                    return
+
+    def _dot(self, handle: int) -> EntryAttributes:
+        """The kernel takes only the type and the number, and finds ``..`` by itself."""
+        return self._entry(Attr(self._fs.directory_inode(handle) or ROOT_INODE, mode=0o40755))
+
+    @_handler
+    async def releasedir(self, fh: int) -> None:
+        await self._fs.releasedir(fh)
+
+    @_handler
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self._fs.fsyncdir(fh)
+
+    @_handler
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        found = await self._fs.statfs()
+        result = StatvfsData()
+        result.f_bsize = result.f_frsize = PAGE_BYTES
+        result.f_blocks = found.capacity_bytes // PAGE_BYTES
+        free = max(0, found.capacity_bytes - found.used_bytes) // PAGE_BYTES
+        result.f_bfree = result.f_bavail = free
+        result.f_files = found.inodes + FREE_INODES
+        result.f_ffree = result.f_favail = FREE_INODES
+        result.f_namemax = NAME_BYTES_MAX
+        return result
+
+    # --- extended attributes
+
+    @_handler
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        return await self._fs.getxattr(inode, name)
+
+    @_handler
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        # pyfuse3 has dealt with XATTR_CREATE and XATTR_REPLACE.
+        await self._fs.setxattr(inode, name, value)
+
+    @_handler
+    async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
+        return await self._fs.listxattr(inode)
+
+    @_handler
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        await self._fs.removexattr(inode, name)
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid)
+
+
+def mount(filesystem: Filesystem, config: MountConfig) -> None:
+    """Raises RuntimeError (libfuse has said why on stderr)."""
+    options = {"default_permissions", "fsname=kvfs", "subtype=kvfs"}
+    if config.allow_other:
+        options.add("allow_other")
+    pyfuse3.init(Frontend(filesystem, config), config.mountpoint, options)
+
+
+async def serve() -> None:
+    """Answers requests until the file system is unmounted or ``stop`` is called."""
+    await pyfuse3.main(max_tasks=MOUNT_TASKS)
+
+
+def stop() -> None:
+    pyfuse3.terminate()
+
+
+def close() -> None:
+    """After ``serve`` has ended and the file system is unmounted."""
+    pyfuse3.close(unmount=False)

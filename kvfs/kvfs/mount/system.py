@@ -1,0 +1,132 @@
+"""The operating system's side of a mount: mount points, unmounting, the kernel's read-ahead.
+
+Mount tables and sysfs are not data of kvfs, so they do not go through a Disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from kvfs_base.errors import FuseMissing, MountFailed, MountPointBusy
+from kvfs_base.limits import KIB
+
+FUSE_DEVICE = "/dev/fuse"
+FILE_SYSTEM_TYPE = "fuse.kvfs"
+MOUNT_TABLE = Path("/proc/self/mountinfo")
+MNT_DETACH = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Mounted(NamedTuple):
+    device: str
+    """``major:minor``"""
+    type: str
+
+
+def mounted_at(mountpoint: str) -> Mounted | None:
+    """What is mounted there, the topmost if several are. Does not touch the mount itself, which may
+    hang or be dead."""
+    wanted = os.fsencode(os.path.realpath(mountpoint))
+    found = None
+    for line in MOUNT_TABLE.read_bytes().splitlines():
+        fields = line.split(b" ")
+        if _unescape(fields[4]) == wanted:
+            after = fields[fields.index(b"-", 6) + 1 :]
+            found = Mounted(fields[2].decode(), after[0].decode())
+    return found
+
+
+def _unescape(field: bytes) -> bytes:
+    """Blanks, tabs, newlines and backslashes are written as three octal digits."""
+    return field.decode("unicode_escape").encode("latin-1")
+
+
+def is_dead(mountpoint: str) -> bool:
+    """The server of the mount there is gone. Blocks as long as a hanging server does."""
+    try:
+        os.stat(mountpoint)
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
+
+
+def check_fuse() -> None:
+    """Raises FuseMissing."""
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise FuseMissing(
+            detail=f"{FUSE_DEVICE} does not exist: load the fuse module (modprobe fuse), or start "
+            "the container with --device /dev/fuse --cap-add SYS_ADMIN"
+        ) from None
+    except OSError as exc:
+        raise FuseMissing(detail=f"{FUSE_DEVICE} cannot be opened: {exc.strerror}") from exc
+    if os.geteuid() and not shutil.which("fusermount3"):
+        raise FuseMissing(detail="fusermount3 is missing: install fuse3, or mount as root")
+
+
+def check_mountpoint(mountpoint: str) -> None:
+    """Nothing is mounted there. Raises MountFailed or MountPointBusy."""
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except FileNotFoundError:
+        raise MountFailed(detail="mount point does not exist", mountpoint=mountpoint) from None
+    except OSError as exc:
+        detail = f"mount point cannot be used: {exc.strerror}"
+        raise MountFailed(detail=detail, mountpoint=mountpoint) from exc
+    if not stat.S_ISDIR(mode):
+        raise MountFailed(detail="mount point is not a directory", mountpoint=mountpoint)
+    try:
+        names = os.listdir(mountpoint)
+    except OSError as exc:
+        detail = f"mount point cannot be read: {exc.strerror}"
+        raise MountFailed(detail=detail, mountpoint=mountpoint) from exc
+    if names:
+        raise MountPointBusy(detail="mount point is not empty", mountpoint=mountpoint)
+
+
+def unmount(mountpoint: str, *, lazy: bool) -> bool:
+    """False if it is busy. Raises MountFailed."""
+    if os.geteuid():
+        return _unmount_as_user(mountpoint, lazy)
+    if _libc.umount2(os.fsencode(mountpoint), MNT_DETACH if lazy else 0) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code == errno.EBUSY:
+        return False
+    if code == errno.EINVAL and mounted_at(mountpoint) is None:
+        return True  # somebody else was faster
+    raise MountFailed(detail=f"unmount: {os.strerror(code)}", mountpoint=mountpoint)
+
+
+def _unmount_as_user(mountpoint: str, lazy: bool) -> bool:
+    options = ["-u", "-q", "-z"] if lazy else ["-u", "-q"]
+    done = subprocess.run(["fusermount3", *options, "--", mountpoint], check=False)
+    return done.returncode == 0 or mounted_at(mountpoint) is None
+
+
+def set_read_ahead(mountpoint: str, size: int) -> bool:
+    """The kernel starts with 128 KiB and lets a FUSE server only lower it; root may raise it."""
+    found = mounted_at(mountpoint)
+    if found is None:
+        return False
+    try:
+        Path(f"/sys/class/bdi/{found.device}/read_ahead_kb").write_text(str(size // KIB))
+    except OSError:
+        return False
+    return True
+
+
+def raise_open_files_limit() -> None:
+    """Each open chunk holds a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

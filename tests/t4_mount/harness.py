@@ -1,0 +1,240 @@
+"""A whole kvfs (metadata on LMDB, three chunk servers) and real mounts of it.
+
+Every role is a process, so that a test may block in the mount and may kill it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROLES = Path(__file__).with_name("roles.py")
+START_SECONDS = 20.0
+STOP_SECONDS = 15.0
+MNT_DETACH = 2
+COMPLAINT = re.compile(r"^(WARNING|ERROR|CRITICAL|Traceback)\b", re.MULTILINE)
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Polls ``condition`` until it is true; fails the test otherwise."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not true within {seconds} s: {condition}")
+        time.sleep(0.01)
+
+
+class Role:
+    """One process of a kvfs."""
+
+    def __init__(self, cluster: Cluster, *argv: str) -> None:
+        self.cluster = cluster
+        self.argv = argv
+        self.log = cluster.directory / f"{argv[0]}-{uuid.uuid4().hex[:6]}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Role:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROLES), self.argv[0], str(self.cluster.directory)]
+                + list(self.argv[1:]),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], START_SECONDS)
+        line = self.process.stdout.readline() if ready else b""
+        if line.strip() != b"ready":
+            self.kill()
+            pytest.fail(f"{self.argv[0]} did not start:\n{self.log.read_text()[-3000:]}")
+        return self
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self.process is not None:
+            self.process.kill()
+            self._reap()
+
+    def stop(self) -> None:
+        """SIGTERM; a process that does not end is a failure."""
+        if self.process is None:
+            return
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self._reap()
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"{self.argv[0]} ignored SIGTERM:\n{self.log.read_text()[-3000:]}")
+
+    def _reap(self) -> None:
+        assert self.process is not None and self.process.stdout is not None
+        self.process.wait(STOP_SECONDS)
+        self.process.stdout.close()
+        self.process = None
+
+
+class Cluster:
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        for name in ("metadata", "targets", "run"):
+            (directory / name).mkdir(mode=0o700)
+        self.roles: list[Role] = []
+        self.metadata = self._role("metadata").start()
+        self.chunks = self._role("chunks", "3").start()
+        self._wait_for_targets(3)
+
+    def _role(self, *argv: str) -> Role:
+        role = Role(self, *argv)
+        self.roles.append(role)
+        return role
+
+    @property
+    def address(self) -> Any:
+        from kvfs_base.types import Address
+
+        return Address.unix(f"{self.directory}/run/metadata.sock")
+
+    def _wait_for_targets(self, count: int) -> None:
+        from kvfs_base.cluster import GetClusterMap
+
+        with self.client() as client:
+            wait_until(lambda: len(client.call(GetClusterMap()).chains) >= count)
+
+    @contextlib.contextmanager
+    def client(self) -> Iterator[Any]:
+        """A BlockingMetadataClient."""
+        from kvfs_base.os_env import os_env
+        from kvfs_metadata.client import BlockingMetadataClient
+
+        client = BlockingMetadataClient(os_env(), self.address)
+        try:
+            yield client
+        finally:
+            client.close()
+
+    @contextlib.contextmanager
+    def chunk_client(self) -> Iterator[Any]:
+        from kvfs_base.os_env import os_env
+        from kvfs_datapath.client import ChunkClient
+        from kvfs_metadata.client import ClusterView
+
+        view = ClusterView(os_env(), self.address)
+        client = ChunkClient(os_env(), view)
+        try:
+            yield client
+        finally:
+            client.close()
+            view.close()
+
+    def mount(self, mountpoint: Path, *options: str) -> Role:
+        mountpoint.mkdir(exist_ok=True)
+        return self._role("mount", str(mountpoint), *options).start()
+
+    @contextlib.contextmanager
+    def mounted(self, mountpoint: Path, *options: str) -> Iterator[Path]:
+        role = self.mount(mountpoint, *options)
+        try:
+            yield mountpoint
+        finally:
+            role.stop()
+            assert not os.path.ismount(mountpoint)
+
+    def put_blocks(self, path: str, blocks: dict[bytes, bytes]) -> dict[bytes, Any]:
+        """Stores KV blocks by key in the namespace ``path``; answers with their BlockInfo."""
+        import mmap
+
+        from kvfs_base.limits import PAGE_BYTES
+        from kvfs_base.types import ChunkId, KVLayout
+        from kvfs_datapath.checksum import crc32c
+        from kvfs_datapath.client import ChunkWrite
+        from kvfs_metadata.messages import (
+            CommitBlocks,
+            LookupBlocks,
+            OpenNamespace,
+            PrepareBlocks,
+        )
+
+        keys = b"".join(blocks)
+        with self.client() as client, self.chunk_client() as chunks:
+            layout = KVLayout(block_tokens=16)
+            namespace = client.call(OpenNamespace(path, layout, create=True))
+            sizes = tuple(len(data) for data in blocks.values())
+            batch = client.call(PrepareBlocks(namespace.inode, keys, sizes))
+            writes = []
+            for prepared, (key, data) in zip(batch.blocks, blocks.items(), strict=True):
+                view = memoryview(mmap.mmap(-1, -(-len(data) // PAGE_BYTES) * PAGE_BYTES))
+                view[: len(data)] = data
+                writes.append(
+                    ChunkWrite(
+                        chunk=ChunkId(prepared.inode, 0),
+                        chain=prepared.chain,
+                        size=len(data),
+                        crc32c=crc32c(data),
+                        key=key,
+                        view=view,
+                    )
+                )
+            assert chunks.write_chunks(writes) == [None] * len(writes)
+            client.call(CommitBlocks(batch.batch_id, tuple(w.crc32c for w in writes)))
+            infos = client.call(LookupBlocks(namespace.inode, keys))
+        return dict(zip(blocks, infos, strict=True))
+
+    def chunk_files(self, inode: int) -> list[Path]:
+        """The files on disk that hold the chunks of an inode."""
+        return sorted(self.directory.glob(f"targets/*/chunks/*/{inode:016x}.*"))
+
+    def complaints(self) -> list[str]:
+        found = []
+        for role in self.roles:
+            text = role.log.read_text() if role.log.exists() else ""
+            found += [line for line in text.splitlines() if COMPLAINT.match(line)]
+        return found
+
+    def stop(self) -> None:
+        for role in reversed(self.roles):
+            role.stop()
+
+
+def detach(mountpoint: Path) -> None:
+    """Removes whatever a failed test left mounted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    while libc.umount2(os.fsencode(mountpoint), MNT_DETACH) == 0:
+        pass
+
+
+def as_user(uid: int, action: Callable[[], Any]) -> int:
+    """Runs ``action`` in a child as ``uid``; 0, or the errno it failed with."""
+    pid = os.fork()
+    if not pid:
+        code = 255
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            action()
+            code = 0
+        except OSError as exc:
+            code = exc.errno or 255
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

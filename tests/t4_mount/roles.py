@@ -1,0 +1,113 @@
+"""Runs one role of a kvfs for the mount's tests, as a process of its own so that it can be killed:
+
+    python roles.py metadata DIR
+    python roles.py chunks DIR COUNT
+    python roles.py mount DIR MOUNTPOINT [--allow-other]
+
+Prints ``ready`` once serving. SIGTERM ends it cleanly. Logs go to stderr, one line a record, level
+first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import trio
+
+from kvfs_base.os_env import os_env
+from kvfs_base.types import Address
+
+
+def metadata_address(directory: str) -> Address:
+    return Address.unix(f"{directory}/run/metadata.sock")
+
+
+async def until_signal(serve: Any, *args: Any) -> None:
+    """Runs ``serve`` until SIGTERM or SIGINT."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def cancel_on_signal() -> None:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(cancel_on_signal)
+            await nursery.start(serve, *args)
+            print("ready", flush=True)
+
+
+def run_metadata(directory: str) -> None:
+    from kvfs_metadata.config import MetadataConfig
+    from kvfs_metadata.service import serve_metadata
+
+    async def serve(*, task_status: Any) -> None:
+        config = MetadataConfig(directory=f"{directory}/metadata", unix=metadata_address(directory))
+        await serve_metadata(os_env(), config, task_status=task_status)
+
+    trio.run(until_signal, serve)
+
+
+def run_chunks(directory: str, count: int) -> None:
+    from kvfs_datapath.config import ChunkServerConfig
+    from kvfs_datapath.server import ChunkServer
+
+    servers = []
+    for number in range(count):
+        target = f"{directory}/targets/{number}"
+        os.makedirs(target, mode=0o700, exist_ok=True)
+        config = ChunkServerConfig(
+            server_id=f"server-{number}",
+            directories=(target,),
+            metadata=metadata_address(directory),
+            unix=Address.unix(f"{directory}/run/chunks-{number}.sock"),
+            tcp=Address.tcp("127.0.0.1", 0),
+        )
+        servers.append(ChunkServer(os_env(), config))
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    for server in servers:
+        server.start()
+    print("ready", flush=True)
+    stop.wait()
+    for server in servers:
+        server.stop()
+
+
+def run_mount_role(directory: str, mountpoint: str, options: dict[str, Any]) -> None:
+    from kvfs.mount.config import MountConfig
+    from kvfs.mount.main import run_mount
+
+    config = MountConfig(mountpoint=mountpoint, metadata=metadata_address(directory), **options)
+
+    async def serve(*, task_status: Any) -> None:
+        await run_mount(os_env(), config, task_status=task_status)
+        sys.stdout.write("unmounted\n")
+        # Somebody else unmounted it: nothing is left to do.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trio.run(until_signal, serve)
+
+
+def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+    role, directory, *rest = argv
+    if role == "metadata":
+        run_metadata(directory)
+    elif role == "chunks":
+        run_chunks(directory, int(rest[0]))
+    else:
+        options: dict[str, Any] = {"allow_other": "--allow-other" in rest}
+        for option in rest[1:]:
+            if option.startswith("--transport="):
+                options["transport"] = option.partition("=")[2]
+        run_mount_role(directory, rest[0], options)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

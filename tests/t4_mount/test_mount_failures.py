@@ -1,0 +1,187 @@
+"""What is left of the mount's promises when processes die."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from kvfs_base.limits import FILE_CHUNK_BYTES
+from t4_mount.harness import Cluster, detach, wait_until
+
+
+def is_dead(mountpoint: Path) -> bool:
+    try:
+        mountpoint.stat()
+    except OSError as exc:
+        return exc.errno == errno.ENOTCONN
+    return False
+
+
+def test_mounting_over_a_killed_mount(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint)
+    closed = os.urandom(3_000_000)
+    (mountpoint / "closed").write_bytes(closed)
+    synced = (mountpoint / "synced").open("wb", buffering=0)
+    synced.write(b"synced")
+    os.fsync(synced.fileno())
+    synced.write(b" and not")
+    role.kill()
+    wait_until(lambda: is_dead(mountpoint))
+    with pytest.raises(OSError):
+        synced.write(b"x")
+    with pytest.raises(OSError):
+        synced.close()
+
+    with own_cluster.mounted(mountpoint):
+        mounts = Path("/proc/self/mountinfo").read_text().count(f" {mountpoint} ")
+        assert mounts == 1  # the dead one was removed, not covered
+        assert (mountpoint / "closed").read_bytes() == closed
+        assert (mountpoint / "synced").read_bytes()[:6] == b"synced"
+        # Bytes that were written behind the recorded end do not show in a hole.
+        os.truncate(mountpoint / "synced", 100)
+        assert (mountpoint / "synced").read_bytes()[6:] == bytes(94)
+
+
+def test_hole_over_what_a_killed_mount_left(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint)
+    file = (mountpoint / "file").open("wb", buffering=0)
+    file.write(b"begin")
+    os.fsync(file.fileno())
+    file.write(b"lost" * 1_000_000)
+    role.kill()
+    with pytest.raises(OSError):
+        file.close()
+    with own_cluster.mounted(mountpoint):
+        with (mountpoint / "file").open("r+b", buffering=0) as again:
+            os.pwrite(again.fileno(), b"end", 2_000_000)
+            data = os.pread(again.fileno(), 3_000_000, 0)
+        assert data == b"begin" + bytes(2_000_000 - 5) + b"end"
+
+
+def test_the_mount_goes_on_after_the_metadata_service_was_killed(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    with own_cluster.mounted(mountpoint):
+        (mountpoint / "before").write_bytes(b"before")
+        opened = (mountpoint / "open").open("w+b", buffering=0)
+        opened.write(b"held ")
+        gone = (mountpoint / "gone").open("w+b", buffering=0)
+        gone.write(b"unlinked but open")
+        os.fsync(gone.fileno())
+        (mountpoint / "gone").unlink()
+
+        own_cluster.metadata.kill()
+        waiting = threading.Thread(target=(mountpoint / "waited").write_bytes, args=(b"waited",))
+        waiting.start()
+        wait_until(lambda: waiting.is_alive())
+        own_cluster.metadata.start()
+        waiting.join(30)
+        assert not waiting.is_alive()
+
+        assert (mountpoint / "waited").read_bytes() == b"waited"
+        assert (mountpoint / "before").read_bytes() == b"before"
+        opened.write(b"after")
+        opened.close()
+        assert (mountpoint / "open").read_bytes() == b"held after"
+        assert os.pread(gone.fileno(), 100, 0) == b"unlinked but open"
+        gone.close()
+
+
+def test_a_program_at_work_survives_restarts_of_the_metadata_service(
+    own_cluster: Cluster,
+) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    program = (
+        "import os, sys\n"
+        "root, stop = sys.argv[1:]\n"
+        "n = 0\n"
+        "while not os.path.exists(stop):\n"
+        "  path = f'{root}/{n % 20}'\n"
+        "  with open(path + '.tmp', 'w') as f: f.write(f'number {n}' * 100)\n"
+        "  os.rename(path + '.tmp', path)\n"
+        "  assert open(path).read() == f'number {n}' * 100\n"
+        "  if n % 3 == 0: os.unlink(path)\n"
+        "  n += 1\n"
+        "print(n)\n"
+    )
+    stop = own_cluster.directory / "stop"
+    with own_cluster.mounted(mountpoint):
+        worker = subprocess.Popen(
+            [sys.executable, "-c", program, str(mountpoint), str(stop)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            for _ in range(3):
+                wait_until(lambda: (mountpoint / "1").exists())
+                own_cluster.metadata.kill()
+                own_cluster.metadata.start()
+        finally:
+            stop.touch()
+            out, err = worker.communicate(timeout=60)
+        assert worker.returncode == 0, err
+        assert int(out) > 3
+
+
+@pytest.mark.logs_warnings
+def test_a_dead_chunk_server_is_an_error_and_a_restart_heals(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    data = os.urandom(2 * FILE_CHUNK_BYTES)
+    with own_cluster.mounted(mountpoint, "--transport=tcp"):
+        (mountpoint / "file").write_bytes(data)
+        own_cluster.chunks.stop()
+        descriptor = os.open(mountpoint / "file", os.O_RDONLY | os.O_DIRECT)
+        try:
+            with pytest.raises(OSError) as caught:
+                os.pread(descriptor, 4096, 0)
+            assert caught.value.errno in (errno.EIO, errno.ETIMEDOUT)
+        finally:
+            os.close(descriptor)
+        own_cluster.chunks.start()
+        wait_until(lambda: readable(mountpoint / "file", data), 30)
+
+
+def readable(path: Path, data: bytes) -> bool:
+    try:
+        return path.read_bytes() == data
+    except OSError:
+        return False
+
+
+def test_closing_time_with_open_files(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint)
+    file = (mountpoint / "file").open("wb", buffering=0)
+    file.write(b"kept")
+    role.stop()  # busy: detached
+    assert not os.path.ismount(mountpoint)
+    with pytest.raises(OSError):
+        file.write(b"too late")
+    with pytest.raises(OSError):
+        file.close()
+    with own_cluster.mounted(mountpoint):
+        assert (mountpoint / "file").read_bytes() == b"kept"
+
+
+def test_two_mounts_see_each_other_close_to_open(own_cluster: Cluster) -> None:
+    first, second = own_cluster.directory / "mnt", own_cluster.directory / "mnt2"
+    try:
+        with own_cluster.mounted(first), own_cluster.mounted(second):
+            for round_number in range(3):
+                for writer, reader in ((first, second), (second, first)):
+                    data = f"{round_number} {writer}".encode() * (500 * (3 - round_number))
+                    (writer / "file").write_bytes(data)
+                    with (reader / "file").open("rb") as file:
+                        assert file.read() == data
+                        assert os.fstat(file.fileno()).st_size == len(data)
+            (first / "file").unlink()
+            with (second / "other").open("wb") as file:
+                file.write(b"x")
+            assert (first / "other").read_bytes() == b"x"
+    finally:
+        detach(second)
