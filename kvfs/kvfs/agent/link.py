@@ -1,0 +1,337 @@
+"""The client's end of an agent session: its connections, its view of the arena, its staging area.
+
+A session is held by a connection of its own that carries nothing else: as long as it stands, the
+agent keeps the leases, so a call that fails on another connection never pulls the bytes away from
+under a reader. Calls use a small pool of further connections that join the session.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from kvfs.agent.messages import Hello, ReleaseLeases, Welcome
+from kvfs_base import frames
+from kvfs_base.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    EntryNotFound,
+    KvfsError,
+    ProtocolError,
+)
+from kvfs_base.frames import HEADER_BYTES, Frame, Kind
+from kvfs_base.limits import (
+    AGENT_CALL_SECONDS,
+    BATCH_BLOCKS_MAX,
+    CLIENT_CONNECTIONS_MAX,
+    CONNECT_SECONDS,
+)
+from kvfs_base.rpc import Request, receive_frame
+from kvfs_base.seams import BlockingNetwork, Connection
+from kvfs_base.types import Address
+from kvfs_gds.arena import ArenaView
+from kvfs_gds.extents import ExtentAllocator
+
+
+class SessionLost(ConnectionLost):
+    """The agent no longer knows this session, or does not answer: open another one. Never travels
+    and never reaches users: Client turns it into ConnectionLost if another session fails too."""
+
+
+class Line:
+    """One connection to the agent. ``usable`` turns false once an exchange broke off."""
+
+    def __init__(self, connection: Connection, address: Address) -> None:
+        self._connection = connection
+        self._address = address
+        self._next_id = 1
+        self.usable = True
+        connection.set_timeout(AGENT_CALL_SECONDS)
+
+    def send(self, request: Request, notifications: Sequence[Request] = ()) -> None:
+        """Sends a request, with notifications before it. Its reply must be received before the
+        next request is sent. Raises SessionLost or DeadlineExceeded."""
+        parts = [frames.encode(Kind.NOTIFICATION, 0, n) for n in notifications]
+        parts.append(frames.encode(Kind.REQUEST, self._next_id, request))
+        self._send(parts)
+
+    def notify(self, notification: Request) -> None:
+        """Sends what has no reply. Raises as ``send``."""
+        self._send([frames.encode(Kind.NOTIFICATION, 0, notification)])
+
+    def _send(self, parts: list[bytes]) -> None:
+        with self._translated():
+            self._connection.send(parts)
+
+    def receive(self, reply_type: Any) -> Any:
+        """The reply to the request sent last. Raises what the agent raised, SessionLost or
+        DeadlineExceeded."""
+        with self._translated():
+            frame = receive_frame(self._connection)
+            self._check(frame)
+        return _decode(frame, reply_type)
+
+    def hello(self, session: bytes) -> tuple[Welcome, list[int]]:
+        """The first exchange; descriptors come with it. Raises as ``receive``."""
+        self.send(Hello(session))
+        descriptors: list[int] = []
+        try:
+            with self._translated():
+                head = memoryview(bytearray(HEADER_BYTES))
+                descriptors = self._connection.receive_with_descriptors(head)
+                header = frames.decode_header(head)
+                body = bytearray(header.body_bytes)
+                self._connection.receive_into([memoryview(body)])
+                frame = Frame(header.kind, header.request_id, bytes(body))
+                self._check(frame)
+            welcome = _decode(frame, Welcome)
+            if len(descriptors) != (0 if session else 2):
+                raise ProtocolError(detail=f"{len(descriptors)} descriptors")
+        except BaseException:
+            for fd in descriptors:
+                os.close(fd)
+            raise
+        return welcome, descriptors
+
+    def _check(self, frame: Frame) -> None:
+        if frame.request_id == 0 and frame.kind is Kind.ERROR:
+            self.usable = False  # about the connection, which the agent is closing
+        elif frame.request_id != self._next_id:
+            raise ProtocolError(detail="a reply to another request")
+        self._next_id += 1
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except ConnectionLost as exc:
+            self.usable = False
+            raise SessionLost(address=str(self._address), detail=exc.detail) from exc
+        except BaseException:
+            # A reply may still be on its way: this connection is out of step.
+            self.usable = False
+            raise
+
+    def close(self) -> None:
+        self.usable = False
+        self._connection.close()
+
+
+def _decode(frame: Frame, reply_type: Any) -> Any:
+    if frame.kind is Kind.ERROR:
+        raise frames.decode_error(frame.body)
+    try:
+        return _decoder(reply_type).decode(frame.body)
+    except msgspec.MsgspecError as exc:
+        raise ProtocolError(detail=f"reply of the agent: {exc}") from exc
+
+
+@functools.cache
+def _decoder(reply_type: Any) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(reply_type)
+
+
+class StagingSpace:
+    """The session's staging area, divided among the threads of this client."""
+
+    def __init__(self, fd: int, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._fd = fd
+        self._extents = ExtentAllocator(size_bytes)
+        self._freed = threading.Condition()
+
+    def allocate(self, sizes: Sequence[int], *, wait: bool) -> list[int]:
+        """Offsets for as many of ``sizes``, from the first, as there is room for. With ``wait``
+        at least one: who waits must hold nothing here, or two could wait for each other."""
+        offsets: list[int] = []
+        with self._freed:
+            while True:
+                for size in sizes[len(offsets) :]:
+                    offset = self._extents.allocate(size)
+                    if offset is None:
+                        break
+                    offsets.append(offset)
+                if offsets or not wait:
+                    return offsets
+                if not self._freed.wait(AGENT_CALL_SECONDS):
+                    raise DeadlineExceeded(operation="staging", seconds=AGENT_CALL_SECONDS)
+
+    def free(self, offsets: Sequence[int]) -> None:
+        with self._freed:
+            for offset in offsets:
+                self._extents.free(offset)
+            self._freed.notify_all()
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Copies ``data`` to ``offset``: the kernel does it, other threads run meanwhile."""
+        done = 0
+        while done < len(data):
+            done += os.pwritev(self._fd, [data[done:]], offset + done)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+class AgentSession:
+    """Thread-safe. Leases live until nobody in this process can see their bytes any more."""
+
+    def __init__(self, network: BlockingNetwork, address: Address) -> None:
+        """Opens a session. Raises ConnectionLost if no agent listens, ServerBusy."""
+        self._network = network
+        self._address = address
+        self._lifeline = self._dial()
+        try:
+            welcome, (arena_fd, staging_fd) = self._lifeline.hello(b"")
+            self.staging = StagingSpace(staging_fd, welcome.staging_bytes)
+            self.arena = ArenaView.open(arena_fd)
+        except BaseException:
+            self._lifeline.close()
+            raise
+        self._secret = welcome.session
+        self._array_type = ctypes.c_uint8 * self.arena.size_bytes
+        self._address_of_arena = self.arena.address
+        self._free_lines: list[Line] = []
+        self._slots = threading.BoundedSemaphore(CLIENT_CONNECTIONS_MAX)
+        self._lock = threading.Lock()
+        self._leases: dict[int, weakref.ref[Any]] = {}
+        self._returned: collections.deque[int] = collections.deque()
+        self._retired = False
+        self._closed = False
+        self.broken = False
+        """An exchange broke off: the agent may have granted a lease that nobody knows of, or may
+        still read what was staged. Use another session for what comes next."""
+
+    def _dial(self) -> Line:
+        connection = self._network.connect(self._address, CONNECT_SECONDS)
+        return Line(connection, self._address)
+
+    @contextlib.contextmanager
+    def line(self) -> Iterator[Line]:
+        """A connection for the length of the block; waits for one if all are in use."""
+        with self._slots:
+            line = self._free_line() or self._join()
+            try:
+                yield line
+            finally:
+                self._put_back(line)
+
+    def call(self, request: Request) -> Any:
+        """The reply to one request. Raises what the agent raised, SessionLost, DeadlineExceeded."""
+        with self.line() as line:
+            line.send(request, self._returned_leases())
+            return line.receive(type(request).Reply)
+
+    def _free_line(self) -> Line | None:
+        with self._lock:
+            return self._free_lines.pop() if self._free_lines else None
+
+    def _put_back(self, line: Line) -> None:
+        with self._lock:
+            if line.usable and not self._closed:
+                self._free_lines.append(line)
+                return
+        self.broken = True
+        line.close()
+
+    def _join(self) -> Line:
+        if self._closed:
+            raise SessionLost(address=str(self._address), detail="closed")
+        try:
+            line = self._dial()
+        except ConnectionLost as exc:
+            raise SessionLost(address=exc.address, detail=exc.detail) from exc
+        try:
+            line.hello(self._secret)
+        except EntryNotFound as exc:
+            line.close()
+            raise SessionLost(address=str(self._address), detail="unknown session") from exc
+        except BaseException:
+            line.close()
+            raise
+        return line
+
+    def lease(self, lease_id: int) -> memoryview:
+        """The arena, read-only. The lease is over once this view and all that were made from it,
+        by whomever, are gone: a numpy array that outlives its ``with`` block keeps its bytes."""
+        exporter = self._array_type.from_address(self._address_of_arena)
+        # What must outlive the pointer: the mapping, and the connection that holds the lease.
+        exporter.mapping = self.arena.view(0, self.arena.size_bytes)
+        exporter.session = self
+        self._leases[lease_id] = weakref.ref(exporter, functools.partial(self._over, lease_id))
+        return memoryview(exporter).cast("B").toreadonly()
+
+    def _over(self, lease_id: int, _: object) -> None:
+        # May run anywhere, inside the garbage collector too: no lock, no I/O.
+        self._leases.pop(lease_id, None)
+        self._returned.append(lease_id)
+
+    def _returned_leases(self) -> list[Request]:
+        returned = self._returned
+        if not returned:
+            return []
+        leases: list[int] = []
+        try:
+            while len(leases) < BATCH_BLOCKS_MAX:
+                leases.append(returned.popleft())
+        except IndexError:
+            pass
+        return [ReleaseLeases(tuple(leases))]
+
+    def return_leases(self) -> None:
+        """Tells the agent which leases are over, if a connection is free: otherwise the next call
+        on one does. Never raises: a session that is lost has no leases."""
+        if not self._returned:
+            return
+        line = self._free_line()
+        if line is not None:
+            try:
+                for notification in self._returned_leases():
+                    line.notify(notification)
+            except KvfsError:
+                pass
+            self._put_back(line)
+        self._close_if_done()
+
+    def retire(self) -> None:
+        """Closes the session once its last lease is over; calls on it fail with SessionLost."""
+        with self._lock:
+            self._retired = True
+        self._close_if_done()
+
+    def _close_if_done(self) -> None:
+        if self._retired and not self._leases:
+            self.close()
+
+    def close(self) -> None:
+        """Ends all leases. Bytes of a living agent's arena may change from now on."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            lines, self._free_lines = self._free_lines, []
+        for line in (*lines, self._lifeline):
+            line.close()
+        self.staging.close()
+        self.arena.close()
+
+    def abandon(self) -> None:
+        """After a fork, in the child: the session stays the parent's. Its lock may have been held
+        by a thread that does not exist here."""
+        self._lock = threading.Lock()
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_closed"):
+            self.close()
+
+
+__all__ = ["AgentSession", "Line", "SessionLost", "StagingSpace"]

@@ -1,0 +1,185 @@
+"""The life of a read, inside the agent: keys in, leased entries of the arena out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from kvfs.agent.backends import Chunks, MetadataCalls
+from kvfs.agent.counters import Counters
+from kvfs.agent.messages import GRANTED, NO_BLOCK, GetBlocks, Granted, split_keys
+from kvfs.agent.session import Session
+from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError
+from kvfs_base.limits import LOAD_WAIT_SECONDS
+from kvfs_base.seams import Clock
+from kvfs_base.types import BlockInfo, ChunkId
+from kvfs_datapath.client import ChunkRead
+from kvfs_gds.arena import Arena
+from kvfs_gds.block_cache import BlockCache, Entry, Grant, State
+from kvfs_gds.extents import pages_of
+from kvfs_metadata.messages import LookupBlocks, RemoveBlocks
+
+log = logging.getLogger(__name__)
+
+
+class BlockReader:
+    """Thread-safe."""
+
+    def __init__(
+        self, clock: Clock, arena: Arena, cache: BlockCache, chunks: Chunks, counters: Counters
+    ) -> None:
+        self._clock = clock
+        self._arena = arena
+        self._cache = cache
+        self._chunks = chunks
+        self._counters = counters
+
+    def get(self, metadata: MetadataCalls, session: Session, request: GetBlocks) -> Granted:
+        """Leases what is stored of a batch. Raises ArenaFull, or what the metadata service raised;
+        blocks that cannot be had are misses."""
+        infos = metadata.call(LookupBlocks(request.namespace, request.keys))
+        size_bytes = sum([pages_of(info.size) for info in infos if info is not None])
+        if not size_bytes:
+            self._counters.add(blocks_requested=len(infos), blocks_unknown=len(infos))
+            return Granted(0, NO_BLOCK * len(infos))
+        session.reserve(size_bytes)
+        try:
+            grant = self._cache.acquire(request.namespace, split_keys(request.keys), infos)
+        except BaseException:
+            session.unreserve(size_bytes)
+            raise
+        try:
+            self._fill(metadata, request, infos, grant)
+            held = [entry for entry in grant.entries if entry is not None]
+            if not held:
+                session.unreserve(size_bytes)
+                return Granted(0, NO_BLOCK * len(infos))
+            lease = session.add_lease(held, size_bytes)
+        except BaseException:
+            self._cache.release(e for e in grant.entries if e is not None)
+            session.unreserve(size_bytes)
+            raise
+        return Granted(lease, b"".join(map(_packed, grant.entries)))
+
+    def _fill(
+        self,
+        metadata: MetadataCalls,
+        request: GetBlocks,
+        infos: Sequence[BlockInfo | None],
+        grant: Grant,
+    ) -> None:
+        """Loads and waits until every entry of the grant is ready; the others become None."""
+        unknown = infos.count(None)
+        hits = len(infos) - unknown - len(grant.load)
+        failures: dict[int, KvfsError] = {}
+        if grant.load:
+            failures = self._load(infos, grant)
+        waited_for_nothing = self._wait(grant)
+        self._counters.add(
+            blocks_requested=len(infos),
+            blocks_unknown=unknown,
+            arena_hits=hits - waited_for_nothing,
+            load_failures=waited_for_nothing,
+        )
+        if failures:
+            self._forget(metadata, request, infos, failures)
+
+    def _load(self, infos: Sequence[BlockInfo | None], grant: Grant) -> dict[int, KvfsError]:
+        """Reads all blocks of ``grant.load``; those that failed, by place, are None in the grant
+        afterwards."""
+        loading = [(place, *_present(infos, grant, place)) for place in grant.load]
+        reads = [
+            ChunkRead(
+                chunk=ChunkId(info.inode, 0),
+                chain=info.chain,
+                size=info.size,
+                crc32c=info.crc32c,
+                key=entry.name[1],
+                view=self._arena.view(entry.offset, pages_of(entry.size)),
+            )
+            for _, info, entry in loading
+        ]
+        failed: dict[int, KvfsError] | None = None
+        try:
+            results = self._chunks.read_chunks(reads)
+            failed = {
+                place: error
+                for (place, _, _), error in zip(loading, results, strict=True)
+                if error is not None
+            }
+        finally:
+            # Whatever happened: others wait for these entries.
+            self._cache.finish(grant, set(grant.load) if failed is None else failed)
+        self._give_back(grant, failed)
+        self._counters.add(
+            blocks_loaded=len(loading) - len(failed),
+            loaded_bytes=sum(info.size for place, info, _ in loading if place not in failed),
+        )
+        return failed
+
+    def _wait(self, grant: Grant) -> int:
+        """Waits for entries that others load. Returns how many did not come; they are None in the
+        grant afterwards."""
+        if not grant.wait:
+            return 0
+        deadline = self._clock.monotonic() + LOAD_WAIT_SECONDS
+        lost = []
+        for place in grant.wait:
+            entry = grant.entries[place]
+            assert entry is not None
+            entry.finished.wait(max(0.0, deadline - self._clock.monotonic()))
+            if entry.state is not State.READY:
+                lost.append(place)
+        self._give_back(grant, lost)
+        return len(lost)
+
+    def _give_back(self, grant: Grant, places: Sequence[int] | dict[int, KvfsError]) -> None:
+        self._cache.release([e for e in map(grant.entries.__getitem__, places) if e is not None])
+        for place in places:
+            grant.entries[place] = None
+
+    def _forget(
+        self,
+        metadata: MetadataCalls,
+        request: GetBlocks,
+        infos: Sequence[BlockInfo | None],
+        failures: dict[int, KvfsError],
+    ) -> None:
+        """Counts failed reads, and removes the blocks that are lost for good. A server that could
+        not be asked says nothing about its blocks: they stay."""
+        corrupt = [p for p, error in failures.items() if isinstance(error, IntegrityError)]
+        missing = [p for p, error in failures.items() if isinstance(error, ChunkNotFound)]
+        self._counters.add(
+            blocks_corrupt=len(corrupt),
+            blocks_missing=len(missing),
+            load_failures=len(failures) - len(corrupt) - len(missing),
+        )
+        for error in failures.values():
+            log.log(logging.WARNING if error.temporary is False else logging.INFO, "%s", error)
+        lost = corrupt + missing
+        if not lost:
+            return
+        keys = split_keys(request.keys)
+        gone = [(keys[p], info.inode) for p in lost if (info := infos[p]) is not None]
+        removal = RemoveBlocks(
+            request.namespace, b"".join(k for k, _ in gone), tuple(inode for _, inode in gone)
+        )
+        try:
+            metadata.call(removal)
+        except KvfsError as exc:
+            # Not this reader's trouble: the next get of these keys tries again.
+            log.info("lost blocks stay in the namespace for now: %s", exc)
+
+
+def _present(
+    infos: Sequence[BlockInfo | None], grant: Grant, place: int
+) -> tuple[BlockInfo, Entry]:
+    info, entry = infos[place], grant.entries[place]
+    assert info is not None and entry is not None
+    return info, entry
+
+
+def _packed(entry: Entry | None) -> bytes:
+    if entry is None:
+        return NO_BLOCK
+    return GRANTED.pack(entry.offset, entry.size, entry.generation)
