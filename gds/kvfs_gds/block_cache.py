@@ -83,6 +83,12 @@ class Grant:
     wait: list[int]
     """Places that somebody (the caller too, for a key named twice) is filling."""
 
+    def entry_at(self, place: int) -> Entry:
+        """The entry of a place in ``load`` or ``wait``: there is one."""
+        entry = self.entries[place]
+        assert entry is not None
+        return entry
+
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
@@ -194,9 +200,7 @@ class BlockCache:
     def _undo(self, grant: Grant) -> None:
         """Gives everything back. Nobody else can have seen the new entries: the lock was held."""
         for place in grant.load:
-            entry = grant.entries[place]
-            assert entry is not None
-            self._drop(entry)
+            self._drop(grant.entry_at(place))
         self._release(e for e in grant.entries if e is not None)
 
     def finish(self, grant: Grant, failed: Collection[int] = ()) -> None:
@@ -207,15 +211,13 @@ class BlockCache:
             return
         with self._lock:
             for place in grant.load:
-                entry = grant.entries[place]
-                assert entry is not None
+                entry = grant.entry_at(place)
                 if place in failed:
                     entry.state = State.FAILED
                     self._drop(entry)
                 else:
                     entry.state = State.READY
-        # One event for the whole load.
-        entry.finished.set()
+        entry.finished.set()  # one event for the whole load
 
     def release(self, entries: Iterable[Entry]) -> None:
         """Gives back one reference for each entry listed."""

@@ -1,4 +1,4 @@
-"""The block cache: a Hypothesis machine that holds it to its invariants, and the cases one by one."""
+"""The block cache: a Hypothesis machine that holds it to its invariants, and cases one by one."""
 
 from __future__ import annotations
 

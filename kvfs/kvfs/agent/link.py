@@ -262,7 +262,7 @@ class AgentSession:
     def lease(self, lease_id: int) -> memoryview:
         """The arena, read-only. The lease is over once this view and all that were made from it,
         by whomever, are gone: a numpy array that outlives its ``with`` block keeps its bytes."""
-        exporter = self._array_type.from_address(self._address_of_arena)
+        exporter: Any = self._array_type.from_address(self._address_of_arena)
         # What must outlive the pointer: the mapping, and the connection that holds the lease.
         exporter.mapping = self.arena.view(0, self.arena.size_bytes)
         exporter.session = self

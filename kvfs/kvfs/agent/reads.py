@@ -125,8 +125,7 @@ class BlockReader:
         deadline = self._clock.monotonic() + LOAD_WAIT_SECONDS
         lost = []
         for place in grant.wait:
-            entry = grant.entries[place]
-            assert entry is not None
+            entry = grant.entry_at(place)
             entry.finished.wait(max(0.0, deadline - self._clock.monotonic()))
             if entry.state is not State.READY:
                 lost.append(place)

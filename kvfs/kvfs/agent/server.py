@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from kvfs_metadata.client import BlockingMetadataClient, ClusterView
 
 from kvfs.agent.backends import Chunks, MetadataCalls
 from kvfs.agent.config import AgentConfig
@@ -55,6 +54,7 @@ from kvfs_base.seams import Connection, Env, Listener
 from kvfs_datapath.client import ChunkClient
 from kvfs_gds.arena import Arena
 from kvfs_gds.block_cache import BlockCache
+from kvfs_metadata.client import BlockingMetadataClient, ClusterView
 from kvfs_metadata.messages import Done, MatchBlocks, OpenNamespace, ReadDir, RemoveBlocks
 
 log = logging.getLogger(__name__)
