@@ -1,0 +1,169 @@
+"""All committed blocks in memory: by namespace and key, by inode, and in the order of use.
+
+The store has the same blocks under ``BLCK``; this index answers match and lookup without it, at
+about 0.25 us a key. A block costs about 600 bytes here: 1 M blocks (of 1 MiB, a full 1 TB disk)
+cost 0.6 GB.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from kvfs_base.limits import BLOCK_KEY_BYTES
+from kvfs_base.types import KVLayout
+from kvfs_metadata import records
+from kvfs_metadata.engine import KVRead, scan
+from kvfs_metadata.policy import CachePolicy
+from kvfs_metadata.records import BlockValue
+
+
+class Block(msgspec.Struct, gc=False):
+    """Not tracked by the garbage collector: a million of them would be walked again and again."""
+
+    inode: int
+    namespace: int
+    key: bytes
+    size: int
+    crc32c: int
+    chain: int
+    created_ns: int
+    last_use_ns: int
+
+    def value(self) -> BlockValue:
+        return BlockValue(
+            self.inode, self.size, self.crc32c, self.chain, self.created_ns, self.last_use_ns
+        )
+
+
+class KVNamespace:
+    """One directory of blocks."""
+
+    __slots__ = ("block_bytes", "blocks", "changed_ns", "inode", "layout", "path")
+
+    def __init__(self, inode: int, path: str, layout: KVLayout) -> None:
+        self.inode = inode
+        self.path = path
+        self.layout = layout
+        self.blocks: dict[bytes, Block] = {}
+        self.block_bytes = 0
+        self.changed_ns = 0
+        """When a block last came or went. Not recorded: writing the directory's inode with every
+        commit would buy nothing but an mtime."""
+
+
+class BlockIndex:
+    def __init__(self, policy: CachePolicy) -> None:
+        self.policy = policy
+        self.namespaces: dict[int, KVNamespace] = {}
+        self.by_path: dict[str, KVNamespace] = {}
+        self.by_inode: dict[int, Block] = {}
+        self.block_bytes = 0
+        self._touched: set[int] = set()
+
+    # --- loading
+
+    def load(self, read: KVRead) -> None:
+        """Everything in the store, in the order of last use."""
+        for key, value in scan(read, records.NAMESPACE):
+            record = records.decode_namespace(value)
+            self.add_namespace(KVNamespace(records.number_at(key), record.path, record.layout))
+        blocks = [
+            _block(records.number_at(key), key[12:], records.unpack_block(value))
+            for key, value in scan(read, records.BLOCK)
+        ]
+        # Blocks of one batch share their last use; their inodes grow along the prefix, and the
+        # end of a prefix counts as older.
+        blocks.sort(key=lambda block: (block.last_use_ns, -block.inode))
+        for block in blocks:
+            self.insert([block])
+
+    def add_namespace(self, namespace: KVNamespace) -> None:
+        self.namespaces[namespace.inode] = namespace
+        self.by_path[namespace.path] = namespace
+
+    def remove_namespace(self, namespace: KVNamespace) -> None:
+        del self.namespaces[namespace.inode]
+        del self.by_path[namespace.path]
+
+    # --- changing
+
+    def insert(self, blocks: Sequence[Block]) -> None:
+        """New blocks, in the order of their prefix. Their namespace exists, their keys do not."""
+        for block in blocks:
+            namespace = self.namespaces[block.namespace]
+            namespace.blocks[block.key] = block
+            namespace.block_bytes += block.size
+            namespace.changed_ns = max(namespace.changed_ns, block.created_ns)
+            self.by_inode[block.inode] = block
+            self.block_bytes += block.size
+        self.policy.inserted([(block.inode, block.size) for block in blocks])
+
+    def remove(self, block: Block) -> None:
+        namespace = self.namespaces[block.namespace]
+        del namespace.blocks[block.key]
+        namespace.block_bytes -= block.size
+        del self.by_inode[block.inode]
+        self.block_bytes -= block.size
+        self.policy.removed(block.inode)
+
+    # --- asking
+
+    def prefix(self, namespace: KVNamespace, keys: bytes) -> list[Block]:
+        """The stored blocks of ``keys`` up to the first that is missing."""
+        get = namespace.blocks.get
+        found: list[Block] = []
+        for start in range(0, len(keys), BLOCK_KEY_BYTES):
+            block = get(keys[start : start + BLOCK_KEY_BYTES])
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def find(self, namespace: KVNamespace, keys: bytes) -> list[Block | None]:
+        """Each of ``keys``, or None."""
+        get = namespace.blocks.get
+        return [
+            get(keys[start : start + BLOCK_KEY_BYTES])
+            for start in range(0, len(keys), BLOCK_KEY_BYTES)
+        ]
+
+    def use(self, blocks: Sequence[Block], now_ns: int) -> None:
+        """Records one use of each, in the order of their prefix."""
+        for block in blocks:
+            block.last_use_ns = now_ns
+        inodes = list(map(_inode_of, blocks))
+        self.policy.used(inodes)
+        self._touched.update(inodes)
+
+    def take_touched(self, count_max: int) -> list[Block]:
+        """Blocks whose last use is newer than the store's, at most ``count_max``."""
+        count = min(count_max, len(self._touched))
+        inodes = (self._touched.pop() for _ in range(count))
+        return [self.by_inode[inode] for inode in inodes if inode in self.by_inode]
+
+    @property
+    def touched_count(self) -> int:
+        return len(self._touched)
+
+    def touch(self, blocks: Iterable[Block]) -> None:
+        """Takes ``take_touched`` back."""
+        self._touched.update(map(_inode_of, blocks))
+
+
+_inode_of = operator.attrgetter("inode")
+
+
+def _block(namespace: int, key: bytes, value: BlockValue) -> Block:
+    return Block(
+        inode=value.inode,
+        namespace=namespace,
+        key=key,
+        size=value.size,
+        crc32c=value.crc32c,
+        chain=value.chain,
+        created_ns=value.created_ns,
+        last_use_ns=value.last_use_ns,
+    )

@@ -1,0 +1,350 @@
+"""Everything the metadata service decides, without any waiting: requests in, answers out.
+
+Reads are answered from a snapshot of the store and from the block index. Writes are decided in
+groups by ``decide`` and written by ``commit``; the service calls the two apart when the writing
+waits for a disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat, HeartbeatReply
+from kvfs_base.errors import InternalError, InvalidRequest, KvfsError, VersionMismatch
+from kvfs_base.seams import Clock
+from kvfs_base.types import Attr
+from kvfs_metadata import messages as m
+from kvfs_metadata import records
+from kvfs_metadata.block_index import BlockIndex
+from kvfs_metadata.blocks import Blocks
+from kvfs_metadata.cluster_state import CAPACITY_FRACTION, ClusterState
+from kvfs_metadata.config import MetadataConfig
+from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction
+from kvfs_metadata.namespace import FileTree
+from kvfs_metadata.policy import CachePolicy, LruPolicy
+from kvfs_metadata.removals import Removals
+from kvfs_metadata.rename import rename
+from kvfs_metadata.sessions import Sessions
+from kvfs_metadata.transaction import ANY_CONNECTION, Counters, Tx, roll_back
+from kvfs_metadata.xattrs import Xattrs
+
+log = logging.getLogger(__name__)
+Operation = Callable[[Tx], Any]
+
+COLLECT_BATCH = 256
+"""Unlinked files one transaction deletes."""
+
+
+@dataclasses.dataclass
+class Decision:
+    """A group that was decided and is not written yet."""
+
+    group: Group[Any]
+    undo: list[Callable[[], None]]
+
+
+class MetadataCore:
+    """Raises VersionMismatch if the store was written by another version."""
+
+    def __init__(
+        self,
+        engine: KVEngine,
+        clock: Clock,
+        config: MetadataConfig,
+        policy: CachePolicy | None = None,
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._config = config
+        self._requests = 0
+        _check_format(engine)
+        self.sessions = Sessions(clock)
+        self.index = BlockIndex(policy or LruPolicy())
+        engine.view(self._load)
+        self.tree = FileTree(
+            blocks=self.blocks,
+            cluster=self.cluster,
+            counters=self._counters,
+            may_be_open=self.sessions.may_be_open,
+        )
+        self._xattrs = Xattrs(self.index)
+        self._reads = self._read_table()
+        self._writes = self._write_table()
+        self._orphans_from: int | None = 0
+        self.update([self._start])
+
+    def _load(self, read: KVRead) -> None:
+        self._counters = Counters(read.get)
+        self.removals = Removals(read)
+        self.cluster = ClusterState(read, self._clock, self._counters, self.removals)
+        self.blocks = Blocks(
+            read,
+            self.index,
+            clock=self._clock,
+            counters=self._counters,
+            cluster=self.cluster,
+            capacity_bytes=self.capacity_bytes,
+        )
+
+    def _start(self, tx: Tx) -> None:
+        tx.kv.put(records.FORMAT_KEY, records.FORMAT)
+        self.tree.create_roots(tx)
+        self.cluster.started(self._counters.start.take(tx))
+
+    # --- requests
+
+    def _read_table(self) -> dict[type, Callable[[KVRead, Any], Any]]:
+        tree, blocks, xattrs = self.tree, self.blocks, self._xattrs
+        return {
+            m.Lookup: tree.lookup,
+            m.Resolve: tree.resolve,
+            m.GetAttr: tree.get_attr,
+            m.ReadDir: tree.read_directory,
+            m.ReadLink: tree.read_link,
+            m.GetXattr: xattrs.get,
+            m.ListXattr: xattrs.list,
+            m.StatFs: self._statfs,
+            m.MatchBlocks: lambda kv, request: blocks.match(request),
+            m.LookupBlocks: lambda kv, request: blocks.lookup(request),
+            m.Statistics: lambda kv, request: self.statistics(kv),
+            GetClusterMap: self._cluster_map,
+        }
+
+    def _write_table(self) -> dict[type, Callable[[Tx, Any], Any]]:
+        tree, blocks, xattrs = self.tree, self.blocks, self._xattrs
+        return {
+            m.Attach: self._attach,
+            m.OpenInode: self._open_inode,
+            m.CloseInode: self._close_inode,
+            m.SetAttr: tree.set_attr,
+            m.Make: tree.make,
+            m.Link: tree.link,
+            m.Unlink: tree.unlink,
+            m.Rmdir: tree.rmdir,
+            m.Rename: partial(rename, tree),
+            m.SetXattr: xattrs.set,
+            m.RemoveXattr: xattrs.remove,
+            m.OpenNamespace: tree.open_namespace,
+            m.PrepareBlocks: blocks.prepare,
+            m.CommitBlocks: blocks.commit,
+            m.AbortBlocks: blocks.abort,
+            m.RemoveBlocks: blocks.remove,
+            Heartbeat: self._heartbeat,
+        }
+
+    def only_reads(self, requests: Sequence[Any]) -> bool:
+        return all(type(request) in self._reads for request in requests)
+
+    def answer(self, requests: Sequence[Any]) -> list[Any]:
+        """Answers requests that only read, on one snapshot."""
+        self._requests += len(requests)
+        return self._engine.view(lambda kv: [self._answer(kv, r) for r in requests])
+
+    def _answer(self, kv: KVRead, request: Any) -> Any:
+        try:
+            return self._reads[type(request)](kv, request)
+        except KvfsError as exc:
+            return exc
+        except Exception as exc:
+            log.exception("a read failed: %s", type(request).__name__)
+            return InternalError(detail=type(exc).__name__)
+
+    def operation(self, connection: int, request: Any) -> Operation:
+        """``request`` as part of a group. Reads among writes see those before them."""
+        self._requests += 1
+        write = self._writes.get(type(request))
+        read = self._reads.get(type(request))
+
+        def run(tx: Tx) -> Any:
+            tx.connection = connection
+            if write is not None:
+                return write(tx, request)
+            if read is not None:
+                return read(tx.kv, request)
+            raise InvalidRequest(detail=f"unexpected {type(request).__name__}")
+
+        return run
+
+    # --- groups
+
+    def decide(self, operations: Sequence[Operation]) -> Decision:
+        """Runs each operation as a transaction of its own; nothing is written yet. No other group
+        may be decided until this one is committed."""
+        undo: list[Callable[[], None]] = []
+        now_ns = self._clock.time_ns()
+        fns = [partial(_run, operation, now_ns, undo) for operation in operations]
+        return Decision(self._engine.run(fns), undo)
+
+    def commit(self, decision: Decision) -> None:
+        """Writes a group; from any thread. If it raises, ``take_back`` must follow."""
+        self._engine.commit(decision.group)
+
+    def take_back(self, decision: Decision) -> None:
+        """Memory as it was before the decision."""
+        roll_back(decision.undo)
+        self._orphans_from = 0  # what was to be collected is looked for again
+
+    def update(self, operations: Sequence[Operation]) -> list[Any]:
+        """Decides and commits; a result or KvfsError each. Raises if nothing could be written."""
+        decision = self.decide(operations)
+        try:
+            self.commit(decision)
+        except BaseException:
+            self.take_back(decision)
+            raise
+        return decision.group.results
+
+    def sync(self) -> None:
+        self._engine.sync()
+
+    # --- sessions
+
+    def _attach(self, tx: Tx, request: m.Attach) -> m.Done:
+        released = self.sessions.attach(tx, request.session, request.open_inodes)
+        for inode in released:
+            self.tree.collect(tx, inode)
+        return m.Done()
+
+    def _open_inode(self, tx: Tx, request: m.OpenInode) -> Attr:
+        attr = self.tree.attr_of(tx.kv, request.inode)
+        block = self.index.by_inode.get(request.inode)
+        if block is not None:
+            # Readers of the mount bypass everybody once a block is open: this is its use.
+            self.index.use([block], tx.now_ns)
+        else:
+            self.sessions.open(tx, request.inode)
+        return attr
+
+    def _close_inode(self, tx: Tx, request: m.CloseInode) -> m.Done:
+        if self.sessions.close(tx, request.inode):
+            self.tree.collect(tx, request.inode)
+        return m.Done()
+
+    def disconnected(self, connection: int) -> None:
+        self.sessions.disconnected(connection)
+
+    # --- cluster and capacity
+
+    def _heartbeat(self, tx: Tx, request: Heartbeat) -> HeartbeatReply:
+        return self.cluster.heartbeat(tx, request)
+
+    def _cluster_map(self, kv: KVRead, request: GetClusterMap) -> ClusterMap:
+        return self.cluster.map()
+
+    def capacity_bytes(self) -> int:
+        """0 while no target has told what it holds and nothing is configured."""
+        disks = self.cluster.disk_capacity_bytes()
+        if self._config.capacity_bytes == 0:
+            return int(disks * CAPACITY_FRACTION)
+        return min(self._config.capacity_bytes, disks or self._config.capacity_bytes)
+
+    def _statfs(self, kv: KVRead, request: m.StatFs) -> m.FilesystemStats:
+        usage = records.unpack_usage(kv.get(records.USAGE_KEY))
+        return m.FilesystemStats(
+            capacity_bytes=self.capacity_bytes(),
+            used_bytes=self.blocks.used_bytes(kv),
+            inodes=usage.inodes + len(self.index.by_inode),
+        )
+
+    # --- work in the background, as operations for the same queue as the requests
+
+    def excess_bytes(self) -> int:
+        """What the cache is to evict now: above the high watermark down to the low one, or what
+        the fullest disk lacks of its reserve."""
+        capacity = self.capacity_bytes()
+        used = self._engine.view(self.blocks.used_bytes)
+        excess = 0
+        if capacity and used > capacity * self._config.high_watermark:
+            excess = int(used - capacity * self._config.low_watermark)
+        return max(excess, self.cluster.missing_bytes())
+
+    def eviction(self, bytes_needed: int) -> Operation:
+        """One transaction's worth; its result is the bytes evicted, 0 if there is nothing left."""
+        return lambda tx: self.blocks.evict(tx, bytes_needed)
+
+    def due(self) -> list[Operation]:
+        """For prepared batches, sessions and unlinked files whose time is over. Targets whose
+        lease is over go out of service at once."""
+        self.cluster.expire()
+        operations: list[Operation] = []
+        expiry = self.blocks.next_expiry()
+        if expiry is not None and expiry <= self._clock.monotonic():
+            operations.append(self.blocks.expire)
+        released = self.sessions.expire()
+        if released:
+            operations.append(partial(self._collect_all, released))
+        if self._orphans_from is not None and not self.sessions.in_grace:
+            operations.append(self._collect_orphans)
+        return operations
+
+    def _collect_all(self, inodes: Sequence[int], tx: Tx) -> None:
+        for inode in inodes:
+            self.tree.collect(tx, inode)
+
+    def _collect_orphans(self, tx: Tx) -> None:
+        """What the process before this one left, a page at a time. Unlinked files that somebody
+        has open go with the last session that has them."""
+        start, end = records.orphan_key(self._orphans_from or 0), records.ORPHAN + b"\xff" * 9
+        inodes = [records.number_at(key) for key, _ in tx.kv.range(start, end, COLLECT_BATCH)]
+        self._collect_all(inodes, tx)
+        self._orphans_from = inodes[-1] + 1 if len(inodes) == COLLECT_BATCH else None
+
+    def persist_uses(self, tx: Tx) -> int:
+        """Writes down some of the uses of blocks; its result is how many are left."""
+        return self.blocks.persist_uses(tx)
+
+    @property
+    def unrecorded_uses(self) -> int:
+        return self.index.touched_count
+
+    # --- numbers
+
+    def statistics(self, kv: KVRead) -> dict[str, int]:
+        usage = records.unpack_usage(kv.get(records.USAGE_KEY))
+        return {
+            "requests": self._requests,
+            "capacity_bytes": self.capacity_bytes(),
+            "used_bytes": self.blocks.used_bytes(kv),
+            "file_bytes": usage.file_bytes,
+            "inodes": usage.inodes,
+            **self.blocks.statistics(),
+            **self.cluster.statistics(),
+            **self.sessions.statistics(),
+        }
+
+
+def _run(
+    operation: Operation, now_ns: int, undo: list[Callable[[], None]], kv: KVTransaction
+) -> Any:
+    """One operation of a group: whole or, in the store and in memory, not at all."""
+    mark = len(undo)
+    try:
+        return operation(Tx(kv, now_ns, ANY_CONNECTION, undo))
+    except KvfsError:
+        roll_back(undo, mark)
+        raise
+    except Exception as exc:
+        roll_back(undo, mark)
+        log.exception("an operation failed")
+        raise InternalError(detail=type(exc).__name__) from exc
+
+
+def _check_format(engine: KVEngine) -> None:
+    found = engine.view(lambda kv: kv.get(records.FORMAT_KEY))
+    if found is not None and found != records.FORMAT:
+        raise VersionMismatch(
+            detail="metadata store",
+            found=found.decode(errors="replace"),
+            expected=records.FORMAT.decode(),
+        )
+    if found is None and engine.view(lambda kv: kv.range(b"", b"\xff", 1)):
+        raise VersionMismatch(
+            detail="not a metadata store", found="none", expected=records.FORMAT.decode()
+        )
+
+
+__all__ = ["Decision", "MetadataCore", "Operation"]

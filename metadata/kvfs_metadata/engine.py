@@ -1,0 +1,140 @@
+"""The transactional key-value engine under the metadata service.
+
+Writers are decided first and written later. ``run`` calls each function of a group on an overlay of
+the committed state: it sees what the functions before it wrote, and if it raises a KvfsError its
+own writes are dropped and nobody else is disturbed. ``commit`` then writes the whole group in one
+transaction of the store, from any thread. A full map is grown and the writes (not the functions)
+are repeated, so a function runs exactly once, which lets it change memory beside the store.
+
+There is one writer: between ``run`` and the end of ``commit`` of its group no other ``run`` happens
+(the service's write queue sees to that).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from kvfs_base.errors import KvfsError
+
+T = TypeVar("T")
+Item = tuple[bytes, bytes]
+
+
+class KVRead(Protocol):
+    """One consistent state."""
+
+    def get(self, key: bytes) -> bytes | None: ...
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]: ...
+
+    def range(self, start: bytes, end: bytes, limit: int, reverse: bool = False) -> list[Item]:
+        """At most ``limit`` items with ``start <= key < end`` in the order of the keys' bytes, or
+        from the last one down with ``reverse``."""
+
+
+class KVTransaction(KVRead, Protocol):
+    def put(self, key: bytes, value: bytes) -> None: ...
+
+    def delete(self, key: bytes) -> None:
+        """Fine if the key is absent."""
+
+
+@dataclasses.dataclass
+class Group(Generic[T]):
+    """What a group of functions answered and what is left to write (None deletes)."""
+
+    results: list[T | KvfsError]
+    writes: dict[bytes, bytes | None]
+
+
+class KVEngine(Protocol):
+    def view(self, fn: Callable[[KVRead], T]) -> T:
+        """Calls ``fn`` on a snapshot of the committed state, which it must not keep."""
+
+    def run(self, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
+        """Decides a group; nothing is written. A function that raises KvfsError has that as its
+        result and leaves nothing; any other exception passes through and ends the group."""
+
+    def commit(self, group: Group[T]) -> None:
+        """All of the group's writes or, if this raises, none: DiskFull when there is no room,
+        TargetFailed when the disk failed, and then forever: what a failed sync lost is unknown."""
+
+    def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
+        """``run`` and ``commit``."""
+
+    def sync(self) -> None:
+        """Returns once everything committed before is on stable storage. Any thread."""
+
+    def copy_to(self, path: str) -> None:
+        """Writes the committed state as an LMDB environment into the directory ``path``."""
+
+    def close(self) -> None: ...
+
+
+class Overlay:
+    """A KVTransaction that keeps its writes to itself, over any other state. Overlays nest."""
+
+    __slots__ = ("_base", "writes")
+
+    def __init__(self, base: KVRead) -> None:
+        self._base = base
+        self.writes: dict[bytes, bytes | None] = {}
+
+    def get(self, key: bytes) -> bytes | None:
+        if key in self.writes:
+            return self.writes[key]
+        return self._base.get(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        if not self.writes:
+            return self._base.get_many(keys)
+        return [self.get(key) for key in keys]
+
+    def range(self, start: bytes, end: bytes, limit: int, reverse: bool = False) -> list[Item]:
+        touched = {k: v for k, v in self.writes.items() if start <= k < end}
+        if not touched:
+            return self._base.range(start, end, limit, reverse)
+        # Every touched key may hide one item of the base.
+        below = self._base.range(start, end, limit + len(touched), reverse)
+        merged = {k: v for k, v in below if k not in touched}
+        merged.update((k, v) for k, v in touched.items() if v is not None)
+        return sorted(merged.items(), reverse=reverse)[:limit]
+
+    def put(self, key: bytes, value: bytes) -> None:
+        self.writes[key] = value
+
+    def delete(self, key: bytes) -> None:
+        self.writes[key] = None
+
+
+def run_group(base: KVRead, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
+    """``KVEngine.run`` over a snapshot."""
+    state = Overlay(base)
+    results: list[T | KvfsError] = []
+    for fn in fns:
+        own = Overlay(state)
+        try:
+            results.append(fn(own))
+        except KvfsError as exc:
+            results.append(exc)
+        else:
+            state.writes.update(own.writes)
+    return Group(results, state.writes)
+
+
+def scan(read: KVRead, prefix: bytes, page: int = 1024) -> Iterator[Item]:
+    """Every item whose key starts with ``prefix``, read page by page."""
+    start, end = prefix, prefix_end(prefix)
+    while items := read.range(start, end, page):
+        yield from items
+        if len(items) < page:
+            return
+        start = items[-1][0] + b"\x00"
+
+
+def prefix_end(prefix: bytes) -> bytes:
+    """The first key after all keys that start with ``prefix`` (not all 0xFF)."""
+    stripped = prefix.rstrip(b"\xff")
+    return stripped[:-1] + bytes([stripped[-1] + 1])

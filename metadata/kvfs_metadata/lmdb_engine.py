@@ -1,0 +1,258 @@
+"""The engine that keeps its state in one LMDB environment.
+
+LMDB never writes a page that a committed state uses, so a process may die at any moment. With
+``durability="strict"`` each commit is synced before it returns; with "cache" the kernel holds the
+last writes until ``sync``.
+
+Commits may come from a worker thread while views go on in another: LMDB allows one writer beside
+any number of readers. Only growing the map needs quiet, which ``_Gate`` provides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import lmdb
+
+from kvfs_base.errors import Conflict, DiskFull, KvfsError, TargetFailed, VersionMismatch
+from kvfs_base.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX
+from kvfs_base.seams import Env
+from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, run_group
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+LOCK_FILE = "service.lock"
+READERS_MAX = 64
+"""Reader slots: this process's threads, and tools that look on."""
+
+
+class _Gate:
+    """Many may be inside, or one alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        with self._condition:
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside -= 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._inside == 0)
+            yield
+
+
+class _Snapshot:
+    """KVRead over one LMDB read transaction."""
+
+    __slots__ = ("_txn",)
+
+    def __init__(self, txn: lmdb.Transaction[bytes]) -> None:
+        self._txn = txn
+
+    def get(self, key: bytes) -> bytes | None:
+        return self._txn.get(key)
+
+    def get_many(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        # A loop of gets beats Cursor.getmulti (0.21 against 0.15 M/s measured).
+        get = self._txn.get
+        return [get(key) for key in keys]
+
+    def range(self, start: bytes, end: bytes, limit: int, reverse: bool = False) -> list[Item]:
+        with self._txn.cursor() as cursor:
+            return (
+                _backward(cursor, start, end, limit)
+                if reverse
+                else _forward(cursor, start, end, limit)
+            )
+
+
+def _forward(cursor: lmdb.Cursor[bytes], start: bytes, end: bytes, limit: int) -> list[Item]:
+    items: list[Item] = []
+    if limit > 0 and cursor.set_range(start):
+        for item in cursor.iternext():
+            if item[0] >= end:
+                break
+            items.append(item)
+            if len(items) == limit:
+                break
+    return items
+
+
+def _backward(cursor: lmdb.Cursor[bytes], start: bytes, end: bytes, limit: int) -> list[Item]:
+    items: list[Item] = []
+    # set_range stops at the first key >= end, one after the last that is wanted.
+    found = cursor.prev() if cursor.set_range(end) else cursor.last()
+    while found and len(items) < limit and cursor.key() >= start:
+        items.append(cursor.item())
+        found = cursor.prev()
+    return items
+
+
+class LmdbEngine:
+    """Owns ``directory`` (created if missing) while it lives. Raises Conflict if another service
+    does, VersionMismatch if the files are another LMDB's, DiskFull, TargetFailed."""
+
+    def __init__(
+        self,
+        env: Env,
+        directory: str,
+        *,
+        durability: str = "cache",
+        map_bytes: int = METADATA_MAP_BYTES,
+    ) -> None:
+        self._path = directory
+        self._failed: TargetFailed | None = None
+        self._gate = _Gate()
+        self._write_lock = threading.Lock()
+        disk = env.open_disk(directory)
+        disk.make_directory("")
+        self._lock_file = disk.open(LOCK_FILE, write=True, create=True)
+        try:
+            self._take_lock()
+            self._lmdb = _open_environment(directory, map_bytes, strict=durability == "strict")
+        except BaseException:
+            self._lock_file.close()
+            raise
+
+    def _take_lock(self) -> None:
+        # flock dies with its process, however that ended: a lock file's mere presence says nothing.
+        try:
+            fcntl.flock(self._lock_file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            detail = f"{self._path} is in use by another metadata service"
+            raise Conflict(detail=detail) from None
+
+    def view(self, fn: Callable[[KVRead], T]) -> T:
+        with self._gate.shared(), self._lmdb.begin() as txn:
+            return fn(_Snapshot(txn))
+
+    def run(self, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
+        return self.view(lambda read: run_group(read, fns))
+
+    def commit(self, group: Group[T]) -> None:
+        if not group.writes:
+            return
+        # In key order, neighbours land in the page that is already at hand.
+        writes = sorted(group.writes.items())
+        with self._write_lock:
+            if self._failed is not None:
+                raise self._failed
+            while not self._written(writes):
+                self._grow()
+
+    def _written(self, writes: list[tuple[bytes, bytes | None]]) -> bool:
+        """False if the map is full; then nothing was written."""
+        try:
+            with self._lmdb.begin(write=True) as txn:
+                for key, value in writes:
+                    if value is None:
+                        txn.delete(key)
+                    else:
+                        txn.put(key, value)
+        except lmdb.MapFullError:
+            return False
+        except lmdb.Error as exc:
+            raise self._failure(exc) from exc
+        return True
+
+    def _failure(self, exc: lmdb.Error) -> KvfsError:
+        if _is_disk_full(exc):
+            return DiskFull(path=self._path)
+        self._failed = TargetFailed(detail=f"{self._path}: {exc}")
+        log.error("the metadata store failed: %s", exc)
+        return self._failed
+
+    def _grow(self) -> None:
+        size = min(2 * self._lmdb.info()["map_size"], METADATA_MAP_BYTES_MAX)
+        if size <= self._lmdb.info()["map_size"]:
+            raise DiskFull(path=self._path)
+        # Nobody may read through the old map while it is replaced.
+        with self._gate.alone():
+            self._lmdb.set_mapsize(size)
+        log.info("grew the map of %s to %d bytes", self._path, size)
+
+    def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
+        group = self.run(fns)
+        self.commit(group)
+        return group.results
+
+    def sync(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+        try:
+            self._lmdb.sync(True)
+        except lmdb.Error as exc:
+            # Linux reports a lost write once: a repeated sync would succeed with old data on disk.
+            self._failed = TargetFailed(detail=f"{self._path}: {exc}")
+            raise self._failed from exc
+
+    def copy_to(self, path: str) -> None:
+        self.view(lambda read: None)  # raises here rather than in C if the engine is closed
+        self._lmdb.copy(path, compact=True)
+
+    def close(self) -> None:
+        """Syncs if it can, and gives the directory back."""
+        try:
+            if self._failed is None:
+                self.sync()
+        finally:
+            self._lmdb.close()
+            self._lock_file.close()
+
+
+def _is_disk_full(exc: lmdb.Error) -> bool:
+    # The binding has no class of its own for it, only the text of strerror.
+    return "No space left on device" in str(exc) or "Disk quota exceeded" in str(exc)
+
+
+def _open_environment(path: str, map_bytes: int, *, strict: bool) -> lmdb.Environment:
+    try:
+        return lmdb.open(
+            path,
+            map_size=map_bytes,
+            sync=strict,
+            metasync=strict,
+            mode=0o600,
+            readahead=False,  # lookups are random
+            max_readers=READERS_MAX,
+            max_spare_txns=2,
+        )
+    except (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError) as exc:
+        raise VersionMismatch(
+            detail=f"{path} is not a metadata store: {exc}", found="unknown", expected="LMDB 0.9"
+        ) from exc
+    except lmdb.Error as exc:
+        if _is_disk_full(exc):
+            raise DiskFull(path=path) from exc
+        raise TargetFailed(detail=f"{path}: {exc}") from exc
+
+
+def write_environment(path: str, values: Mapping[bytes, bytes]) -> None:
+    """A new LMDB environment in the directory ``path`` that holds ``values``, synced."""
+    size = max(METADATA_MAP_BYTES, 4 * sum(len(k) + len(v) for k, v in values.items()))
+    environment = _open_environment(path, size, strict=True)
+    try:
+        with environment.begin(write=True) as txn:
+            for key in sorted(values):
+                txn.put(key, values[key])
+    finally:
+        environment.close()
+
+
+__all__ = ["LmdbEngine", "write_environment"]

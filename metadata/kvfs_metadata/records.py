@@ -1,0 +1,234 @@
+"""Keys and values of the metadata store; docs/design/0001-metadata-format.md explains them.
+
+A key is four letters and big-endian numbers, so that the order of the bytes is the order of the
+numbers and everything of one kind, directory or namespace lies side by side. Values are msgpack
+arrays (fields may be added at the end, with a default) or, where there are many, packed structs.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import msgspec
+
+from kvfs_base.types import U32, U64, Address, Attr, KVLayout
+
+FORMAT_KEY = b"METAformat"
+FORMAT = b"kvfs-metadata 1"
+
+INODE = b"INOD"
+ENTRY = b"DENT"
+XATTR = b"XATR"
+ORPHAN = b"ORPH"
+NAMESPACE = b"NSPC"
+BLOCK = b"BLCK"
+PREPARED = b"PREP"
+COMMITTED = b"DONE"
+TARGET = b"TARG"
+CHAIN = b"CHAN"
+REMOVAL = b"RMVL"
+REMOVAL_COUNTER = b"RSEQ"
+COUNTER = b"CNTR"
+USAGE_KEY = b"STATusage"
+
+
+def u64(number: int) -> bytes:
+    return number.to_bytes(8, "big")
+
+
+def u32(number: int) -> bytes:
+    return number.to_bytes(4, "big")
+
+
+def number_at(key: bytes, offset: int = 4) -> int:
+    """The 64-bit number in a key, by default the one after the four letters."""
+    return int.from_bytes(key[offset : offset + 8], "big")
+
+
+def inode_key(inode: int) -> bytes:
+    return INODE + inode.to_bytes(8, "big")
+
+
+def entry_key(parent: int, name: bytes) -> bytes:
+    return ENTRY + parent.to_bytes(8, "big") + name
+
+
+def xattr_key(inode: int, name: bytes) -> bytes:
+    return XATTR + inode.to_bytes(8, "big") + name
+
+
+def orphan_key(inode: int) -> bytes:
+    return ORPHAN + inode.to_bytes(8, "big")
+
+
+def namespace_key(inode: int) -> bytes:
+    return NAMESPACE + inode.to_bytes(8, "big")
+
+
+def block_key(namespace: int, key: bytes) -> bytes:
+    return BLOCK + namespace.to_bytes(8, "big") + key
+
+
+def prepared_key(batch_id: int) -> bytes:
+    return PREPARED + batch_id.to_bytes(8, "big")
+
+
+def committed_key(batch_id: int) -> bytes:
+    return COMMITTED + batch_id.to_bytes(8, "big")
+
+
+def target_key(uuid: str) -> bytes:
+    return TARGET + uuid.encode()
+
+
+def chain_key(chain_id: int) -> bytes:
+    return CHAIN + chain_id.to_bytes(4, "big")
+
+
+def removal_key(target_id: int, seq: int) -> bytes:
+    return REMOVAL + target_id.to_bytes(4, "big") + seq.to_bytes(8, "big")
+
+
+def removal_counter_key(target_id: int) -> bytes:
+    return REMOVAL_COUNTER + target_id.to_bytes(4, "big")
+
+
+def counter_key(name: bytes) -> bytes:
+    return COUNTER + name
+
+
+class InodeRecord(Attr):
+    """``INOD`` + inode: the attributes, and what only the service itself needs."""
+
+    parent: U64 = 0
+    """Directories: where they lie. The root is its own parent."""
+    target: bytes = b""
+    """Symbolic links."""
+    size_max: U64 = 0
+    """Files: the largest size ever recorded. Chunks below it may exist although the file shrank."""
+
+    def attr(self) -> Attr:
+        return Attr(
+            inode=self.inode,
+            mode=self.mode,
+            nlink=self.nlink,
+            uid=self.uid,
+            gid=self.gid,
+            size=self.size,
+            rdev=self.rdev,
+            atime_ns=self.atime_ns,
+            mtime_ns=self.mtime_ns,
+            ctime_ns=self.ctime_ns,
+            sparse=self.sparse,
+            layout=self.layout,
+            is_namespace=self.is_namespace,
+        )
+
+
+class NamespaceRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``NSPC`` + inode."""
+
+    path: str
+    """Below ``/kv``; directories there do not move, so it stays true."""
+    layout: KVLayout
+
+
+class BlockValue(NamedTuple):
+    """``BLCK`` + namespace + key: 36 bytes, little-endian."""
+
+    inode: int
+    size: int
+    crc32c: int
+    chain: int
+    created_ns: int
+    last_use_ns: int
+
+
+_BLOCK = struct.Struct("<QIIIQQ")
+
+
+def pack_block(block: BlockValue) -> bytes:
+    return _BLOCK.pack(*block)
+
+
+def unpack_block(value: bytes) -> BlockValue:
+    return BlockValue._make(_BLOCK.unpack(value))
+
+
+class PreparedRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``PREP`` + batch id: block ``i`` has inode ``first_inode + i``."""
+
+    namespace: U64
+    expires_ns: int
+    """Wall clock: it must mean something to the next process."""
+    first_inode: U64
+    keys: bytes
+    sizes: tuple[U32, ...]
+    chains: tuple[U32, ...]
+
+
+class TargetRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``TARG`` + uuid."""
+
+    target_id: U32
+    server_id: str
+    host_id: str
+    unix: Address | None
+    tcp: Address | None
+    capacity_bytes: U64
+
+
+class ChainRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``CHAN`` + chain id."""
+
+    version: U32
+    targets: tuple[U32, ...]
+
+
+class RemovalValue(NamedTuple):
+    """``RMVL`` + target + sequence number: 24 bytes, little-endian."""
+
+    inode: int
+    first: int
+    end: int
+    size: int
+    """Bytes the removal is expected to free, 0 if unknown."""
+
+
+_REMOVAL = struct.Struct("<QIIQ")
+
+
+def pack_removal(removal: RemovalValue) -> bytes:
+    return _REMOVAL.pack(*removal)
+
+
+def unpack_removal(value: bytes) -> RemovalValue:
+    return RemovalValue._make(_REMOVAL.unpack(value))
+
+
+class Usage(NamedTuple):
+    """``STATusage``: 16 bytes, kept by every transaction that changes it."""
+
+    inodes: int
+    file_bytes: int
+
+
+_USAGE = struct.Struct("<QQ")
+
+
+def pack_usage(usage: Usage) -> bytes:
+    return _USAGE.pack(*usage)
+
+
+def unpack_usage(value: bytes | None) -> Usage:
+    return Usage(0, 0) if value is None else Usage._make(_USAGE.unpack(value))
+
+
+_encoder = msgspec.msgpack.Encoder()
+encode = _encoder.encode
+decode_inode = msgspec.msgpack.Decoder(InodeRecord).decode
+decode_namespace = msgspec.msgpack.Decoder(NamespaceRecord).decode
+decode_prepared = msgspec.msgpack.Decoder(PreparedRecord).decode
+decode_target = msgspec.msgpack.Decoder(TargetRecord).decode
+decode_chain = msgspec.msgpack.Decoder(ChainRecord).decode
