@@ -238,7 +238,7 @@ class RpcClient:
             while self._outbox:
                 stream = self._stream
                 if stream is None:
-                    self._outbox.clear()
+                    self._drop(ConnectionLost(address=str(self._address), detail="lost"))
                     break
                 data = b"".join(self._outbox)
                 self._outbox.clear()
@@ -247,7 +247,8 @@ class RpcClient:
                     with trio.CancelScope(shield=True):
                         await stream.send_all(data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    self._drop(ConnectionLost(address=str(self._address), detail="send failed"))
+                    if self._stream is stream:  # and not a newer connection already
+                        self._drop(ConnectionLost(address=str(self._address), detail="send failed"))
         finally:
             self._sending = False
 
