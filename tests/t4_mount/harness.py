@@ -24,6 +24,8 @@ import pytest
 ROLES = Path(__file__).with_name("roles.py")
 START_SECONDS = 20.0
 STOP_SECONDS = 15.0
+COLLECTED_SECONDS = 60.0
+"""An unlinked file may be kept for SESSION_GRACE_SECONDS after the service started."""
 MNT_DETACH = 2
 COMPLAINT = re.compile(r"^(WARNING|ERROR|CRITICAL|Traceback)\b", re.MULTILINE)
 
@@ -49,8 +51,7 @@ class Role:
     def start(self) -> Role:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROLES), self.argv[0], str(self.cluster.directory)]
-                + list(self.argv[1:]),
+                [sys.executable, ROLES, self.argv[0], self.cluster.directory, *self.argv[1:]],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -222,12 +223,14 @@ def detach(mountpoint: Path) -> None:
         pass
 
 
-def as_user(uid: int, action: Callable[[], Any]) -> int:
-    """Runs ``action`` in a child as ``uid``; 0, or the errno it failed with."""
+def as_user(uid: int, directory: Path, action: Callable[[], Any]) -> int:
+    """Runs ``action`` in a child as ``uid``, in ``directory`` (which that user may not be able to
+    name); 0, or the errno it failed with."""
     pid = os.fork()
     if not pid:
         code = 255
         try:
+            os.chdir(directory)
             os.setgroups([])
             os.setresgid(uid, uid, uid)
             os.setresuid(uid, uid, uid)

@@ -11,9 +11,10 @@ import stat
 from pathlib import Path
 
 import pytest
+
 from kvfs_base.limits import MIB
 from kvfs_metadata.messages import RemoveBlocks, Resolve
-from t4_mount.harness import Cluster, detach, wait_until
+from t4_mount.harness import COLLECTED_SECONDS, Cluster, detach, wait_until
 
 
 def make_blocks(seed: int, sizes: list[int]) -> dict[bytes, bytes]:
@@ -94,7 +95,7 @@ def test_unlink_removes_a_block(mounted: Path, cluster: Cluster) -> None:
         assert os.listdir(directory) == [second.name]
         assert file.read() == blocks[bytes.fromhex(first.name)]  # readers keep what they opened
     inode = infos[bytes.fromhex(first.name)].inode
-    wait_until(lambda: not cluster.chunk_files(inode), 20)
+    wait_until(lambda: not cluster.chunk_files(inode), COLLECTED_SECONDS)
     with pytest.raises(FileNotFoundError):
         first.read_bytes()
 

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from kvfs_base.limits import FILE_CHUNK_BYTES
 from t4_mount.harness import Cluster, detach, wait_until
 

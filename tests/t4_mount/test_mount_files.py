@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from kvfs_base.limits import FILE_CHUNK_BYTES, MIB
 from kvfs_metadata.messages import GetAttr
-from t4_mount.harness import as_user, wait_until
+from t4_mount.harness import COLLECTED_SECONDS, as_user, wait_until
 
 
 def noise(seed: int, size: int) -> bytes:
@@ -264,7 +265,7 @@ def test_unlink_while_open(work: Path, cluster) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         assert os.pread(file.fileno(), 10, len(data)) == b"more"
         assert cluster.chunk_files(inode)
-    wait_until(lambda: not cluster.chunk_files(inode), 20)
+    wait_until(lambda: not cluster.chunk_files(inode), COLLECTED_SECONDS)
 
 
 def test_overwritten_by_rename_while_open(work: Path) -> None:
@@ -322,7 +323,7 @@ def test_writing_drops_set_user_id(work: Path) -> None:
     os.chown(path, 1000, 1000)
     path.chmod(0o4755)
     assert path.stat().st_mode & stat.S_ISUID
-    as_user(1000, lambda: path.open("r+b").write(b"y"))
+    assert as_user(1000, work, lambda: Path("program").write_bytes(b"y")) == 0
     assert not path.stat().st_mode & stat.S_ISUID
     path.chmod(0o4755)
     os.chown(path, 1001, -1)
@@ -331,23 +332,22 @@ def test_writing_drops_set_user_id(work: Path) -> None:
 
 def test_permissions_of_another_user(work: Path) -> None:
     work.chmod(0o755)
-    secret = work / "secret"
-    secret.write_bytes(b"x")
-    secret.chmod(0o600)
-    assert as_user(1002, secret.read_bytes) == errno.EACCES
-    assert as_user(1002, lambda: (work / "new").touch()) == errno.EACCES
-    assert as_user(1002, lambda: secret.unlink()) == errno.EACCES
-    assert as_user(1002, lambda: secret.chmod(0o777)) == errno.EPERM
-    assert as_user(1002, lambda: os.chown(secret, 1002, 1002)) == errno.EPERM
-    secret.chmod(0o644)
-    assert as_user(1002, secret.read_bytes) == 0
-    assert as_user(1002, lambda: secret.write_bytes(b"y")) == errno.EACCES
+    secret, mine = Path("secret"), Path("mine")  # relative to ``work``
+    (work / secret).write_bytes(b"x")
+    (work / secret).chmod(0o600)
+    assert as_user(1002, work, secret.read_bytes) == errno.EACCES
+    assert as_user(1002, work, Path("new").touch) == errno.EACCES
+    assert as_user(1002, work, secret.unlink) == errno.EACCES
+    assert as_user(1002, work, lambda: secret.chmod(0o777)) == errno.EPERM
+    assert as_user(1002, work, lambda: os.chown(secret, 1002, 1002)) == errno.EPERM
+    (work / secret).chmod(0o644)
+    assert as_user(1002, work, secret.read_bytes) == 0
+    assert as_user(1002, work, lambda: secret.write_bytes(b"y")) == errno.EACCES
     work.chmod(0o1777)
-    mine = work / "mine"
-    assert as_user(1002, lambda: mine.write_bytes(b"mine")) == 0
-    assert (mine.stat().st_uid, mine.stat().st_gid) == (1002, 1002)
-    assert as_user(1003, mine.unlink) == errno.EPERM  # sticky directory
-    assert as_user(1002, mine.unlink) == 0
+    assert as_user(1002, work, lambda: mine.write_bytes(b"mine")) == 0
+    assert ((work / mine).stat().st_uid, (work / mine).stat().st_gid) == (1002, 1002)
+    assert as_user(1003, work, mine.unlink) == errno.EPERM  # sticky directory
+    assert as_user(1002, work, mine.unlink) == 0
 
 
 def test_files_of_a_set_group_id_directory_belong_to_its_group(work: Path) -> None:

@@ -133,8 +133,11 @@ def test_sqlite(work: Path, journal: str) -> None:
     assert second.execute("select count(*) from t").fetchone() == (40,)
     first.close()
     second.close()
-    program = f"import sqlite3; print(sqlite3.connect({str(path)!r}).execute('select count(*) from t').fetchone()[0])"
-    assert run("python3", "-c", program).strip() == "40"
+    program = (
+        "import sqlite3, sys\n"
+        "print(*sqlite3.connect(sys.argv[1]).execute('select count(*) from t').fetchone())\n"
+    )
+    assert run("python3", "-c", program, path).strip() == "40"
 
 
 def test_compiling_a_program(work: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+
 from kvfs.mount import main, system
 from kvfs.mount.config import MountConfig
 from kvfs.mount.main import run_mount

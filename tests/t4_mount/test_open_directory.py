@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import trio
+
 from kvfs.mount import directory as module
 from kvfs.mount.backend import Backend
 from kvfs.mount.directory import OpenDirectory

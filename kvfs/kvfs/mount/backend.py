@@ -17,8 +17,8 @@ from kvfs_datapath.client import ChunkClient
 T = TypeVar("T")
 
 ATTEMPTS_MAX = 3
-"""The client already waits for a service that restarts; a request that is cut off more often than
-this has another problem."""
+"""A request that is cut off in its middle more often than this has another problem than a service
+that restarts."""
 
 
 class MetadataCalls(Protocol):
@@ -41,11 +41,12 @@ class Backend:
         self.statistics[name] = self.statistics.get(name, 0) + amount
 
     async def call(self, request: Request) -> Any:
-        """Once. ConnectionLost leaves open whether it was carried out."""
+        """The client waits for a service that restarts, and repeats what only reads. Of a request
+        that changes something, ConnectionLost leaves open whether it was carried out."""
         return await self.metadata.call(request)
 
     async def repeat(self, request: Request) -> Any:
-        """For requests whose repetition changes nothing: reads and absolute values."""
+        """For changes whose repetition changes nothing more: absolute values."""
         attempt = 1
         while True:
             try:

@@ -64,7 +64,7 @@ class OpenDirectory:
         return self._give(position, page)
 
     async def _page(self, after: bytes, limit: int) -> DirectoryPage:
-        page: DirectoryPage = await self._backend.repeat(ReadDir(self.inode, after, limit))
+        page: DirectoryPage = await self._backend.call(ReadDir(self.inode, after, limit))
         return page
 
     def _adapt(self, position: int) -> None:

@@ -84,7 +84,7 @@ class OpenFile:
         """The attributes, not older than ``seconds`` where they are the service's."""
         if self._backend.env.clock.monotonic() - self._fetched > seconds:
             epoch = self.epoch
-            self.absorb(await self._backend.repeat(GetAttr(self.inode)), epoch)
+            self.absorb(await self._backend.call(GetAttr(self.inode)), epoch)
         return self.view()
 
     # --- data

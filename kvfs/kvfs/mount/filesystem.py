@@ -136,7 +136,7 @@ class Filesystem:
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
         _check_name(name)
-        return self._tell(await self._backend.repeat(Lookup(parent, name)), parent)
+        return self._tell(await self._backend.call(Lookup(parent, name)), parent)
 
     def forget(self, inodes: Iterable[int]) -> None:
         """The kernel dropped what it knew of these inodes."""
@@ -151,7 +151,7 @@ class Filesystem:
         block = self._open_blocks.get(inode)
         if block is not None:
             return block.attr
-        return self._tell(await self._backend.repeat(GetAttr(inode)))
+        return self._tell(await self._backend.call(GetAttr(inode)))
 
     def _tell(self, attr: Attr, parent: int = 0) -> Attr:
         """The attributes that the kernel gets; remembers what it was told."""
@@ -216,7 +216,7 @@ class Filesystem:
         _check_name(name)
 
         async def done_before(error: NamespaceError) -> Attr:
-            found: Attr = await self._backend.repeat(Lookup(parent, name))
+            found: Attr = await self._backend.call(Lookup(parent, name))
             if found.inode != inode:
                 raise error
             return found
@@ -245,7 +245,7 @@ class Filesystem:
             # The kernel had just seen the old name: gone, and the new one there, means done.
             if flags or not isinstance(error, EntryNotFound):
                 raise error
-            await self._backend.repeat(Lookup(new_parent, new_name))
+            await self._backend.call(Lookup(new_parent, new_name))
 
         await self._backend.settle(Rename(parent, name, new_parent, new_name, flags), done_before)
 
@@ -258,7 +258,7 @@ class Filesystem:
         return file.view()
 
     async def readlink(self, inode: int) -> bytes:
-        target: bytes = await self._backend.repeat(ReadLink(inode))
+        target: bytes = await self._backend.call(ReadLink(inode))
         return target
 
     # --- files
@@ -295,7 +295,7 @@ class Filesystem:
         if seen is not None:
             return await self._open_block(*seen, flags)
         if inode not in self._files and inode not in self._told:
-            attr: Attr = await self._backend.repeat(GetAttr(inode))
+            attr: Attr = await self._backend.call(GetAttr(inode))
             if attr.is_block:
                 return await self._open_block(0, attr, flags)
         return await self._open_file(inode, flags)
@@ -328,9 +328,9 @@ class Filesystem:
         """Opens an inode at the service; True if it is as the kernel was told last."""
         file = self._files.get(inode)
         epoch = 0 if file is None else file.epoch
-        attr: Attr = await self._backend.repeat(OpenInode(inode))
+        attr: Attr = await self._backend.call(OpenInode(inode))
         if attr.is_block or not attr.is_file:
-            await self._backend.repeat(CloseInode(inode))
+            await self._backend.call(CloseInode(inode))
             raise NotPermitted(reason="not an ordinary file")
         file = self._files.get(inode)
         if file is None:
@@ -359,7 +359,7 @@ class Filesystem:
             except KvfsError as exc:
                 log.info("inode %d: its chunks stay open: %s", file.inode, exc)
         try:
-            await self._backend.repeat(CloseInode(file.inode))
+            await self._backend.call(CloseInode(file.inode))
         except KvfsError as exc:
             log.info("inode %d stays open at the service: %s", file.inode, exc)
 
@@ -375,7 +375,7 @@ class Filesystem:
         """A use of the block, as eviction sees it. Raises EntryNotFound if it was removed."""
         _check_read_only(flags)
         if namespace:
-            found: tuple[BlockInfo | None, ...] = await self._backend.repeat(
+            found: tuple[BlockInfo | None, ...] = await self._backend.call(
                 LookupBlocks(namespace, attr.key)
             )
             if found[0] is None or found[0].inode != attr.inode:
@@ -425,7 +425,7 @@ class Filesystem:
         opened = self._handles[handle]
         if isinstance(opened, Handle):
             await opened.file.sync()
-            await self._backend.repeat(Sync())
+            await self._backend.call(Sync())
 
     async def release(self, handle: int) -> None:
         opened = self._handles.pop(handle)
@@ -462,10 +462,10 @@ class Filesystem:
         del self._handles[handle]
 
     async def fsyncdir(self, handle: int) -> None:
-        await self._backend.repeat(Sync())
+        await self._backend.call(Sync())
 
     async def statfs(self) -> FilesystemStats:
-        statistics: FilesystemStats = await self._backend.repeat(StatFs())
+        statistics: FilesystemStats = await self._backend.call(StatFs())
         return statistics
 
     # --- extended attributes
@@ -474,7 +474,7 @@ class Filesystem:
         if name.startswith(FOREIGN_XATTRS):
             raise AttributeMissing(name=name)
         _check_xattr_name(name)
-        value: bytes = await self._backend.repeat(GetXattr(inode, name))
+        value: bytes = await self._backend.call(GetXattr(inode, name))
         return value
 
     async def setxattr(self, inode: int, name: bytes, value: bytes, flags: int = 0) -> None:
@@ -487,7 +487,7 @@ class Filesystem:
         await self._backend.call(SetXattr(inode, name, value, flags))
 
     async def listxattr(self, inode: int) -> tuple[bytes, ...]:
-        names: tuple[bytes, ...] = await self._backend.repeat(ListXattr(inode))
+        names: tuple[bytes, ...] = await self._backend.call(ListXattr(inode))
         return names
 
     async def removexattr(self, inode: int, name: bytes) -> None:

@@ -7,21 +7,23 @@ import logging
 import types
 
 import trio
-from kvfs_metadata.client import ClusterView, MetadataClient
 
 from kvfs.mount import system
 from kvfs.mount.backend import Backend
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
-from kvfs_base.errors import FuseMissing, KvfsError, MountFailed, MountPointBusy
+from kvfs_base.errors import ConnectionLost, FuseMissing, KvfsError, MountFailed, MountPointBusy
 from kvfs_base.seams import Env
 from kvfs_datapath.client import ChunkClient
+from kvfs_metadata.client import ClusterView, MetadataClient
 from kvfs_metadata.messages import StatFs
 
 log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 5.0
 """How long the mount that lies at the mount point may take to show that it is alive."""
+REACH_SECONDS = 10.0
+"""How long the metadata service may take to answer for the first time."""
 RETRY_SECONDS = 0.05
 """Between two attempts to unmount a busy file system."""
 SESSION_BYTES = 16
@@ -41,7 +43,7 @@ async def run_mount(
     system.raise_open_files_limit()
     session = env.rng.randbytes(SESSION_BYTES)
     async with MetadataClient(env, config.metadata, session=session) as metadata:
-        await metadata.call(StatFs())
+        await _reach(metadata, config)
         cluster = ClusterView(env, config.metadata)
         chunks = ChunkClient(env, cluster, prefer=config.transport)
         try:
@@ -51,6 +53,15 @@ async def run_mount(
         finally:
             chunks.close()
             cluster.close()
+
+
+async def _reach(metadata: MetadataClient, config: MountConfig) -> None:
+    """Raises ConnectionLost: the client itself would wait longer for a service to come."""
+    with trio.move_on_after(REACH_SECONDS):
+        await metadata.call(StatFs())
+        return
+    detail = "the metadata service does not answer"
+    raise ConnectionLost(address=str(config.metadata), detail=detail)
 
 
 def _load_frontend() -> types.ModuleType:

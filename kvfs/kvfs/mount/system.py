@@ -22,6 +22,8 @@ FUSE_DEVICE = "/dev/fuse"
 FILE_SYSTEM_TYPE = "fuse.kvfs"
 MOUNT_TABLE = Path("/proc/self/mountinfo")
 MNT_DETACH = 2
+LINKS_FOLLOWED_MAX = 40
+"""As Linux."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -34,8 +36,8 @@ class Mounted(NamedTuple):
 
 def mounted_at(mountpoint: str) -> Mounted | None:
     """What is mounted there, the topmost if several are. Does not touch the mount itself, which may
-    hang or be dead."""
-    wanted = os.fsencode(os.path.realpath(mountpoint))
+    hang, be dead, or not be served yet."""
+    wanted = os.fsencode(_resolve(mountpoint))
     found = None
     for line in MOUNT_TABLE.read_bytes().splitlines():
         fields = line.split(b" ")
@@ -43,6 +45,19 @@ def mounted_at(mountpoint: str) -> Mounted | None:
             after = fields[fields.index(b"-", 6) + 1 :]
             found = Mounted(fields[2].decode(), after[0].decode())
     return found
+
+
+def _resolve(path: str) -> str:
+    """As realpath, but never asks for the attributes of the last part: only readlink is sure not
+    to reach a mounted file system."""
+    for _ in range(LINKS_FOLLOWED_MAX):
+        parent, name = os.path.split(os.path.abspath(path))
+        path = os.path.join(os.path.realpath(parent), name)
+        try:
+            path = os.path.join(parent, os.readlink(path))
+        except OSError:
+            break
+    return path
 
 
 def _unescape(field: bytes) -> bytes:
