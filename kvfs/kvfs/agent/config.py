@@ -20,7 +20,7 @@ class AgentConfig:
     """Whole pages. All clients share the arena; leased blocks must fit."""
     staging_bytes: int = STAGING_BYTES
     """Whole pages, for each client: the largest block it can put."""
-    leased_bytes_max: int = 0
+    client_leased_bytes: int = 0
     """What one client may keep leased; 0 is three quarters of the arena, so that one that forgets
     its leases leaves room for others."""
     keep_puts: bool = True
@@ -34,10 +34,10 @@ class AgentConfig:
             size = getattr(self, name)
             if size <= 0 or size % PAGE_BYTES:
                 raise InvalidRequest(detail=f"{name}={size} is not a number of whole pages")
-        if self.leased_bytes_max < 0 or self.connections_max < 1:
+        if self.client_leased_bytes < 0 or self.connections_max < 1:
             raise InvalidRequest(detail="negative limit")
 
     @property
     def client_leased_bytes_max(self) -> int:
-        """``leased_bytes_max``, with its default filled in."""
-        return self.leased_bytes_max or self.arena_bytes // 4 * 3
+        """``client_leased_bytes``, with its default filled in."""
+        return self.client_leased_bytes or self.arena_bytes // 4 * 3

@@ -131,7 +131,7 @@ class Agent:
         usage = self._cache.usage()
         with self._lock:
             gauges = {"sessions": len(self._sessions), "connections": len(self._connections)}
-        chunk_figures = {f"chunks_{k}": v for k, v in self._chunks.statistics().items()}
+        chunk_figures = {f"chunk_client_{k}": v for k, v in self._chunks.statistics().items()}
         return {
             **self._counters.snapshot(),
             **gauges,
