@@ -34,6 +34,7 @@ from kvfs_base.errors import (
     ChunkMismatch,
     ChunkNotFound,
     Conflict,
+    KvfsError,
     NotPermitted,
     ServerBusy,
     TargetFailed,
@@ -222,7 +223,7 @@ class ChunkStore:
             return
         try:
             self._disk.sync_directory(directory_of(chunk.inode))
-        except TargetFailed:
+        except KvfsError:
             # The writer will be told that it failed: nobody may find it.
             with contextlib.suppress(TargetFailed, FileNotFoundError):
                 self._disk.unlink(path_of(chunk))
