@@ -489,12 +489,15 @@ class Blocks(Sequence[memoryview | None]):
             return [self[i] for i in range(*place.indices(len(self)))]
         if self._released:
             raise ValueError("these blocks were released")
+        if place < 0:
+            place += len(self._offsets)
         view = self._views.get(place)
         if view is None:
+            if not 0 <= place < len(self._offsets):
+                raise IndexError(place)
             offset = self._offsets[place]
             if offset == _NOWHERE:
                 return None
-            place %= len(self._offsets)
             base = self._bases[place // BATCH_BLOCKS_MAX]
             assert base is not None
             view = self._views[place] = base[offset : offset + self._sizes[place]]

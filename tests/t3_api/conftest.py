@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from api_cluster import ApiCluster
 
 import kvfs
+from api_cluster import ApiCluster
 
 
 @pytest.fixture

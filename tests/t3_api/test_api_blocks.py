@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from api_cluster import MIB, ApiCluster, wait_until
 
 import kvfs
+from api_cluster import MIB, ApiCluster, wait_until
 from kvfs import KVLayout, Namespace
 from kvfs_base.limits import BATCH_BLOCKS_MAX, PAGE_BYTES
 

@@ -289,17 +289,22 @@ class AgentSession:
     def return_leases(self) -> None:
         """Tells the agent which leases are over, if a connection is free: otherwise the next call
         on one does. Never raises: a session that is lost has no leases."""
-        if not self._returned:
-            return
-        line = self._free_line()
-        if line is not None:
+        if self._returned and self._slots.acquire(blocking=False):
             try:
-                for notification in self._returned_leases():
-                    line.notify(notification)
-            except KvfsError:
-                pass
-            self._put_back(line)
+                line = self._free_line()
+                if line is not None:
+                    self._notify(line)
+            finally:
+                self._slots.release()
         self._close_if_done()
+
+    def _notify(self, line: Line) -> None:
+        try:
+            for notification in self._returned_leases():
+                line.notify(notification)
+        except KvfsError:
+            pass
+        self._put_back(line)
 
     def retire(self) -> None:
         """Closes the session once its last lease is over; calls on it fail with SessionLost."""
