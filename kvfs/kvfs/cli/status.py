@@ -8,9 +8,9 @@ from typing import Any
 import click
 import msgspec
 
-from kvfs.agent.messages import AgentStatistics
 from kvfs.cli.exits import ExitCode
 from kvfs.cli.targets import running
+from kvfs.client import connect
 from kvfs.settings import format_size
 from kvfs.supervisor.home import Endpoints, Home, RoleState
 from kvfs_base.cluster import GetClusterMap, Target, TargetState
@@ -72,7 +72,12 @@ def gather(home: Home, endpoints: Endpoints) -> Status:
             client.close()
 
     cluster, space, figures = ask(endpoints.metadata, [GetClusterMap(), StatFs(), Statistics()])
-    (agent,) = ask(endpoints.agent, [AgentStatistics()])
+    agent: dict[str, int] = {}
+    try:
+        with connect(endpoints.agent) as client:
+            agent = client.statistics()
+    except KvfsError as exc:
+        errors.append(f"{endpoints.agent}: {exc}")
     targets = () if cluster is None else cluster.targets
     return Status(
         directory=str(home.directory),
@@ -87,7 +92,7 @@ def gather(home: Home, endpoints: Endpoints) -> Status:
         capacity_bytes=None if space is None else space.capacity_bytes,
         used_bytes=None if space is None else space.used_bytes,
         metadata=figures or {},
-        agent=agent or {},
+        agent=agent,
         errors=errors,
     )
 
@@ -115,7 +120,8 @@ def _show(found: Status) -> None:
     if found.capacity_bytes is not None and found.used_bytes is not None:
         used, capacity = format_size(found.used_bytes), format_size(found.capacity_bytes)
         console.print(f"{used} of {capacity} in use")
-    table = Table("role", "state", "pid", "restarts", "address", box=None, header_style="dim")
+    table = Table("role", "state", "pid", "restarts", box=None, header_style="dim")
+    table.add_column("address", overflow="fold")
     for name, role in found.roles.items():
         pid = "" if role.pid is None else str(role.pid)
         table.add_row(name, role.state, pid, str(role.restarts), role.address or "")
