@@ -148,7 +148,8 @@ class Cluster:
             view.close()
 
     def mount(self, mountpoint: Path, *options: str) -> Role:
-        mountpoint.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            mountpoint.mkdir()
         return self._role("mount", str(mountpoint), *options).start()
 
     @contextlib.contextmanager

@@ -77,6 +77,7 @@ def test_no_fuse_device(
 def test_without_pyfuse3(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyfuse3", None)
     monkeypatch.delitem(sys.modules, "kvfs.mount.pyfuse3_frontend", raising=False)
+    monkeypatch.delattr("kvfs.mount.pyfuse3_frontend", raising=False)
     error = attempt(MountConfig(str(tmp_path), cluster.address))
     assert isinstance(error, FuseMissing)
     assert "kvfs[fuse]" in error.detail

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import types
 
 import trio
@@ -41,6 +42,25 @@ async def run_mount(
     frontend = _load_frontend()
     await _prepare(config)
     system.raise_open_files_limit()
+    try:
+        await _connect_and_run(env, frontend, config, task_status)
+    except ExceptionGroup as group:
+        raise _only(group) from None
+
+
+def _only(error: Exception) -> Exception:
+    """Nurseries wrap the one error that callers can act on."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+async def _connect_and_run(
+    env: Env,
+    frontend: types.ModuleType,
+    config: MountConfig,
+    task_status: trio.TaskStatus[None],
+) -> None:
     session = env.rng.randbytes(SESSION_BYTES)
     async with MetadataClient(env, config.metadata, session=session) as metadata:
         await _reach(metadata, config)
@@ -103,8 +123,6 @@ async def _run(
         frontend.mount(filesystem, config)
     except RuntimeError as exc:
         raise MountFailed(detail=str(exc), mountpoint=config.mountpoint) from exc
-    if not system.set_read_ahead(config.mountpoint, config.read_ahead_bytes):
-        log.info("the kernel's default read-ahead stays")
     stopped = trio.Event()
     serving = trio.CancelScope(shield=True)  # requests are answered while we unmount
 
@@ -119,9 +137,10 @@ async def _run(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
             nursery.start_soon(filesystem.write_back_forever)
-            log.info("mounted at %s", config.mountpoint)
-            task_status.started()
             try:
+                await trio.to_thread.run_sync(_greet, config, abandon_on_cancel=True)
+                log.info("mounted at %s", config.mountpoint)
+                task_status.started()
                 await stopped.wait()
             finally:
                 with trio.CancelScope(shield=True):
@@ -131,6 +150,18 @@ async def _run(
     finally:
         frontend.close()
         log.info("unmounted from %s", config.mountpoint)
+
+
+def _greet(config: MountConfig) -> None:
+    """The first request, in a thread. The kernel takes a read-ahead only after it, because the
+    answer to its INIT sets one."""
+    try:
+        os.stat(config.mountpoint)
+    except OSError as exc:
+        detail = f"the mount does not answer: {exc.strerror}"
+        raise MountFailed(detail=detail, mountpoint=config.mountpoint) from exc
+    if not system.set_read_ahead(config.mountpoint, config.read_ahead_bytes):
+        log.info("the kernel's default read-ahead stays")
 
 
 async def _shut_down(
