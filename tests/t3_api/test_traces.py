@@ -58,7 +58,7 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes) -> None:
     with pytest.raises(TraceError) as caught:
         list(read_trace(path))
     assert (caught.value.path, caught.value.line) == (str(path), 3)
-    assert caught.value.detail
+    assert caught.value.detail.startswith(f"{path}:3: ")
 
 
 def test_a_missing_file_is_a_trace_error(tmp_path: Path) -> None:

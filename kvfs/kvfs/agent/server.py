@@ -7,6 +7,7 @@ where the interpreter's lock is free.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import hmac
 import logging
@@ -59,6 +60,9 @@ from kvfs_metadata.messages import Done, MatchBlocks, OpenNamespace, ReadDir, Re
 
 log = logging.getLogger(__name__)
 
+REFUSED_KEPT = 16
+"""Connections that were refused and whose clients have yet to read why."""
+
 _decoder = msgspec.msgpack.Decoder(AgentRequest)
 
 
@@ -95,6 +99,7 @@ class Agent:
         self._lock = threading.Lock()
         self._sessions: set[Session] = set()
         self._connections: dict[Connection, threading.Thread] = {}
+        self._refused: collections.deque[Connection] = collections.deque()
         self._listener: Listener | None = None
         self._accepting: threading.Thread | None = None
         self._stopping = False
@@ -121,6 +126,8 @@ class Agent:
                 connection.shutdown()
         for thread in threads:
             thread.join()
+        for connection in self._refused:
+            connection.close()
         self._chunks.close()
         if self._cluster is not None:
             self._cluster.close()
@@ -164,12 +171,15 @@ class Agent:
                 self._refuse(connection)
 
     def _refuse(self, connection: Connection) -> None:
-        """Request 0 is no request: the error is about the connection."""
+        """Request 0 is no request: the error is about the connection. Closing now, with the
+        client's hello unread, would reset the connection and lose the error."""
         try:
             connection.send([frames.encode_error(0, ServerBusy(detail="too many connections"))])
         except KvfsError:
             pass
-        connection.close()
+        self._refused.append(connection)
+        if len(self._refused) > REFUSED_KEPT:
+            self._refused.popleft().close()
 
     def _serve(self, connection: Connection) -> None:
         try:
@@ -290,6 +300,8 @@ class _ClientConnection:
         session = self._session
         if session is None:
             raise InvalidRequest(detail="hello first")
+        if len(getattr(request, "keys", b"")) % BLOCK_KEY_BYTES:
+            raise InvalidRequest(detail=f"keys have {BLOCK_KEY_BYTES} bytes each")
         agent, metadata = self._agent, self._metadata
         match request:
             case GetBlocks():

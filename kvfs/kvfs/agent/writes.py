@@ -17,7 +17,7 @@ from kvfs.agent.counters import Counters
 from kvfs.agent.messages import STAGED, PreparePut, PutPlan, StageBlocks, split_keys
 from kvfs.agent.session import Put, Session
 from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
-from kvfs_base.limits import BLOCK_BYTES_MAX, BLOCK_KEY_BYTES
+from kvfs_base.limits import BLOCK_BYTES_MAX
 from kvfs_base.types import BlockInfo, ChunkId
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client import ChunkWrite
@@ -83,7 +83,7 @@ class BlockWriter:
             raise
 
     def _check(self, request: PreparePut, keys: list[bytes]) -> None:
-        if len(request.keys) % BLOCK_KEY_BYTES or len(keys) != len(request.sizes):
+        if len(keys) != len(request.sizes):
             raise InvalidRequest(detail="keys and sizes do not match")
         if len(set(keys)) != len(keys):
             raise InvalidRequest(detail="a key is named twice")

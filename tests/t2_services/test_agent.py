@@ -1,0 +1,687 @@
+"""The node agent over raw frames, with the other roles in memory: limits, failures, and clients
+that mean harm."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_fakes import MemoryChunks, MemoryMetadata
+from api_cluster import wait_until
+from kvfs.agent.config import AgentConfig
+from kvfs.agent.counters import COUNTERS
+from kvfs.agent.link import Line, SessionLost
+from kvfs.agent.messages import (
+    GRANTED,
+    NO_BLOCK,
+    STAGED,
+    AbortPut,
+    AgentStatistics,
+    DropBlocks,
+    GetBlocks,
+    Granted,
+    Hello,
+    KeysPage,
+    ListKeys,
+    PreparePut,
+    PutPlan,
+    ReleaseLeases,
+    StageBlocks,
+    Welcome,
+)
+from kvfs.agent.server import Agent
+from kvfs_base import frames
+from kvfs_base.errors import (
+    ArenaFull,
+    ChunkCorrupt,
+    ChunkMismatch,
+    ConnectionLost,
+    EntryNotFound,
+    InternalError,
+    InvalidRequest,
+    KvfsError,
+    LimitExceeded,
+    NoTarget,
+    PrepareExpired,
+    ProtocolError,
+    ServerBusy,
+    TargetFailed,
+)
+from kvfs_base.frames import Kind
+from kvfs_base.limits import MIB, PAGE_BYTES, PUTS_PER_CLIENT_MAX
+from kvfs_base.os_env import os_env
+from kvfs_base.rpc import receive_frame
+from kvfs_base.types import Address, ChunkId
+from kvfs_gds.arena import ArenaView
+from kvfs_metadata import messages as m
+
+NAMESPACE = MemoryMetadata.NAMESPACE
+KEYS = [bytes([n]) * 32 for n in range(1, 40)]
+NOWHERE = GRANTED.unpack(NO_BLOCK)[0]
+
+
+class Peer:
+    """A client of which every frame is the test's."""
+
+    def __init__(self, agent: RunningAgent, session: bytes = b"") -> None:
+        self.agent = agent
+        self.line = agent.dial()
+        self.welcome, descriptors = self.line.hello(session)
+        self.arena: ArenaView | None = None
+        self.staging_fd = -1
+        if descriptors:
+            self.arena = ArenaView.open(descriptors[0])
+            self.staging_fd = descriptors[1]
+
+    def call(self, request: Any) -> Any:
+        self.line.send(request)
+        return self.line.receive(type(request).Reply)
+
+    def put(self, keys: list[bytes], data: list[bytes], commit: bool = True) -> PutPlan:
+        plan: PutPlan = self.call(PreparePut(NAMESPACE, b"".join(keys), tuple(map(len, data))))
+        if plan.put:
+            self.call(StageBlocks(plan.put, self.staged(data, plan.wanted), commit))
+        return plan
+
+    def staged(self, data: list[bytes], wanted: bytes) -> bytes:
+        """Copies blocks to staging one after the other; the list for StageBlocks."""
+        offset = 0
+        packed = b""
+        for place, block in enumerate(data):
+            if wanted[place]:
+                os.pwrite(self.staging_fd, block, offset)
+                packed += STAGED.pack(place, offset)
+                offset += -(-len(block) // PAGE_BYTES) * PAGE_BYTES
+        return packed
+
+    def get(self, keys: list[bytes]) -> tuple[int, list[bytes | None]]:
+        """The lease and the bytes."""
+        granted: Granted = self.call(GetBlocks(NAMESPACE, b"".join(keys)))
+        arena = self.arena
+        assert arena is not None
+        blocks: list[bytes | None] = []
+        for offset, size, _ in GRANTED.iter_unpack(granted.blocks):
+            blocks.append(None if offset == NOWHERE else bytes(arena.view(offset, size)))
+        return granted.lease, blocks
+
+    def close(self) -> None:
+        self.line.close()
+        if self.arena is not None:
+            self.arena.close()
+            os.close(self.staging_fd)
+
+
+class RunningAgent:
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        self.metadata = MemoryMetadata()
+        self.chunks = MemoryChunks()
+        self.address = Address.unix(str(directory / "agent.sock"))
+        settings = {"arena_bytes": MIB, "staging_bytes": MIB // 4, **settings}
+        config = AgentConfig(unix=self.address, metadata=Address.unix("/nowhere"), **settings)
+        self.env = os_env(seed=1)
+        self.agent = Agent(self.env, config, dial_metadata=self.metadata.dial, chunks=self.chunks)
+        self.agent.start()
+        self.peers: list[Peer] = []
+        self.lines: list[Line] = []
+
+    def dial(self) -> Line:
+        connection = self.env.blocking_network.connect(self.address, 5.0)
+        self.lines.append(Line(connection, self.address))
+        return self.lines[-1]
+
+    def peer(self, session: bytes = b"") -> Peer:
+        self.peers.append(Peer(self, session))
+        return self.peers[-1]
+
+    def figures(self) -> dict[str, int]:
+        return self.agent.statistics()
+
+    def stop(self) -> None:
+        self.agent.stop()
+        for peer in self.peers:
+            peer.close()
+        for line in self.lines:
+            line.close()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., RunningAgent]]:
+    started: list[RunningAgent] = []
+
+    def start(**settings: Any) -> RunningAgent:
+        started.append(RunningAgent(tmp_path, **settings))
+        return started[-1]
+
+    yield start
+    for agent in started:
+        agent.stop()
+
+
+@pytest.fixture
+def agent(start: Callable[..., RunningAgent]) -> RunningAgent:
+    return start()
+
+
+def block(number: int, size: int = 5000) -> bytes:
+    return bytes([number]) * size
+
+
+# --- reads
+
+
+def test_a_batch_costs_one_metadata_call(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    data = [block(n) for n in range(8)]
+    peer.put(KEYS[:8], data)
+    agent.metadata.calls.clear()
+    assert peer.get(KEYS[:9])[1] == [*data, None]
+    assert [type(call) for call in agent.metadata.calls] == [m.LookupBlocks]
+
+
+@pytest.mark.logs_warnings
+@pytest.mark.parametrize(
+    ("error", "counter", "removed"),
+    [
+        (ChunkCorrupt(inode=1), "blocks_corrupt", True),
+        (ChunkMismatch(inode=1), "blocks_corrupt", True),
+        (None, "blocks_missing", True),
+        (ConnectionLost(), "load_failures", False),
+        (NoTarget(), "load_failures", False),
+        (TargetFailed(), "load_failures", False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, KvfsError) else str(value),
+)
+def test_a_block_that_cannot_be_read_is_a_miss(
+    start: Callable[..., RunningAgent], error: KvfsError | None, counter: str, removed: bool
+) -> None:
+    agent = start(keep_puts=False)
+    peer = agent.peer()
+    data = [block(n) for n in range(3)]
+    peer.put(KEYS[:3], data)
+    victim = agent.metadata.blocks[KEYS[1]].inode
+    chunk = ChunkId(victim, 0)
+    if error is None:
+        del agent.chunks.stored[chunk]
+    else:
+        agent.chunks.errors[chunk] = error
+    lease, blocks = peer.get(KEYS[:3])
+    assert blocks == [data[0], None, data[2]]
+    assert agent.figures()[counter] == 1
+    assert agent.figures()["blocks_loaded"] == 2
+    removals = agent.metadata.named(m.RemoveBlocks)
+    assert removals == ([m.RemoveBlocks(NAMESPACE, KEYS[1], (victim,))] if removed else [])
+    peer.call(ReleaseLeases((lease,)))
+    assert agent.figures()["arena_leased_bytes"] == 0
+    assert agent.figures()["arena_blocks"] == 2
+
+
+@pytest.mark.logs_warnings
+def test_a_removal_that_fails_does_not_fail_the_get(start: Callable[..., RunningAgent]) -> None:
+    agent = start(keep_puts=False)
+    peer = agent.peer()
+    peer.put(KEYS[:1], [block(1)])
+    agent.chunks.stored.clear()
+
+    def refuse(request: Any) -> None:
+        if isinstance(request, m.RemoveBlocks):
+            raise ConnectionLost(detail="injected")
+
+    agent.metadata.before = refuse
+    assert peer.get(KEYS[:1]) == (0, [None])
+
+
+@pytest.mark.logs_warnings
+def test_a_bug_while_loading_wakes_who_waits_and_leases_nothing(
+    start: Callable[..., RunningAgent],
+) -> None:
+    agent = start(keep_puts=False)
+    peer = agent.peer()
+    peer.put(KEYS[:1], [block(1)])
+    loading, gate = threading.Event(), threading.Event()
+
+    def fail(_: Any) -> None:
+        loading.set()
+        assert gate.wait(10)
+        raise RuntimeError("a bug")
+
+    agent.chunks.before = fail
+    other = agent.peer()
+    errors: list[BaseException] = []
+
+    def first() -> None:
+        try:
+            peer.get(KEYS[:1])
+        except InternalError as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert loading.wait(10)
+    other.line.send(GetBlocks(NAMESPACE, KEYS[0]))
+    wait_until(lambda: len(agent.metadata.named(m.LookupBlocks)) == 2)
+    agent.chunks.before = lambda _: None
+    gate.set()
+    thread.join()
+    assert len(errors) == 1
+    # It waited for the failed load, or came after it and loaded the block itself.
+    granted = other.line.receive(Granted)
+    assert granted.lease or granted.blocks == NO_BLOCK
+    other.call(ReleaseLeases((granted.lease,)))
+    assert agent.figures()["arena_leased_bytes"] == 0
+    assert peer.get(KEYS[:1])[1] == [block(1)], "the connection and the cache survive"
+
+
+def test_counters_add_up(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    peer.put(KEYS[:4], [block(n) for n in range(4)])
+    peer.get(KEYS[:6])
+    peer.get([KEYS[0], KEYS[0], KEYS[9]])
+    figures = agent.figures()
+    assert figures["blocks_requested"] == 9
+    parts = ("arena_hits", "blocks_loaded", "blocks_unknown")
+    assert [figures[part] for part in parts] == [6, 0, 3]
+    assert set(COUNTERS) <= set(figures)
+    assert figures["chunk_client_stored"] == 4
+    assert peer.call(AgentStatistics())["blocks_requested"] == 9
+
+
+# --- leases
+
+
+def test_leases_are_returned_by_request_and_by_notification(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    peer.put(KEYS[:2], [block(1), block(2)])
+    first, _ = peer.get(KEYS[:2])
+    second, _ = peer.get(KEYS[:1])
+    assert agent.figures()["arena_leased_bytes"] == 4 * PAGE_BYTES
+    peer.call(ReleaseLeases((first, 12345)))
+    assert agent.figures()["arena_leased_bytes"] == 2 * PAGE_BYTES
+    peer.line.notify(ReleaseLeases((second, second)))
+    wait_until(lambda: agent.figures()["arena_leased_bytes"] == 0)
+    assert peer.call(m.MatchBlocks(NAMESPACE, KEYS[0])) == 1
+
+
+def test_a_client_returns_its_own_leases_only(agent: RunningAgent) -> None:
+    peer, thief = agent.peer(), agent.peer()
+    peer.put(KEYS[:1], [block(1)])
+    lease, _ = peer.get(KEYS[:1])
+    thief.call(ReleaseLeases(tuple(range(100))))
+    assert agent.figures()["arena_leased_bytes"] == 2 * PAGE_BYTES
+    peer.call(ReleaseLeases((lease,)))
+
+
+def test_the_limit_on_leased_bytes(start: Callable[..., RunningAgent]) -> None:
+    agent = start(client_leased_bytes=4 * PAGE_BYTES)
+    peer = agent.peer()
+    peer.put(KEYS[:3], [block(n) for n in range(3)])
+    lease, _ = peer.get(KEYS[:2])
+    with pytest.raises(ArenaFull) as caught:
+        peer.get(KEYS[2:3])
+    assert caught.value.leased_bytes == 4 * PAGE_BYTES
+    peer.call(ReleaseLeases((lease,)))
+    assert peer.get(KEYS[2:3])[1] == [block(2)]
+
+
+def test_a_session_is_over_with_the_connection_that_opened_it(agent: RunningAgent) -> None:
+    owner = agent.peer()
+    member = agent.peer(owner.welcome.session)
+    assert member.arena is None, "joining brings no descriptors"
+    owner.put(KEYS[:1], [block(1)])
+    member.arena = owner.arena
+    member.get(KEYS[:1])
+    assert agent.figures()["arena_leased_bytes"] > 0
+    member.arena = None
+    agent.peers.remove(owner)
+    owner.close()
+    wait_until(lambda: agent.figures()["arena_leased_bytes"] == 0)
+    assert agent.figures()["sessions"] == 0
+    with pytest.raises(SessionLost):
+        member.call(AgentStatistics())
+    with pytest.raises(EntryNotFound):
+        agent.dial().hello(owner.welcome.session)
+    agent.lines[-1].close()
+    wait_until(lambda: agent.figures()["connections"] == 0)
+
+
+def test_a_get_whose_session_ends_meanwhile_leaves_no_lease(
+    start: Callable[..., RunningAgent],
+) -> None:
+    agent = start(keep_puts=False)
+    owner = agent.peer()
+    owner.put(KEYS[:1], [block(1)])
+    member = agent.peer(owner.welcome.session)
+    loading, gate = threading.Event(), threading.Event()
+
+    def slow(_: Any) -> None:
+        loading.set()
+        assert gate.wait(10)
+
+    agent.chunks.before = slow
+    member.line.send(GetBlocks(NAMESPACE, KEYS[0]))
+    assert loading.wait(10)
+    agent.peers.remove(owner)
+    owner.close()
+    wait_until(lambda: agent.figures()["sessions"] == 0)
+    gate.set()
+    wait_until(lambda: agent.figures()["connections"] == 0)
+    assert agent.figures()["arena_leased_bytes"] == 0
+
+
+# --- writes
+
+
+@pytest.mark.parametrize("keep_puts", [True, False])
+def test_a_put_is_committed_with_its_checksums(
+    start: Callable[..., RunningAgent], keep_puts: bool
+) -> None:
+    agent = start(keep_puts=keep_puts)
+    peer = agent.peer()
+    data = [block(n, 5000 + n) for n in range(4)]
+    assert peer.put(KEYS[:4], data).wanted == b"\1\1\1\1"
+    assert agent.figures()["arena_blocks"] == (4 if keep_puts else 0)
+    assert agent.figures()["arena_leased_bytes"] == 0
+    plan = peer.put(KEYS[:5], [*data, block(9)])
+    assert plan.wanted == b"\0\0\0\0\1"
+    assert peer.put(KEYS[:5], [*data, block(9)]).put == 0
+    assert peer.get(KEYS[:5])[1] == [*data, block(9)]
+
+
+def test_blocks_that_are_not_committed_yet_are_not_there(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    data = [block(1), block(2)]
+    plan = peer.call(PreparePut(NAMESPACE, b"".join(KEYS[:2]), (5000, 5000)))
+    packed = peer.staged(data, plan.wanted)
+    peer.call(StageBlocks(plan.put, packed[: STAGED.size], False))
+    assert peer.get(KEYS[:2]) == (0, [None, None])
+    peer.call(StageBlocks(plan.put, packed[STAGED.size :], True))
+    assert peer.get(KEYS[:2])[1] == data
+
+
+def test_a_put_is_kept_only_up_to_its_share_of_the_arena(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    data = [block(n, 20 * PAGE_BYTES) for n in range(3)]
+    for key, one in zip(KEYS, data, strict=False):
+        peer.put([key], [one])
+    assert agent.figures()["arena_blocks"] == 3
+    plan = peer.call(PreparePut(NAMESPACE, b"".join(KEYS[10:14]), (20 * PAGE_BYTES,) * 4))
+    for place in range(4):
+        os.pwrite(peer.staging_fd, block(place, 20 * PAGE_BYTES), 0)
+        peer.call(StageBlocks(plan.put, STAGED.pack(place, 0), place == 3))
+    assert agent.figures()["arena_blocks"] == 6, "64 of 256 pages for one put: three blocks"
+    assert peer.get(KEYS[10:14])[1] == [block(n, 20 * PAGE_BYTES) for n in range(4)]
+
+
+def test_a_full_arena_does_not_stop_a_put(start: Callable[..., RunningAgent]) -> None:
+    agent = start(client_leased_bytes=MIB)
+    peer = agent.peer()
+    keys, data = KEYS[:4], [block(n, 60 * PAGE_BYTES) for n in range(4)]
+    for key, one in zip(keys, data, strict=True):
+        peer.put([key], [one])
+    lease, _ = peer.get(keys)
+    peer.put(KEYS[5:6], [block(5, 60 * PAGE_BYTES)])
+    assert agent.figures()["arena_blocks"] == 4
+    peer.call(ReleaseLeases((lease,)))
+    assert peer.get(KEYS[5:6])[1] == [block(5, 60 * PAGE_BYTES)]
+
+
+@pytest.mark.parametrize("keep_puts", [True, False])
+@pytest.mark.parametrize("step", ["write", "commit"])
+def test_a_put_that_fails_is_aborted_and_leaves_nothing(
+    start: Callable[..., RunningAgent], keep_puts: bool, step: str
+) -> None:
+    agent = start(keep_puts=keep_puts)
+    peer = agent.peer()
+
+    def expire(request: Any) -> None:
+        if isinstance(request, m.CommitBlocks):
+            raise PrepareExpired(batch_id=request.batch_id)
+
+    plan = peer.call(PreparePut(NAMESPACE, b"".join(KEYS[:3]), (5000,) * 3))
+    batch_id = max(agent.metadata.batches)
+    if step == "write":
+        inode = agent.metadata.batches[batch_id][1][1]
+        agent.chunks.errors[ChunkId(inode, 0)] = TargetFailed(detail="injected")
+    else:
+        agent.metadata.before = expire
+    request = StageBlocks(plan.put, peer.staged([block(1)] * 3, plan.wanted), True)
+    with pytest.raises(TargetFailed if step == "write" else PrepareExpired):
+        peer.call(request)
+    assert agent.metadata.named(m.AbortBlocks) == [m.AbortBlocks(batch_id)]
+    assert agent.metadata.blocks == {}
+    figures = agent.figures()
+    assert (figures["puts_aborted"], figures["put_blocks"]) == (1, 0)
+    assert (figures["arena_blocks"], figures["arena_used_bytes"]) == (0, 0)
+    with pytest.raises(InvalidRequest):
+        peer.call(request)
+
+
+def test_unfinished_puts_end_with_their_client(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    plan = peer.call(PreparePut(NAMESPACE, KEYS[0], (5000,)))
+    peer.call(StageBlocks(plan.put, peer.staged([block(1)], b"\1"), False))
+    assert agent.figures()["arena_used_bytes"] > 0
+    peer.call(PreparePut(NAMESPACE, KEYS[1], (5000,)))
+    agent.peers.remove(peer)
+    peer.close()
+    wait_until(lambda: agent.figures()["connections"] == 0)
+    assert agent.metadata.batches == {}
+    assert agent.figures()["arena_used_bytes"] == 0
+    assert agent.figures()["puts_aborted"] == 2
+
+
+def test_a_put_can_be_given_up(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    plan = peer.call(PreparePut(NAMESPACE, KEYS[0], (5000,)))
+    peer.call(AbortPut(plan.put))
+    peer.call(AbortPut(plan.put))
+    assert agent.metadata.batches == {}
+
+
+def test_the_number_of_open_puts_is_bounded(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    for number in range(PUTS_PER_CLIENT_MAX):
+        peer.call(PreparePut(NAMESPACE, bytes([0, number]) * 16, (1,)))
+    with pytest.raises(LimitExceeded):
+        peer.call(PreparePut(NAMESPACE, KEYS[0], (1,)))
+    assert len(agent.metadata.batches) == PUTS_PER_CLIENT_MAX
+
+
+# --- clients that mean harm
+
+
+@pytest.mark.parametrize(
+    "request_made",
+    [
+        PreparePut(NAMESPACE, KEYS[0] + b"x", (1,)),
+        PreparePut(NAMESPACE, KEYS[0], (1, 2)),
+        PreparePut(NAMESPACE, KEYS[0], (0,)),
+        PreparePut(NAMESPACE, KEYS[0], (MIB,)),
+        PreparePut(NAMESPACE, KEYS[0] * 2, (1, 1)),
+        StageBlocks(99, b"", True),
+        GetBlocks(NAMESPACE, KEYS[0] + b"x"),
+        DropBlocks(NAMESPACE, KEYS[0] + b"x"),
+        ListKeys(1),
+        Hello(b""),
+        Hello(b"1234"),
+    ],
+    ids=lambda request: type(request).__name__,
+)
+def test_requests_that_make_no_sense_are_refused(agent: RunningAgent, request_made: Any) -> None:
+    peer = agent.peer()
+    with pytest.raises(InvalidRequest):
+        peer.call(request_made)
+    assert agent.metadata.batches == {}
+    assert peer.put(KEYS[:1], [block(1)]).put, "the connection goes on"
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        STAGED.pack(0, 1),
+        STAGED.pack(0, MIB // 4),
+        STAGED.pack(0, MIB // 4 - PAGE_BYTES),
+        STAGED.pack(0, (1 << 64) - PAGE_BYTES),
+        STAGED.pack(1, 0),
+        STAGED.pack(2, 0),
+        STAGED.pack(0, 0) * 2,
+        STAGED.pack(0, 0)[:-1],
+        b"",
+    ],
+    ids=[
+        "between pages",
+        "behind the end",
+        "over the end",
+        "far away",
+        "not wanted",
+        "not there",
+        "twice",
+        "cut off",
+        "commit without bytes",
+    ],
+)
+@pytest.mark.parametrize("keep_puts", [True, False])
+def test_staging_is_checked(
+    start: Callable[..., RunningAgent], blocks: bytes, keep_puts: bool
+) -> None:
+    agent = start(keep_puts=keep_puts)
+    peer = agent.peer()
+    peer.put(KEYS[1:2], [block(1)])
+    before = agent.figures()["arena_used_bytes"]
+    plan = peer.call(PreparePut(NAMESPACE, b"".join(KEYS[:2]), (5000, 5000)))
+    assert plan.wanted == b"\1\0"
+    with pytest.raises(InvalidRequest):
+        peer.call(StageBlocks(plan.put, blocks, True))
+    assert KEYS[0] not in agent.metadata.blocks
+    assert agent.figures()["arena_used_bytes"] == before
+
+
+def test_puts_and_staging_belong_to_their_session(agent: RunningAgent) -> None:
+    peer, thief = agent.peer(), agent.peer()
+    assert peer.welcome.session != thief.welcome.session
+    plan = peer.call(PreparePut(NAMESPACE, KEYS[0], (5000,)))
+    with pytest.raises(InvalidRequest):
+        thief.call(StageBlocks(plan.put, STAGED.pack(0, 0), True))
+    thief.call(AbortPut(plan.put))
+    peer.call(StageBlocks(plan.put, peer.staged([block(7)], b"\1"), True))
+    assert peer.get(KEYS[:1])[1] == [block(7)]
+    assert os.fstat(peer.staging_fd).st_ino != os.fstat(thief.staging_fd).st_ino
+
+
+def test_nothing_before_hello(agent: RunningAgent) -> None:
+    for request in (AgentStatistics(), GetBlocks(NAMESPACE, KEYS[0]), AbortPut(1)):
+        line = agent.dial()
+        line.send(request)
+        with pytest.raises(InvalidRequest):
+            line.receive(type(request).Reply)
+    assert agent.metadata.calls == []
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        frames.HEADER.pack(frames.MAGIC, frames.VERSION, 1, 0xFFFF_FFFF, 1, 0),
+        frames.HEADER.pack(frames.MAGIC, frames.VERSION, 9, 0, 1, 0),
+        frames.encode(Kind.REPLY, 1, None),
+        frames.encode(Kind.REQUEST, 1, None, payload_bytes=10),
+        frames.encode(Kind.NOTIFICATION, 0, AgentStatistics()),
+        frames.encode(Kind.NOTIFICATION, 0, [1, 2]),
+    ],
+    ids=["http", "endless", "kind", "reply", "payload", "notification", "garbage notification"],
+)
+def test_a_connection_that_speaks_nonsense_is_closed(agent: RunningAgent, data: bytes) -> None:
+    connection = agent.env.blocking_network.connect(agent.address, 5.0)
+    connection.set_timeout(10.0)
+    connection.send([data])
+    with pytest.raises(ConnectionLost):
+        receive_frame(connection)
+    connection.close()
+    assert agent.peer().call(AgentStatistics())["sessions"] == 1
+
+
+@pytest.mark.parametrize("body", [None, ["no_such_request"], ["get_blocks", -1, b""], [b"\xff"]])
+def test_a_request_that_cannot_be_decoded_gets_an_error(agent: RunningAgent, body: Any) -> None:
+    connection = agent.env.blocking_network.connect(agent.address, 5.0)
+    connection.set_timeout(10.0)
+    for number in (5, 6):
+        connection.send([frames.encode(Kind.REQUEST, number, body)])
+        frame = receive_frame(connection)
+        assert (frame.kind, frame.request_id) == (Kind.ERROR, number)
+        assert isinstance(frames.decode_error(frame.body), ProtocolError)
+    connection.close()
+
+
+def test_the_number_of_connections_is_bounded(start: Callable[..., RunningAgent]) -> None:
+    agent = start(connections_max=2)
+    first = agent.peer()
+    second = agent.peer(first.welcome.session)
+    with pytest.raises(ServerBusy):
+        agent.dial().hello(b"")
+    agent.peers.remove(second)
+    second.close()
+    wait_until(lambda: agent.figures()["connections"] == 1)
+    assert isinstance(agent.peer().welcome, Welcome)
+
+
+# --- the rest
+
+
+def test_requests_of_the_metadata_service_are_passed_on(agent: RunningAgent) -> None:
+    peer = agent.peer()
+    assert peer.call(m.OpenNamespace("t/m")).inode == NAMESPACE
+    peer.put(KEYS[:2], [block(1), block(2)])
+    assert peer.call(m.MatchBlocks(NAMESPACE, b"".join(KEYS[:3]))) == 2
+    page: KeysPage = peer.call(ListKeys(NAMESPACE, limit=1))
+    assert (page.keys, page.more) == (KEYS[0], True)
+    page = peer.call(ListKeys(NAMESPACE, after=KEYS[0]))
+    assert (page.keys, page.more) == (KEYS[1], False)
+    assert peer.call(DropBlocks(NAMESPACE, KEYS[0])) == 1
+    assert peer.get(KEYS[:2])[1] == [None, block(2)]
+
+
+def test_errors_of_the_metadata_service_reach_the_client(agent: RunningAgent) -> None:
+    def lost(_: Any) -> None:
+        raise ConnectionLost(address="metadata", detail="injected")
+
+    peer = agent.peer()
+    agent.metadata.before = lost
+    with pytest.raises(ConnectionLost) as caught:
+        peer.get(KEYS[:1])
+    assert not isinstance(caught.value, SessionLost)
+    agent.metadata.before = lambda _: None
+    assert peer.get(KEYS[:1]) == (0, [None])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"arena_bytes": 0},
+        {"arena_bytes": 5000},
+        {"staging_bytes": -PAGE_BYTES},
+        {"client_leased_bytes": -1},
+        {"connections_max": 0},
+        {"unix": Address.tcp("127.0.0.1", 1)},
+    ],
+    ids=repr,
+)
+def test_settings_that_cannot_work(settings: dict[str, Any]) -> None:
+    good = {"unix": Address.unix("/a"), "metadata": Address.unix("/m")}
+    with pytest.raises(InvalidRequest):
+        AgentConfig(**{**good, **settings})
+
+
+def test_stopping_closes_everything(tmp_path: Path) -> None:
+    running = RunningAgent(tmp_path)
+    peer = running.peer()
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("kvfs-agent")}
+    assert before
+    running.stop()
+    assert running.chunks.closed
+    assert not any(thread.is_alive() for thread in before)
+    assert not os.path.exists(running.address.path)
+    assert not peer.line.usable
