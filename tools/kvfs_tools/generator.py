@@ -26,8 +26,17 @@ import math
 import random
 from collections.abc import Sequence
 
+import click
+
 from kvfs_base.errors import InvalidRequest
-from kvfs_tools.traces import TRACE_BLOCK_TOKENS, TraceRequest, TraceStatistics
+from kvfs_tools.traces import (
+    TRACE_BLOCK_TOKENS,
+    TraceRequest,
+    TraceStatistics,
+    read_trace,
+    trace_statistics,
+    write_trace,
+)
 
 REQUESTS_MAX = 10_000_000
 INPUT_TOKENS_MAX = 128 * 1024
@@ -237,3 +246,34 @@ def comparison(found: TraceStatistics, reference: TraceStatistics = REFERENCE) -
         there = reference.reuse_distance[p]
         rows.append([f"reuse distance, p{p} (of the blocks)", f"{distance:.2%}", f"{there:.2%}"])
     return rows
+
+
+@click.group()
+def trace() -> None:
+    """Traces of requests: what they say about reuse, and made-up ones."""
+
+
+@trace.command()
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False))
+@click.option("--requests", type=click.IntRange(1, REQUESTS_MAX), help="At most so many.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Of the generator.")
+def show(file: str | None, requests: int | None, seed: int) -> None:
+    """Compare a trace (or, without FILE, a generated one) with the reference trace."""
+    if file is not None:
+        found = list(read_trace(file, requests))
+    else:
+        found = generate(GeneratorConfig(requests=requests or 12_000, seed=seed))
+    rows = [["", "this trace", "reference"], *comparison(trace_statistics(found))]
+    width = max(len(row[0]) for row in rows)
+    for name, here, there in rows:
+        click.echo(f"{name:<{width}}  {here:>11}  {there:>11}")
+
+
+@trace.command(name="generate")
+@click.argument("file", type=click.Path(dir_okay=False))
+@click.option("--requests", type=click.IntRange(1, REQUESTS_MAX), default=12_000, show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+def generate_command(file: str, requests: int, seed: int) -> None:
+    """Write a generated trace to FILE."""
+    count = write_trace(file, generate(GeneratorConfig(requests=requests, seed=seed)))
+    click.echo(f"{count:,} requests in {file}")

@@ -39,7 +39,8 @@ LRU_SHARES = (0.01, 0.05, 0.10, 0.20)
 
 @dataclasses.dataclass(eq=False)
 class TraceError(InvalidRequest):
-    """A trace cannot be read. ``line`` counts from 1; 0 is the file itself. Never on a wire."""
+    """A trace cannot be read. ``line`` counts from 1; 0 is the file itself. ``detail`` says where,
+    too. Never on a wire."""
 
     path: str = ""
     line: int = 0
@@ -76,21 +77,23 @@ def read_trace(path: str | os.PathLike[str], limit: int | None = None) -> Iterat
                     yield _decode(decoder, line, name, number)
                     found += 1
     except OSError as exc:
-        raise TraceError(detail=exc.strerror or str(exc), path=name) from exc
+        raise TraceError(f"{name}: {exc.strerror or exc}", name) from exc
 
 
 def _decode(
     decoder: msgspec.json.Decoder[TraceRequest], line: bytes, path: str, number: int
 ) -> TraceRequest:
+    def error(what: str) -> TraceError:
+        return TraceError(f"{path}:{number}: {what}", path, number)
+
     if len(line) > LINE_BYTES_MAX:
-        raise TraceError(detail=f"line longer than {LINE_BYTES_MAX} bytes", path=path, line=number)
+        raise error(f"line longer than {LINE_BYTES_MAX} bytes")
     try:
         request = decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise TraceError(detail=str(exc), path=path, line=number) from exc
+        raise error(str(exc)) from exc
     if len(set(request.hash_ids)) != len(request.hash_ids):
-        detail = "hash_ids repeats an id: a block cannot follow itself"
-        raise TraceError(detail=detail, path=path, line=number)
+        raise error("hash_ids repeats an id: a block cannot follow itself")
     return request
 
 
