@@ -1,4 +1,4 @@
-"""A metadata service without a network: requests in, answers out, under a clock that stands still."""
+"""A metadata service without a network: requests in, answers out, under a clock that stands."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from kvfs_base.types import BlockInfo, KVLayout
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.policy import CachePolicy, LruPolicy
-
 from t2_services.metadata_rig import LAYOUT, Rig, key, keys
 
 

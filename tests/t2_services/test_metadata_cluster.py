@@ -10,7 +10,6 @@ from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat, TargetReport
 from kvfs_base.types import Address
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-
 from t2_services.metadata_rig import ROOT, TERABYTE, Rig, keys
 
 

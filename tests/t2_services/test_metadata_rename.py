@@ -6,7 +6,6 @@ import pytest
 
 from kvfs_base import errors as e
 from kvfs_metadata import messages as m
-
 from t2_services.metadata_rig import ROOT, Rig
 
 NOREPLACE, EXCHANGE = 1, 2

@@ -8,7 +8,6 @@ from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-
 from t2_services.metadata_rig import ROOT, Rig
 
 ONE, TWO = b"session-one-....", b"session-two-...."
