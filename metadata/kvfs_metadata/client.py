@@ -156,17 +156,23 @@ class MetadataClient:
         """The reply. Raises what the service raised, ConnectionLost, DeadlineExceeded (which is
         not repeated: the time is up)."""
         if isinstance(request, m.CloseInode):
-            self._count_close(request.inode)
+            return await self._close(request, timeout)
         reply = await self._call_patiently(request, timeout)
         if isinstance(request, m.OpenInode) and self._session is not None:
+            # Nothing waits between the arrival of the reply and this line, so an Attach on a new
+            # connection finds it counted.
             self._open[request.inode] += 1
         return reply
 
-    def _count_close(self, inode: int) -> None:
-        # Before it is sent: an Attach in between must not declare it open again.
-        self._open[inode] -= 1
-        if self._open[inode] <= 0:
-            del self._open[inode]
+    async def _close(self, request: m.CloseInode, timeout: float) -> Any:
+        try:
+            # Counted as open until it is answered: if the connection is lost, Attach declares it
+            # open and the repeated request closes it, whether or not the first one had.
+            return await self._call_patiently(request, timeout)
+        finally:
+            self._open[request.inode] -= 1
+            if self._open[request.inode] <= 0:
+                del self._open[request.inode]
 
     async def _call_patiently(self, request: Request, timeout: float) -> Any:
         patience = _Patience(self._retry_seconds)
