@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 import sys
 from typing import Any, NoReturn
 
@@ -57,9 +58,13 @@ class Commands(click.Group):
         """Help texts without importing our own commands."""
         rows = [(name, text) for name, (_, text) in COMMANDS.items()]
         for name in self.list_commands(ctx)[len(COMMANDS) :]:
-            command = self.get_command(ctx, name)
-            assert command is not None
-            rows.append((name, command.get_short_help_str()))
+            try:
+                command = self.get_command(ctx, name)
+            except ImportError as exc:
+                rows.append((name, f"(not available: {exc})"))
+            else:
+                assert command is not None
+                rows.append((name, command.get_short_help_str()))
         with formatter.section("Commands"):
             formatter.write_dl(rows)
 
@@ -80,6 +85,9 @@ def cli(debug: bool) -> None:
 def main() -> NoReturn:
     """Runs the command line; ends the process with one of ExitCode."""
     debug = "--debug" in sys.argv[1:]
+    if not debug:
+        # Without a handler Python prints warnings itself; services set up handlers of their own.
+        logging.getLogger().addHandler(logging.NullHandler())
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         result = cli.main(arguments, prog_name="kvfs", standalone_mode=False)

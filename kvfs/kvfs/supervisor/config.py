@@ -29,6 +29,8 @@ class UpConfig:
     def __post_init__(self) -> None:
         if not self.directory.startswith("/"):
             raise InvalidRequest(detail=f"directory must be absolute: {self.directory!r}")
+        if self.mountpoint is not None and not self.mountpoint.startswith("/"):
+            raise InvalidRequest(detail=f"mountpoint must be absolute: {self.mountpoint!r}")
         if not 0 <= self.chunk_servers <= CHUNK_SERVERS_MAX:
             raise InvalidRequest(detail=f"chunk_servers must be between 0 and {CHUNK_SERVERS_MAX}")
         for name in ("ready_seconds", "stop_seconds"):
