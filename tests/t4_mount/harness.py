@@ -27,7 +27,7 @@ STOP_SECONDS = 15.0
 COLLECTED_SECONDS = 60.0
 """An unlinked file may be kept for SESSION_GRACE_SECONDS after the service started."""
 MNT_DETACH = 2
-COMPLAINT = re.compile(r"^(WARNING|ERROR|CRITICAL|Traceback)\b", re.MULTILINE)
+COMPLAINT = re.compile(r"^((WARNING|ERROR|CRITICAL) kvfs|Traceback)\b", re.MULTILINE)
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:

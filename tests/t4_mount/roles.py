@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -52,6 +53,12 @@ def run_metadata(directory: str) -> None:
     trio.run(until_signal, serve)
 
 
+def known_port(directory: str, number: int) -> int:
+    """The port of an earlier start, so that a restarted server is found where it was."""
+    path = Path(f"{directory}/run/port-{number}")
+    return int(path.read_text()) if path.exists() else 0
+
+
 def run_chunks(directory: str, count: int) -> None:
     from kvfs_datapath.config import ChunkServerConfig
     from kvfs_datapath.server import ChunkServer
@@ -65,14 +72,16 @@ def run_chunks(directory: str, count: int) -> None:
             directories=(target,),
             metadata=metadata_address(directory),
             unix=Address.unix(f"{directory}/run/chunks-{number}.sock"),
-            tcp=Address.tcp("127.0.0.1", 0),
+            tcp=Address.tcp("127.0.0.1", known_port(directory, number)),
         )
         servers.append(ChunkServer(os_env(), config))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    for server in servers:
+    for number, server in enumerate(servers):
         server.start()
+        port = next(a.port for a in server.addresses if a.kind == "tcp")
+        Path(f"{directory}/run/port-{number}").write_text(str(port))
     print("ready", flush=True)
     stop.wait()
     for server in servers:

@@ -42,8 +42,12 @@ async def run_mount(
     frontend = _load_frontend()
     await _prepare(config)
     system.raise_open_files_limit()
+    mount = _Mount(env, config, frontend)
     try:
-        await _connect_and_run(env, frontend, config, task_status)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mount.watch_for_cancellation)
+            await mount.run(task_status)
+            nursery.cancel_scope.cancel()
     except ExceptionGroup as group:
         raise _only(group) from None
 
@@ -53,35 +57,6 @@ def _only(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
-
-
-async def _connect_and_run(
-    env: Env,
-    frontend: types.ModuleType,
-    config: MountConfig,
-    task_status: trio.TaskStatus[None],
-) -> None:
-    session = env.rng.randbytes(SESSION_BYTES)
-    async with MetadataClient(env, config.metadata, session=session) as metadata:
-        await _reach(metadata, config)
-        cluster = ClusterView(env, config.metadata)
-        chunks = ChunkClient(env, cluster, prefer=config.transport)
-        try:
-            backend = Backend(env, metadata, chunks)
-            filesystem = Filesystem(backend, attribute_seconds=config.attribute_seconds)
-            await _run(frontend, filesystem, config, task_status)
-        finally:
-            chunks.close()
-            cluster.close()
-
-
-async def _reach(metadata: MetadataClient, config: MountConfig) -> None:
-    """Raises ConnectionLost: the client itself would wait longer for a service to come."""
-    with trio.move_on_after(REACH_SECONDS):
-        await metadata.call(StatFs())
-        return
-    detail = "the metadata service does not answer"
-    raise ConnectionLost(address=str(config.metadata), detail=detail)
 
 
 def _load_frontend() -> types.ModuleType:
@@ -113,43 +88,114 @@ async def _prepare(config: MountConfig) -> None:
     system.check_mountpoint(config.mountpoint)
 
 
-async def _run(
-    frontend: types.ModuleType,
-    filesystem: Filesystem,
-    config: MountConfig,
-    task_status: trio.TaskStatus[None],
-) -> None:
-    try:
-        frontend.mount(filesystem, config)
-    except RuntimeError as exc:
-        raise MountFailed(detail=str(exc), mountpoint=config.mountpoint) from exc
-    stopped = trio.Event()
-    serving = trio.CancelScope(shield=True)  # requests are answered while we unmount
+class _Mount:
+    """One mount, from the first call of the metadata service to the last.
 
-    async def serve() -> None:
+    Unmounting needs everything that serving needs: the kernel sends what is left, and sizes are
+    recorded. So all of it runs shielded from cancellation, which only asks it to end.
+    """
+
+    def __init__(self, env: Env, config: MountConfig, frontend: types.ModuleType) -> None:
+        self._env = env
+        self._config = config
+        self._frontend = frontend
+        self._work = trio.CancelScope(shield=True)
+        self._mounted = False
+        self._end = trio.Event()
+        """Somebody asked for the end, or unmounted the file system."""
+        self._served = trio.Event()
+        """No further request will come."""
+
+    async def watch_for_cancellation(self) -> None:
         try:
-            with serving:
-                await frontend.serve()
+            await trio.sleep_forever()
         finally:
-            stopped.set()
+            if self._mounted:
+                self._end.set()
+            else:
+                self._work.cancel()
 
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(serve)
-            nursery.start_soon(filesystem.write_back_forever)
+    async def run(self, task_status: trio.TaskStatus[None]) -> None:
+        env, config = self._env, self._config
+        session = env.rng.randbytes(SESSION_BYTES)
+        with self._work:
+            async with MetadataClient(env, config.metadata, session=session) as metadata:
+                await self._reach(metadata)
+                cluster = ClusterView(env, config.metadata)
+                chunks = ChunkClient(env, cluster, prefer=config.transport)
+                try:
+                    backend = Backend(env, metadata, chunks)
+                    filesystem = Filesystem(backend, attribute_seconds=config.attribute_seconds)
+                    await self._mount(filesystem, task_status)
+                finally:
+                    chunks.close()
+                    cluster.close()
+
+    async def _reach(self, metadata: MetadataClient) -> None:
+        """Raises ConnectionLost: the client itself would wait longer for a service to come."""
+        with trio.move_on_after(REACH_SECONDS):
+            await metadata.call(StatFs())
+            return
+        detail = "the metadata service does not answer"
+        raise ConnectionLost(address=str(self._config.metadata), detail=detail)
+
+    async def _mount(self, filesystem: Filesystem, task_status: trio.TaskStatus[None]) -> None:
+        config = self._config
+        try:
+            self._frontend.mount(filesystem, config)
+        except RuntimeError as exc:
+            raise MountFailed(detail=str(exc), mountpoint=config.mountpoint) from exc
+        self._mounted = True
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._serve)
+                nursery.start_soon(filesystem.write_back_forever)
+                try:
+                    await trio.to_thread.run_sync(_greet, config, abandon_on_cancel=True)
+                    log.info("mounted at %s", config.mountpoint)
+                    task_status.started()
+                    await self._end.wait()
+                finally:
+                    with trio.CancelScope(shield=True):
+                        await self._shut_down(filesystem)
+                    nursery.cancel_scope.cancel()
+        finally:
+            self._frontend.close()
+            log.info("unmounted from %s", config.mountpoint)
+
+    async def _serve(self) -> None:
+        try:
+            await self._frontend.serve()
+        finally:
+            self._served.set()
+            self._end.set()
+
+    async def _shut_down(self, filesystem: Filesystem) -> None:
+        config = self._config
+        if not self._served.is_set():
+            if not await self._unmount():
+                log.info("%s is busy: detaching it", config.mountpoint)
+                system.unmount(config.mountpoint, lazy=True)
+                self._frontend.stop()
+            with trio.move_on_after(config.unmount_seconds):
+                await self._served.wait()
+        with trio.move_on_after(config.unmount_seconds) as scope:
             try:
-                await trio.to_thread.run_sync(_greet, config, abandon_on_cancel=True)
-                log.info("mounted at %s", config.mountpoint)
-                task_status.started()
-                await stopped.wait()
-            finally:
-                with trio.CancelScope(shield=True):
-                    await _shut_down(frontend, filesystem, config, stopped)
-                    serving.cancel()
-            nursery.cancel_scope.cancel()
-    finally:
-        frontend.close()
-        log.info("unmounted from %s", config.mountpoint)
+                await filesystem.close()
+            except KvfsError as exc:
+                log.warning("open files were not recorded: %s", exc)
+        if scope.cancelled_caught:
+            log.warning("open files were not recorded in %s s", config.unmount_seconds)
+
+    async def _unmount(self) -> bool:
+        """Orderly, while requests are still answered; False if users stay in it."""
+        attempt = functools.partial(system.unmount, self._config.mountpoint, lazy=False)
+        with trio.move_on_after(self._config.unmount_seconds):
+            while True:
+                if await trio.to_thread.run_sync(attempt, abandon_on_cancel=True):
+                    return True
+                await trio.sleep(RETRY_SECONDS)
+        return False
 
 
 def _greet(config: MountConfig) -> None:
@@ -162,33 +208,3 @@ def _greet(config: MountConfig) -> None:
         raise MountFailed(detail=detail, mountpoint=config.mountpoint) from exc
     if not system.set_read_ahead(config.mountpoint, config.read_ahead_bytes):
         log.info("the kernel's default read-ahead stays")
-
-
-async def _shut_down(
-    frontend: types.ModuleType, filesystem: Filesystem, config: MountConfig, stopped: trio.Event
-) -> None:
-    if not stopped.is_set():
-        if not await _unmount(config):
-            log.info("%s is busy: detaching it", config.mountpoint)
-            system.unmount(config.mountpoint, lazy=True)
-            frontend.stop()
-        with trio.move_on_after(config.unmount_seconds):
-            await stopped.wait()
-    with trio.move_on_after(config.unmount_seconds) as scope:
-        try:
-            await filesystem.close()
-        except KvfsError as exc:
-            log.warning("open files were not recorded: %s", exc)
-    if scope.cancelled_caught:
-        log.warning("open files were not recorded in %s s", config.unmount_seconds)
-
-
-async def _unmount(config: MountConfig) -> bool:
-    """Orderly, while requests are still answered; False if users stay in it."""
-    attempt = functools.partial(system.unmount, config.mountpoint, lazy=False)
-    with trio.move_on_after(config.unmount_seconds):
-        while True:
-            if await trio.to_thread.run_sync(attempt, abandon_on_cancel=True):
-                return True
-            await trio.sleep(RETRY_SECONDS)
-    return False
