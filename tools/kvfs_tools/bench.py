@@ -117,7 +117,7 @@ class Echo:
         self._thread.join()
 
 
-def fio_read(folder: str, nbytes: int) -> float:
+def fio_read(folder: str, nbytes: int, block_bytes: int) -> float:
     """GB/s of fio's best O_DIRECT read of every file in ``folder`` once, of two queue depths."""
     best = 0.0
     for depth in (8, 32):
@@ -127,7 +127,7 @@ def fio_read(folder: str, nbytes: int) -> float:
             "--readonly",
             f"--opendir={folder}",
             "--file_service_type=sequential",
-            "--bs=1M",
+            f"--bs={min(block_bytes, MIB)}",
             "--rw=read",
             "--direct=1",
             "--ioengine=libaio",
@@ -242,7 +242,7 @@ class Bench:
             os.link(path, folder / str(number))
         pairs = []
         for _ in range(self.rounds):
-            limit = fio_read(str(folder), self.total_bytes)
+            limit = fio_read(str(folder), self.total_bytes, self.block_bytes)
             before = self.client.statistics()["arena_hits"]
             value = seconds(self._get_everything)
             if self.client.statistics()["arena_hits"] != before:
