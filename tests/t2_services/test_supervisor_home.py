@@ -19,7 +19,7 @@ def test_a_new_directory_has_three_chunk_servers_and_is_private(tmp_path: Path) 
     made = home.open_or_create(0)
     assert (made.format, made.chunk_servers, len(made.cluster_id)) == (1, 3, 32)
     assert home.open() == made
-    for path in (home.directory, home.run, home.log, home.metadata, home.target(2)):
+    for path in (home.directory, home.run, home.log, home.target(2).parent, home.target(2)):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import click
 
-from kvfs.cli.exits import ExitCode, exit_for
+from kvfs.cli.exits import ExitCode, exit_for, innermost
 
 COMMANDS = {
     "up": ("kvfs.cli.cluster:up", "Start a whole kvfs on this machine."),
@@ -98,11 +98,11 @@ def main() -> NoReturn:
     except click.ClickException as exc:
         exc.show()
         sys.exit(exc.exit_code)
-    except BrokenPipeError:
-        # The reader of our output has seen enough; flushing at exit would say so again.
-        sys.stdout = None
-        sys.exit(ExitCode.OK)
     except BaseException as exc:
+        if isinstance(innermost(exc), BrokenPipeError):
+            # The reader of our output has seen enough; flushing at exit would say so again.
+            sys.stdout = None
+            sys.exit(ExitCode.OK)
         if debug or isinstance(exc, SystemExit):
             raise
         code, text = exit_for(exc)

@@ -97,6 +97,7 @@ def _run(home: Home, config: UpConfig, overrides: Overrides, ready_fd: int | Non
     pid = home.running_pid()
     if pid is not None:
         raise AlreadyRunning(directory=str(home.directory), pid=pid)
+    os.umask(0o077)
     format_ = home.open_or_create(config.chunk_servers)
     with home.locked(config.mountpoint) as left_mount:
         if ready_fd is None:

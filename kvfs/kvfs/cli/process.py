@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
+from kvfs.cli import logs
 from kvfs.cli.exits import ExitCode, exit_for
 from kvfs.supervisor.child import PARENT_VARIABLE
 
@@ -26,7 +27,15 @@ STOP_SECONDS_MAX = 30
 that hangs would outlive a killed supervisor."""
 
 
-def tie_to_supervisor() -> None:
+def begin_service() -> None:
+    """What every service does first: everything it makes is private, it ends with its supervisor,
+    and it logs to standard error."""
+    os.umask(0o077)
+    _tie_to_supervisor()
+    logs.set_up()
+
+
+def _tie_to_supervisor() -> None:
     """If a supervisor started this process, the kernel sends it SIGTERM when the supervisor dies,
     however that happens."""
     supervisor = os.environ.pop(PARENT_VARIABLE, None)

@@ -10,9 +10,8 @@ from typing import Any
 import click
 
 from kvfs.agent.config import AgentConfig
-from kvfs.cli import logs
 from kvfs.cli.options import config_option, load_settings, setting_options
-from kvfs.cli.process import run_threaded, run_trio, tie_to_supervisor
+from kvfs.cli.process import begin_service, run_threaded, run_trio
 from kvfs.cli.targets import metadata_address
 from kvfs.mount.config import MountConfig
 from kvfs.supervisor.home import Home
@@ -37,8 +36,7 @@ def serve() -> None:
 @setting_options(MetadataConfig, "metadata")
 def metadata(config_path: Path | None, **flags: Any) -> None:
     """Serve the namespace: names, attributes, blocks, eviction, the cluster map."""
-    tie_to_supervisor()
-    logs.set_up()
+    begin_service()
     config = load_settings(MetadataConfig, "metadata", flags, config_path)
     _require_loopback(config.tcp)
     from kvfs_metadata.service import serve_metadata
@@ -54,8 +52,7 @@ def chunks(config_path: Path | None, **flags: Any) -> None:
 
     --directories is a list: /disk1/kvfs,/disk2/kvfs.
     """
-    tie_to_supervisor()
-    logs.set_up()
+    begin_service()
     config = load_settings(ChunkServerConfig, "chunks", flags, config_path)
     _require_loopback(config.tcp)
     from kvfs_datapath.server import ChunkServer
@@ -69,8 +66,7 @@ def chunks(config_path: Path | None, **flags: Any) -> None:
 @setting_options(AgentConfig, "agent")
 def agent(config_path: Path | None, **flags: Any) -> None:
     """Serve the Python clients of this machine from one shared arena."""
-    tie_to_supervisor()
-    logs.set_up()
+    begin_service()
     config = load_settings(AgentConfig, "agent", flags, config_path)
     from kvfs.agent.server import Agent
 
@@ -88,8 +84,7 @@ def mount(target: str, mountpoint: str, config_path: Path | None, **flags: Any) 
     TARGET is the directory of a running `kvfs up`, or the address of a metadata service
     (unix:/path, tcp:host:port). SIGTERM and Ctrl-C unmount.
     """
-    tie_to_supervisor()
-    logs.set_up()
+    begin_service()
     if config_path is None and Home(target).settings_path.exists():
         config_path = Home(target).settings_path
     flags |= {"mountpoint": os.path.abspath(mountpoint), "metadata": str(metadata_address(target))}

@@ -132,8 +132,9 @@ class Home:
             # Before the targets exist: a start that is cut short is finished by the next one.
             found.chunk_servers = wanted
             write_atomically(self._format_path, msgspec.json.format(msgspec.json.encode(found)))
-        for path in (self.run, self.log, self.metadata, *map(self.target, range(wanted))):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        targets = [self.target(number) for number in range(wanted)]
+        for path in (self.run, self.log, self.metadata, self.directory / "targets", *targets):
+            path.mkdir(mode=0o700, exist_ok=True)
         return found
 
     def _is_empty(self) -> bool:
