@@ -15,9 +15,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+import click
 from rich.console import Console
 
-from kvfs_tools.cluster import LocalCluster
+from kvfs_tools.cluster import ClusterFailed, LocalCluster
 
 STOPPING = (signal.SIGTERM, signal.SIGHUP)
 
@@ -56,6 +57,9 @@ class Stage:
             for number in STOPPING:
                 self._handlers[number] = signal.signal(number, _interrupt)
             self.cluster.start()
+        except ClusterFailed as exc:
+            self._clear()
+            raise click.ClickException(f"kvfs did not start:\n{exc}") from exc
         except BaseException:
             self._clear()
             raise
