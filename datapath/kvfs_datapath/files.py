@@ -55,7 +55,7 @@ class _Segment(NamedTuple):
 class StripedFile:
     """One for each open inode of a mount, shared by its handles; thread-safe. Every method may
     raise NoTarget, ConnectionLost, DeadlineExceeded and TargetFailed, unless it is one that does
-    not wait. Concurrent reads and writes of the same bytes are as atomic as on a local disk."""
+    not wait. A read that overlaps a concurrent write may see a part of it, as in any page cache."""
 
     def __init__(
         self,

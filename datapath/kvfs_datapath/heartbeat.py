@@ -127,7 +127,7 @@ class Housekeeping:
                 self._removed.pop(store.uuid, None)
             self._orders[store.uuid] = orders.removals
             self._work.notify_all()
-        store.set_target_id(orders.target_id)
+        self._targets.number(store, orders.target_id)
 
     # --- removals
 

@@ -256,7 +256,12 @@ class ChunkStore:
         with self._io(chunk):
             file = self._disk.open(path_of(chunk), direct=direct)
             try:
-                return file, self._info(file, chunk)
+                try:
+                    return file, self._info(file, chunk)
+                except ChunkMismatch:
+                    # Or it was opened for writing between the look at its attribute and its size.
+                    with self._lock(chunk):
+                        return file, self._info(file, chunk)
             except BaseException:
                 file.close()
                 raise
@@ -283,6 +288,13 @@ class ChunkStore:
             return
         with self._io(info.chunk):
             found = self._checksum(file, info.length)
+            if found != info.crc32c:
+                # Or a writer came meanwhile; under the lock none can.
+                with self._lock(info.chunk):
+                    info = self._info(file, info.chunk)
+                    if not info.is_sealed:
+                        return
+                    found = self._checksum(file, info.length)
         if found != info.crc32c:
             raise ChunkCorrupt(*info.chunk, expected_crc32c=info.crc32c, found_crc32c=found)
         self._remember_verified(info.chunk, found)

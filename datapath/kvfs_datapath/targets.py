@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 
 from kvfs_base.errors import KvfsError, NoTarget
-from kvfs_base.limits import UNSEALED_CHUNKS_MAX
+from kvfs_base.limits import HEARTBEAT_SECONDS, UNSEALED_CHUNKS_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath.store import ChunkStore
 
@@ -16,13 +16,31 @@ class Targets:
         self.stores = tuple(stores)
         self._unsettled: dict[tuple[ChunkStore, ChunkId], None] = {}
         self._lock = threading.Lock()
+        self._numbered = threading.Condition()
 
     def find(self, target_id: int) -> ChunkStore:
-        """Raises NoTarget, also for a new target before its first heartbeat."""
+        """Raises NoTarget. A client may hear of a new target before this server hears what its
+        number is: the answer to the first heartbeat is waited for, a little."""
+        found = self._find(target_id)
+        if found is None and any(not store.target_id for store in self.stores):
+            with self._numbered:
+                self._numbered.wait_for(lambda: self._find(target_id), HEARTBEAT_SECONDS)
+            found = self._find(target_id)
+        if found is None:
+            raise NoTarget(detail=f"target {target_id} is not on this server")
+        return found
+
+    def _find(self, target_id: int) -> ChunkStore | None:
         for store in self.stores:
             if store.target_id == target_id and target_id:
                 return store
-        raise NoTarget(detail=f"target {target_id} is not on this server")
+        return None
+
+    def number(self, store: ChunkStore, target_id: int) -> None:
+        """The metadata service's name for a target."""
+        store.set_target_id(target_id)
+        with self._numbered:
+            self._numbered.notify_all()
 
     def settle(self, store: ChunkStore, chunk: ChunkId) -> None:
         """Seals a chunk whose writer has gone. If another one is still there, which may be the

@@ -154,7 +154,7 @@ class MemoryDisk:
         self.before("sync_directory", path)
 
     def usage(self) -> DiskUsage:
-        used = sum(os.fstat(inode.fd).st_size for inode in self._files.values())
+        used = sum(os.fstat(inode.fd).st_size for inode in list(self._files.values()))
         return DiskUsage(self._capacity_bytes, max(0, self._capacity_bytes - used))
 
 
@@ -211,6 +211,11 @@ class _MemoryListener:
 
     def close(self) -> None:
         self._network.listeners.pop(self.address, None)
+        try:
+            while (waiting := self.arrivals.get_nowait()) is not None:
+                waiting.close()
+        except queue.Empty:
+            pass
         self.arrivals.put(None)
 
 

@@ -1,0 +1,677 @@
+"""Whole chunks end to end: three servers, one client, both ways, in memory and for real."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kvfs_base import frames
+from kvfs_base.errors import (
+    ChunkCorrupt,
+    ChunkMismatch,
+    ChunkNotFound,
+    Conflict,
+    ConnectionLost,
+    DeadlineExceeded,
+    DiskFull,
+    InvalidRequest,
+    KvfsError,
+    NoTarget,
+    TargetFailed,
+)
+from kvfs_base.frames import Kind
+from kvfs_base.limits import ITEMS_PER_REQUEST_MAX, MIB, TRANSFER_BYTES
+from kvfs_base.seams import Listener
+from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
+from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
+from kvfs_datapath import server as server_module
+from kvfs_datapath import session as session_module
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.client import ChunkClient, ChunkRead, ChunkWrite
+from kvfs_datapath.connections import DataConnection
+from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
+from t2_services.chunk_cluster import (
+    SECONDS,
+    Cluster,
+    assert_equal,
+    make_writes,
+    pages,
+    reads_of,
+    running,
+    wait_until,
+)
+
+
+@pytest.fixture(params=["os-local", "os-tcp", "memory-local", "memory-tcp"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    kind, _, prefer = request.param.partition("-")
+    with running(kind, prefer, tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["local", "tcp"])
+def real(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    with running("os", request.param, tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.fixture(params=["local", "tcp"])
+def in_memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluster]:
+    with running("memory", request.param, tmp_path) as cluster:
+        yield cluster
+
+
+# --- the usual
+
+
+def test_a_batch_comes_back(cluster: Cluster) -> None:
+    client = cluster.client()
+    sizes = [0, 1, 4095, 4096, 4097, 100_000, 3 * MIB, TRANSFER_BYTES + 5, 10, 20, 30]
+    writes = make_writes(sizes)
+    assert client.write_chunks(writes) == [None] * len(sizes)
+    reads = reads_of(writes)
+    assert client.read_chunks(reads) == [None] * len(sizes)
+    assert_equal(reads, writes)
+    statistics = client.statistics()
+    assert statistics["chunks_written"] == statistics["chunks_read"] == len(sizes)
+    assert statistics["read_bytes"] == sum(sizes)
+    for number in cluster.servers:
+        assert cluster.disk(number).list("staging") == []
+
+
+def test_a_chunk_file_is_its_payload(real: Cluster) -> None:
+    write = make_writes([5000])[0]
+    assert real.client().write_chunks([write]) == [None]
+    file = Path(real.directory(1)) / path_of(write.chunk)
+    assert file.read_bytes() == write.view[:5000]
+
+
+def test_strict_durability_changes_no_answer(tmp_path: Path) -> None:
+    for prefer in ("local", "tcp"):
+        (tmp_path / prefer).mkdir()
+        with running("os", prefer, tmp_path / prefer, durability="strict") as cluster:
+            client = cluster.client()
+            writes = make_writes([10_000] * 6)
+            assert client.write_chunks(writes) == [None] * 6
+            assert client.read_chunks(reads_of(writes)) == [None] * 6
+
+
+def test_many_small_chunks(cluster: Cluster) -> None:
+    """More than one message may carry descriptors for."""
+    client = cluster.client()
+    count = 3 * ITEMS_PER_REQUEST_MAX + 50
+    writes = make_writes([100] * count)
+    assert client.write_chunks(writes) == [None] * count
+    reads = reads_of(writes)
+    assert client.read_chunks(reads) == [None] * count
+    assert_equal(reads, writes)
+
+
+def test_nothing_is_fine(cluster: Cluster) -> None:
+    client = cluster.client()
+    assert client.read_chunks([]) == client.write_chunks([]) == []
+
+
+def test_writing_again_is_harmless(cluster: Cluster) -> None:
+    client = cluster.client()
+    writes = make_writes([5000, 6000])
+    assert client.write_chunks(writes) == [None, None]
+    assert client.write_chunks(writes) == [None, None]
+    assert client.read_chunks(reads_of(writes)) == [None, None]
+
+
+def test_many_threads_share_a_client(cluster: Cluster) -> None:
+    client = cluster.client()
+
+    def work(first: int) -> None:
+        for batch in range(5):
+            writes = make_writes([3000, 70_000, 1], first_inode=first + 10 * batch)
+            assert client.write_chunks(writes) == [None] * 3
+            reads = reads_of(writes)
+            assert client.read_chunks(reads) == [None] * 3
+            assert_equal(reads, writes)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        for future in [threads.submit(work, 1000 * n) for n in range(1, 7)]:
+            future.result(SECONDS)
+
+
+def test_both_ways_see_the_same_chunks(tmp_path: Path) -> None:
+    with running("os", "local", tmp_path) as cluster:
+        local, remote = cluster.client("local"), cluster.client("tcp")
+        writes = make_writes([10_000] * 3)
+        assert local.write_chunks(writes) == [None] * 3
+        assert remote.read_chunks(reads_of(writes)) == [None] * 3
+        others = make_writes([10_000] * 3, first_inode=2000)
+        assert remote.write_chunks(others) == [None] * 3
+        assert local.read_chunks(reads_of(others)) == [None] * 3
+
+
+def test_auto_takes_the_local_way_on_its_own_host(tmp_path: Path) -> None:
+    with running("os", "auto", tmp_path) as cluster:
+        write = make_writes([100])[0]
+        here = cluster.client()
+        assert here.write_chunks([write]) == [None]
+        assert here.read_chunks(reads_of([write])) == [None]
+        server = cluster.servers[1]
+        assert server.statistics()["descriptors_passed"] == 2
+        elsewhere = ChunkClient(dataclasses.replace(cluster.env, host_id="other"), cluster.metadata)
+        cluster.clients.append(elsewhere)
+        assert elsewhere.read_chunks(reads_of([write])) == [None]
+        assert server.statistics()["descriptors_passed"] == 2
+        assert server.statistics()["chunks_read"] == 1
+
+
+# --- never other bytes
+
+
+def expect(cluster: Cluster, read: ChunkRead, error: type[KvfsError]) -> None:
+    """The chunk beside it is not touched by the failure."""
+    neighbour = make_writes([777], first_inode=1, chains=[read.chain])
+    client = cluster.client()
+    assert client.write_chunks(neighbour) == [None]
+    bad, good = client.read_chunks([read, *reads_of(neighbour)])
+    assert type(bad) is error
+    assert good is None
+
+
+def stored(cluster: Cluster, size: int = 20_000) -> ChunkWrite:
+    write = make_writes([size])[0]
+    assert cluster.client().write_chunks([write]) == [None]
+    return write
+
+
+def change(cluster: Cluster, write: ChunkWrite, offset: int | None, size: int | None) -> None:
+    file = cluster.disk(write.chain).open(path_of(write.chunk), write=True)
+    if offset is not None:
+        view = memoryview(bytearray(1))
+        file.preadv([view], offset)
+        file.pwritev([bytes([view[0] ^ 1])], offset)
+    if size is not None:
+        file.truncate(size)
+    file.close()
+
+
+@pytest.mark.parametrize("offset", [0, 4096, 12_345, 19_999])
+def test_a_flipped_bit_is_corrupt(cluster: Cluster, offset: int) -> None:
+    write = stored(cluster)
+    change(cluster, write, offset, None)
+    expect(cluster, reads_of([write])[0], ChunkCorrupt)
+
+
+@pytest.mark.parametrize("size", [0, 19_999, 20_001])
+def test_a_torn_chunk_is_a_mismatch(cluster: Cluster, size: int) -> None:
+    write = stored(cluster)
+    change(cluster, write, None, size)
+    expect(cluster, reads_of([write])[0], ChunkMismatch)
+
+
+def test_another_key_is_a_mismatch(cluster: Cluster) -> None:
+    read = reads_of([stored(cluster)])[0]
+    for key in (b"x" * 32, b""):
+        expect(cluster, dataclasses.replace(read, key=key), ChunkMismatch)
+
+
+def test_another_generation_is_not_found_or_a_mismatch(cluster: Cluster) -> None:
+    write = stored(cluster)
+    read = reads_of([write])[0]
+    newer = dataclasses.replace(read, chunk=ChunkId(write.chunk.inode + 1, 0))
+    expect(cluster, newer, ChunkNotFound)
+    disk = cluster.disk(write.chain)
+    disk.rename(path_of(write.chunk), path_of(newer.chunk))  # a misdirected write
+    expect(cluster, newer, ChunkMismatch)
+
+
+def test_another_checksum_or_size_is_a_mismatch(cluster: Cluster) -> None:
+    read = reads_of([stored(cluster)])[0]
+    expect(cluster, dataclasses.replace(read, crc32c=read.crc32c ^ 1), ChunkMismatch)
+    for size in (19_999, 20_001, 0):
+        expect(cluster, dataclasses.replace(read, size=size, view=pages(30_000)), ChunkMismatch)
+
+
+def test_an_open_chunk_is_a_mismatch(cluster: Cluster) -> None:
+    connection = DataConnection(cluster.connection(1, "tcp"))
+    piece = m.Piece(1000, 0, 0, 100)
+    connection.call(m.WritePieces(1, (piece,)), [bytes(100)])
+    read = ChunkRead(ChunkId(1000, 0), 1, 100, crc32c(bytes(100)), b"", pages(100))
+    expect(cluster, read, ChunkMismatch)
+    connection.close()
+
+
+def test_missing_chunks(cluster: Cluster) -> None:
+    write = stored(cluster)
+    cluster.disk(write.chain).unlink(path_of(write.chunk))
+    expect(cluster, reads_of([write])[0], ChunkNotFound)
+
+
+def test_a_remote_server_checks_what_it_receives(tmp_path: Path) -> None:
+    with running("os", "tcp", tmp_path) as cluster:
+        writes = make_writes([5000, TRANSFER_BYTES + 100, 5000], chains=[1])
+        writes[1].crc32c ^= 1
+        first, wrong, last = cluster.client().write_chunks(writes)
+        assert first is last is None and isinstance(wrong, ChunkCorrupt)
+        expect(cluster, reads_of(writes)[1], ChunkNotFound)
+        assert cluster.disk(1).list("staging") == []
+        assert cluster.servers[1].statistics()["bad_chunks"] == 1
+
+
+# --- the caller's mistakes
+
+
+def test_bad_arguments_cost_only_their_item(cluster: Cluster) -> None:
+    client = cluster.client()
+    good, small, negative, huge, key, chain = make_writes([100] * 6, chains=[1])
+    small.view = small.view[:100]
+    negative.size = -1
+    huge.size = 1 << 40
+    key.key = b"short"
+    chain.chain = 99
+    results = client.write_chunks([good, small, negative, huge, key, chain])
+    assert [type(r) for r in results] == [type(None), *[InvalidRequest] * 4, NoTarget]
+    with pytest.raises(InvalidRequest):
+        ChunkClient(cluster.env, cluster.metadata, prefer="pigeon")
+
+
+def test_a_client_that_is_closed_says_so(cluster: Cluster) -> None:
+    client = cluster.client()
+    writes = make_writes([100] * 10)
+    client.close()
+    with pytest.raises(ConnectionLost):
+        client.write_chunks(writes)
+    (result,) = client.write_chunks(writes[:1])
+    assert isinstance(result, ConnectionLost)
+
+
+# --- servers that fail
+
+
+def test_one_dead_server_costs_its_items_only(cluster: Cluster) -> None:
+    client = cluster.client()
+    writes = make_writes([5000] * 30)
+    assert client.write_chunks(writes) == [None] * 30
+    cluster.servers[2].stop()
+    results = client.read_chunks(reads_of(writes))
+    assert {w.chain for w, r in zip(writes, results, strict=True) if r is not None} == {2}
+    assert {type(r) for r in results} == {type(None), ConnectionLost}
+    results = client.write_chunks(make_writes([5000] * 30, first_inode=5000))
+    assert [type(r) for r in results] == [type(None), ConnectionLost, type(None)] * 10
+
+
+def test_a_target_that_is_offline_is_asked_for_once(cluster: Cluster) -> None:
+    client = cluster.client()
+    writes = make_writes([100] * 30)
+    cluster.metadata.take_offline(3)
+    before = cluster.metadata.refreshes
+    results = client.write_chunks(writes)
+    assert [type(r) for r in results] == [type(None), type(None), NoTarget] * 10
+    assert cluster.metadata.refreshes == before + 1
+    cluster.metadata.take_offline()
+    assert client.write_chunks(writes) == [None] * 30
+
+
+def test_a_restarted_server_goes_on(real: Cluster) -> None:
+    client = real.client()
+    writes = make_writes([5000] * 9)
+    assert client.write_chunks(writes) == [None] * 9
+    real.servers[2].stop()
+    real.start_server(2)
+    real.metadata.wait_for_beats(1)
+    assert client.read_chunks(reads_of(writes)) == [None] * 9
+    assert real.metadata.report(2).healthy
+
+
+@pytest.mark.parametrize("cut_after", [1, 30, 20_000])
+def test_a_server_that_dies_in_the_middle(tmp_path: Path, cut_after: int) -> None:
+    """Its last answer announces more payload than comes."""
+    with running("memory", "tcp", tmp_path) as cluster:
+        write = make_writes([50_000])[0]
+        assert cluster.client().write_chunks([write]) == [None]
+        (address,) = (a for a in cluster.servers[1].addresses if a.kind == "tcp")
+        cluster.servers[1].stop()
+        listener = cluster.env.blocking_network.listen(address)
+        dying = threading.Thread(target=die_answering, args=(listener, write, cut_after))
+        dying.start()
+        (result,) = cluster.client().read_chunks(reads_of([write]))
+        assert isinstance(result, ConnectionLost)
+        dying.join()
+        listener.close()
+
+
+def die_answering(listener: Listener, write: ChunkWrite, cut_after: int) -> None:
+    connection = listener.accept()
+    header = bytearray(frames.HEADER_BYTES)
+    connection.receive_into([memoryview(header)])
+    request = frames.decode_header(header)
+    info = ChunkInfo(*write.chunk, ChunkState.SEALED, write.size, write.crc32c, write.key)
+    reply = frames.encode(
+        Kind.REPLY, request.request_id, m.Outcomes((info,), {}), payload_bytes=write.size
+    )
+    connection.send([(reply + bytes(20_000))[:cut_after]])
+    connection.close()
+
+
+def test_stopping_breaks_off_transfers(real: Cluster) -> None:
+    """Readers get whole chunks or errors, never anything else, and nothing hangs."""
+    writes = make_writes([MIB] * 12)
+    client = real.client()
+    assert client.write_chunks(writes) == [None] * 12
+    seen: set[type] = set()
+    stopped = threading.Event()
+
+    def read_on() -> None:
+        while not stopped.is_set() or not seen - {type(None)}:
+            reads = reads_of(writes)
+            results = client.read_chunks(reads)
+            seen.update(type(r) for r in results)
+            for read, write, result in zip(reads, writes, results, strict=True):
+                if result is None:
+                    assert read.view[:MIB] == write.view[:MIB]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        readers = [threads.submit(read_on) for _ in range(2)]
+        real.servers[1].stop()
+        stopped.set()
+        for reader in readers:
+            reader.result(SECONDS)
+    assert seen <= {type(None), ConnectionLost}
+
+
+def test_a_server_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfs_datapath.connections.CALL_SECONDS", 1.0)
+    with running("memory", "tcp", tmp_path) as cluster:
+        (address,) = (a for a in cluster.servers[2].addresses if a.kind == "tcp")
+        cluster.servers[2].stop()
+        # Takes connections, never answers.
+        listener = cluster.env.blocking_network.listen(address)
+        results = cluster.client().write_chunks(make_writes([MIB] * 30))
+        listener.close()
+        assert [type(r) for r in results] == [type(None), DeadlineExceeded, type(None)] * 10
+
+
+# --- disks that fail
+
+
+def memory_disk(cluster: Cluster) -> MemoryDisk:
+    disk = cluster.disk(1)
+    assert isinstance(disk, MemoryDisk)
+    return disk
+
+
+@pytest.mark.logs_warnings
+def test_a_failed_disk_is_reported_and_avoided(in_memory: Cluster) -> None:
+    cluster, disk = in_memory, memory_disk(in_memory)
+    client = cluster.client()
+    writes = make_writes([100] * 3)
+
+    def fail(operation: str, path: str) -> None:
+        if operation == "set_attribute":
+            raise TargetFailed(detail="EIO")
+
+    disk.before = fail
+    results = client.write_chunks(writes)
+    assert [type(r) for r in results] == [TargetFailed, type(None), type(None)]
+    disk.before = lambda operation, path: None
+    cluster.metadata.wait_until_unhealthy(1)
+    results = client.write_chunks(writes)
+    assert [type(r) for r in results] == [NoTarget, type(None), type(None)]
+    assert cluster.servers[1].statistics()["failed_targets"] == 1
+
+
+def test_a_full_disk_fails_writes_and_serves_reads(in_memory: Cluster) -> None:
+    cluster, disk = in_memory, memory_disk(in_memory)
+    client = cluster.client()
+    kept = make_writes([100], chains=[1])
+    assert client.write_chunks(kept) == [None]
+
+    def full(operation: str, path: str) -> None:
+        if operation in ("pwritev", "set_attribute"):
+            raise DiskFull(path=path)
+
+    disk.before = full
+    results = client.write_chunks(make_writes([100] * 3, first_inode=2000))
+    assert [type(r) for r in results] == [DiskFull, type(None), type(None)]
+    assert client.read_chunks(reads_of(kept)) == [None]
+    assert disk.list("staging") == []
+    assert cluster.servers[1].statistics()["failed_targets"] == 0
+
+
+def test_a_real_disk_that_fills_up() -> None:
+    """A tmpfs of 16 MiB: the client's own writes into staged files meet the end of it."""
+    root = Path("/tmp") / f"kvfs-full-{os.getpid()}"
+    root.mkdir()
+    if os.system(f"mount -t tmpfs -o size=16m kvfs-test {root} 2>/dev/null"):
+        root.rmdir()
+        pytest.skip("may not mount")
+    try:
+        for prefer in ("local", "tcp"):
+            with running("os", prefer, root) as cluster:
+                client = cluster.client()
+                results = client.write_chunks(make_writes([3 * MIB] * 8))
+                assert {type(r) for r in results} == {type(None), DiskFull}
+                for number in cluster.servers:
+                    assert cluster.disk(number).list("staging") == []
+            for target in root.iterdir():
+                shutil.rmtree(target)
+    finally:
+        os.system(f"umount {root}")
+        root.rmdir()
+
+
+# --- descriptors
+
+
+def test_open_sealed(tmp_path: Path) -> None:
+    for kind in ("os", "memory"):
+        with running(kind, "local", tmp_path) as cluster:
+            client = cluster.client()
+            write = stored(cluster)
+            descriptor = client.open_sealed(write.chunk, 1)
+            assert os.pread(descriptor, 30_000, 0) == write.view[:20_000]
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.pwrite(descriptor, b"x", 0)
+            os.close(descriptor)
+            with pytest.raises(ChunkNotFound):
+                client.open_sealed(ChunkId(1, 1), 1)
+            with pytest.raises(NoTarget):
+                client.open_sealed(write.chunk, 99)
+            damaged = make_writes([20_000], first_inode=3000)[0]
+            assert client.write_chunks([damaged]) == [None]
+            change(cluster, damaged, 5, None)
+            with pytest.raises(ChunkCorrupt):
+                client.open_sealed(damaged.chunk, 1)
+
+
+def test_open_sealed_of_another_host(tmp_path: Path) -> None:
+    with running("os", "tcp", tmp_path) as cluster:
+        write = stored(cluster)
+        with pytest.raises(NoTarget):
+            cluster.client().open_sealed(write.chunk, 1)
+
+
+def test_open_sealed_seals_what_nobody_writes(tmp_path: Path) -> None:
+    with running("os", "local", tmp_path) as cluster:
+        client = cluster.client()
+        connection = DataConnection(cluster.connection(1))
+        refs = (m.ChunkRef(5, 0),)
+        _, (writable,) = connection.call_for_descriptors(m.OpenForWrite(1, refs), lambda _: 1)
+        os.pwrite(writable, b"bytes", 0)
+        with pytest.raises(Conflict):
+            client.open_sealed(ChunkId(5, 0), 1)
+        os.close(writable)
+        descriptor = client.open_sealed(ChunkId(5, 0), 1)
+        assert os.pread(descriptor, 10, 0) == b"bytes"
+        os.close(descriptor)
+        connection.close()
+
+
+def test_descriptors_do_not_leak(real: Cluster) -> None:
+    client = real.client()
+    writes = make_writes([5000] * 20)
+    writes[3].key = b"short"
+    missing = make_writes([100] * 2, first_inode=9000)
+
+    def rounds() -> None:
+        client.write_chunks(writes)
+        client.read_chunks(reads_of(writes + missing))
+
+    rounds()
+    real.metadata.wait_for_beats(1)
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        rounds()
+    assert len(os.listdir("/proc/self/fd")) <= len(before) + 3 * server_module.SERVER_BUFFERS
+
+
+# --- the server against rude peers
+
+
+def test_requests_that_make_no_sense(cluster: Cluster) -> None:
+    connection = DataConnection(cluster.connection(1))
+    new = m.NewChunk(1, 0, 10, 0, b"")
+    with pytest.raises(NoTarget):
+        connection.call(m.StatChunks(99, (m.ChunkRef(1, 0),)))
+    with pytest.raises(InvalidRequest):
+        connection.call(m.WriteChunks(1, (new,)), [b"x" * 5 + bytes(100_000)])
+    with pytest.raises(InvalidRequest):
+        connection.call(m.WriteChunks(1, (new,)), [b"short"])
+    with pytest.raises(InvalidRequest):
+        connection.call(m.StatChunks(1, (m.ChunkRef(1, 0),)), [b"nobody asked"])
+    outcomes = connection.call(m.PublishChunks(1, (m.StagedItem(77, new),), (78,)))
+    assert isinstance(outcomes.error(0), InvalidRequest)
+    outcomes = connection.call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
+    assert isinstance(outcomes.error(0), ChunkNotFound)
+    connection.close()
+
+
+def test_descriptors_are_for_unix_sockets(tmp_path: Path) -> None:
+    with running("os", "tcp", tmp_path) as cluster:
+        connection = DataConnection(cluster.connection(1, "tcp"))
+        refs = (m.ChunkRef(1, 0),)
+        for request in (m.OpenChunks(1, refs), m.StageChunks(1, 1), m.OpenForWrite(1, refs)):
+            with pytest.raises(InvalidRequest):
+                connection.call(request)
+        connection.close()
+
+
+def send_raw(cluster: Cluster, data: bytes) -> bytes:
+    """What the server answers before it hangs up."""
+    connection = cluster.connection(1)
+    connection.send([data])
+    answer = bytearray()
+    with contextlib.suppress(ConnectionLost):
+        while True:
+            byte = memoryview(bytearray(1))
+            connection.receive_into([byte])
+            answer += byte
+    connection.close()
+    return bytes(answer)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bytes(frames.HEADER_BYTES),
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        frames.HEADER.pack(frames.MAGIC, 9, 1, 0, 1, 0),
+        frames.HEADER.pack(frames.MAGIC, 1, 1, 1 << 31, 1, 0),
+        frames.HEADER.pack(frames.MAGIC, 1, 1, 10, 1, 1 << 62),
+    ],
+    ids=["zeros", "http", "version", "long body", "long payload"],
+)
+def test_noise_ends_a_connection(cluster: Cluster, data: bytes) -> None:
+    assert send_raw(cluster, data) == b""
+    assert cluster.client().write_chunks(make_writes([10])) == [None]
+
+
+def test_a_body_that_does_not_parse_is_an_error_and_the_connection_lives(cluster: Cluster) -> None:
+    connection = cluster.connection(1)
+    for body in (b"\xc1", b"", b"\x93\xa4read\x01\x90", b"\x92\xa7unknown\x01"):
+        connection.send([frames.HEADER.pack(frames.MAGIC, 1, 1, len(body), 5, 3), body, b"pay"])
+        header = memoryview(bytearray(frames.HEADER_BYTES))
+        connection.receive_into([header])
+        answer = frames.decode_header(header)
+        assert (answer.kind, answer.request_id) == (Kind.ERROR, 5)
+        connection.receive_into([memoryview(bytearray(answer.body_bytes))])
+    connection.close()
+
+
+def test_staged_chunks_go_with_their_connection(tmp_path: Path) -> None:
+    with running("os", "local", tmp_path) as cluster:
+        connection = DataConnection(cluster.connection(1))
+        _, passed = connection.call_for_descriptors(m.StageChunks(1, 3), lambda s: len(s.tokens))
+        assert len(cluster.disk(1).list("staging")) == 3
+        connection.close()
+        for descriptor in passed:
+            os.close(descriptor)
+        wait_until(lambda: cluster.disk(1).list("staging") == [])
+
+
+def test_stalled_writers_cost_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty peers announce 64 MiB each, send a little and stop. The server lends its few buffers,
+    takes them back when the peers' time is up, and serves others meanwhile and afterwards."""
+    monkeypatch.setattr(server_module, "SERVER_BUFFERS", 3)
+    monkeypatch.setattr(session_module, "STALL_SECONDS", 0.3)
+    made: list[int] = []
+    real_mmap = mmap.mmap
+
+    def counting(fd: int, size: int) -> mmap.mmap:
+        made.append(size)
+        return real_mmap(fd, size)
+
+    with running("memory", "tcp", tmp_path) as cluster:
+        write = stored(cluster)
+        monkeypatch.setattr("kvfs_datapath.buffers.mmap.mmap", counting)
+        new = m.NewChunk(1, 0, 64 * MIB, 0, b"")
+        head = frames.encode(Kind.REQUEST, 1, m.WriteChunks(1, (new,)), payload_bytes=64 * MIB)
+        stalled = [cluster.connection(1) for _ in range(40)]
+        for connection in stalled:
+            connection.send([head, bytes(1000)])
+        assert cluster.client().read_chunks(reads_of([write])) == [None]
+        wait_until(lambda: cluster.servers[1].statistics()["connections"] <= 2)
+        assert cluster.disk(1).list("staging") == []
+        assert sum(made) - sum(n for n in made if n < TRANSFER_BYTES) <= 3 * TRANSFER_BYTES
+        monkeypatch.setattr("kvfs_datapath.buffers.mmap.mmap", real_mmap)
+        assert cluster.client().write_chunks(make_writes([100], 4000)) == [None]
+        for connection in stalled:
+            connection.close()
+
+
+def test_stalled_readers_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "STALL_SECONDS", 0.2)
+    with running("os", "tcp", tmp_path) as cluster:
+        write = make_writes([64 * MIB])[0]
+        assert cluster.client().write_chunks([write]) == [None]
+        connection = cluster.connection(1)
+        request = m.ReadChunks(1, (m.SizedChunk(*write.chunk, write.size),))
+        connection.send([frames.encode(Kind.REQUEST, 1, request)])
+        wait_until(lambda: cluster.servers[1].statistics()["chunks_read"] == 1)
+        wait_until(lambda: cluster.servers[1].statistics()["connections"] <= 1)
+        connection.close()
+
+
+def test_connections_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "CONNECTIONS_MAX", 2)
+    with running("memory", "tcp", tmp_path) as cluster:
+        kept = [DataConnection(cluster.connection(1)) for _ in range(2)]
+        for connection in kept:
+            connection.call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
+        refused = DataConnection(cluster.connection(1))
+        with pytest.raises(ConnectionLost):
+            refused.call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
+        kept[0].call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
+        assert cluster.servers[1].statistics()["connections_refused"] == 1
+        assert isinstance(cluster.env.blocking_network, MemoryBlockingNetwork)
+        for connection in (*kept, refused):
+            connection.close()
