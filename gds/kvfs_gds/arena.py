@@ -153,21 +153,31 @@ class ArenaView(_Mapping):
         return address_of(self._mapping)
 
 
-class Staging(_Mapping):
-    """Memory that two processes write: a client copies into it, the agent reads. Its size is
-    sealed, its contents are not to be trusted by the reader."""
+class SharedMemory(_Mapping):
+    """Memory that both sides may write: staging areas, lease boards. Its size is sealed; its
+    contents are never to be trusted, and may change while they are looked at."""
 
     @classmethod
-    def create(cls, size_bytes: int, name: str = "kvfs-staging") -> Staging:
+    def create(cls, size_bytes: int, name: str) -> SharedMemory:
         """Raises as Arena.create."""
         fd = _create_memfd(name, size_bytes)
         try:
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS | fcntl.F_SEAL_SEAL)
-            mapping = _map(fd, size_bytes, mmap.PROT_READ)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls.open(fd)
+
+    @classmethod
+    def open(cls, fd: int) -> SharedMemory:
+        """Maps what the other side created and takes over the descriptor. Raises as
+        ArenaView.open."""
+        try:
+            mapping = _map(fd, _sealed_size(fd), mmap.PROT_READ | mmap.PROT_WRITE)
         except BaseException:
             os.close(fd)
             raise
         return cls(fd, mapping)
 
 
-__all__ = ["Arena", "ArenaView", "Staging", "address_of"]
+__all__ = ["Arena", "ArenaView", "SharedMemory", "address_of"]

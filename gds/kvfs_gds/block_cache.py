@@ -43,6 +43,7 @@ class Entry:
     """One block in the arena. ``offset`` and ``size`` never change; the rest is the cache's."""
 
     __slots__ = (
+        "extent_bytes",
         "finished",
         "generation",
         "indexed",
@@ -65,6 +66,7 @@ class Entry:
         self.generation = generation
         self.offset = offset
         self.size = size
+        self.extent_bytes = pages_of(size)
         self.references = 1
         self.state = State.LOADING
         self.indexed = True
@@ -147,7 +149,7 @@ class BlockCache:
                     continue
                 if entry.references == 0:
                     del self._idle[entry]
-                    self._idle_bytes -= pages_of(entry.size)
+                    self._idle_bytes -= entry.extent_bytes
                 entry.references += 1
                 grant.entries[place] = entry
                 if entry.state is not State.READY:
@@ -239,7 +241,7 @@ class BlockCache:
                 continue
             if entry.indexed:
                 self._idle[entry] = None
-                self._idle_bytes += pages_of(entry.size)
+                self._idle_bytes += entry.extent_bytes
             else:
                 self._extents.free(entry.offset)
 
@@ -251,7 +253,7 @@ class BlockCache:
         del self._index[entry.name]
         if entry.references == 0:
             del self._idle[entry]
-            self._idle_bytes -= pages_of(entry.size)
+            self._idle_bytes -= entry.extent_bytes
             self._extents.free(entry.offset)
 
 

@@ -51,7 +51,7 @@ from kvfs_base.os_env import os_env
 from kvfs_base.seams import BlockingNetwork, Env
 from kvfs_base.types import Address, KVLayout
 from kvfs_gds.arena import ArenaView
-from kvfs_metadata.messages import Done, MatchBlocks, NamespaceInfo, OpenNamespace
+from kvfs_metadata.messages import MatchBlocks, NamespaceInfo, OpenNamespace
 
 T = TypeVar("T")
 
@@ -252,10 +252,7 @@ class Namespace:
         blocks = Blocks(session)
         try:
             for batch in _batches(packed):
-                with session.line() as line:
-                    line.send(GetBlocks(self._inode, batch), session._returned_leases())
-                    granted: Granted = line.receive(Granted)
-                blocks._append(granted)
+                blocks._append(session.call(GetBlocks(self._inode, batch)))
         except BaseException:
             blocks.release()
             raise
@@ -360,8 +357,7 @@ class _Put:
 
     def run(self) -> int:
         with self._session.line() as line:
-            line.send(self._request, self._session._returned_leases())
-            plan: PutPlan = line.receive(PutPlan)
+            plan: PutPlan = line.call(self._request)
             if not plan.put:
                 return 0
             self._put = plan.put
@@ -407,7 +403,7 @@ class _Put:
         if self._in_flight:
             offsets, self._in_flight = self._in_flight, []
             try:
-                line.receive(Done)
+                line.receive(StageBlocks)
             finally:
                 # Without an answer the agent may be reading them still: never reuse them. The
                 # session is broken then, and its successor has a staging area of its own.
@@ -421,8 +417,7 @@ class _Put:
             pass
         try:
             if line.usable:
-                line.send(AbortPut(self._put))
-                line.receive(Done)
+                line.call(AbortPut(self._put))
         except KvfsError:
             pass
 
@@ -531,7 +526,6 @@ class Blocks(Sequence[memoryview | None]):
                     pass  # somebody reads it this moment; the lease lasts until they let go
         self._views.clear()
         self._bases.clear()
-        self._session.return_leases()
 
     def __enter__(self) -> Self:
         return self

@@ -234,7 +234,8 @@ STAGING_ROUND_BYTES = 4 * TRANSFER_BYTES
 agent writes the one before."""
 
 LEASES_PER_CLIENT_MAX = 65_536
-"""Batches a client may hold at once. A lease of one block costs the agent about 200 bytes."""
+"""Batches a client may hold at once: bytes of its lease board. A lease of one block costs the agent
+about 200 bytes."""
 
 PUTS_PER_CLIENT_MAX = 64
 """Prepared batches a client may have open: its connections, and what it left unfinished."""

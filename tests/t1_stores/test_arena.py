@@ -14,7 +14,7 @@ import pytest
 
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import PAGE_BYTES
-from kvfs_gds.arena import Arena, ArenaView, Staging, address_of
+from kvfs_gds.arena import Arena, ArenaView, SharedMemory, address_of
 
 SIZE = 4 * PAGE_BYTES
 
@@ -126,14 +126,17 @@ def test_a_huge_arena_costs_nothing_until_touched() -> None:
         assert os.fstat(arena.fd).st_blocks * 512 < 4 << 20
 
 
-def test_staging_is_written_by_one_and_read_by_the_other() -> None:
-    with Staging.create(SIZE) as staging:
-        os.pwrite(staging.fd, b"data", PAGE_BYTES)
-        assert bytes(staging.view(PAGE_BYTES, 4)) == b"data"
-        assert staging.view(0, 1).readonly
+def test_shared_memory_is_written_by_both_and_resized_by_none() -> None:
+    with SharedMemory.create(SIZE, "test") as one:
+        with SharedMemory.open(os.dup(one.fd)) as two:
+            assert two.size_bytes == SIZE
+            os.pwrite(two.fd, b"data", PAGE_BYTES)
+            assert bytes(one.view(PAGE_BYTES, 4)) == b"data"
+            two.view(0, 1)[:] = b"x"
+            assert bytes(one.view(0, 1)) == b"x"
         for size in (0, 2 * SIZE):
             with pytest.raises(PermissionError):
-                os.ftruncate(staging.fd, size)
+                os.ftruncate(one.fd, size)
 
 
 def test_another_process_reads_it(arena: Arena) -> None:

@@ -30,7 +30,6 @@ from kvfs.agent.messages import (
     ListKeys,
     PreparePut,
     PutPlan,
-    ReleaseLeases,
     StageBlocks,
     Welcome,
 )
@@ -73,14 +72,14 @@ class Peer:
         self.line = agent.dial()
         self.welcome, descriptors = self.line.hello(session)
         self.arena: ArenaView | None = None
-        self.staging_fd = -1
+        self.staging_fd = self.board_fd = -1
         if descriptors:
             self.arena = ArenaView.open(descriptors[0])
-            self.staging_fd = descriptors[1]
+            self.staging_fd, self.board_fd = descriptors[1:]
 
     def call(self, request: Any) -> Any:
         self.line.send(request)
-        return self.line.receive(type(request).Reply)
+        return self.line.receive(type(request))
 
     def put(self, keys: list[bytes], data: list[bytes], commit: bool = True) -> PutPlan:
         plan: PutPlan = self.call(PreparePut(NAMESPACE, b"".join(keys), tuple(map(len, data))))
@@ -109,11 +108,15 @@ class Peer:
             blocks.append(None if offset == NOWHERE else bytes(arena.view(offset, size)))
         return granted.lease, blocks
 
+    def give_back(self, lease: int) -> None:
+        os.pwrite(self.board_fd, b"\1", lease - 1)
+
     def close(self) -> None:
         self.line.close()
         if self.arena is not None:
             self.arena.close()
             os.close(self.staging_fd)
+            os.close(self.board_fd)
 
 
 class RunningAgent:
@@ -215,7 +218,7 @@ def test_a_block_that_cannot_be_read_is_a_miss(
     assert agent.figures()["blocks_loaded"] == 2
     removals = agent.metadata.named(m.RemoveBlocks)
     assert removals == ([m.RemoveBlocks(NAMESPACE, KEYS[1], (victim,))] if removed else [])
-    peer.call(ReleaseLeases((lease,)))
+    peer.give_back(lease)
     assert agent.figures()["arena_leased_bytes"] == 0
     assert agent.figures()["arena_blocks"] == 2
 
@@ -269,9 +272,10 @@ def test_a_bug_while_loading_wakes_who_waits_and_leases_nothing(
     thread.join()
     assert len(errors) == 1
     # It waited for the failed load, or came after it and loaded the block itself.
-    granted = other.line.receive(Granted)
+    granted = other.line.receive(GetBlocks)
     assert granted.lease or granted.blocks == NO_BLOCK
-    other.call(ReleaseLeases((granted.lease,)))
+    if granted.lease:
+        other.give_back(granted.lease)
     assert agent.figures()["arena_leased_bytes"] == 0
     assert peer.get(KEYS[:1])[1] == [block(1)], "the connection and the cache survive"
 
@@ -293,26 +297,47 @@ def test_counters_add_up(agent: RunningAgent) -> None:
 # --- leases
 
 
-def test_leases_are_returned_by_request_and_by_notification(agent: RunningAgent) -> None:
+def test_leases_are_given_back_on_the_board(agent: RunningAgent) -> None:
     peer = agent.peer()
     peer.put(KEYS[:2], [block(1), block(2)])
     first, _ = peer.get(KEYS[:2])
     second, _ = peer.get(KEYS[:1])
     assert agent.figures()["arena_leased_bytes"] == 4 * PAGE_BYTES
-    peer.call(ReleaseLeases((first, 12345)))
+    peer.give_back(first)
     assert agent.figures()["arena_leased_bytes"] == 2 * PAGE_BYTES
-    peer.line.notify(ReleaseLeases((second, second)))
-    wait_until(lambda: agent.figures()["arena_leased_bytes"] == 0)
-    assert peer.call(m.MatchBlocks(NAMESPACE, KEYS[0])) == 1
+    third, blocks = peer.get(KEYS[1:2])
+    assert (third, blocks) == (first, [block(2)]), "numbers are used again"
+    assert agent.figures()["arena_leased_bytes"] == 4 * PAGE_BYTES
+    peer.give_back(second)
+    peer.give_back(third)
+    assert agent.figures()["arena_leased_bytes"] == 0
 
 
-def test_a_client_returns_its_own_leases_only(agent: RunningAgent) -> None:
+def test_marks_of_leases_that_are_not_mean_nothing(agent: RunningAgent) -> None:
+    """Also those made in advance: a number that is given out is unmarked first."""
     peer, thief = agent.peer(), agent.peer()
     peer.put(KEYS[:1], [block(1)])
-    lease, _ = peer.get(KEYS[:1])
-    thief.call(ReleaseLeases(tuple(range(100))))
+    for number in range(1, 100):
+        peer.give_back(number)
+    peer.get(KEYS[:1])
+    for number in range(1, 100):
+        thief.give_back(number)
     assert agent.figures()["arena_leased_bytes"] == 2 * PAGE_BYTES
-    peer.call(ReleaseLeases((lease,)))
+
+
+def test_leases_of_idle_clients_are_collected_when_room_is_needed(
+    start: Callable[..., RunningAgent],
+) -> None:
+    agent = start(client_leased_bytes=MIB)
+    idle, busy = agent.peer(), agent.peer()
+    data = [block(n, 60 * PAGE_BYTES) for n in range(8)]
+    for key, one in zip(KEYS, data, strict=False):
+        busy.put([key], [one])
+    lease, _ = idle.get(KEYS[:4])
+    with pytest.raises(ArenaFull):
+        busy.get(KEYS[4:8])
+    idle.give_back(lease)
+    assert busy.get(KEYS[4:8])[1] == data[4:8]
 
 
 def test_the_limit_on_leased_bytes(start: Callable[..., RunningAgent]) -> None:
@@ -323,7 +348,7 @@ def test_the_limit_on_leased_bytes(start: Callable[..., RunningAgent]) -> None:
     with pytest.raises(ArenaFull) as caught:
         peer.get(KEYS[2:3])
     assert caught.value.leased_bytes == 4 * PAGE_BYTES
-    peer.call(ReleaseLeases((lease,)))
+    peer.give_back(lease)
     assert peer.get(KEYS[2:3])[1] == [block(2)]
 
 
@@ -425,7 +450,7 @@ def test_a_full_arena_does_not_stop_a_put(start: Callable[..., RunningAgent]) ->
     lease, _ = peer.get(keys)
     peer.put(KEYS[5:6], [block(5, 60 * PAGE_BYTES)])
     assert agent.figures()["arena_blocks"] == 4
-    peer.call(ReleaseLeases((lease,)))
+    peer.give_back(lease)
     assert peer.get(KEYS[5:6])[1] == [block(5, 60 * PAGE_BYTES)]
 
 
@@ -577,7 +602,7 @@ def test_nothing_before_hello(agent: RunningAgent) -> None:
         line = agent.dial()
         line.send(request)
         with pytest.raises(InvalidRequest):
-            line.receive(type(request).Reply)
+            line.receive(type(request))
     assert agent.metadata.calls == []
 
 

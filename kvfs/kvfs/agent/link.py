@@ -7,7 +7,6 @@ under a reader. Calls use a small pool of further connections that join the sess
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import functools
@@ -19,26 +18,24 @@ from typing import Any
 
 import msgspec
 
-from kvfs.agent.messages import Hello, ReleaseLeases, Welcome
+from kvfs.agent.messages import Hello, Welcome
 from kvfs_base import frames
 from kvfs_base.errors import (
     ConnectionLost,
     DeadlineExceeded,
     EntryNotFound,
-    KvfsError,
     ProtocolError,
 )
 from kvfs_base.frames import HEADER_BYTES, Frame, Kind
 from kvfs_base.limits import (
     AGENT_CALL_SECONDS,
-    BATCH_BLOCKS_MAX,
     CLIENT_CONNECTIONS_MAX,
     CONNECT_SECONDS,
 )
 from kvfs_base.rpc import Request, receive_frame
 from kvfs_base.seams import BlockingNetwork, Connection
 from kvfs_base.types import Address
-from kvfs_gds.arena import ArenaView
+from kvfs_gds.arena import ArenaView, SharedMemory
 from kvfs_gds.extents import ExtentAllocator
 
 
@@ -57,48 +54,57 @@ class Line:
         self.usable = True
         connection.set_timeout(AGENT_CALL_SECONDS)
 
-    def send(self, request: Request, notifications: Sequence[Request] = ()) -> None:
-        """Sends a request, with notifications before it. Its reply must be received before the
-        next request is sent. Raises SessionLost or DeadlineExceeded."""
-        parts = [frames.encode(Kind.NOTIFICATION, 0, n) for n in notifications]
-        parts.append(frames.encode(Kind.REQUEST, self._next_id, request))
-        self._send(parts)
+    def call(self, request: Request) -> Any:
+        """The reply to one request. Raises as ``receive``."""
+        self.send(request)
+        return self.receive(type(request))
 
-    def notify(self, notification: Request) -> None:
-        """Sends what has no reply. Raises as ``send``."""
-        self._send([frames.encode(Kind.NOTIFICATION, 0, notification)])
+    def send(self, request: Request) -> None:
+        """Sends a request. Its reply must be received before the next request is sent. Raises
+        SessionLost or DeadlineExceeded."""
+        frame = frames.encode(Kind.REQUEST, self._next_id, request)
+        try:
+            self._connection.send([frame])
+        except ConnectionLost as exc:
+            raise self._lost(exc) from exc
+        except BaseException:
+            self.usable = False
+            raise
 
-    def _send(self, parts: list[bytes]) -> None:
-        with self._translated():
-            self._connection.send(parts)
-
-    def receive(self, reply_type: Any) -> Any:
+    def receive(self, request_type: type[Request]) -> Any:
         """The reply to the request sent last. Raises what the agent raised, SessionLost or
         DeadlineExceeded."""
-        with self._translated():
+        try:
             frame = receive_frame(self._connection)
             self._check(frame)
-        return _decode(frame, reply_type)
+        except ConnectionLost as exc:
+            raise self._lost(exc) from exc
+        except BaseException:
+            self.usable = False  # the reply may still come: out of step from now on
+            raise
+        return _decode(frame, request_type)
 
     def hello(self, session: bytes) -> tuple[Welcome, list[int]]:
         """The first exchange; descriptors come with it. Raises as ``receive``."""
         self.send(Hello(session))
         descriptors: list[int] = []
         try:
-            with self._translated():
-                head = memoryview(bytearray(HEADER_BYTES))
-                descriptors = self._connection.receive_with_descriptors(head)
-                header = frames.decode_header(head)
-                body = bytearray(header.body_bytes)
-                self._connection.receive_into([memoryview(body)])
-                frame = Frame(header.kind, header.request_id, bytes(body))
-                self._check(frame)
-            welcome = _decode(frame, Welcome)
-            if len(descriptors) != (0 if session else 2):
+            head = memoryview(bytearray(HEADER_BYTES))
+            descriptors = self._connection.receive_with_descriptors(head)
+            header = frames.decode_header(head)
+            body = bytearray(header.body_bytes)
+            self._connection.receive_into([memoryview(body)])
+            frame = Frame(header.kind, header.request_id, bytes(body))
+            self._check(frame)
+            welcome = _decode(frame, Hello)
+            if len(descriptors) != (0 if session else 3):
                 raise ProtocolError(detail=f"{len(descriptors)} descriptors")
-        except BaseException:
+        except BaseException as exc:
+            self.usable = False
             for fd in descriptors:
                 os.close(fd)
+            if isinstance(exc, ConnectionLost):
+                raise self._lost(exc) from exc
             raise
         return welcome, descriptors
 
@@ -109,35 +115,27 @@ class Line:
             raise ProtocolError(detail="a reply to another request")
         self._next_id += 1
 
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except ConnectionLost as exc:
-            self.usable = False
-            raise SessionLost(address=str(self._address), detail=exc.detail) from exc
-        except BaseException:
-            # A reply may still be on its way: this connection is out of step.
-            self.usable = False
-            raise
+    def _lost(self, exc: ConnectionLost) -> SessionLost:
+        self.usable = False
+        return SessionLost(address=str(self._address), detail=exc.detail)
 
     def close(self) -> None:
         self.usable = False
         self._connection.close()
 
 
-def _decode(frame: Frame, reply_type: Any) -> Any:
+def _decode(frame: Frame, request_type: type[Request]) -> Any:
     if frame.kind is Kind.ERROR:
         raise frames.decode_error(frame.body)
     try:
-        return _decoder(reply_type).decode(frame.body)
+        return _decoder(request_type).decode(frame.body)
     except msgspec.MsgspecError as exc:
-        raise ProtocolError(detail=f"reply of the agent: {exc}") from exc
+        raise ProtocolError(detail=f"reply to {request_type.__name__}: {exc}") from exc
 
 
 @functools.cache
-def _decoder(reply_type: Any) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder(reply_type)
+def _decoder(request_type: type[Request]) -> msgspec.msgpack.Decoder[Any]:
+    return msgspec.msgpack.Decoder(request_type.Reply)
 
 
 class StagingSpace:
@@ -190,21 +188,24 @@ class AgentSession:
         self._address = address
         self._lifeline = self._dial()
         try:
-            welcome, (arena_fd, staging_fd) = self._lifeline.hello(b"")
-            self.staging = StagingSpace(staging_fd, welcome.staging_bytes)
-            self.arena = ArenaView.open(arena_fd)
+            welcome, descriptors = self._lifeline.hello(b"")
         except BaseException:
             self._lifeline.close()
             raise
+        arena_fd, staging_fd, board_fd = descriptors
+        self.arena = ArenaView.open(arena_fd)
+        self.staging = StagingSpace(staging_fd, welcome.staging_bytes)
+        self._board = SharedMemory.open(board_fd)
+        self._marks = self._board.view(0, self._board.size_bytes)
         self._secret = welcome.session
         self._array_type = ctypes.c_uint8 * self.arena.size_bytes
-        self._address_of_arena = self.arena.address
+        self._arena_address = self.arena.address
+        self._whole_arena = self.arena.view(0, self.arena.size_bytes)
+        self._pid = os.getpid()
         self._free_lines: list[Line] = []
         self._slots = threading.BoundedSemaphore(CLIENT_CONNECTIONS_MAX)
         self._lock = threading.Lock()
         self._leases: dict[int, weakref.ref[Any]] = {}
-        self._returned: collections.deque[int] = collections.deque()
-        self._retired = False
         self._closed = False
         self.broken = False
         """An exchange broke off: the agent may have granted a lease that nobody knows of, or may
@@ -214,25 +215,34 @@ class AgentSession:
         connection = self._network.connect(self._address, CONNECT_SECONDS)
         return Line(connection, self._address)
 
+    # --- calls
+
+    def call(self, request: Request) -> Any:
+        """The reply to one request. Raises what the agent raised, SessionLost, DeadlineExceeded."""
+        with self._slots:
+            line = self._take_line()
+            try:
+                return line.call(request)
+            finally:
+                self._put_back(line)
+
     @contextlib.contextmanager
     def line(self) -> Iterator[Line]:
         """A connection for the length of the block; waits for one if all are in use."""
         with self._slots:
-            line = self._free_line() or self._join()
+            line = self._take_line()
             try:
                 yield line
             finally:
                 self._put_back(line)
 
-    def call(self, request: Request) -> Any:
-        """The reply to one request. Raises what the agent raised, SessionLost, DeadlineExceeded."""
-        with self.line() as line:
-            line.send(request, self._returned_leases())
-            return line.receive(type(request).Reply)
-
-    def _free_line(self) -> Line | None:
+    def _take_line(self) -> Line:
         with self._lock:
-            return self._free_lines.pop() if self._free_lines else None
+            if self._closed:
+                raise SessionLost(address=str(self._address), detail="closed")
+            if self._free_lines:
+                return self._free_lines.pop()
+        return self._join()
 
     def _put_back(self, line: Line) -> None:
         with self._lock:
@@ -243,8 +253,6 @@ class AgentSession:
         line.close()
 
     def _join(self) -> Line:
-        if self._closed:
-            raise SessionLost(address=str(self._address), detail="closed")
         try:
             line = self._dial()
         except ConnectionLost as exc:
@@ -259,61 +267,30 @@ class AgentSession:
             raise
         return line
 
-    def lease(self, lease_id: int) -> memoryview:
+    # --- leases
+
+    def lease(self, number: int) -> memoryview:
         """The arena, read-only. The lease is over once this view and all that were made from it,
         by whomever, are gone: a numpy array that outlives its ``with`` block keeps its bytes."""
-        exporter: Any = self._array_type.from_address(self._address_of_arena)
+        exporter: Any = self._array_type.from_address(self._arena_address)
         # What must outlive the pointer: the mapping, and the connection that holds the lease.
-        exporter.mapping = self.arena.view(0, self.arena.size_bytes)
+        exporter.mapping = self._whole_arena
         exporter.session = self
-        self._leases[lease_id] = weakref.ref(exporter, functools.partial(self._over, lease_id))
+        self._leases[number] = weakref.ref(exporter, functools.partial(self._over, number))
         return memoryview(exporter).cast("B").toreadonly()
 
-    def _over(self, lease_id: int, _: object) -> None:
-        # May run anywhere, inside the garbage collector too: no lock, no I/O.
-        self._leases.pop(lease_id, None)
-        self._returned.append(lease_id)
+    def _over(self, number: int, _: object) -> None:
+        # May run anywhere, inside the garbage collector too: no lock, no call. The number is not
+        # given out again before the mark is seen.
+        self._leases.pop(number, None)
+        if os.getpid() == self._pid:  # a forked child does not give back what its parent holds
+            self._marks[number - 1] = 1
 
-    def _returned_leases(self) -> list[Request]:
-        returned = self._returned
-        if not returned:
-            return []
-        leases: list[int] = []
-        try:
-            while len(leases) < BATCH_BLOCKS_MAX:
-                leases.append(returned.popleft())
-        except IndexError:
-            pass
-        return [ReleaseLeases(tuple(leases))]
-
-    def return_leases(self) -> None:
-        """Tells the agent which leases are over, if a connection is free: otherwise the next call
-        on one does. Never raises: a session that is lost has no leases."""
-        if self._returned and self._slots.acquire(blocking=False):
-            try:
-                line = self._free_line()
-                if line is not None:
-                    self._notify(line)
-            finally:
-                self._slots.release()
-        self._close_if_done()
-
-    def _notify(self, line: Line) -> None:
-        try:
-            for notification in self._returned_leases():
-                line.notify(notification)
-        except KvfsError:
-            pass
-        self._put_back(line)
+    # --- life
 
     def retire(self) -> None:
-        """Closes the session once its last lease is over; calls on it fail with SessionLost."""
-        with self._lock:
-            self._retired = True
-        self._close_if_done()
-
-    def _close_if_done(self) -> None:
-        if self._retired and not self._leases:
+        """Nothing new is asked of this session: it closes as soon as its last lease is over."""
+        if not self._leases:
             self.close()
 
     def close(self) -> None:
@@ -326,6 +303,7 @@ class AgentSession:
         for line in (*lines, self._lifeline):
             line.close()
         self.staging.close()
+        self._board.close()
         self.arena.close()
 
     def abandon(self) -> None:
@@ -335,6 +313,7 @@ class AgentSession:
         self.close()
 
     def __del__(self) -> None:
+        # Leases refer to their session: there are none.
         if hasattr(self, "_closed"):
             self.close()
 

@@ -35,8 +35,12 @@ def split_keys(keys: bytes) -> list[bytes]:
 
 
 class Welcome(msgspec.Struct, array_like=True, frozen=True):
-    """Comes with two descriptors if it opens a session: the arena (read-only) and the staging area
-    of the session. Both are memfds of sealed size."""
+    """Comes with three descriptors if it opens a session, memfds of sealed size: the arena
+    (read-only), the session's staging area and its lease board.
+
+    The board has one byte a lease. To give lease ``n`` back the client sets byte ``n - 1`` to 1,
+    which costs no call; the agent looks at the board when it needs the room, at the latest.
+    """
 
     session: Annotated[bytes, msgspec.Meta(min_length=SESSION_BYTES, max_length=SESSION_BYTES)]
     arena_bytes: U64
@@ -54,7 +58,7 @@ class Hello(Request, tag="hello"):
 
 class Granted(msgspec.Struct, array_like=True, frozen=True):
     lease: U64
-    """0 if nothing was found: nothing to release."""
+    """From 1; 0 if nothing was found: nothing to give back."""
     blocks: bytes
     """GRANTED for each key, end to end."""
 
@@ -66,14 +70,6 @@ class GetBlocks(Request, tag="get_blocks"):
     Reply: ClassVar = Granted
     namespace: U64
     keys: Keys
-
-
-class ReleaseLeases(Request, tag="release_leases"):
-    """As a request or, without an answer, as a notification. Unknown leases are ignored: the client
-    may have lost its session."""
-
-    Reply: ClassVar = Done
-    leases: Annotated[tuple[U64, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)]
 
 
 class PutPlan(msgspec.Struct, array_like=True, frozen=True):
@@ -143,7 +139,6 @@ AgentRequest = (
     | OpenNamespace
     | MatchBlocks
     | GetBlocks
-    | ReleaseLeases
     | PreparePut
     | StageBlocks
     | AbortPut

@@ -9,28 +9,27 @@ from kvfs.agent.backends import Chunks, MetadataCalls
 from kvfs.agent.counters import Counters
 from kvfs.agent.messages import GRANTED, NO_BLOCK, GetBlocks, Granted, split_keys
 from kvfs.agent.session import Session
+from kvfs.agent.space import Space
 from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError
-from kvfs_base.limits import LOAD_WAIT_SECONDS
+from kvfs_base.limits import LOAD_WAIT_SECONDS, PAGE_BYTES
 from kvfs_base.seams import Clock
 from kvfs_base.types import BlockInfo, ChunkId
 from kvfs_datapath.client import ChunkRead
-from kvfs_gds.arena import Arena
-from kvfs_gds.block_cache import BlockCache, Entry, Grant, State
-from kvfs_gds.extents import pages_of
+from kvfs_gds.block_cache import Entry, Grant, State
 from kvfs_metadata.messages import LookupBlocks, RemoveBlocks
 
 log = logging.getLogger(__name__)
+
+_PAD = PAGE_BYTES - 1
 
 
 class BlockReader:
     """Thread-safe."""
 
-    def __init__(
-        self, clock: Clock, arena: Arena, cache: BlockCache, chunks: Chunks, counters: Counters
-    ) -> None:
+    def __init__(self, clock: Clock, space: Space, chunks: Chunks, counters: Counters) -> None:
         self._clock = clock
-        self._arena = arena
-        self._cache = cache
+        self._space = space
+        self._cache = space.cache
         self._chunks = chunks
         self._counters = counters
 
@@ -38,13 +37,13 @@ class BlockReader:
         """Leases what is stored of a batch. Raises ArenaFull, or what the metadata service raised;
         blocks that cannot be had are misses."""
         infos = metadata.call(LookupBlocks(request.namespace, request.keys))
-        size_bytes = sum([pages_of(info.size) for info in infos if info is not None])
+        size_bytes = sum([info.size + _PAD & ~_PAD for info in infos if info is not None])
         if not size_bytes:
             self._counters.add(blocks_requested=len(infos), blocks_unknown=len(infos))
             return Granted(0, NO_BLOCK * len(infos))
         session.reserve(size_bytes)
         try:
-            grant = self._cache.acquire(request.namespace, split_keys(request.keys), infos)
+            grant = self._space.acquire(request.namespace, split_keys(request.keys), infos)
         except BaseException:
             session.unreserve(size_bytes)
             raise
@@ -59,7 +58,7 @@ class BlockReader:
             self._cache.release(e for e in grant.entries if e is not None)
             session.unreserve(size_bytes)
             raise
-        return Granted(lease, b"".join(map(_packed, grant.entries)))
+        return Granted(lease, _packed(grant.entries))
 
     def _fill(
         self,
@@ -95,7 +94,7 @@ class BlockReader:
                 size=info.size,
                 crc32c=info.crc32c,
                 key=entry.name[1],
-                view=self._arena.view(entry.offset, pages_of(entry.size)),
+                view=self._space.extent(entry),
             )
             for _, info, entry in loading
         ]
@@ -178,7 +177,8 @@ def _present(
     return info, entry
 
 
-def _packed(entry: Entry | None) -> bytes:
-    if entry is None:
-        return NO_BLOCK
-    return GRANTED.pack(entry.offset, entry.size, entry.generation)
+def _packed(entries: Sequence[Entry | None]) -> bytes:
+    pack = GRANTED.pack
+    return b"".join(
+        [NO_BLOCK if e is None else pack(e.offset, e.size, e.generation) for e in entries]
+    )

@@ -8,8 +8,6 @@ where the interpreter's lock is free.
 from __future__ import annotations
 
 import collections
-import hashlib
-import hmac
 import logging
 import threading
 from collections.abc import Callable
@@ -21,7 +19,6 @@ from kvfs.agent.backends import Chunks, MetadataCalls
 from kvfs.agent.config import AgentConfig
 from kvfs.agent.counters import Counters
 from kvfs.agent.messages import (
-    SESSION_BYTES,
     AbortPut,
     AgentRequest,
     AgentStatistics,
@@ -31,18 +28,17 @@ from kvfs.agent.messages import (
     KeysPage,
     ListKeys,
     PreparePut,
-    ReleaseLeases,
     StageBlocks,
     Welcome,
     split_keys,
 )
 from kvfs.agent.reads import BlockReader
-from kvfs.agent.session import Session
+from kvfs.agent.session import Session, Sessions
+from kvfs.agent.space import Space
 from kvfs.agent.writes import BlockWriter
 from kvfs_base import frames
 from kvfs_base.errors import (
     ConnectionLost,
-    EntryNotFound,
     InvalidRequest,
     KvfsError,
     ProtocolError,
@@ -92,12 +88,11 @@ class Agent:
         self._counters = Counters()
         self._arena = Arena.create(config.arena_bytes)
         self._cache = BlockCache(config.arena_bytes)
-        self._reader = BlockReader(env.clock, self._arena, self._cache, chunks, self._counters)
-        self._writer = BlockWriter(config, self._arena, self._cache, chunks, self._counters)
-        self._secret = env.rng.randbytes(32)
-        self._sessions_opened = 0
+        self._sessions = Sessions(config, self._cache, env.rng.randbytes)
+        self._space = Space(self._arena, self._cache, self._sessions.collect)
+        self._reader = BlockReader(env.clock, self._space, chunks, self._counters)
+        self._writer = BlockWriter(config, self._space, chunks, self._counters)
         self._lock = threading.Lock()
-        self._sessions: set[Session] = set()
         self._connections: dict[Connection, threading.Thread] = {}
         self._refused: collections.deque[Connection] = collections.deque()
         self._listener: Listener | None = None
@@ -135,9 +130,9 @@ class Agent:
 
     def statistics(self) -> dict[str, int]:
         """Counters since the start and gauges of this moment, by name."""
+        self._sessions.collect()
         usage = self._cache.usage()
-        with self._lock:
-            gauges = {"sessions": len(self._sessions), "connections": len(self._connections)}
+        gauges = {"sessions": len(self._sessions), "connections": len(self._connections)}
         chunk_figures = {f"chunk_client_{k}": v for k, v in self._chunks.statistics().items()}
         return {
             **self._counters.snapshot(),
@@ -195,32 +190,6 @@ class Agent:
             with self._lock:
                 del self._connections[connection]
 
-    def _open_session(self) -> Session:
-        with self._lock:
-            self._sessions_opened += 1
-            count = self._sessions_opened
-        # Clients see their own secret only: it must not tell the next one.
-        digest = hmac.digest(self._secret, count.to_bytes(8, "little"), hashlib.sha256)
-        session = Session(digest[:SESSION_BYTES], self._config)
-        with self._lock:
-            self._sessions.add(session)
-        return session
-
-    def _find_session(self, secret: bytes) -> Session:
-        with self._lock:
-            for session in self._sessions:
-                if hmac.compare_digest(session.secret, secret):
-                    return session
-        raise EntryNotFound(name="session")
-
-    def _end_session(self, session: Session, metadata: MetadataCalls) -> None:
-        with self._lock:
-            self._sessions.discard(session)
-        entries, puts = session.end()
-        self._cache.release(entries)
-        for put in puts:
-            self._writer.abort(metadata, put)
-
 
 class _ClientConnection:
     """One connection of one client, in its own thread."""
@@ -237,18 +206,16 @@ class _ClientConnection:
         what is no frame."""
         while True:
             frame = receive_frame(self._connection)
-            if frame.kind is Kind.REQUEST:
-                self._request(frame)
-            elif frame.kind is Kind.NOTIFICATION:
-                self._notification(frame)
-            else:
+            if frame.kind is not Kind.REQUEST:
                 raise ProtocolError(detail=f"a frame of kind {frame.kind} from a client")
+            self._request(frame)
 
     def close(self) -> None:
         session = self._session
         if session is not None:
             if self._owns_session:
-                self._agent._end_session(session, self._metadata)
+                for put in self._agent._sessions.end(session):
+                    self._agent._writer.abort(self._metadata, put)
             session.leave(self._connection)
         self._metadata.close()
 
@@ -271,30 +238,20 @@ class _ClientConnection:
             answer = frames.encode_error(frame.request_id, exc)
         self._connection.send([answer], descriptors)
 
-    def _notification(self, frame: Frame) -> None:
-        """Only leases are returned this way; anything else ends the connection, because nobody
-        would hear of the error."""
-        try:
-            request = _decoder.decode(frame.body)
-        except msgspec.MsgspecError as exc:
-            raise ProtocolError(detail=str(exc)) from exc
-        if not isinstance(request, ReleaseLeases):
-            raise ProtocolError(detail=f"{type(request).__name__} as a notification")
-        self._release(request)
-
     def _hello(self, request: Hello) -> tuple[Welcome, tuple[int, ...]]:
         if self._session is not None:
             raise InvalidRequest(detail="a second hello")
         agent = self._agent
         self._owns_session = not request.session
-        session = agent._find_session(request.session) if request.session else agent._open_session()
+        sessions = agent._sessions
+        session = sessions.find(request.session) if request.session else sessions.open()
         self._session = session
         session.join(self._connection)
         config = agent._config
         welcome = Welcome(session.secret, config.arena_bytes, config.staging_bytes)
         if not self._owns_session:
             return welcome, ()
-        return welcome, (agent._arena.fd, session.staging.fd)
+        return welcome, (agent._arena.fd, session.staging.fd, session.board.fd)
 
     def _handle(self, request: Any) -> Any:
         session = self._session
@@ -306,8 +263,6 @@ class _ClientConnection:
         match request:
             case GetBlocks():
                 return agent._reader.get(metadata, session, request)
-            case ReleaseLeases():
-                return self._release(request)
             case OpenNamespace() | MatchBlocks():
                 return metadata.call(request)
             case PreparePut():
@@ -328,11 +283,6 @@ class _ClientConnection:
             case AgentStatistics():
                 return agent.statistics()
         raise ProtocolError(detail=f"unexpected {type(request).__name__}")
-
-    def _release(self, request: ReleaseLeases) -> Done:
-        if self._session is not None:
-            self._agent._cache.release(self._session.take_leases(request.leases))
-        return Done()
 
     def _list(self, request: ListKeys) -> KeysPage:
         after = request.after.hex().encode("ascii")

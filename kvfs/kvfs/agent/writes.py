@@ -16,13 +16,12 @@ from kvfs.agent.config import AgentConfig
 from kvfs.agent.counters import Counters
 from kvfs.agent.messages import STAGED, PreparePut, PutPlan, StageBlocks, split_keys
 from kvfs.agent.session import Put, Session
+from kvfs.agent.space import Space
 from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
 from kvfs_base.limits import BLOCK_BYTES_MAX
 from kvfs_base.types import BlockInfo, ChunkId
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client import ChunkWrite
-from kvfs_gds.arena import Arena
-from kvfs_gds.block_cache import BlockCache
 from kvfs_gds.extents import pages_of
 from kvfs_metadata.messages import (
     AbortBlocks,
@@ -45,15 +44,14 @@ class BlockWriter:
     def __init__(
         self,
         config: AgentConfig,
-        arena: Arena,
-        cache: BlockCache,
+        space: Space,
         chunks: Chunks,
         counters: Counters,
     ) -> None:
         self._keep = config.keep_puts
         self._block_bytes_max = min(config.staging_bytes, BLOCK_BYTES_MAX)
-        self._arena = arena
-        self._cache = cache
+        self._space = space
+        self._cache = space.cache
         self._chunks = chunks
         self._counters = counters
 
@@ -146,12 +144,15 @@ class BlockWriter:
     ) -> list[memoryview] | None:
         """Copies a round into extents of the arena, or returns None if it is not to hold it."""
         size_bytes = sum(pages_of(put.sizes[place]) for place in staged)
-        if not self._keep or put.kept_bytes + size_bytes > self._arena.size_bytes // KEPT_SHARE:
+        if (
+            not self._keep
+            or put.kept_bytes + size_bytes > self._space.arena.size_bytes // KEPT_SHARE
+        ):
             return None
         for place, offset in staged.items():
             session.staged(offset, put.sizes[place])  # in bounds, or nothing happens
         try:
-            grant = self._cache.acquire(
+            grant = self._space.acquire(
                 put.namespace,
                 [put.keys[place] for place in staged],
                 [_future_info(put.blocks[place], put.sizes[place]) for place in staged],
@@ -163,7 +164,7 @@ class BlockWriter:
         views = []
         for entry, offset in zip(grant.entries, staged.values(), strict=True):
             assert entry is not None
-            view = self._arena.view(entry.offset, pages_of(entry.size))
+            view = self._space.extent(entry)
             _read_exactly(session.staging.fd, view[: entry.size], offset)
             views.append(view)
         return views
