@@ -164,27 +164,30 @@ class StripedFile:
 
     def read_now(self, offset: int, length: int, size: int, sparse: bool) -> bytes | None:
         """As ``read``, but only if no disk and no server need be waited for; else None."""
-        parts = []
-        for segment in self._segments(offset, min(offset + length, size) - offset):
-            part = self._read_cached(segment)
-            if part is None:
-                return None
-            parts.append(part)
-        return bytes(parts[0]) if len(parts) == 1 else b"".join(parts)
+        buffer = bytearray(max(0, min(offset + length, size) - offset))
+        return bytes(buffer) if self.read_into_now(offset, memoryview(buffer)) else None
 
-    def _read_cached(self, segment: _Segment) -> bytearray | None:
+    def read_into_now(self, offset: int, view: memoryview) -> bool:
+        """Fills ``view``, which ends within the file, if no disk and no server need be waited for;
+        else False. For buffers that are used again and again: the page faults of a new one cost as
+        much as the copy."""
+        return all(
+            self._read_cached(s, view[s.position : s.position + s.length])
+            for s in self._segments(offset, len(view))
+        )
+
+    def _read_cached(self, segment: _Segment, view: memoryview) -> bool:
         kept = self._client.descriptors.borrow(self._chunk(segment.number), writable=False)
         if kept is None:
-            return None
-        buffer = bytearray(segment.length)
+            return False
         try:
-            count = os.preadv(kept.fd, [buffer], segment.offset, os.RWF_NOWAIT)
+            count = os.preadv(kept.fd, [view], segment.offset, os.RWF_NOWAIT)
         except OSError:  # not in the page cache, or a file system that cannot tell
-            return None
+            return False
         finally:
             self._client.descriptors.give_back(kept)
         # A short count is the end of the cached part or of the chunk: the long way knows which.
-        return buffer if count == segment.length else None
+        return count == segment.length
 
     # --- writing
 

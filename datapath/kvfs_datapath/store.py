@@ -92,8 +92,7 @@ class ChunkStore:
         self._lock_file = lock_target(disk)
         try:
             self._identity = load_identity(disk, uuid)
-            for number in range(DIRECTORIES):
-                disk.make_directory(f"{CHUNKS}/{number:02x}")
+            disk.make_directory(CHUNKS)
             disk.make_directory(STAGING)
             for name in disk.list(STAGING):
                 disk.unlink(f"{STAGING}/{name}")
@@ -216,7 +215,17 @@ class ChunkStore:
         staged.file.set_attribute(ATTRIBUTE, pack(info))
         if self._strict:
             staged.file.sync(attributes=True)
-        self._disk.rename(staged.path, path_of(info.chunk))
+        self._appear(staged.path, info.chunk)
+
+    def _appear(self, path: str, chunk: ChunkId) -> None:
+        """Gives a complete file its final name."""
+        try:
+            self._disk.rename(path, path_of(chunk))
+        except FileNotFoundError:  # the first chunk in its directory
+            self._disk.make_directory(directory_of(chunk.inode))
+            if self._strict:
+                self._disk.sync_directory(CHUNKS)
+            self._disk.rename(path, path_of(chunk))
 
     def _sync_directory_or_take_back(self, chunk: ChunkId) -> None:
         if not self._strict:
@@ -347,7 +356,7 @@ class ChunkStore:
         file = self._disk.open(path, write=True, create=True, exclusive=True)
         try:
             file.set_attribute(ATTRIBUTE, pack(ChunkInfo(*chunk, ChunkState.OPEN)))
-            self._disk.rename(path, path_of(chunk))
+            self._appear(path, chunk)
         except BaseException:
             with contextlib.suppress(TargetFailed, FileNotFoundError):
                 self._disk.unlink(path)
@@ -434,6 +443,7 @@ class ChunkStore:
                 file.close()
             if not info.durable:
                 self._disk.sync_directory(directory_of(chunk.inode))
+                self._disk.sync_directory(CHUNKS)
 
     # --- removing and listing
 
@@ -461,11 +471,12 @@ class ChunkStore:
         if self._strict:
             with self._io():
                 for directory in {directory_of(inode) for inode in inodes}:
-                    self._disk.sync_directory(directory)
+                    if self._disk.exists(directory):
+                        self._disk.sync_directory(directory)
 
     def list_directory(self, directory: str) -> list[ChunkId]:
         with self._io():
-            names = self._disk.list(directory)
+            names = self._disk.list(directory) if self._disk.exists(directory) else []
         return [chunk for chunk in map(chunk_of, names) if chunk is not None]
 
     def list(self) -> Iterator[ChunkId]:

@@ -123,7 +123,7 @@ class MemoryDisk:
 
     def rename(self, source: str, target: str) -> None:
         self.before("rename", source)
-        if source not in self._files:
+        if source not in self._files or target.rpartition("/")[0] not in self._directories:
             raise FileNotFoundError(source)
         self._files[target] = self._files.pop(source)
 

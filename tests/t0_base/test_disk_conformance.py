@@ -160,6 +160,9 @@ def test_rename_replaces(disk: Disk) -> None:
     reader.close()
     with pytest.raises(FileNotFoundError):
         disk.rename("a", "b")
+    with pytest.raises(FileNotFoundError):
+        disk.rename("b", "missing/b")
+    assert contents(disk, "b") == b"new"
 
 
 def test_unlinked_files_stay_readable(disk: Disk) -> None:

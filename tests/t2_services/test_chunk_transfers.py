@@ -39,7 +39,7 @@ from kvfs_datapath import session as session_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client import ChunkClient, ChunkRead, ChunkWrite
 from kvfs_datapath.connections import DataConnection
-from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
+from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of, path_of
 from t2_services.chunk_cluster import (
     SECONDS,
     Cluster,
@@ -228,6 +228,7 @@ def test_another_generation_is_not_found_or_a_mismatch(cluster: Cluster) -> None
     newer = dataclasses.replace(read, chunk=ChunkId(write.chunk.inode + 1, 0))
     expect(cluster, newer, ChunkNotFound)
     disk = cluster.disk(write.chain)
+    disk.make_directory(directory_of(newer.chunk.inode))
     disk.rename(path_of(write.chunk), path_of(newer.chunk))  # a misdirected write
     expect(cluster, newer, ChunkMismatch)
 
