@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kvfs_metadata.messages import Make
+from t4_mount.harness import Cluster
+
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 AT_FDCWD = -100
 
@@ -67,10 +70,11 @@ def test_listing_has_types_and_dots(work: Path) -> None:
     assert names == [".", "..", "directory", "file", "link"]
 
 
-def test_a_large_directory_while_entries_change(work: Path) -> None:
+def test_a_large_directory_while_entries_change(work: Path, cluster: Cluster) -> None:
     stay = [f"stay-{n:05d}" for n in range(5000)]
-    for name in stay:
-        os.close(os.open(work / name, os.O_CREAT | os.O_WRONLY))
+    parent = work.stat().st_ino
+    with cluster.client() as client:
+        client.call_many([Make(parent, name.encode(), stat.S_IFREG | 0o644) for name in stay])
     stop = threading.Event()
 
     def churn() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import trio
 
 from kvfs_base.errors import ConnectionLost, NamespaceError
-from kvfs_base.limits import MOUNT_THREADS
+from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Env
 from kvfs_datapath.client import ChunkClient
@@ -36,6 +37,12 @@ class Backend:
     threads: trio.CapacityLimiter = dataclasses.field(
         default_factory=lambda: trio.CapacityLimiter(MOUNT_THREADS)
     )
+
+    scratch: memoryview = dataclasses.field(
+        default_factory=lambda: memoryview(mmap.mmap(-1, MOUNT_IO_BYTES))
+    )
+    """Where data that is at hand is put for a reply: the next read overwrites it. Used only between
+    two awaits. The page faults of a fresh buffer would cost as much as the copy."""
 
     def count(self, name: str, amount: int = 1) -> None:
         self.statistics[name] = self.statistics.get(name, 0) + amount

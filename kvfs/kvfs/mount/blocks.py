@@ -50,7 +50,6 @@ class Blocks:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._scratch = memoryview(mmap.mmap(-1, MOUNT_IO_BYTES))
         self._fetched: collections.OrderedDict[int, memoryview] = collections.OrderedDict()
         self._fetched_bytes = 0
 
@@ -81,7 +80,7 @@ class Blocks:
         if block.descriptor == NO_DESCRIPTOR:
             return (await self._whole(block))[offset : offset + length]
         if length <= MOUNT_IO_BYTES:
-            view = self._scratch[:length]
+            view = self._backend.scratch[:length]
             try:
                 if os.preadv(block.descriptor, [view], offset, os.RWF_NOWAIT) == length:
                     return view

@@ -90,6 +90,7 @@ class OpenFile:
     # --- data
 
     async def read(self, offset: int, length: int) -> Buffer:
+        """The result is valid until the caller's next await."""
         if not self.lock.try_shared():
             async with self.lock.shared():
                 return await self._read(offset, length)
@@ -101,11 +102,14 @@ class OpenFile:
     async def _read(self, offset: int, length: int) -> Buffer:
         if offset >= self.size:
             return b""
-        arguments = (offset, length, self.size, self.sparse)
-        data = self._data.read_now(*arguments)
-        if data is None:
-            data = await self._backend.in_thread(self._data.read, *arguments)
-        return data
+        length = min(length, self.size - offset)
+        if length <= MOUNT_IO_BYTES:
+            view = self._backend.scratch[:length]
+            if self._data.read_into_now(offset, view):
+                return view
+        return await self._backend.in_thread(
+            self._data.read, offset, length, self.size, self.sparse
+        )
 
     async def write(self, offset: int, data: Buffer) -> None:
         """All of ``data``. Raises FileTooLarge, CapacityError, ServiceError."""
