@@ -262,6 +262,10 @@ class MetadataCore:
             excess = int(used - capacity * self._config.low_watermark)
         return max(excess, self.cluster.missing_bytes())
 
+    def blocks_size(self) -> int:
+        """Bytes of blocks, prepared ones included."""
+        return self.index.block_bytes + self.blocks.prepared_bytes
+
     def eviction(self, bytes_needed: int) -> Operation:
         """One transaction's worth; its result is the bytes evicted, 0 if there is nothing left."""
         return lambda tx: self.blocks.evict(tx, bytes_needed)

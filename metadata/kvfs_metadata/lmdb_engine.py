@@ -2,7 +2,8 @@
 
 LMDB never writes a page that a committed state uses, so a process may die at any moment. With
 ``durability="strict"`` each commit is synced before it returns; with "cache" the kernel holds the
-last writes until ``sync``.
+last writes until ``sync``, and checkpoints (``kvfs_metadata.checkpoint``) keep the store whole if
+the machine dies.
 
 Commits may come from a worker thread while views go on in another: LMDB allows one writer beside
 any number of readers. Only growing the map needs quiet, which ``_Gate`` provides.
@@ -20,8 +21,10 @@ from typing import TypeVar
 import lmdb
 
 from kvfs_base.errors import Conflict, DiskFull, KvfsError, TargetFailed, VersionMismatch
-from kvfs_base.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX
+from kvfs_base.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX, MIB, PAGE_BYTES
 from kvfs_base.seams import Env
+from kvfs_metadata import checkpoint
+from kvfs_metadata.checkpoint import Checkpoint
 from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, run_group
 
 T = TypeVar("T")
@@ -33,15 +36,19 @@ READERS_MAX = 64
 
 
 class _Gate:
-    """Many may be inside, or one alone."""
+    """Many may be inside, or one alone. Who wants to be alone goes first: otherwise readers that
+    come again and again would keep it out."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._inside = 0
+        self._closed = False
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         with self._condition:
+            while self._closed:
+                self._condition.wait()
             self._inside += 1
         try:
             yield
@@ -52,9 +59,16 @@ class _Gate:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
+        """One thread at a time (the writer) uses this."""
         with self._condition:
+            self._closed = True
             self._condition.wait_for(lambda: self._inside == 0)
+        try:
             yield
+        finally:
+            with self._condition:
+                self._closed = False
+                self._condition.notify_all()
 
 
 class _Snapshot:
@@ -115,20 +129,34 @@ class LmdbEngine:
         *,
         durability: str = "cache",
         map_bytes: int = METADATA_MAP_BYTES,
+        boot_id: str | None = None,
     ) -> None:
         self._path = directory
+        self._boot_id = boot_id or _boot_id()
+        self._pin: lmdb.Transaction[bytes] | None = None
+        self._sync_lock = threading.Lock()
         self._failed: TargetFailed | None = None
         self._gate = _Gate()
         self._write_lock = threading.Lock()
-        disk = env.open_disk(directory)
-        disk.make_directory("")
-        self._lock_file = disk.open(LOCK_FILE, write=True, create=True)
+        self._disk = env.open_disk(directory)
+        self._disk.make_directory("")
+        self._lock_file = self._disk.open(LOCK_FILE, write=True, create=True)
         try:
             self._take_lock()
+            if checkpoint.restore(self._disk, self._boot_id):
+                log.info("%s: the machine went down, back to the last checkpoint", directory)
             self._lmdb = _open_environment(directory, map_bytes, strict=durability == "strict")
         except BaseException:
             self._lock_file.close()
             raise
+        self._lmdb.reader_check()
+        previous = checkpoint.load(self._disk)
+        self._checkpoint_number = previous.number if previous is not None else 0
+        # A memory disk has no part in LMDB's file, and strict commits need no checkpoints.
+        self._checkpoints = durability != "strict" and self._disk.exists(checkpoint.DATA_FILE)
+        self.sync()
+        if not self._checkpoints:
+            checkpoint.remove(self._disk)
 
     def _take_lock(self) -> None:
         # flock dies with its process, however that ended: a lock file's mere presence says nothing.
@@ -150,14 +178,17 @@ class LmdbEngine:
             return
         # In key order, neighbours land in the page that is already at hand.
         writes = sorted(group.writes.items())
-        with self._write_lock:
-            if self._failed is not None:
-                raise self._failed
-            while not self._written(writes):
-                self._grow()
+        while not self._written(writes):
+            self._grow()
 
     def _written(self, writes: list[tuple[bytes, bytes | None]]) -> bool:
         """False if the map is full; then nothing was written."""
+        with self._write_lock:
+            if self._failed is not None:
+                raise self._failed
+            return self._write(writes)
+
+    def _write(self, writes: list[tuple[bytes, bytes | None]]) -> bool:
         try:
             with self._lmdb.begin(write=True) as txn:
                 for key, value in writes:
@@ -168,11 +199,14 @@ class LmdbEngine:
         except lmdb.MapFullError:
             return False
         except lmdb.Error as exc:
-            raise self._failure(exc) from exc
+            # Each key may touch a page on every level of the tree.
+            raise self._failure(exc, size=len(writes) * 64 * PAGE_BYTES + MIB) from exc
         return True
 
-    def _failure(self, exc: lmdb.Error) -> KvfsError:
-        if _is_disk_full(exc):
+    def _failure(self, exc: lmdb.Error, size: int) -> KvfsError:
+        # LMDB says EIO for a write of several pages of which only some found room.
+        room = self._disk.usage().free_bytes
+        if _is_disk_full(exc) or ("Input/output error" in str(exc) and room < size):
             return DiskFull(path=self._path)
         self._failed = TargetFailed(detail=f"{self._path}: {exc}")
         log.error("the metadata store failed: %s", exc)
@@ -182,9 +216,15 @@ class LmdbEngine:
         size = min(2 * self._lmdb.info()["map_size"], METADATA_MAP_BYTES_MAX)
         if size <= self._lmdb.info()["map_size"]:
             raise DiskFull(path=self._path)
-        # Nobody may read through the old map while it is replaced.
-        with self._gate.alone():
-            self._lmdb.set_mapsize(size)
+        with self._sync_lock, self._write_lock:
+            # Nobody may read through the old map while it is replaced.
+            with self._gate.alone():
+                self._lmdb.set_mapsize(size)
+            # That ended every transaction, the pin too. Before anything is written again, and its
+            # pages with it, another state must have been made safe.
+            self._pin = None
+            if self._checkpoints:
+                self._checkpoint_after_growth()
         log.info("grew the map of %s to %d bytes", self._path, size)
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
@@ -196,11 +236,46 @@ class LmdbEngine:
         if self._failed is not None:
             raise self._failed
         try:
-            self._lmdb.sync(True)
-        except lmdb.Error as exc:
+            if self._checkpoints:
+                self._make_checkpoint()
+            else:
+                self._lmdb.sync(True)
+        except (lmdb.Error, TargetFailed) as exc:
             # Linux reports a lost write once: a repeated sync would succeed with old data on disk.
             self._failed = TargetFailed(detail=f"{self._path}: {exc}")
             raise self._failed from exc
+
+    def _make_checkpoint(self) -> None:
+        with self._sync_lock:
+            with self._write_lock:  # the pinned state is the newest, so its meta page is at hand
+                pin, made = self._pin_newest()
+            self._save_checkpoint(pin, made)
+
+    def _checkpoint_after_growth(self) -> None:
+        try:
+            self._save_checkpoint(*self._pin_newest())
+        except (lmdb.Error, KvfsError) as exc:
+            self._failed = TargetFailed(detail=f"{self._path}: {exc}")
+            raise self._failed from exc
+
+    def _pin_newest(self) -> tuple[lmdb.Transaction[bytes], Checkpoint]:
+        pin = self._lmdb.begin()
+        page_bytes = self._lmdb.stat()["psize"]
+        meta = checkpoint.read_meta(self._disk, page_bytes, pin.id())
+        number = self._checkpoint_number + 1
+        return pin, Checkpoint(number, self._boot_id, page_bytes, meta)
+
+    def _save_checkpoint(self, pin: lmdb.Transaction[bytes], made: Checkpoint) -> None:
+        try:
+            self._lmdb.sync(True)
+            checkpoint.save(self._disk, made)
+        except BaseException:
+            pin.abort()  # the one before still holds
+            raise
+        if self._pin is not None:
+            self._pin.abort()
+        self._pin = pin
+        self._checkpoint_number = made.number
 
     def copy_to(self, path: str) -> None:
         self.view(lambda read: None)  # raises here rather than in C if the engine is closed
@@ -210,10 +285,19 @@ class LmdbEngine:
         """Syncs if it can, and gives the directory back."""
         try:
             if self._failed is None:
-                self.sync()
+                self._lmdb.sync(True)
+                checkpoint.remove(self._disk)
         finally:
+            if self._pin is not None:
+                self._pin.abort()
             self._lmdb.close()
             self._lock_file.close()
+
+
+def _boot_id() -> str:
+    """Changes whenever the machine starts, not with containers or network namespaces."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def _is_disk_full(exc: lmdb.Error) -> bool:

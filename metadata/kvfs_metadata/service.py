@@ -17,7 +17,7 @@ from typing import Any
 
 import trio
 
-from kvfs_base.errors import InternalError, KvfsError
+from kvfs_base.errors import DiskFull, InternalError, KvfsError
 from kvfs_base.limits import (
     EVICT_SECONDS,
     HEARTBEAT_SECONDS,
@@ -57,6 +57,7 @@ class MetadataService:
         self._queue: list[_Waiting] = []
         self._arrived = trio.Event()
         self._evict_wanted = trio.Event()
+        self._blocks_size = 0
         self._unsynced = False
         self._sync_lock = trio.Lock()
         self._syncs_begun = 0
@@ -133,7 +134,7 @@ class MetadataService:
             results = self.core.update(operations)
         except Exception as exc:
             results = [_commit_error(exc)] * len(operations)
-        self._want_eviction()
+        self._after_commit()
         return results
 
     async def _write_groups(self) -> None:
@@ -168,7 +169,7 @@ class MetadataService:
         for waiting in group:
             waiting.results = [next(results) for _ in waiting.operations]
             waiting.done.set()
-        self._want_eviction()
+        self._after_commit()
 
     # --- syncing
 
@@ -191,12 +192,22 @@ class MetadataService:
                 continue
             try:
                 await self._sync()
+            except DiskFull as exc:
+                self._unsynced = True
+                log.warning("metadata is not synced: %s", exc)
             except KvfsError as exc:
                 # The engine refuses every further write itself; reads go on.
                 log.error("metadata cannot be synced: %s", exc)
                 return
 
     # --- background work
+
+    def _after_commit(self) -> None:
+        # The whole question costs 20 us. Files may grow too: _watch_disks asks every second.
+        size = self.core.blocks_size()
+        if size > self._blocks_size:
+            self._want_eviction()
+        self._blocks_size = size
 
     def _want_eviction(self) -> None:
         if self.core.excess_bytes() > 0:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,7 +18,9 @@ import pytest
 
 from kvfs_base.errors import Conflict, DiskFull, TargetFailed, VersionMismatch
 from kvfs_base.os_env import os_env
-from kvfs_metadata.engine import KVEngine, KVTransaction
+from kvfs_base.seams import Disk
+from kvfs_metadata import checkpoint
+from kvfs_metadata.engine import Group, KVEngine, KVTransaction
 from kvfs_metadata.lmdb_engine import LmdbEngine
 
 
@@ -67,6 +71,7 @@ def test_files_that_are_not_lmdb_are_refused(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from kvfs_base.os_env import os_env
+from kvfs_base.seams import Disk
 from kvfs_metadata.lmdb_engine import LmdbEngine
 engine = LmdbEngine(os_env(), sys.argv[1], durability=sys.argv[2])
 number = 0
@@ -149,7 +154,8 @@ def test_a_full_disk_refuses_the_group_and_nothing_else(small_disk: Path) -> Non
         assert get(engine, b"first") == b"1"
         assert get(engine, b"%d" % stored) == b"x" * 4000
         assert get(engine, b"%d" % number) is None
-        # Deleting needs no room that the free pages do not give.
+        # A checkpoint gives the pages free that the one before held on to.
+        engine.sync()
         assert engine.update([lambda t: t.delete(b"0")]) == [None]
         assert engine.update([put(b"0", b"again")]) == [None]
         assert get(engine, b"0") == b"again"
@@ -181,3 +187,172 @@ def test_a_failed_disk_stays_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             engine.update([put(b"a", b"2")])
     assert get(engine, b"a") == b"1"
     engine.close()
+
+
+# --- the machine goes down
+
+
+class Scribe:
+    """Writes random groups and knows what the store holds."""
+
+    def __init__(self, engine: LmdbEngine, rng: random.Random) -> None:
+        self.engine = engine
+        self.rng = rng
+        self.state: dict[bytes, bytes] = {}
+
+    def write(self, groups: int) -> None:
+        for _ in range(groups):
+            writes: dict[bytes, bytes | None] = {}
+            for _ in range(self.rng.randrange(1, 12)):
+                key = b"%d" % self.rng.randrange(400)
+                size = self.rng.choice((3, 200, 9000))
+                gone = self.rng.random() < 0.3
+                writes[key] = None if gone else self.rng.randbytes(size)
+            self.engine.commit(Group([], writes))
+            for key, value in writes.items():
+                if value is None:
+                    self.state.pop(key, None)
+                else:
+                    self.state[key] = value
+
+
+def everything(engine: LmdbEngine) -> dict[bytes, bytes]:
+    return dict(engine.view(lambda read: read.range(b"", b"\xff", 100_000)))
+
+
+def after_power_loss(old: bytes, new: bytes, rng: random.Random) -> bytes:
+    """The data file as it may be found: of what was written since ``old`` was synced, each page is
+    there, not there, or half of it is something else."""
+    page = 4096
+    found = bytearray()
+    for start in range(0, len(new), page):
+        before, after = old[start : start + page].ljust(page, b"\x00"), new[start : start + page]
+        if before != after:
+            torn = after[: page // 2] + rng.randbytes(page // 2)
+            after = rng.choice((before, after, torn, rng.randbytes(page)))
+        found += after
+    return bytes(found)
+
+
+class PowerMeter:
+    """What was safe at the last checkpoint: the data file and the state. Growing the map makes
+    one too."""
+
+    def __init__(self, directory: Path, scribe: Scribe, patch: pytest.MonkeyPatch) -> None:
+        self.checkpoints = 0
+
+        def save_and_look(disk: Disk, made: checkpoint.Checkpoint) -> None:
+            save(disk, made)
+            self.look(directory, scribe)
+
+        save = checkpoint.save
+        patch.setattr(checkpoint, "save", save_and_look)
+        self.look(directory, scribe)
+
+    def look(self, directory: Path, scribe: Scribe) -> None:
+        self.data = (directory / checkpoint.DATA_FILE).read_bytes()
+        self.state = dict(scribe.state)
+        self.checkpoints += 1
+
+
+@pytest.mark.parametrize("map_bytes", [1 << 30, 1 << 19], ids=["roomy", "growing"])
+@pytest.mark.parametrize("seed", range(8))
+def test_after_a_power_loss_the_store_is_as_at_the_last_checkpoint(
+    tmp_path: Path, seed: int, map_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(seed)
+    directory, crashed = tmp_path / "store", tmp_path / "crashed"
+    crashed.mkdir()
+    engine = LmdbEngine(os_env(), str(directory), boot_id="first boot", map_bytes=map_bytes)
+    scribe = Scribe(engine, rng)
+    meter = PowerMeter(directory, scribe, monkeypatch)
+    synced = seed % 4
+    for _ in range(synced):
+        scribe.write(rng.randrange(60))
+        engine.sync()
+    # Long enough for free pages to be used again and again.
+    scribe.write(rng.randrange(100, 300))
+    grown = meter.checkpoints - 1 - synced
+    assert (grown > 0) == (map_bytes < 1 << 20)
+    new = (directory / checkpoint.DATA_FILE).read_bytes()
+    (crashed / checkpoint.DATA_FILE).write_bytes(after_power_loss(meter.data, new, rng))
+    shutil.copy(directory / checkpoint.CHECKPOINT_FILE, crashed)
+    monkeypatch.undo()
+    engine.close()
+
+    again = LmdbEngine(os_env(), str(crashed), boot_id="second boot")
+    assert everything(again) == meter.state
+    # And it goes on from there.
+    scribe = Scribe(again, rng)
+    scribe.state = meter.state
+    scribe.write(50)
+    again.sync()
+    assert everything(again) == scribe.state
+    again.close()
+    third = LmdbEngine(os_env(), str(crashed), boot_id="third boot")
+    assert everything(third) == scribe.state, "a clean stop needs no restoring"
+    third.close()
+
+
+def test_a_checkpoint_cut_short_leaves_the_one_before(tmp_path: Path) -> None:
+    directory, crashed = tmp_path / "store", tmp_path / "crashed"
+    rng = random.Random(1)
+    engine = LmdbEngine(os_env(), str(directory), boot_id="first boot")
+    scribe = Scribe(engine, rng)
+    scribe.write(30)
+    engine.sync()
+    side_file = directory / checkpoint.CHECKPOINT_FILE
+    before = side_file.read_bytes()
+    scribe.write(30)
+    engine.sync()
+    after = side_file.read_bytes()
+    slots = {n for n in (0, 4096) if before[n : n + 4096] != after[n : n + 4096]}
+    assert len(slots) == 1, "the slots are written in turn"
+    crashed.mkdir()
+    torn = bytearray(after)
+    torn[slots.pop() + 40] ^= 1
+    (crashed / checkpoint.CHECKPOINT_FILE).write_bytes(torn)
+    shutil.copy(directory / checkpoint.DATA_FILE, crashed)
+    engine.close()
+    found = checkpoint.load(os_env().open_disk(str(crashed)))
+    assert found is not None and found.number == 2
+
+
+def test_the_death_of_the_process_restores_nothing(tmp_path: Path) -> None:
+    """A copy of the files is what another process finds after a kill."""
+    engine = LmdbEngine(os_env(), str(tmp_path / "store"), boot_id="same boot")
+    scribe = Scribe(engine, random.Random(2))
+    scribe.write(40)
+    killed = tmp_path / "killed"
+    shutil.copytree(tmp_path / "store", killed)
+    engine.close()
+    again = LmdbEngine(os_env(), str(killed), boot_id="same boot")
+    assert everything(again) == scribe.state
+    again.close()
+
+
+def test_a_clean_stop_leaves_no_checkpoint(tmp_path: Path) -> None:
+    engine = LmdbEngine(os_env(), str(tmp_path))
+    assert (tmp_path / checkpoint.CHECKPOINT_FILE).exists()
+    engine.close()
+    assert not (tmp_path / checkpoint.CHECKPOINT_FILE).exists()
+
+
+def test_strict_stores_need_none_but_honour_one(tmp_path: Path) -> None:
+    engine = LmdbEngine(os_env(), str(tmp_path / "store"), boot_id="first boot")
+    engine.update([put(b"a", b"1")])
+    engine.sync()
+    engine.update([put(b"a", b"2")])
+    crashed = tmp_path / "crashed"
+    shutil.copytree(tmp_path / "store", crashed)
+    engine.close()
+    strict = LmdbEngine(os_env(), str(crashed), durability="strict", boot_id="second boot")
+    assert get(strict, b"a") == b"1"
+    assert not (crashed / checkpoint.CHECKPOINT_FILE).exists()
+    strict.update([put(b"a", b"3")])
+    after = tmp_path / "after"
+    shutil.copytree(crashed, after)
+    strict.close()
+    again = LmdbEngine(os_env(), str(after), boot_id="third boot")
+    assert get(again, b"a") == b"3"
+    again.close()

@@ -422,12 +422,12 @@ class CountingSyncs(MemoryEngine):
     def __init__(self) -> None:
         super().__init__()
         self.syncs = 0
-        self.fails = False
+        self.error: e.KvfsError | None = None
 
     def sync(self) -> None:
         self.syncs += 1
-        if self.fails:
-            raise e.TargetFailed(detail="broken disk")
+        if self.error is not None:
+            raise self.error
 
 
 def test_what_was_written_is_synced_within_a_second() -> None:
@@ -462,12 +462,33 @@ def test_a_sync_that_fails_is_told() -> None:
             world.serving() as addresses,
             MetadataClient(world.env, addresses[0]) as client,
         ):
-            engine.fails = True
+            engine.error = e.TargetFailed(detail="broken disk")
             with pytest.raises(e.TargetFailed):
                 await client.call(m.Sync())
             await client.call(HEARTBEAT)
             await trio.sleep(limits.SYNC_SECONDS * 3)
             assert len((await client.call(m.ReadDir(ROOT))).entries) == 1
+
+    run_under_mock_clock(test)
+
+
+@pytest.mark.logs_warnings
+def test_a_sync_without_room_is_repeated() -> None:
+    world = memory_world("cache")
+    world.engine = engine = CountingSyncs()
+
+    async def test() -> None:
+        async with (
+            world.serving() as addresses,
+            MetadataClient(world.env, addresses[0]) as client,
+        ):
+            engine.error = e.DiskFull(path="store")
+            await client.call(HEARTBEAT)
+            await trio.sleep(limits.SYNC_SECONDS * 3.5)
+            assert engine.syncs == 3
+            engine.error = None
+            await trio.sleep(limits.SYNC_SECONDS * 3)
+            assert engine.syncs == 4
 
     run_under_mock_clock(test)
 
