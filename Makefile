@@ -66,7 +66,7 @@ $(BIN)/python:
 # One stamp a set of extras: a second run costs nothing, a changed pyproject.toml installs again.
 define install
 scripts/system-packages.sh
-$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(1)]'
+$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[$(1)]'
 touch $@
 endef
 

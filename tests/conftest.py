@@ -1,5 +1,5 @@
-"""Rules that hold for every test: an unasked-for WARNING in a log is a failure, a hang dumps stacks,
-no process or mount is left behind."""
+"""Rules that hold for every test: an unasked-for WARNING in a log is a failure, a hang dumps
+stacks."""
 
 from __future__ import annotations
 

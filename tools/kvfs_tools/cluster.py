@@ -1,5 +1,5 @@
-"""A whole kvfs on this machine for the length of a ``with`` block: what the demo, the benchmarks and
-cluster tests run against is the same ``kvfs up`` that users run."""
+"""A whole kvfs on this machine for the length of a ``with`` block: what the demo and the benchmarks
+run against is the same ``kvfs up`` that users run."""
 
 from __future__ import annotations
 
