@@ -7,6 +7,7 @@ cost 0.6 GB.
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -34,20 +35,70 @@ class Block(msgspec.Struct, gc=False):
 
     def value(self) -> BlockValue:
         return BlockValue(
-            self.inode, self.size, self.crc32c, self.chain, self.created_ns, self.last_use_ns
+            self.namespace,
+            self.size,
+            self.crc32c,
+            self.chain,
+            self.created_ns,
+            self.last_use_ns,
+            self.key,
         )
+
+
+class Listing:
+    """The keys of a namespace in order, for those who list it.
+
+    Kept from the first listing on: sorting a million keys takes 0.6 s, merging new ones 20 ms. A
+    listing that starts from the beginning shows all that was stored before; one that goes on may
+    miss what came meanwhile, as readdir may.
+    """
+
+    def __init__(self, blocks: dict[bytes, Block]) -> None:
+        self._blocks = blocks
+        self._keys: list[bytes] | None = None
+        self._new: list[bytes] = []
+
+    def stored(self, key: bytes) -> None:
+        if self._keys is not None:
+            self._new.append(key)
+
+    def page(self, after: bytes, limit: int) -> list[Block]:
+        """At most ``limit`` blocks whose keys sort after ``after`` (empty: from the first)."""
+        if self._keys is None or not after:
+            self._refresh()
+        keys = self._keys or []
+        found: list[Block] = []
+        previous = after
+        for place in range(bisect.bisect_right(keys, after), len(keys)):
+            key = keys[place]
+            block = self._blocks.get(key)
+            if block is not None and key != previous:  # stored again: it stands there twice
+                found.append(block)
+                if len(found) == limit:
+                    break
+            previous = key
+        return found
+
+    def _refresh(self) -> None:
+        if self._keys is None or len(self._keys) + len(self._new) > 2 * len(self._blocks) + 1024:
+            self._keys = sorted(self._blocks)
+        else:
+            self._keys += sorted(self._new)
+            self._keys.sort()  # two sorted runs: a merge
+        self._new.clear()
 
 
 class KVNamespace:
     """One directory of blocks."""
 
-    __slots__ = ("block_bytes", "blocks", "changed_ns", "inode", "layout", "path")
+    __slots__ = ("block_bytes", "blocks", "changed_ns", "inode", "layout", "listing", "path")
 
     def __init__(self, inode: int, path: str, layout: KVLayout) -> None:
         self.inode = inode
         self.path = path
         self.layout = layout
         self.blocks: dict[bytes, Block] = {}
+        self.listing = Listing(self.blocks)
         self.block_bytes = 0
         self.changed_ns = 0
         """When a block last came or went. Not recorded: writing the directory's inode with every
@@ -71,7 +122,7 @@ class BlockIndex:
             record = records.decode_namespace(value)
             self.add_namespace(KVNamespace(records.number_at(key), record.path, record.layout))
         blocks = [
-            _block(records.number_at(key), key[12:], records.unpack_block(value))
+            _block(records.number_at(key), records.unpack_block(value))
             for key, value in scan(read, records.BLOCK)
         ]
         # Blocks of one batch share their last use; their inodes grow along the prefix, and the
@@ -95,6 +146,7 @@ class BlockIndex:
         for block in blocks:
             namespace = self.namespaces[block.namespace]
             namespace.blocks[block.key] = block
+            namespace.listing.stored(block.key)
             namespace.block_bytes += block.size
             namespace.changed_ns = max(namespace.changed_ns, block.created_ns)
             self.by_inode[block.inode] = block
@@ -156,11 +208,11 @@ class BlockIndex:
 _inode_of = operator.attrgetter("inode")
 
 
-def _block(namespace: int, key: bytes, value: BlockValue) -> Block:
+def _block(inode: int, value: BlockValue) -> Block:
     return Block(
-        inode=value.inode,
-        namespace=namespace,
-        key=key,
+        inode=inode,
+        namespace=value.namespace,
+        key=value.key,
         size=value.size,
         crc32c=value.crc32c,
         chain=value.chain,

@@ -240,7 +240,7 @@ class Blocks:
                 created_ns=tx.now_ns,
                 last_use_ns=tx.now_ns,
             )
-            tx.kv.put(records.block_key(namespace.inode, key), records.pack_block(block.value()))
+            tx.kv.put(records.block_key(inode), records.pack_block(block.value()))
             new.append(block)
         self.index.insert(new)
         tx.undo.append(partial(self._remove_all, new))
@@ -315,7 +315,7 @@ class Blocks:
 
     def remove_block(self, tx: Tx, block: Block) -> None:
         """The block is gone, its chunk will be removed."""
-        tx.kv.delete(records.block_key(block.namespace, block.key))
+        tx.kv.delete(records.block_key(block.inode))
         self._cluster.remove_chunks(tx, (block.chain,), block.inode, 1, block.size)
         self.index.remove(block)
         self.index.namespaces[block.namespace].changed_ns = tx.now_ns
@@ -365,8 +365,7 @@ class Blocks:
         """Writes down the last use of some blocks; answers how many are left."""
         blocks = self.index.take_touched(LAST_USE_BATCH_BLOCKS)
         for block in blocks:
-            key = records.block_key(block.namespace, block.key)
-            tx.kv.put(key, records.pack_block(block.value()))
+            tx.kv.put(records.block_key(block.inode), records.pack_block(block.value()))
         tx.undo.append(partial(self.index.touch, blocks))
         return self.index.touched_count
 

@@ -158,10 +158,11 @@ class MetadataClient:
         if isinstance(request, m.CloseInode):
             return await self._close(request, timeout)
         reply = await self._call_patiently(request, timeout)
-        if isinstance(request, m.OpenInode) and self._session is not None:
+        opens = isinstance(request, m.OpenInode) or (isinstance(request, m.Make) and request.open)
+        if opens and self._session is not None:
             # Nothing waits between the arrival of the reply and this line, so an Attach on a new
             # connection finds it counted.
-            self._open[request.inode] += 1
+            self._open[reply.inode] += 1
         return reply
 
     async def _close(self, request: m.CloseInode, timeout: float) -> Any:

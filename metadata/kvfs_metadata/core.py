@@ -121,7 +121,7 @@ class MetadataCore:
             m.OpenInode: self._open_inode,
             m.CloseInode: self._close_inode,
             m.SetAttr: tree.set_attr,
-            m.Make: tree.make,
+            m.Make: self._make,
             m.Link: tree.link,
             m.Unlink: tree.unlink,
             m.Rmdir: tree.rmdir,
@@ -217,6 +217,12 @@ class MetadataCore:
             self.index.use([block], tx.now_ns)
         else:
             self.sessions.open(tx, request.inode)
+        return attr
+
+    def _make(self, tx: Tx, request: m.Make) -> Attr:
+        attr = self.tree.make(tx, request)
+        if request.open:
+            self.sessions.open(tx, attr.inode)
         return attr
 
     def _close_inode(self, tx: Tx, request: m.CloseInode) -> m.Done:

@@ -157,7 +157,7 @@ class FileTree:
             raise NotADirectory()
         record = load_directory(kv, request.inode)
         if record.is_namespace:
-            return self._read_namespace(kv, record, request)
+            return self._read_namespace(record, request)
         start = records.entry_key(request.inode, request.after + b"\x00" if request.after else b"")
         end = records.entry_key(request.inode + 1, b"")
         items = kv.range(start, end, request.limit + 1)
@@ -170,18 +170,17 @@ class FileTree:
         )
         return DirectoryPage(entries, more=len(items) > request.limit)
 
-    def _read_namespace(self, kv: KVRead, record: InodeRecord, request: ReadDir) -> DirectoryPage:
+    def _read_namespace(self, record: InodeRecord, request: ReadDir) -> DirectoryPage:
         after = request.after
         if after and not BLOCK_NAME.fullmatch(after):
             raise InvalidRequest(detail="a listing of blocks goes on after the name of a block")
-        first = bytes.fromhex(after.decode()) + b"\x00" if after else b""
-        start = records.block_key(request.inode, first)
-        end = records.block_key(request.inode + 1, b"")
-        items = kv.range(start, end, request.limit + 1)
-        namespace = self._index.namespaces[request.inode]
-        blocks = (namespace.blocks.get(key[12:]) for key, _ in items[: request.limit])
-        entries = tuple((b.key.hex().encode(), block_attr(record, b)) for b in blocks if b)
-        return DirectoryPage(entries, more=len(items) > request.limit)
+        listing = self._index.namespaces[request.inode].listing
+        blocks = listing.page(bytes.fromhex(after.decode()), request.limit + 1)
+        entries = tuple(
+            (block.key.hex().encode(), block_attr(record, block))
+            for block in blocks[: request.limit]
+        )
+        return DirectoryPage(entries, more=len(blocks) > request.limit)
 
     # --- attributes
 

@@ -619,6 +619,17 @@ class Cache(RuleBasedStateMachine):
         evict(self.rig)
         self.sync_evictions()
 
+    @rule(limit=st.integers(1, 6))
+    def list(self, limit: int) -> None:
+        listed: list[bytes] = []
+        more = True
+        while more:
+            after = listed[-1] if listed else b""
+            page = self.rig.call(m.ReadDir(self.namespace, after, limit))
+            listed += [name for name, _ in page.entries]
+            more = page.more
+        assert listed == sorted(key(name).hex().encode() for name in self.stored)
+
     @rule()
     def restart(self) -> None:
         self.rig.restart()
@@ -640,8 +651,10 @@ class Cache(RuleBasedStateMachine):
         index = self.rig.core.index
         assert self.rig.stored(self.namespace, range(31)) == sorted(self.stored)
         persisted = self.rig.dump(records.BLOCK)
-        assert {k[12:] for k in persisted} == {key(n) for n in self.stored}
-        assert {records.unpack_block(v).inode for v in persisted.values()} == set(index.by_inode)
+        assert {records.unpack_block(v).key for v in persisted.values()} == {
+            key(n) for n in self.stored
+        }
+        assert {records.number_at(k) for k in persisted} == set(index.by_inode)
         assert index.block_bytes == 1000 * len(self.stored)
         prepared = sum(len(inodes_of(b)) for b, _ in self.batches)
         assert self.rig.core.blocks.prepared_bytes == 1000 * prepared

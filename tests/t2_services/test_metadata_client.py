@@ -209,13 +209,15 @@ def test_a_session_says_what_it_has_open(stage: Stage) -> None:
         async with stage.serving(), stage.client(session=SESSION) as client:
             for inode in (one, one, two):
                 await client.call(m.OpenInode(inode))
+            made = await client.call(m.Make(ROOT, b"3", 0o100644, open=True))
+            await client.call(m.Make(ROOT, b"4", 0o100644))
             await client.call(m.CloseInode(two))
             stage.handler.seen.clear()
             stage.handler.hang_up.append("before")
             await client.call(m.GetAttr(ROOT))
             attach = stage.handler.seen[1]
             assert isinstance(attach, m.Attach)
-            assert attach.session == SESSION and attach.open_inodes == (one, one)
+            assert attach.session == SESSION and attach.open_inodes == (one, one, made.inode)
             stage.rig.call(m.Unlink(ROOT, b"1"))
             for expected in (0, 0):
                 assert (await client.call(m.GetAttr(one))).nlink == expected
@@ -408,6 +410,7 @@ def blocking_stage(tmp_path: Path) -> Iterator[tuple[Env, Address, Rig, Callable
     def cut() -> None:
         ready.clear()
         trio.from_thread.run_sync(scopes[0].cancel, trio_token=token[0])
+        assert ready.wait(10)  # it listens again
 
     try:
         yield env, address, rig, cut
