@@ -28,6 +28,8 @@ BLOCKS_BY_MOUNT = 32
 """Blocks that are read back with ordinary file calls."""
 
 LISTED = 4
+LOOK_SECONDS = 10.0
+"""What ls and du may take each: they ask for the attributes of every block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class DemoConfig:
 @click.option(
     "--requests",
     type=click.IntRange(1),
-    help="How many requests at most. [default: 350; all of a --trace]",
+    help="How many requests at most. [default: 400; all of a --trace]",
 )
 @click.option(
     "--seconds",
@@ -79,7 +81,7 @@ def demo(
     checks every byte, reads some blocks back through the mount, and says what it saw. Exits with 1
     if any byte was wrong.
     """
-    every = 1 << 62 if trace else 350
+    every = 1 << 62 if trace else 400
     config = DemoConfig(
         trace=trace,
         requests=requests or every,
@@ -107,7 +109,7 @@ def run_demo(config: DemoConfig) -> int:
     )
     with Stage(capacity_bytes=capacity, arena_bytes=ARENA_BYTES, keep=config.keep) as stage:
         teller.say(f"Serving from {stage.directory}, mounted at {stage.mountpoint}.")
-        wrong = _show(config, stage, requests, teller)
+        wrong = _show(config, stage, requests, capacity, teller)
     if config.keep:
         _invite(stage, teller)
     return 1 if wrong else 0
@@ -132,7 +134,13 @@ def _affordable(capacity: int) -> int:
     return min(capacity, shutil.disk_usage(tempfile.gettempdir()).free // 2)
 
 
-def _show(config: DemoConfig, stage: Stage, requests: list[TraceRequest], teller: Teller) -> int:
+def _show(
+    config: DemoConfig,
+    stage: Stage,
+    requests: list[TraceRequest],
+    capacity: int,
+    teller: Teller,
+) -> int:
     """Replays, reads back and reports; returns how many blocks were wrong."""
     import kvfs
     from kvfs_tools.replay import Replay, ReplayConfig
@@ -153,7 +161,7 @@ def _show(config: DemoConfig, stage: Stage, requests: list[TraceRequest], teller
 
         report = replay.run(requests, progress)
         present = len(list(namespace.keys()))
-        _tell_replay(report, requests, present, teller)
+        _tell_replay(report, requests, present, capacity // config.block_bytes, teller)
         wrong = _read_back(namespace, stage.mountpoint, report, replay, teller)
         agent = client.statistics()
         teller.say(
@@ -173,12 +181,17 @@ def _progress(report: ReplayReport, total: int) -> str:
 
 
 def _tell_replay(
-    report: ReplayReport, requests: list[TraceRequest], present: int, teller: Teller
+    report: ReplayReport,
+    requests: list[TraceRequest],
+    present: int,
+    capacity_blocks: int,
+    teller: Teller,
 ) -> None:
-    from kvfs_tools.traces import prefix_hits
+    from kvfs_tools.traces import lru_hit_rate, prefix_hits
 
-    done = requests[: report.requests]
-    ideal = sum(prefix_hits([r.hash_ids for r in done])) / max(1, report.references)
+    chains = [request.hash_ids for request in requests[: report.requests]]
+    ideal = sum(prefix_hits(chains)) / max(1, report.references)
+    lru = lru_hit_rate(chains, capacity_blocks)
     early = ", the time was up" if report.stopped_early else ""
     say = teller.say
     say("")
@@ -189,7 +202,8 @@ def _tell_replay(
     )
     say(
         f"Hits             {report.hit_blocks:,} of {report.references:,} blocks = "
-        f"{report.hit_rate:.1%} (a cache without bound: {ideal:.1%})"
+        f"{report.hit_rate:.1%} (simulated LRU of {capacity_blocks:,} blocks: {lru:.1%}, "
+        f"without bound: {ideal:.1%})"
     )
     share = report.hit_tokens / max(1, report.tokens)
     say(f"Hit tokens       {report.hit_tokens:,} of {report.tokens:,} = {share:.1%} of the prefill")
@@ -252,14 +266,18 @@ def _look(mountpoint: Path, teller: Teller) -> None:
 
 def _output(*arguments: str) -> list[str]:
     """Lines that a command prints. It may stumble over files that are evicted meanwhile."""
-    done = subprocess.run(
-        arguments,
-        env=os.environ | {"LC_ALL": "C"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            arguments,
+            env=os.environ | {"LC_ALL": "C"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            check=False,
+            timeout=LOOK_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"(not done after {LOOK_SECONDS:.0f} s)"]
     return done.stdout.splitlines()
 
 
