@@ -62,6 +62,17 @@ def test_an_open_file_outlives_its_name(rig: Rig) -> None:
     assert is_gone(rig, inode)
 
 
+def test_a_file_that_is_opened_as_it_is_made(rig: Rig) -> None:
+    attach(rig, 1, ONE)
+    inode = rig.call(m.Make(ROOT, b"f", 0o100644, open=True), 1).inode
+    with pytest.raises(e.EntryExists):
+        rig.call(m.Make(ROOT, b"f", 0o100644, open=True), 1)  # counts nothing
+    assert rig.call(m.Unlink(ROOT, b"f")).nlink == 0
+    assert not is_gone(rig, inode)
+    rig.call(m.CloseInode(inode), 1)
+    assert is_gone(rig, inode)
+
+
 def test_a_file_with_a_name_stays_when_it_is_closed(rig: Rig) -> None:
     inode = rig.make(ROOT, b"f").inode
     rig.call(m.OpenInode(inode))

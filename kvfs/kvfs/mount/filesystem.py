@@ -268,22 +268,23 @@ class Filesystem:
     ) -> tuple[Attr, Opened]:
         """``flags`` as in open(2). Raises InodeStale if the file exists and O_EXCL was not asked
         for: the caller looks again and opens it, which checks permissions."""
+        _check_name(name)
+        self._check_room()
         mode = stat.S_IFREG | stat.S_IMODE(mode)
+        request = Make(parent, name, mode, caller.uid, caller.gid, open=True)
+        call = self._backend.call if flags & os.O_EXCL else self._backend.repeat
         try:
-            attr = await self._create(Make(parent, name, mode, caller.uid, caller.gid), flags)
+            attr: Attr = await call(request)
         except EntryExists:
             if flags & os.O_EXCL:
                 raise
             raise InodeStale() from None
-        opened = await self._open_file(attr.inode, flags & ~os.O_TRUNC, made=True)
-        return self._files[attr.inode].view(), opened
-
-    async def _create(self, request: Make, flags: int) -> Attr:
-        _check_name(request.name)
-        self._check_room()
-        call = self._backend.call if flags & os.O_EXCL else self._backend.repeat
-        attr: Attr = await call(request)
-        return attr
+        file = self._files.get(attr.inode)  # somebody may have seen the name already
+        if file is None:
+            file = self._files[attr.inode] = OpenFile(self._backend, attr)
+            file.is_new()
+        file.handles += 1
+        return file.view(), self._opened(file, flags, current=True)
 
     async def open(self, inode: int, flags: int) -> Opened:
         """``flags`` as in open(2), O_TRUNC included. Answers from fresh attributes."""
@@ -310,10 +311,8 @@ class Filesystem:
         self._handles[handle] = opened
         return handle
 
-    async def _open_file(self, inode: int, flags: int, *, made: bool = False) -> Opened:
+    async def _open_file(self, inode: int, flags: int) -> Opened:
         file, current = await self._hold(inode)
-        if made:
-            file.is_new()
         if flags & os.O_TRUNC:
             try:
                 await file.change(SetAttr(inode, size=0))
@@ -321,6 +320,9 @@ class Filesystem:
                 await self._let_go(file)
                 raise
             current = False
+        return self._opened(file, flags, current=current)
+
+    def _opened(self, file: OpenFile, flags: int, *, current: bool) -> Opened:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         return Opened(self._add(Handle(file, writable)), keep_cache=current)
 
