@@ -258,6 +258,20 @@ def test_what_is_open_here_needs_no_server(local: Cluster) -> None:
     assert file.read_now(0, 10, 1500, False) is None
 
 
+def test_reading_into_a_buffer_that_is_used_again(local: Cluster) -> None:
+    file = new_file(local.client())
+    data = os.urandom(2500)
+    buffer = memoryview(bytearray(4000))
+    assert not file.read_into_now(0, buffer[:10])
+    file.write(0, data)
+    assert file.read_into_now(700, buffer[:1500])  # over three chunks
+    assert buffer[:1500] == data[700:2200]
+    assert bytes(buffer[1500:]) == bytes(2500)
+    assert not file.read_into_now(2400, buffer[:101])
+    assert file.read_into_now(5, buffer[:0])
+    file.close()
+
+
 def test_a_short_chunk_is_for_the_long_way(local: Cluster) -> None:
     file = new_file(local.client())
     file.write(0, b"abc")
