@@ -710,3 +710,37 @@ def test_stopping_closes_everything(tmp_path: Path) -> None:
     assert not any(thread.is_alive() for thread in before)
     assert not os.path.exists(running.address.path)
     assert not peer.line.usable
+
+
+@pytest.mark.parametrize("keep_puts", [True, False])
+def test_a_round_of_several_portions_waits_for_all_of_them(
+    start: Callable[..., RunningAgent], keep_puts: bool
+) -> None:
+    """One portion fails at once, the others are still being written: the staging area and the
+    arena must not be given back before they are done."""
+    agent = start(keep_puts=keep_puts, arena_bytes=256 * MIB, staging_bytes=48 * MIB)
+    peer = agent.peer()
+    size = 4 * MIB
+    plan = peer.call(PreparePut(NAMESPACE, b"".join(KEYS[:10]), (size,) * 10))
+    failing = agent.metadata.batches[max(agent.metadata.batches)][0][1]
+    agent.chunks.errors[ChunkId(failing, 0)] = TargetFailed(detail="injected")
+    gate = threading.Event()
+    waiting = threading.Semaphore(0)
+
+    def hold(writes: Any) -> None:
+        if writes[0].chunk.inode != failing:
+            waiting.release()
+            assert gate.wait(10)
+
+    agent.chunks.before = hold
+    packed = peer.staged([block(n, size) for n in range(10)], plan.wanted)
+    peer.line.send(StageBlocks(plan.put, packed, True))
+    for _ in range(4):
+        assert waiting.acquire(timeout=10)
+    assert agent.figures()["puts_aborted"] == 0
+    assert agent.figures()["arena_used_bytes"] == (10 * size if keep_puts else 0)
+    gate.set()
+    with pytest.raises(TargetFailed):
+        peer.line.receive(StageBlocks)
+    assert agent.figures()["puts_aborted"] == 1
+    assert agent.figures()["arena_used_bytes"] == 0

@@ -123,6 +123,7 @@ class Agent:
             thread.join()
         for connection in self._refused:
             connection.close()
+        self._writer.close()
         self._chunks.close()
         if self._cluster is not None:
             self._cluster.close()

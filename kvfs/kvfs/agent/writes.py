@@ -8,6 +8,8 @@ whose checksum is wrong, which is a miss for everyone.
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import logging
 import os
 
@@ -18,10 +20,11 @@ from kvfs.agent.messages import STAGED, PreparePut, PutPlan, StageBlocks, split_
 from kvfs.agent.session import Put, Session
 from kvfs.agent.space import Space
 from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
-from kvfs_base.limits import BLOCK_BYTES_MAX
+from kvfs_base.limits import AGENT_WRITE_THREADS, BLOCK_BYTES_MAX, TRANSFER_BYTES
 from kvfs_base.types import BlockInfo, ChunkId
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client import ChunkWrite
+from kvfs_gds.block_cache import Grant
 from kvfs_gds.extents import pages_of
 from kvfs_metadata.messages import (
     AbortBlocks,
@@ -36,6 +39,19 @@ log = logging.getLogger(__name__)
 
 KEPT_SHARE = 4
 """One put pins at most this fraction (1/4) of the arena until it commits."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Staged:
+    """One block of a round."""
+
+    place: int
+    offset: int
+    size: int
+    block: PreparedBlock
+    view: memoryview
+    """Whole pages: of the staging area, or of the extent that keeps the block."""
+    kept: bool
 
 
 class BlockWriter:
@@ -54,6 +70,13 @@ class BlockWriter:
         self._cache = space.cache
         self._chunks = chunks
         self._counters = counters
+        self._pool = concurrent.futures.ThreadPoolExecutor(
+            AGENT_WRITE_THREADS, thread_name_prefix="kvfs-agent-write"
+        )
+
+    def close(self) -> None:
+        """No put may be in progress."""
+        self._pool.shutdown()
 
     def prepare(self, metadata: MetadataCalls, session: Session, request: PreparePut) -> PutPlan:
         """Raises InvalidRequest, LimitExceeded and what the metadata service raised."""
@@ -119,55 +142,70 @@ class BlockWriter:
             log.info("an aborted put has to expire: %s", exc)
 
     def _write(self, session: Session, put: Put, staged: dict[int, int]) -> None:
-        """``staged``: offset in the staging area by place in the put."""
-        views = self._keep_copies(session, put, staged)
-        if views is None:
-            views = [
-                session.staged(offset, pages_of(put.sizes[place]))
-                for place, offset in staged.items()
-            ]
+        """``staged``: offset in the staging area by place in the put. Portions go side by side, so
+        that one is copied and summed while the disk writes another."""
+        blocks = self._staged_blocks(session, put, staged)
+        portions = _portions(blocks)
+        others = [self._pool.submit(self._write_portion, session, put, p) for p in portions[1:]]
+        try:
+            self._write_portion(session, put, portions[0])
+        finally:
+            # They use the staging area and the arena: nobody goes on before they are done.
+            concurrent.futures.wait(others)
+        for other in others:
+            other.result()
+
+    def _write_portion(self, session: Session, put: Put, blocks: list[_Staged]) -> None:
+        """Raises what the first failed chunk raised."""
         writes = []
-        for place, view in zip(staged, views, strict=True):
-            block = put.blocks[place]
-            assert block is not None
-            size = put.sizes[place]
-            checksum = crc32c(view[:size])
-            put.crc32c[place] = checksum
-            chunk = ChunkId(block.inode, 0)
-            writes.append(ChunkWrite(chunk, block.chain, size, checksum, put.keys[place], view))
+        for staged in blocks:
+            if staged.kept:
+                _read_exactly(session.staging.fd, staged.view[: staged.size], staged.offset)
+            checksum = crc32c(staged.view[: staged.size])
+            put.crc32c[staged.place] = checksum
+            key, chunk = put.keys[staged.place], ChunkId(staged.block.inode, 0)
+            writes.append(
+                ChunkWrite(chunk, staged.block.chain, staged.size, checksum, key, staged.view)
+            )
         for error in self._chunks.write_chunks(writes):
             if error is not None:
                 raise error
 
-    def _keep_copies(
-        self, session: Session, put: Put, staged: dict[int, int]
-    ) -> list[memoryview] | None:
-        """Copies a round into extents of the arena, or returns None if it is not to hold it."""
-        size_bytes = sum(pages_of(put.sizes[place]) for place in staged)
+    def _staged_blocks(self, session: Session, put: Put, staged: dict[int, int]) -> list[_Staged]:
+        """What a round consists of. Raises InvalidRequest before anything is copied if a block
+        does not lie in the staging area."""
+        blocks = []
+        for place, offset in staged.items():
+            size, block = put.sizes[place], put.blocks[place]
+            assert block is not None
+            view = session.staged(offset, pages_of(size))
+            blocks.append(_Staged(place, offset, size, block, view, kept=False))
+        grant = self._room_to_keep(put, blocks)
+        if grant is not None:
+            for kept, entry in zip(blocks, grant.entries, strict=True):
+                assert entry is not None
+                kept.view = self._space.extent(entry)
+                kept.kept = True
+        return blocks
+
+    def _room_to_keep(self, put: Put, blocks: list[_Staged]) -> Grant | None:
+        """Extents of the arena for a round, or None if it is not to hold it."""
+        size_bytes = sum(len(block.view) for block in blocks)
         if (
             not self._keep
             or put.kept_bytes + size_bytes > self._space.arena.size_bytes // KEPT_SHARE
         ):
             return None
-        for place, offset in staged.items():
-            session.staged(offset, put.sizes[place])  # in bounds, or nothing happens
+        keys = [put.keys[block.place] for block in blocks]
+        # What the metadata service will say of them once they are committed.
+        infos = [BlockInfo(b.block.inode, b.size, 0, b.block.chain) for b in blocks]
         try:
-            grant = self._space.acquire(
-                put.namespace,
-                [put.keys[place] for place in staged],
-                [_future_info(put.blocks[place], put.sizes[place]) for place in staged],
-            )
+            grant = self._space.acquire(put.namespace, keys, infos)
         except ArenaFull:
             return None
         put.grants.append(grant)
         put.kept_bytes += size_bytes
-        views = []
-        for entry, offset in zip(grant.entries, staged.values(), strict=True):
-            assert entry is not None
-            view = self._space.extent(entry)
-            _read_exactly(session.staging.fd, view[: entry.size], offset)
-            views.append(view)
-        return views
+        return grant
 
     def _commit(self, metadata: MetadataCalls, put: Put) -> None:
         needed = [place for place, block in enumerate(put.blocks) if block is not None]
@@ -200,10 +238,17 @@ def _staged_places(put: Put, blocks: bytes) -> dict[int, int]:
     return staged
 
 
-def _future_info(block: PreparedBlock | None, size: int) -> BlockInfo:
-    """What the metadata service will say of a block once it is committed."""
-    assert block is not None
-    return BlockInfo(block.inode, size, 0, block.chain)
+def _portions(blocks: list[_Staged]) -> list[list[_Staged]]:
+    """Cuts a round, which is not empty, into pieces of about TRANSFER_BYTES."""
+    portions: list[list[_Staged]] = []
+    room = 0
+    for block in blocks:
+        if room <= 0:
+            portions.append([])
+            room = TRANSFER_BYTES
+        portions[-1].append(block)
+        room -= block.size
+    return portions
 
 
 def _read_exactly(fd: int, view: memoryview, offset: int) -> None:
