@@ -7,6 +7,7 @@ only if it was never sent, because its first copy may have been carried out. Eit
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections import Counter
@@ -16,11 +17,11 @@ from typing import Any
 import trio
 
 from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat
-from kvfs_base.errors import ConnectionLost, DeadlineExceeded
-from kvfs_base.limits import CALL_SECONDS, RETRY_SECONDS
+from kvfs_base.errors import ConnectionLost, DeadlineExceeded, KvfsError
+from kvfs_base.limits import CALL_SECONDS, RETRY_SECONDS, SESSION_GRACE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient
 from kvfs_base.seams import BlockingNetwork, Connection, Env, Listener, Network
-from kvfs_base.types import Address
+from kvfs_base.types import ROOT_INODE, Address
 from kvfs_metadata import messages as m
 
 REPEATABLE: frozenset[type[Request]] = frozenset(
@@ -140,11 +141,26 @@ class MetadataClient:
         )
 
     async def __aenter__(self) -> MetadataClient:
-        await self._rpc.__aenter__()
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(self._rpc)
+            if self._session is not None:
+                nursery = await stack.enter_async_context(trio.open_nursery())
+                stack.callback(nursery.cancel_scope.cancel)
+                nursery.start_soon(self._stay_attached)
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
-        await self._rpc.__aexit__(*exc_info)
+        await self._stack.__aexit__(*exc_info)
+
+    async def _stay_attached(self) -> None:
+        """Somebody who only reads an open file makes no calls: without this a service that was
+        restarted would never hear of the file, and collect it after the grace period."""
+        while True:
+            await trio.sleep(SESSION_GRACE_SECONDS / 6)
+            if self._open:
+                with contextlib.suppress(KvfsError):  # there will be another time
+                    await self._rpc.call(m.GetAttr(ROOT_INODE), SESSION_GRACE_SECONDS / 6)
 
     async def _attach(self, rpc: RpcClient) -> None:
         # RpcClient calls this before any other frame of the new connection is queued, so what was

@@ -248,6 +248,29 @@ def test_opens_and_closes_count_once_across_lost_answers(stage: Stage, how: str)
     run(test)
 
 
+def test_an_idle_session_comes_back_by_itself(stage: Stage) -> None:
+    """A file that is only read through an open descriptor outlives a restart of the service."""
+
+    async def test() -> None:
+        inode = stage.rig.make(ROOT, b"f").inode
+        async with stage.client(session=SESSION) as client:
+            async with stage.serving():
+                await client.call(m.OpenInode(inode))
+                stage.rig.call(m.Unlink(ROOT, b"f"))
+            stage.rig.restart()
+            stage.handler.core = stage.rig.core
+            async with stage.serving():
+                for _ in range(40):
+                    await trio.sleep(1)
+                    stage.rig.work(1)
+                assert stage.rig.attr(inode).nlink == 0
+                await client.call(m.CloseInode(inode))
+                with pytest.raises(e.InodeStale):
+                    stage.rig.attr(inode)
+
+    run(test)
+
+
 # --- a real service in another process, killed
 
 

@@ -373,6 +373,31 @@ def test_a_namespace_is_a_directory_of_blocks(rig: Rig) -> None:
     assert rig.resolve(b"kv/tenant/model/" + key(2).hex().encode()) == block
 
 
+def test_listings_keep_up_with_a_namespace(rig: Rig) -> None:
+    def listed() -> list[bytes]:
+        names: list[bytes] = []
+        while True:
+            page = rig.call(m.ReadDir(namespace, names[-1] if names else b"", 7))
+            names += [name for name, _ in page.entries]
+            if not page.more:
+                return names
+
+    def expected(numbers: list[int]) -> list[bytes]:
+        return sorted(key(n).hex().encode() for n in numbers)
+
+    namespace = rig.namespace()
+    assert listed() == []
+    rig.put(namespace, range(20))
+    assert listed() == expected(list(range(20)))
+    rig.call(m.RemoveBlocks(namespace, keys(range(10))))
+    rig.put(namespace, range(5, 8))  # known to the listing already, and stored again
+    assert listed() == expected([5, 6, 7, *range(10, 20)])
+    for _ in range(80):  # enough for the listing to be made anew
+        rig.call(m.RemoveBlocks(namespace, keys(range(20))))
+        rig.put(namespace, range(20))
+    assert listed() == expected(list(range(20)))
+
+
 def test_what_a_namespace_and_its_blocks_refuse(rig: Rig) -> None:
     namespace = rig.namespace("tenant/model")
     rig.put(namespace, [1])
