@@ -184,6 +184,10 @@ def test_two_mounts_see_each_other_close_to_open(own_cluster: Cluster) -> None:
                     with (reader / "file").open("rb") as file:
                         assert file.read() == data
                         assert os.fstat(file.fileno()).st_size == len(data)
+            with (second / "file").open("rb"):
+                # Open there, not written there: the other mount's changes come through.
+                (first / "file").chmod(0o611)
+                wait_until(lambda: (second / "file").stat().st_mode & 0o777 == 0o611)
             (first / "file").unlink()
             with (second / "other").open("wb") as file:
                 file.write(b"x")

@@ -38,6 +38,8 @@ class Backend:
         default_factory=lambda: trio.CapacityLimiter(MOUNT_THREADS)
     )
 
+    epoch: int = 0
+    """Counts changes that were made here and that a reply on its way cannot know of."""
     scratch: memoryview = dataclasses.field(
         default_factory=lambda: memoryview(mmap.mmap(-1, MOUNT_IO_BYTES))
     )

@@ -7,22 +7,26 @@ MOUNT_WRITE_BACK_SECONDS, and when it grew by MOUNT_UNPUSHED_BYTES.
 Concurrency. Reads and writes hold ``lock`` shared; what makes the file shorter, opens a hole or
 sets times holds it exclusive. So ``size`` never falls under a write at work, and a recorded size
 cannot overtake a truncate. Replies of the service may be older than a local change that was made
-while they were on their way; ``epoch`` counts local changes, and a reply that saw another epoch is
-not used.
+while they were on their way: the backend's ``epoch`` counts the local changes of all files, and a
+reply to a request that was sent before the file's last change is not used.
 """
 
 from __future__ import annotations
+
+import logging
 
 import msgspec
 
 from kvfs.mount.backend import Backend
 from kvfs.mount.locks import SharedLock
-from kvfs_base.errors import FileTooLarge, KvfsError
+from kvfs_base.errors import FileTooLarge, InternalError, KvfsError
 from kvfs_base.limits import FILE_BYTES_MAX, MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
 from kvfs_datapath.files import StripedFile
 from kvfs_metadata.messages import GetAttr, SetAttr
+
+log = logging.getLogger(__name__)
 
 
 class OpenFile:
@@ -33,7 +37,7 @@ class OpenFile:
         self.inode = attr.inode
         self.handles = 0
         self.lock = SharedLock()
-        self.epoch = 0
+        self._changed_at = backend.epoch
         self.attr = attr
         self.size = attr.size
         self.mtime_ns = attr.mtime_ns
@@ -69,7 +73,7 @@ class OpenFile:
 
     def absorb(self, attr: Attr, epoch: int) -> None:
         """Takes over what the service answered to a request that was sent at ``epoch``."""
-        if epoch != self.epoch:
+        if self._changed_at > epoch:
             return
         self._fetched = self._backend.env.clock.monotonic()
         self.attr = attr
@@ -83,7 +87,7 @@ class OpenFile:
     async def fresh(self, seconds: float) -> Attr:
         """The attributes, not older than ``seconds`` where they are the service's."""
         if self._backend.env.clock.monotonic() - self._fetched > seconds:
-            epoch = self.epoch
+            epoch = self._backend.epoch
             self.absorb(await self._backend.call(GetAttr(self.inode)), epoch)
         return self.view()
 
@@ -150,7 +154,11 @@ class OpenFile:
     def _changed(self) -> None:
         self.mtime_ns = self._backend.env.clock.time_ns()
         self._dirty = True
-        self.epoch += 1
+        self._count_change()
+
+    def _count_change(self) -> None:
+        self._backend.epoch += 1
+        self._changed_at = self._backend.epoch
 
     async def _open_hole(self, offset: int) -> None:
         """The bytes from the end to ``offset`` will read as zeros. Holds the lock exclusive."""
@@ -176,7 +184,7 @@ class OpenFile:
     async def change(self, request: SetAttr) -> None:
         """Applies a SetAttr: sizes change the chunks, times replace those that writes left."""
         if request.size is None and request.mtime_ns is None:
-            epoch = self.epoch
+            epoch = self._backend.epoch
             attr = await self._backend.repeat(request)
             self.absorb(attr, epoch)
             return
@@ -198,7 +206,7 @@ class OpenFile:
             # The chunks are cut: should the service not answer now, a later push tells it.
             self.size = size
             self._dirty = self._cut = True
-            self.epoch += 1
+            self._count_change()
         else:
             await self._open_hole(size)
 
@@ -213,13 +221,15 @@ class OpenFile:
         if request.size is None and self._dirty:
             request.size, request.grow_to = (self.size, None) if self._cut else (None, self.size)
         request.sparse = self.sparse
-        epoch = self.epoch
+        epoch = self._backend.epoch
         attr: Attr = await self._backend.repeat(request)
         self.recorded = (attr.size, attr.mtime_ns)
-        if epoch == self.epoch:  # else a write went on meanwhile: still dirty, its size is newer
+        if (
+            self._changed_at <= epoch
+        ):  # else a write went on meanwhile: still dirty, its size is newer
             self._dirty = self._cut = False
             self.absorb(attr, epoch)
-            self.epoch += 1
+            self._count_change()
 
     async def flush(self) -> None:
         """Everything written is with the servers, size and times are recorded."""
@@ -250,6 +260,9 @@ class OpenFile:
             await self.push()
         except KvfsError as exc:
             self.error = exc
+        except Exception as exc:  # a bug; the mount lives on
+            log.exception("inode %d was not written back", self.inode)
+            self.error = InternalError(detail=type(exc).__name__)
 
     async def close(self) -> None:
         """Lets go of descriptors."""

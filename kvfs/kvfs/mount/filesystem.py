@@ -136,7 +136,8 @@ class Filesystem:
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
         _check_name(name)
-        return self._tell(await self._backend.call(Lookup(parent, name)), parent)
+        epoch = self._backend.epoch
+        return self._tell(await self._backend.call(Lookup(parent, name)), epoch, parent)
 
     def forget(self, inodes: Iterable[int]) -> None:
         """The kernel dropped what it knew of these inodes."""
@@ -151,16 +152,19 @@ class Filesystem:
         block = self._open_blocks.get(inode)
         if block is not None:
             return block.attr
-        return self._tell(await self._backend.call(GetAttr(inode)))
+        epoch = self._backend.epoch
+        return self._tell(await self._backend.call(GetAttr(inode)), epoch)
 
-    def _tell(self, attr: Attr, parent: int = 0) -> Attr:
-        """The attributes that the kernel gets; remembers what it was told."""
+    def _tell(self, attr: Attr, epoch: int, parent: int = 0) -> Attr:
+        """The attributes that the kernel gets, from the answer to a request that was sent at
+        ``epoch``; remembers what the kernel was told."""
         if attr.is_block:
             known = self._seen_blocks.get(attr.inode)
             self._seen_blocks.keep(attr.inode, (parent or (known[0] if known else 0), attr))
         elif attr.is_file:
             file = self._files.get(attr.inode)
             if file is not None:
+                file.absorb(attr, epoch)
                 return file.view()
             self._told.keep(attr.inode, (attr.size, attr.mtime_ns))
         return attr
@@ -176,7 +180,8 @@ class Filesystem:
             mtime_ns=changes.mtime_ns,
         )
         if changes.size is None and inode not in self._files:
-            return self._tell(await self._backend.repeat(request))
+            epoch = self._backend.epoch
+            return self._tell(await self._backend.repeat(request), epoch)
         async with self._held(inode) as file:
             await file.change(request)
             if changes.size is not None:
@@ -210,7 +215,8 @@ class Filesystem:
         request = Make(parent, name, mode, caller.uid, caller.gid, rdev, target)
         # Not repeated after a lost answer: a name that exists then may be somebody else's, and
         # programs use mkdir and O_EXCL as locks.
-        return self._tell(await self._backend.call(request), parent)
+        epoch = self._backend.epoch
+        return self._tell(await self._backend.call(request), epoch, parent)
 
     async def link(self, inode: int, parent: int, name: bytes) -> Attr:
         _check_name(name)
@@ -328,8 +334,7 @@ class Filesystem:
 
     async def _hold(self, inode: int) -> tuple[OpenFile, bool]:
         """Opens an inode at the service; True if it is as the kernel was told last."""
-        file = self._files.get(inode)
-        epoch = 0 if file is None else file.epoch
+        epoch = self._backend.epoch
         attr: Attr = await self._backend.call(OpenInode(inode))
         if attr.is_block or not attr.is_file:
             await self._backend.call(CloseInode(inode))
@@ -450,10 +455,10 @@ class Filesystem:
     async def readdir(self, handle: int, position: int) -> list[DirectoryEntry]:
         """The next entries after ``position`` (0: from the start), none at the end."""
         directory = self._directory(handle)
+        epoch = self._backend.epoch
         entries = await directory.read(position)
-        return [
-            DirectoryEntry(e.position, e.name, self._tell(e.attr, directory.inode)) for e in entries
-        ]
+        parent = directory.inode
+        return [e._replace(attr=self._tell(e.attr, epoch, parent)) for e in entries]
 
     def _directory(self, handle: int) -> OpenDirectory:
         opened = self._handles[handle]
