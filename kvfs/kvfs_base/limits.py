@@ -154,7 +154,7 @@ try to reconnect."""
 
 RETRY_SECONDS = 10.0
 """Clients wait this long for a metadata service that is restarting. Loading 1 M blocks takes about
-3 s."""
+4 s."""
 
 NAMESPACES_MAX = 65_536
 """KV namespaces; each costs about 1 KiB of memory before it holds a block."""

@@ -121,15 +121,12 @@ class BlockIndex:
         for key, value in scan(read, records.NAMESPACE):
             record = records.decode_namespace(value)
             self.add_namespace(KVNamespace(records.number_at(key), record.path, record.layout))
-        blocks = [
-            _block(records.number_at(key), records.unpack_block(value))
-            for key, value in scan(read, records.BLOCK)
-        ]
+        blocks = [_block(key, value) for key, value in scan(read, records.BLOCK)]
         # Blocks of one batch share their last use; their inodes grow along the prefix, and the
-        # end of a prefix counts as older.
-        blocks.sort(key=lambda block: (block.last_use_ns, -block.inode))
-        for block in blocks:
-            self.insert([block])
+        # end of a prefix counts as older. Two sorts by plain numbers beat one by pairs.
+        blocks.sort(key=_inode_of)
+        blocks.sort(key=operator.attrgetter("last_use_ns"), reverse=True)
+        self.insert(blocks)
 
     def add_namespace(self, namespace: KVNamespace) -> None:
         self.namespaces[namespace.inode] = namespace
@@ -208,14 +205,8 @@ class BlockIndex:
 _inode_of = operator.attrgetter("inode")
 
 
-def _block(inode: int, value: BlockValue) -> Block:
+def _block(key: bytes, value: bytes) -> Block:
+    namespace, size, crc32c, chain, created_ns, last_use_ns, name = records.unpack_block(value)
     return Block(
-        inode=inode,
-        namespace=value.namespace,
-        key=value.key,
-        size=value.size,
-        crc32c=value.crc32c,
-        chain=value.chain,
-        created_ns=value.created_ns,
-        last_use_ns=value.last_use_ns,
+        records.number_at(key), namespace, name, size, crc32c, chain, created_ns, last_use_ns
     )
