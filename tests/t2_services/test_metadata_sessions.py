@@ -8,7 +8,7 @@ from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from t2_services.metadata_rig import ROOT, Rig
+from t2_services.metadata_rig import FILE, ROOT, Rig
 
 ONE, TWO = b"session-one-....", b"session-two-...."
 GRACE = limits.SESSION_GRACE_SECONDS
@@ -244,3 +244,15 @@ def test_a_connection_that_changes_its_session(rig: Rig) -> None:
     rig.work(GRACE + 0.01)
     assert is_gone(rig, inode)
     assert rig.statistics()["sessions"] == 1
+
+
+def test_a_file_can_be_opened_as_it_is_made(rig: Rig) -> None:
+    attach(rig, 1, ONE)
+    made = rig.call(m.Make(ROOT, b"f", FILE, open=True), 1)
+    again = rig.call(m.Make(ROOT, b"f", FILE, exclusive=False, open=True), 1)
+    assert again.inode == made.inode
+    rig.call(m.Unlink(ROOT, b"f"))
+    rig.call(m.CloseInode(made.inode), 1)
+    assert rig.attr(made.inode).nlink == 0
+    rig.call(m.CloseInode(made.inode), 1)
+    assert is_gone(rig, made.inode)
