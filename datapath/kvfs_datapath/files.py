@@ -241,7 +241,7 @@ class StripedFile:
     def _write_descriptor(
         self, descriptor: Descriptor, segment: _Segment, view: memoryview
     ) -> None:
-        # Before the first byte: a flush that comes between must find it.
+        # A flush that comes between finds the descriptor in use, and keeps this in mind.
         self._note_write(segment.number)
         done = 0
         try:
@@ -251,14 +251,17 @@ class StripedFile:
             raise disk_error(exc, 0) from exc
 
     def _write_remote(self, route: Route, segment: _Segment, view: memoryview) -> None:
-        self._note_write(segment.number)
-        for done in range(0, len(view), TRANSFER_BYTES):
-            part = view[done : done + TRANSFER_BYTES]
-            piece = m.Piece(*self._chunk(segment.number), segment.offset + done, len(part))
-            request = m.WritePieces(route.target_id, (piece,))
-            _raise_first(
-                self._client.pool.run(route.address, lambda c: c.call(request, [part]))  # noqa: B023
-            )
+        try:
+            for done in range(0, len(view), TRANSFER_BYTES):
+                part = view[done : done + TRANSFER_BYTES]
+                piece = m.Piece(*self._chunk(segment.number), segment.offset + done, len(part))
+                self._send_piece(route, m.WritePieces(route.target_id, (piece,)), part)
+        finally:
+            # Afterwards: a flush that came between has sealed what was there before.
+            self._note_write(segment.number)
+
+    def _send_piece(self, route: Route, request: m.WritePieces, part: memoryview) -> None:
+        _raise_first(self._client.pool.run(route.address, lambda c: c.call(request, [part])))
 
     def _note_write(self, number: int) -> None:
         with self._lock:
@@ -276,8 +279,10 @@ class StripedFile:
             self._remove(first, end)
         if new_size % chunk_bytes:
             number = new_size // chunk_bytes
-            self._note_write(number)
-            self._patiently(number, self._cut, number, new_size % chunk_bytes)
+            try:
+                self._patiently(number, self._cut, number, new_size % chunk_bytes)
+            finally:
+                self._note_write(number)
 
     def _cut(self, route: Route, number: int, length: int) -> None:
         sized = m.SizedChunk(*self._chunk(number), length)
