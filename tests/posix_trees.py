@@ -168,14 +168,18 @@ class ServiceTree:
         return found
 
     def _parent(self, path: bytes) -> tuple[Attr, bytes]:
+        parent, name = self._folder(path)
+        if len(name) > 255:
+            raise OSErrorInKernel(errno.ENAMETOOLONG)
+        return parent, name
+
+    def _folder(self, path: bytes) -> tuple[Attr, bytes]:
         folder, _, name = path.rpartition(b"/")
         parent = self._walk(folder)
         if stat.S_ISLNK(parent.mode):
             raise OSErrorInKernel(errno.ENOENT)
         if not parent.is_dir:
             raise OSErrorInKernel(errno.ENOTDIR)
-        if len(name) > 255:
-            raise OSErrorInKernel(errno.ENAMETOOLONG)
         return parent, name
 
     def clear(self) -> None:
@@ -235,8 +239,12 @@ class ServiceTree:
 
     def rename(self, path: bytes, new: bytes, flags: int) -> Answer:
         def body() -> None:
-            parent, name = self._parent(path)
-            new_parent, new_name = self._parent(new)
+            # The kernel walks to both folders, then looks up the old name, then the new one.
+            parent, name = self._folder(path)
+            new_parent, new_name = self._folder(new)
+            self._call(m.Lookup(parent=parent.inode, name=name))
+            if len(new_name) > 255:
+                raise OSErrorInKernel(errno.ENAMETOOLONG)
             self._call(
                 m.Rename(
                     parent=parent.inode,

@@ -258,10 +258,10 @@ class FileTree:
         self._refuse_block(request.inode)
         parent = self.load_parent(tx.kv, request.parent)
         record = load(tx.kv, request.inode)
-        if record.is_dir:
-            raise NotPermitted(reason="directories have one name")
         if child(tx.kv, parent.inode, request.name) is not None:
             raise EntryExists(request.name)
+        if record.is_dir:
+            raise NotPermitted(reason="directories have one name")
         if record.nlink == 0:  # unlinked while open: its name is gone for good
             raise EntryNotFound(request.name)
         _add_link(record)
