@@ -142,7 +142,7 @@ class DataSession:
     def _handle(self, body: bytes) -> _Answer:
         try:
             request = _requests.decode(body)
-        except msgspec.MsgspecError as exc:
+        except frames.UNDECODABLE as exc:
             raise ProtocolError(detail=str(exc)) from exc
         store = self._targets.find(request.target_id)
         answer = self._handlers[type(request)](store, request)

@@ -63,7 +63,7 @@ def load_identity(disk: Disk, uuid: str) -> TargetIdentity:
         if found != FORMAT:
             raise VersionMismatch(detail="target directory", found=str(found), expected=str(FORMAT))
         return msgspec.json.decode(data, type=TargetIdentity)
-    except msgspec.MsgspecError as exc:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise TargetFailed(detail=f"{IDENTITY}: {exc}") from exc
 
 

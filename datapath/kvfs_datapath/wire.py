@@ -73,5 +73,5 @@ def decode_reply(header: FrameHeader, body: bytes, request: Request) -> Any:
         decoder = _decoders[reply_type] = msgspec.msgpack.Decoder(reply_type)
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as exc:
+    except frames.UNDECODABLE as exc:
         raise ProtocolError(detail=f"reply to {type(request).__name__}: {exc}") from exc

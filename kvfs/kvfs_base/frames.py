@@ -62,6 +62,9 @@ class Frame:
     body: bytes
 
 
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What decoding a stranger's bytes may raise: msgspec lets the error of invalid UTF-8 through."""
+
 _encoder = msgspec.msgpack.Encoder()
 _error_decoder = msgspec.msgpack.Decoder(ErrorBody)
 
@@ -85,7 +88,7 @@ def encode_error(request_id: int, error: BaseException) -> bytes:
 def decode_error(body: bytes) -> KvfsError:
     try:
         error = _error_decoder.decode(body)
-    except msgspec.MsgspecError as exc:
+    except UNDECODABLE as exc:
         return ProtocolError(detail=f"error body: {exc}")
     return from_wire(error.code, error.data)
 

@@ -103,7 +103,7 @@ class RpcServer:
             try:
                 requests.append(self._decoder.decode(frame.body))
                 places.append(place)
-            except msgspec.MsgspecError as exc:
+            except frames.UNDECODABLE as exc:
                 answers[place] = frames.encode_error(
                     frame.request_id, ProtocolError(detail=str(exc))
                 )
@@ -130,7 +130,7 @@ def _decode_reply(frame: Frame, request: Request) -> Any:
         raise frames.decode_error(frame.body)
     try:
         return _reply_decoder(type(request)).decode(frame.body)
-    except msgspec.MsgspecError as exc:
+    except frames.UNDECODABLE as exc:
         raise ProtocolError(detail=f"reply to {type(request).__name__}: {exc}") from exc
 
 

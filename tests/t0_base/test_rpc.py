@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -33,6 +34,18 @@ class Fail(Request, tag="fail"):
 
 class Hang(Request, tag="hang"):
     Reply: ClassVar = int
+
+
+class Said(Request, tag="say"):
+    Reply: ClassVar = None
+    text: str
+
+
+class Say(Request, tag="say"):
+    """As Said, with bytes of the test's choice."""
+
+    Reply: ClassVar = None
+    text: msgspec.Raw
 
 
 class Unserved(Request, tag="unserved"):
@@ -81,7 +94,7 @@ def run(body: Body, *, clock: Any = None, hanging: int = 0) -> None:
     async def main() -> None:
         network = MemoryNetwork()
         calculator = Calculator()
-        server = RpcServer(network, Double | Fail | Hang, calculator)
+        server = RpcServer(network, Double | Fail | Hang | Said, calculator)
         async with trio.open_nursery() as nursery:
             await nursery.start(server.serve, ADDRESS)
             async with RpcClient(network, ADDRESS) as client:
@@ -123,6 +136,17 @@ def test_errors_arrive_as_what_they_are() -> None:
         with pytest.raises(EntryNotFound) as info:
             await client.call(Fail(b"x"))
         assert info.value.name == b"x"
+        assert await client.call(Double(1)) == 2
+
+    run(body)
+
+
+def test_text_that_is_no_text_fails_alone() -> None:
+    """msgspec raises UnicodeDecodeError for it: one frame must not end the service."""
+
+    async def body(client: RpcClient, _: Calculator) -> None:
+        with pytest.raises(ProtocolError):
+            await client.call(Say(msgspec.Raw(b"\xa2\xff\xff")))
         assert await client.call(Double(1)) == 2
 
     run(body)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from agent_fakes import MemoryChunks, MemoryMetadata
@@ -629,7 +630,17 @@ def test_a_connection_that_speaks_nonsense_is_closed(agent: RunningAgent, data: 
     assert agent.peer().call(AgentStatistics())["sessions"] == 1
 
 
-@pytest.mark.parametrize("body", [None, ["no_such_request"], ["get_blocks", -1, b""], [b"\xff"]])
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        ["no_such_request"],
+        ["get_blocks", -1, b""],
+        [b"\xff"],
+        ["open_namespace", msgspec.Raw(b"\xa2\xff\xff")],
+    ],
+    ids=repr,
+)
 def test_a_request_that_cannot_be_decoded_gets_an_error(agent: RunningAgent, body: Any) -> None:
     connection = agent.env.blocking_network.connect(agent.address, 5.0)
     connection.set_timeout(10.0)

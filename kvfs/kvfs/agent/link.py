@@ -129,7 +129,7 @@ def _decode(frame: Frame, request_type: type[Request]) -> Any:
         raise frames.decode_error(frame.body)
     try:
         return _decoder(request_type).decode(frame.body)
-    except msgspec.MsgspecError as exc:
+    except frames.UNDECODABLE as exc:
         raise ProtocolError(detail=f"reply to {request_type.__name__}: {exc}") from exc
 
 

@@ -225,7 +225,7 @@ class _ClientConnection:
         try:
             try:
                 request = _decoder.decode(frame.body)
-            except msgspec.MsgspecError as exc:
+            except frames.UNDECODABLE as exc:
                 raise ProtocolError(detail=str(exc)) from exc
             if isinstance(request, Hello):
                 reply, descriptors = self._hello(request)
