@@ -234,8 +234,8 @@ STAGING_ROUND_BYTES = 4 * TRANSFER_BYTES
 agent writes the one before."""
 
 AGENT_WRITE_THREADS = 8
-"""Portions of puts (TRANSFER_BYTES each) that an agent copies, sums and writes side by side, besides
-one in the thread of each connection: two rounds of four."""
+"""Portions of puts (TRANSFER_BYTES each) that an agent copies, sums and writes side by side,
+besides one in the thread of each connection: two rounds of four."""
 
 LEASES_PER_CLIENT_MAX = 65_536
 """Batches a client may hold at once: bytes of its lease board. A lease of one block costs the agent
