@@ -215,6 +215,7 @@ class ChunkClient:
                 except KvfsError as exc:
                     if isinstance(exc, _UNREACHABLE):
                         lane.failure = exc
+                        self.router.doubt()
                     answers = [exc] * len(portion)
             for index, answer in zip(indexes, answers, strict=True):
                 results[index] = answer

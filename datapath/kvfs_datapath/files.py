@@ -414,6 +414,7 @@ class StripedFile:
             try:
                 return action(self._client.router.route(chain), *arguments)
             except (NoTarget, ConnectionLost):
+                self._client.router.doubt()
                 self._closed.wait(FILE_RETRY_PAUSE_SECONDS)
         return action(self._client.router.route(chain), *arguments)
 

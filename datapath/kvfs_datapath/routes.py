@@ -38,13 +38,20 @@ class Router:
         self._host_id = host_id
         self._prefer = prefer
         self._table: tuple[ClusterMap | None, dict[int, Route]] = (None, {})
+        self._doubtful = False
+
+    def doubt(self) -> None:
+        """A server did not answer where the map has it: it may have moved."""
+        self._doubtful = True
 
     def routes(self, chains: set[int]) -> dict[int, Route]:
-        """A route for each chain that has one. Asks for the map again, once, if one has none."""
+        """A route for each chain that has one. Asks for the map again, once, if one has none or
+        the map is in doubt."""
         routes = self._routes(self._cluster.current())
-        if chains - routes.keys():
+        if self._doubtful or chains - routes.keys():
             try:
                 routes = self._routes(self._cluster.refresh())
+                self._doubtful = False
             except KvfsError:
                 pass  # what is known will do; the rest has no target
         return {chain: routes[chain] for chain in chains if chain in routes}

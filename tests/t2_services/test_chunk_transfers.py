@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kvfs_base import frames
+from kvfs_base.cluster import ClusterMap
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
@@ -37,7 +38,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath import server as server_module
 from kvfs_datapath import session as session_module
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient, ChunkRead, ChunkWrite
+from kvfs_datapath.client import ChunkClient, ChunkRead, ChunkWrite, ClusterSource
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of, path_of
 from t2_services.chunk_cluster import (
@@ -329,6 +330,37 @@ def test_a_restarted_server_goes_on(real: Cluster) -> None:
     real.metadata.wait_for_beats(1)
     assert client.read_chunks(reads_of(writes)) == [None] * 9
     assert real.metadata.report(2).healthy
+
+
+class Remembering:
+    """A source that asks only when it is told to, as a node's view of the cluster does."""
+
+    def __init__(self, source: ClusterSource) -> None:
+        self._source = source
+        self._map = source.current()
+
+    def current(self) -> ClusterMap:
+        return self._map
+
+    def refresh(self) -> ClusterMap:
+        self._map = self._source.refresh()
+        return self._map
+
+
+def test_a_server_that_moved_is_found_again(tmp_path: Path) -> None:
+    with running("os", "tcp", tmp_path) as cluster:
+        client = ChunkClient(cluster.env, Remembering(cluster.metadata), prefer="tcp")
+        writes = make_writes([5000] * 9)
+        assert client.write_chunks(writes) == [None] * 9
+        cluster.servers[2].stop()
+        cluster.start_server(2)  # on another port
+        cluster.metadata.wait_for_beats(1)
+        assert {type(r) for r in client.read_chunks(reads_of(writes))} <= {
+            type(None),
+            ConnectionLost,
+        }
+        assert client.read_chunks(reads_of(writes)) == [None] * 9
+        client.close()
 
 
 @pytest.mark.parametrize("cut_after", [1, 30, 20_000])
