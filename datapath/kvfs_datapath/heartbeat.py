@@ -110,6 +110,7 @@ class Housekeeping:
             free_bytes=min(capacity, usage.free_bytes),
             healthy=store.healthy,
             removed_seq=removed,
+            volume="" if self._config.capacity_bytes else usage.volume,
         )
 
     def _obey(self, reply: HeartbeatReply) -> None:

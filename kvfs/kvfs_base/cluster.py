@@ -61,6 +61,9 @@ class TargetReport(msgspec.Struct, array_like=True, frozen=True):
     healthy: bool
     removed_seq: U64
     """Removals up to and including this number are done."""
+    volume: ShortText = ""
+    """Targets of one host with the same volume share its space, which counts once; empty where the
+    target has a share of its own."""
 
 
 class Removal(msgspec.Struct, array_like=True, frozen=True):

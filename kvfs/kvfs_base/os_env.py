@@ -242,9 +242,10 @@ class OsDisk:
     def usage(self) -> DiskUsage:
         try:
             st = os.statvfs(self._root)
+            device = os.stat(self._root).st_dev
         except OSError as exc:
             raise _disk_error(exc, self._root) from exc
-        return DiskUsage(st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize)
+        return DiskUsage(st.f_blocks * st.f_frsize, st.f_bavail * st.f_frsize, f"dev{device:x}")
 
 
 # --- control network

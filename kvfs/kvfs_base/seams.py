@@ -31,6 +31,8 @@ class Clock(Protocol):
 class DiskUsage:
     capacity_bytes: int
     free_bytes: int
+    volume: str = ""
+    """Equal for directories of one file system; empty where that is unknown."""
 
 
 class DiskFile(Protocol):

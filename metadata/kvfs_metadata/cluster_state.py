@@ -9,7 +9,7 @@ not look like the loss of all disks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 from kvfs_base.cluster import (
@@ -219,7 +219,19 @@ class ClusterState:
     # --- space
 
     def disk_capacity_bytes(self) -> int:
-        return sum(entry.record.capacity_bytes for entry in self._by_id.values())
+        """What the targets hold; a volume that several of them share counts once."""
+        return sum(max(e.record.capacity_bytes for e in group) for group in self._volumes())
+
+    def disk_free_bytes(self) -> int:
+        return sum(max(e.free_bytes for e in group) for group in self._volumes())
+
+    def _volumes(self) -> Iterable[list[_TargetEntry]]:
+        volumes: dict[tuple[str, str], list[_TargetEntry]] = {}
+        for entry in self._by_id.values():
+            record = entry.record
+            name = (record.host_id, record.volume) if record.volume else ("", entry.uuid)
+            volumes.setdefault(name, []).append(entry)
+        return volumes.values()
 
     def missing_bytes(self) -> int:
         """How much the target that is worst off lacks of what it keeps free, not counting what it
@@ -254,6 +266,7 @@ def _record(target_id: int, request: Heartbeat, report: TargetReport) -> TargetR
         unix=request.unix,
         tcp=request.tcp,
         capacity_bytes=report.capacity_bytes,
+        volume=report.volume,
     )
 
 

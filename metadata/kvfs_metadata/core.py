@@ -250,9 +250,10 @@ class MetadataCore:
 
     def _statfs(self, kv: KVRead, request: m.StatFs) -> m.FilesystemStats:
         usage = records.unpack_usage(kv.get(records.USAGE_KEY))
+        used = self.blocks.used_bytes(kv)
         return m.FilesystemStats(
-            capacity_bytes=self.capacity_bytes(),
-            used_bytes=self.blocks.used_bytes(kv),
+            capacity_bytes=min(self.capacity_bytes(), used + self.cluster.disk_free_bytes()),
+            used_bytes=used,
             inodes=usage.inodes + len(self.index.by_inode),
         )
 

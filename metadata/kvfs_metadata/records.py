@@ -183,6 +183,7 @@ class TargetRecord(msgspec.Struct, array_like=True, frozen=True):
     unix: Address | None
     tcp: Address | None
     capacity_bytes: U64
+    volume: str = ""
 
 
 class ChainRecord(msgspec.Struct, array_like=True, frozen=True):

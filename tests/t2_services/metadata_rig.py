@@ -79,8 +79,9 @@ class Rig:
         healthy: bool = True,
         removed_seq: int = 0,
         server: str = "server-1",
+        volume: str = "",
     ) -> HeartbeatReply:
-        report = TargetReport(uuid, capacity, free, healthy, removed_seq)
+        report = TargetReport(uuid, capacity, free, healthy, removed_seq, volume)
         return self.call(Heartbeat(server, "host-1", None, None, (report,)))
 
     # --- shorthands

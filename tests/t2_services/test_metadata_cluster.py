@@ -203,3 +203,14 @@ def test_a_chain_of_a_lost_target_still_gets_its_removals(rig: Rig) -> None:
     rig.clock.advance(1000)
     rig.call(m.RemoveBlocks(namespace, keys([1])))
     assert rig.removals() == [(1, inode)]
+
+
+def test_targets_on_one_file_system_hold_what_it_holds_once(rig: Rig) -> None:
+    for uuid in ("a", "b", "c"):
+        rig.heartbeat(uuid, capacity=1000, free=400, volume="dev1")
+    stats = rig.call(m.StatFs())
+    assert (stats.capacity_bytes, stats.used_bytes) == (400, 0)
+    rig.heartbeat("d", capacity=1000, free=1000, volume="dev2")
+    rig.heartbeat("e", capacity=100, free=100)  # a share of its own
+    assert rig.call(m.StatFs()).capacity_bytes == 400 + 1000 + 100
+    assert rig.call(m.Statistics())["capacity_bytes"] == int(0.9 * 2100)
