@@ -1,12 +1,14 @@
 """``kvfs bench``: the paths that users take, each beside its limit in the same run.
 
-Every row is measured in rounds: the limit, then kvfs, then the limit again ..., so that a disk
-whose speed drifts moves both. Reported are medians over the rounds, and of the per-round ratios.
+Every row is measured in rounds: the limit, kvfs, the limit, kvfs, ..., the limit. A round's figure
+is held against the better of the limits before and after it, so that a disk whose speed drifts does
+not flatter. Reported are medians over the rounds, and of the per-round ratios.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import mmap
 import os
@@ -78,6 +80,23 @@ def seconds(body: Callable[[], object], repeats: int = 1) -> float:
     for _ in range(repeats):
         body()
     return (time.perf_counter() - start) / repeats
+
+
+def interleave(
+    rounds: int,
+    limit: Callable[[], float],
+    figure: Callable[[], float],
+    better: Callable[[float, float], float] = max,
+) -> list[tuple[float, float]]:
+    """(figure, limit) of each round."""
+    pairs = []
+    before = limit()
+    for _ in range(rounds):
+        value = figure()
+        after = limit()
+        pairs.append((value, better(before, after)))
+        before = after
+    return pairs
 
 
 def drop_page_cache() -> None:
@@ -189,12 +208,12 @@ class Bench:
 
         get()
         echo = Echo(request_bytes=32 * batch + 64, reply_bytes=24 * batch + 64)
-        pairs = []
-        repeats = 200
-        for _ in range(self.rounds):
-            limit = seconds(echo.call, repeats)
-            value = seconds(get, repeats)
-            pairs.append((1e6 * value / batch, 1e6 * limit / batch))
+        pairs = interleave(
+            self.rounds,
+            lambda: seconds(echo.call, 200) * 1e6 / batch,
+            lambda: seconds(get, 200) * 1e6 / batch,
+            min,
+        )
         echo.close()
         return Row.of(
             f"API get, warm arena, zero copy, batch {batch}",
@@ -209,18 +228,18 @@ class Bench:
         self.match_namespace().put(keys, [bytes(64)] * MATCH_KEYS)
         namespace = self.match_namespace()
         echo = Echo(request_bytes=32 * MATCH_KEYS + 64, reply_bytes=64)
-        pairs = []
-        repeats = 20
 
         def match() -> None:
             if namespace.match(keys) != MATCH_KEYS:
                 raise RuntimeError("a stored key did not match")
 
         match()
-        for _ in range(self.rounds):
-            limit = seconds(echo.call, repeats)
-            value = seconds(match, repeats)
-            pairs.append((1e3 * value, 1e3 * limit))
+        pairs = interleave(
+            self.rounds,
+            lambda: seconds(echo.call, 20) * 1e3,
+            lambda: seconds(match, 20) * 1e3,
+            min,
+        )
         echo.close()
         return Row.of(
             f"match of {MATCH_KEYS} keys at the client",
@@ -240,14 +259,17 @@ class Bench:
         folder.mkdir()
         for number, path in enumerate(self._backing(self.keys)):
             os.link(path, folder / str(number))
-        pairs = []
-        for _ in range(self.rounds):
-            limit = fio_read(str(folder), self.total_bytes, self.block_bytes)
+
+        def cold() -> float:
             before = self.client.statistics()["arena_hits"]
-            value = seconds(self._get_everything)
+            taken = seconds(self._get_everything)
             if self.client.statistics()["arena_hits"] != before:
                 raise RuntimeError("a block came from the arena")
-            pairs.append((self.total_bytes / value / 1e9, limit))
+            return self.total_bytes / taken / 1e9
+
+        pairs = interleave(
+            self.rounds, lambda: fio_read(str(folder), self.total_bytes, self.block_bytes), cold
+        )
         shutil.rmtree(folder)
         return Row.of(
             "API get, cold from disk, verified",
@@ -269,19 +291,21 @@ class Bench:
         disk with O_DIRECT into new files of the same size."""
         count = min(len(self.keys), 128)
         data = [os.urandom(self.block_bytes) for _ in range(8)]
-        pairs = []
-        for turn in range(self.rounds):
-            keys = kvfs.block_keys(range(count), 1, salt=b"put%d" % turn)
-            limit = self._write_limit(count)
+        turns = itertools.count()
 
-            def put(keys: list[bytes] = keys) -> None:
+        def put() -> float:
+            keys = kvfs.block_keys(range(count), 1, salt=b"put%d" % next(turns))
+
+            def store() -> None:
                 for first in range(0, count, BATCH):
                     batch = keys[first : first + BATCH]
                     self.namespace.put(batch, [data[i % 8] for i in range(len(batch))])
 
-            value = seconds(put)
+            taken = seconds(store)
             self.namespace.remove(keys)
-            pairs.append((count * self.block_bytes / value / 1e9, limit))
+            return count * self.block_bytes / taken / 1e9
+
+        pairs = interleave(self.rounds, lambda: self._write_limit(count), put)
         return Row.of(
             "API put, whole blocks", "GB/s", pairs, "", f"O_DIRECT files, {READ_THREADS} threads"
         )
@@ -311,20 +335,17 @@ class Bench:
         keys = self.keys[: 256 * MIB // self.block_bytes]
         mounted, backing = self._mounted(keys), self._backing(keys)
         buffer = mmap.mmap(-1, 4 * self.block_bytes)
-        pairs = []
+        size = len(keys) * self.block_bytes
+
+        def read(paths: Sequence[str]) -> float:
+            if not warm:
+                drop_page_cache()
+            return size / seconds(lambda: read_files(paths, 4, buffer, self.block_bytes)) / 1e9
+
         if warm:
-            read_files(mounted, 4, buffer, self.block_bytes)
-            read_files(backing, 4, buffer, self.block_bytes)
-        size = len(mounted) * self.block_bytes
-        for _ in range(self.rounds):
-            taken = []
-            for paths in (backing, mounted):
-                if not warm:
-                    drop_page_cache()
-                taken.append(
-                    seconds(lambda p=paths: read_files(p, 4, buffer, self.block_bytes))  # type: ignore[misc]
-                )
-            pairs.append((size / taken[1] / 1e9, size / taken[0] / 1e9))
+            read(mounted)
+            read(backing)
+        pairs = interleave(self.rounds, lambda: read(backing), lambda: read(mounted))
         return Row.of(
             f"mount, read block files, {'warm' if warm else 'cold'}",
             "GB/s",
