@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ChunkNotFound,
     Conflict,
@@ -39,7 +40,6 @@ from kvfs_base.seams import Env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.connections import ConnectionPool
-from kvfs_datapath.counters import Counters
 from kvfs_datapath.descriptors import DescriptorCache
 from kvfs_datapath.routes import ClusterSource, Route, Router
 from kvfs_datapath.transfers import (

@@ -11,13 +11,13 @@ import logging
 import threading
 
 from kvfs_base.cluster import Heartbeat, HeartbeatReply, Removal, TargetOrders, TargetReport
+from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError
 from kvfs_base.limits import HEARTBEAT_SECONDS, TARGET_LEASE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient
 from kvfs_base.seams import DiskUsage, Env
 from kvfs_base.types import Address
 from kvfs_datapath.config import ChunkServerConfig
-from kvfs_datapath.counters import Counters
 from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.targets import Targets
 

@@ -10,6 +10,7 @@ import logging
 import threading
 import uuid
 
+from kvfs_base.counters import Counters
 from kvfs_base.errors import ConnectionLost, KvfsError
 from kvfs_base.limits import (
     CONNECTIONS_MAX,
@@ -22,7 +23,6 @@ from kvfs_base.seams import Connection, Env, Listener
 from kvfs_base.types import Address
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.config import ChunkServerConfig
-from kvfs_datapath.counters import Counters
 from kvfs_datapath.heartbeat import Housekeeping
 from kvfs_datapath.session import DataSession
 from kvfs_datapath.store import ChunkStore

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from kvfs_base import frames
+from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
@@ -31,7 +32,6 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.counters import Counters
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.store import ChunkStore, StagedChunk
 from kvfs_datapath.targets import Targets

@@ -9,23 +9,22 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from api_cluster import MetadataThread
 from kvfs_base.cluster import Heartbeat, TargetReport
 from kvfs_base.os_env import os_env
 from kvfs_base.rpc import Request
 from kvfs_base.types import Address, Attr
 from kvfs_metadata.client import BlockingMetadataClient
 from kvfs_metadata.config import MetadataConfig
-from kvfs_metadata.service import serve_metadata
 from posix_trees import RENAME_EXCHANGE, RENAME_NOREPLACE, KernelTree, ServiceTree
 
 EXAMPLES = int(os.environ.get("KVFS_MODEL_EXAMPLES", "200"))
@@ -163,29 +162,12 @@ def check(call: Any, examples: int) -> None:
 
 
 @pytest.fixture
-def service() -> Iterator[Address]:
+def service(tmp_path: Path) -> Iterator[Address]:
     """The metadata service on LMDB behind a Unix socket, in a thread of its own."""
-    ready = threading.Event()
-    stop: list[Any] = []
-    with tempfile.TemporaryDirectory(prefix="kvfs-model-") as folder:
-        address = Address.unix(f"{folder}/metadata.sock")
-        config = MetadataConfig(directory=f"{folder}/metadata", unix=address)
-
-        async def main() -> None:
-            async with trio.open_nursery() as nursery:
-                await nursery.start(serve_metadata, os_env(), config)
-                token = trio.lowlevel.current_trio_token()
-                stop.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
-                ready.set()
-                await trio.sleep_forever()
-
-        thread = threading.Thread(target=trio.run, args=(main,))
-        thread.start()
-        assert ready.wait(20)
-        yield address
-        stop[0]()
-        thread.join(20)
-        assert not thread.is_alive()
+    address = Address.unix(str(tmp_path / "metadata.sock"))
+    thread = MetadataThread(MetadataConfig(directory=str(tmp_path / "metadata"), unix=address))
+    yield address
+    thread.stop()
 
 
 class Caller:

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Sequence
 
 from kvfs.agent.backends import Chunks, MetadataCalls
-from kvfs.agent.counters import Counters
 from kvfs.agent.messages import GRANTED, NO_BLOCK, GetBlocks, Granted, split_keys
 from kvfs.agent.session import Session
 from kvfs.agent.space import Space
+from kvfs_base.counters import Counters
 from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError
 from kvfs_base.limits import LOAD_WAIT_SECONDS, PAGE_BYTES
 from kvfs_base.seams import Clock

@@ -17,7 +17,7 @@ import msgspec
 
 from kvfs.agent.backends import Chunks, MetadataCalls
 from kvfs.agent.config import AgentConfig
-from kvfs.agent.counters import Counters
+from kvfs.agent.counters import COUNTERS
 from kvfs.agent.messages import (
     AbortPut,
     AgentRequest,
@@ -37,6 +37,7 @@ from kvfs.agent.session import Session, Sessions
 from kvfs.agent.space import Space
 from kvfs.agent.writes import BlockWriter
 from kvfs_base import frames
+from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ConnectionLost,
     InvalidRequest,
@@ -85,7 +86,7 @@ class Agent:
         self._dial_metadata = dial_metadata or (
             lambda: BlockingMetadataClient(env, config.metadata)
         )
-        self._counters = Counters()
+        self._counters = Counters(*COUNTERS)
         self._arena = Arena.create(config.arena_bytes)
         self._cache = BlockCache(config.arena_bytes)
         self._sessions = Sessions(config, self._cache, env.rng.randbytes)

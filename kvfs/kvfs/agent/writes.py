@@ -15,10 +15,10 @@ import os
 
 from kvfs.agent.backends import Chunks, MetadataCalls
 from kvfs.agent.config import AgentConfig
-from kvfs.agent.counters import Counters
 from kvfs.agent.messages import STAGED, PreparePut, PutPlan, StageBlocks, split_keys
 from kvfs.agent.session import Put, Session
 from kvfs.agent.space import Space
+from kvfs_base.counters import Counters
 from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
 from kvfs_base.limits import AGENT_WRITE_THREADS, BLOCK_BYTES_MAX, TRANSFER_BYTES
 from kvfs_base.types import BlockInfo, ChunkId
