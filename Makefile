@@ -18,7 +18,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 comma := ,
 TEST_EXTRAS := fuse,test$(if $(filter 3.11,$(PYTHON_VERSION)),$(comma)llm)
 
-.PHONY: help setup demo demo-llm test test-only test-gpu lint format bench clean
+.PHONY: help setup demo demo-llm test test-only test-gpu lint format bench docs clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -53,6 +53,9 @@ test-gpu: $(VENV)/.stamp-gpu ## Tests that need a CUDA device
 bench: setup ## Measure against the machine's own limits
 	$(BIN)/kvfs bench
 
+docs: $(VENV)/.stamp-docs ## Build the documentation into site/
+	$(BIN)/mkdocs build --strict --quiet
+
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -78,6 +81,9 @@ $(VENV)/.stamp-llm: $(VENV)/.stamp-base
 
 $(VENV)/.stamp-test: $(VENV)/.stamp-base
 	$(call install,$(TEST_EXTRAS))
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-base
+	$(call install,fuse$(comma)test$(comma)docs)
 
 $(VENV)/.stamp-gpu: $(VENV)/.stamp-base
 	$(call install,fuse$(comma)test$(comma)gpu)
