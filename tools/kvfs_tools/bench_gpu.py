@@ -36,6 +36,13 @@ def _arena(size: int) -> tuple[HostMemory, Any]:
     return HostMemory.of(mapping), owner
 
 
+def device_name() -> str:
+    import cupy
+
+    name: bytes = cupy.cuda.runtime.getDeviceProperties(0)["name"]
+    return name.decode()
+
+
 def measure(size: int, rounds: int) -> list[dict[str, Any]]:
     """Rows of {path, fragment_bytes, gbps, limit_gbps, ratio}: medians over ``rounds``."""
     import cupy
@@ -133,7 +140,8 @@ def measure(size: int, rounds: int) -> list[dict[str, Any]]:
 @click.option("--arena-mib", type=click.IntRange(256), default=2048, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "json_path", help="Write the rows here too.")
-def bench_gpu(arena_mib: int, rounds: int, json_path: str | None) -> None:
+@click.option("--commit", default="", help="Recorded in the file: what was measured.")
+def bench_gpu(arena_mib: int, rounds: int, json_path: str | None, commit: str) -> None:
     """Measure loads from the arena into paged KV on a CUDA device."""
     rows = measure(arena_mib * MIB, rounds)
     for row in rows:
@@ -143,7 +151,8 @@ def bench_gpu(arena_mib: int, rounds: int, json_path: str | None) -> None:
             flush=True,
         )
     if json_path:
-        Path(json_path).write_text(json.dumps(rows, indent=1))
+        found = {"commit": commit, "device": device_name(), "rounds": rounds, "rows": rows}
+        Path(json_path).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
