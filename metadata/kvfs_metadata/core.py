@@ -251,8 +251,12 @@ class MetadataCore:
     def _statfs(self, kv: KVRead, request: m.StatFs) -> m.FilesystemStats:
         usage = records.unpack_usage(kv.get(records.USAGE_KEY))
         used = self.blocks.used_bytes(kv)
+        capacity = self.capacity_bytes()
+        if self.cluster.disk_capacity_bytes():
+            # Somebody else may have filled the disks.
+            capacity = min(capacity, used + self.cluster.disk_free_bytes())
         return m.FilesystemStats(
-            capacity_bytes=min(self.capacity_bytes(), used + self.cluster.disk_free_bytes()),
+            capacity_bytes=capacity,
             used_bytes=used,
             inodes=usage.inodes + len(self.index.by_inode),
         )
