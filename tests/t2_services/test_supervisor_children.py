@@ -129,10 +129,10 @@ def test_logs_are_bounded(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["x.log", "x.log.1"]
 
 
-def keeper(script: str, log_file: RotatingLog, lock: int, restarted: list[int]) -> _Keeper:
+def keeper(script: str, log_file: RotatingLog, lock: int) -> _Keeper:
     config = UpConfig(directory="/x", ready_seconds=DEADLINE_SECONDS, stop_seconds=DEADLINE_SECONDS)
     role = Role("x", argv(script), None)
-    return _Keeper(role, config, log_file, lock, lambda: restarted.append(1))
+    return _Keeper(role, config, log_file, lock)
 
 
 @pytest.mark.logs_warnings
@@ -141,11 +141,10 @@ async def test_a_role_that_crashes_is_started_again(
     log_file: RotatingLog, lock: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervise, "BACKOFF_SECONDS_MIN", 0.01)
-    restarted: list[int] = []
     changes: list[tuple[str, bool]] = []
     with trio.fail_after(DEADLINE_SECONDS):
         async with trio.open_nursery() as nursery:
-            kept = keeper(READY + WAIT, log_file, lock, restarted)
+            kept = keeper(READY + WAIT, log_file, lock)
             seen = trio.Event()
 
             def changed() -> None:
@@ -162,7 +161,7 @@ async def test_a_role_that_crashes_is_started_again(
             assert kept.state.pid not in (None, first)
             await kept.stop()
     assert changes == [("serving", True), ("restarting", False), ("serving", True)]
-    assert restarted == [1]
+    assert kept.state.restarts == 1
 
 
 @pytest.mark.logs_warnings
@@ -179,7 +178,7 @@ async def test_a_role_that_cannot_come_back_is_tried_again_until_it_is_stopped(
     )
     with trio.fail_after(DEADLINE_SECONDS):
         async with trio.open_nursery() as nursery:
-            kept = keeper(script, log_file, lock, [])
+            kept = keeper(script, log_file, lock)
             await nursery.start(kept.run, nursery, lambda: None)
             while kept.state.restarts < 3:
                 await trio.sleep(0.01)
@@ -193,7 +192,7 @@ async def test_a_first_start_that_fails_is_not_tried_again(
 ) -> None:
     with trio.fail_after(DEADLINE_SECONDS):
         async with trio.open_nursery() as nursery:
-            kept = keeper("raise SystemExit(4)", log_file, lock, [])
+            kept = keeper("raise SystemExit(4)", log_file, lock)
             with pytest.raises(RoleFailed) as caught:
                 await nursery.start(kept.run, nursery, lambda: None)
             await kept.stop()
@@ -202,7 +201,7 @@ async def test_a_first_start_that_fails_is_not_tried_again(
 
 @in_trio
 async def test_a_program_that_is_missing(log_file: RotatingLog, lock: int) -> None:
-    kept = keeper("", log_file, lock, [])
+    kept = keeper("", log_file, lock)
     kept.role = Role("x", ("/nonexistent/program",), None)
     async with trio.open_nursery() as nursery:
         with pytest.raises(RoleFailed, match="cannot start"):

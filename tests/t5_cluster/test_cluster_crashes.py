@@ -143,6 +143,39 @@ def restarts(own: Cluster, role: str) -> int:
     return found["roles"][role]["restarts"] if found["healthy"] else -1
 
 
+def test_while_the_mount_is_away_writers_get_errors(own: Cluster) -> None:
+    """They must not write into the directory below without noticing."""
+    own.up_in_foreground()
+    (own.mountpoint / "file").write_text("kept")
+    new = own.mountpoint / "new"
+    refused = []
+
+    def written() -> bool:
+        try:
+            new.write_text("x")
+        except OSError as exc:
+            refused.append(exc.errno)
+            return False
+        return os.path.ismount(own.mountpoint) and new.exists()
+
+    os.kill(own.pids()["mount"], signal.SIGKILL)
+    wait_until(written, "the mount")
+    assert refused
+    assert (own.mountpoint / "file").read_text() == "kept"
+
+
+def test_a_mount_comes_back_over_files(own: Cluster) -> None:
+    own.up_in_foreground()
+    (own.mountpoint / "file").write_text("kept")
+    os.kill(own.pids()["mount"], signal.SIGKILL)
+    subprocess.run(["umount", "--lazy", str(own.mountpoint)], check=True)
+    stray = own.mountpoint / "stray"
+    stray.write_text("below")
+    wait_until(lambda: os.path.ismount(own.mountpoint), "the mount")
+    wait_until((own.mountpoint / "file").exists, "its files")
+    assert not stray.exists()
+
+
 @pytest.mark.parametrize("depth", [120])
 def test_a_directory_with_a_long_name(tmp_path: Path, depth: int) -> None:
     """Sockets have 107 bytes for their names."""

@@ -15,6 +15,8 @@ class MountConfig:
     metadata: Address
     allow_other: bool = False
     """Other users may enter; permissions are checked by the kernel either way."""
+    allow_nonempty: bool = False
+    """Mount over a directory that has files; they are hidden for as long."""
     attribute_seconds: float = 1.0
     """How long the kernel may answer ``stat`` by itself."""
     entry_seconds: float = 1.0

@@ -71,21 +71,32 @@ def _load_frontend() -> types.ModuleType:
 
 
 async def _prepare(config: MountConfig) -> None:
-    """The mount point is free, if need be after removing what a killed mount left."""
+    """The mount point is free, or has what a killed mount left. That stays until we can mount: as
+    long as it is there nobody writes into the directory below without noticing."""
     system.check_fuse()
-    while (found := system.mounted_at(config.mountpoint)) is not None:
-        dead = False
-        if found.type == system.FILE_SYSTEM_TYPE:
-            with trio.move_on_after(PROBE_SECONDS):
-                dead = await trio.to_thread.run_sync(
-                    system.is_dead, config.mountpoint, abandon_on_cancel=True
-                )
-        if not dead:
-            detail = f"a file system of type {found.type} is mounted there"
-            raise MountPointBusy(detail=detail, mountpoint=config.mountpoint)
-        log.info("removing a dead mount from %s", config.mountpoint)
-        system.unmount(config.mountpoint, lazy=True)
-    system.check_mountpoint(config.mountpoint)
+    if system.mounted_at(config.mountpoint) is None:
+        system.check_mountpoint(config.mountpoint, may_have_files=config.allow_nonempty)
+    else:
+        await _check_dead(config.mountpoint)
+
+
+async def _check_dead(mountpoint: str) -> None:
+    """Raises MountPointBusy unless a kvfs lies there whose process is gone."""
+    found = system.mounted_at(mountpoint)
+    dead = False
+    if found is not None and found.type == system.FILE_SYSTEM_TYPE:
+        with trio.move_on_after(PROBE_SECONDS):
+            dead = await trio.to_thread.run_sync(system.is_dead, mountpoint, abandon_on_cancel=True)
+    if found is not None and not dead:
+        detail = f"a file system of type {found.type} is mounted there"
+        raise MountPointBusy(detail=detail, mountpoint=mountpoint)
+
+
+async def _remove_dead(mountpoint: str) -> None:
+    while system.mounted_at(mountpoint) is not None:
+        await _check_dead(mountpoint)
+        log.info("removing a dead mount from %s", mountpoint)
+        system.unmount(mountpoint, lazy=True)
 
 
 class _Mount:
@@ -141,6 +152,7 @@ class _Mount:
 
     async def _mount(self, filesystem: Filesystem, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
+        await _remove_dead(config.mountpoint)
         try:
             self._frontend.mount(filesystem, config)
         except RuntimeError as exc:

@@ -89,7 +89,7 @@ def check_fuse() -> None:
         raise FuseMissing(detail="fusermount3 is missing: install fuse3, or mount as root")
 
 
-def check_mountpoint(mountpoint: str) -> None:
+def check_mountpoint(mountpoint: str, *, may_have_files: bool = False) -> None:
     """Nothing is mounted there. Raises MountFailed or MountPointBusy."""
     try:
         mode = os.stat(mountpoint).st_mode
@@ -105,7 +105,7 @@ def check_mountpoint(mountpoint: str) -> None:
     except OSError as exc:
         detail = f"mount point cannot be read: {exc.strerror}"
         raise MountFailed(detail=detail, mountpoint=mountpoint) from exc
-    if names:
+    if names and not may_have_files:
         raise MountPointBusy(detail="mount point is not empty", mountpoint=mountpoint)
 
 

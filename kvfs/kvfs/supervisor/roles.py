@@ -77,8 +77,16 @@ def plan(
     agent = Address.unix(str(sockets / "agent.sock"))
     mount = None
     if config.mountpoint is not None:
+        # Emptiness was checked before the first start. What somebody wrote there while the mount
+        # was away must not keep it away.
         mount = role(
-            MOUNT, "mount", "mount", str(metadata), str(Path(config.mountpoint)), address=None
+            MOUNT,
+            "mount",
+            "mount",
+            str(metadata),
+            str(Path(config.mountpoint)),
+            "--allow-nonempty",
+            address=None,
         )
     return Roles(
         metadata=role(

@@ -49,14 +49,12 @@ class _Keeper:
         config: UpConfig,
         log_file: RotatingLog,
         lock: int,
-        before_restart: Callable[[], None],
     ) -> None:
         self.role = role
         self.state = RoleState(address=None if role.address is None else str(role.address))
         self._config = config
         self._log_file = log_file
         self._lock = lock
-        self._before_restart = before_restart
         self._stopping = trio.Event()
         self._child: Child | None = None
         self._pause = trio.CancelScope()
@@ -114,12 +112,9 @@ class _Keeper:
         self.state.pid = None
         self.state.restarts += 1
         changed()
-        await trio.to_thread.run_sync(self._before_restart)
         self._pause = trio.CancelScope()
-        # ``stop`` may have come while the thread ran and found no pause to cancel.
-        if not self._stopping.is_set():
-            with self._pause:
-                await trio.sleep(seconds)
+        with self._pause:
+            await trio.sleep(seconds)
 
     async def stop(self) -> None:
         """Ends the process; kills it if it does not end by itself in time."""
@@ -218,8 +213,7 @@ class Supervisor:
             log_file = RotatingLog(
                 self._home.log / f"{role.name}.log", limit=self._config.log_bytes
             )
-            is_mount = role is self._roles.mount
-            made = _Keeper(role, self._config, log_file, lock, self._detach if is_mount else _noop)
+            made = _Keeper(role, self._config, log_file, lock)
             self._keepers[role.name] = made
             return made
 
@@ -294,7 +288,3 @@ class Supervisor:
 
 def _is_serving(state: TargetState) -> bool:
     return state is not TargetState.OFFLINE
-
-
-def _noop() -> None:
-    pass
