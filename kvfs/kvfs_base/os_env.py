@@ -38,7 +38,7 @@ from kvfs_base.types import Address
 
 IOV_MAX = 1024
 SOCKET_BUFFER_BYTES = 4 * MIB
-"""Asked for on data connections: with 64 KiB a loopback pair stalls at half its rate."""
+"""Asked for on data connections: half a data request, so that sender and receiver overlap."""
 
 
 class SystemClock:

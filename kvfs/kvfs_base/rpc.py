@@ -9,8 +9,8 @@ A request is a msgspec struct that is a member of its service's union and names 
         inode: U64
 
 The server hands everything that one read of a connection brought to the handler at once and writes
-all answers with one system call. Per call that cut the cost from 260 us to about 40 us when calls
-are pipelined (measured on trio, two cores).
+all answers with one system call. A prototype on trio answered 25,000 pipelined calls a second that
+way, against 3,800 with a read and a write for each.
 """
 
 from __future__ import annotations
