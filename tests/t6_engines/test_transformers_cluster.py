@@ -55,7 +55,7 @@ def test_one_client_stores_another_one_loads(directory: Path) -> None:
     with kvfs.connect(directory) as one, kvfs.connect(directory) as two:
         writer = PrefixCache.open(one, model, **identity)
         cache = writer.new_cache()
-        model(ids[None], past_key_values=cache)
+        model(ids[None], cache=cache)
         assert writer.store(ids, cache) == 7
         assert writer.store(ids, cache) == 0
         reader = PrefixCache.open(two, model, **identity)

@@ -128,7 +128,7 @@ def prefill(model: Any, ids: list[int], cache: Any, pieces: int = 0) -> Any:
     step = pieces or len(ids)
     for start in range(0, len(ids), step):
         part = torch.tensor([ids[start : start + step]])
-        out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(part, cache=cache, use_cache=True, logits_to_keep=1)
     return out.logits[0, -1]
 
 
@@ -210,7 +210,7 @@ def test_generate_takes_the_restored_cache(
     cache, known = prefixes.load(prompt[0])
     assert known == 48
     settings = {"max_new_tokens": 10, "do_sample": False, "attention_mask": prompt * 0 + 1}
-    with_cache = model.generate(prompt, past_key_values=cache, **settings)
+    with_cache = model.generate(prompt, cache=cache, **settings)
     assert with_cache.tolist() == model.generate(prompt, **settings).tolist()
 
 
@@ -336,7 +336,7 @@ def test_wrong_caches_are_refused(model: Any) -> None:
     with pytest.raises(InvalidRequest, match="layers"):
         prefixes.store(ids, transformers.DynamicCache())
     cache = prefixes.new_cache()
-    model(torch.tensor([ids, ids]), past_key_values=cache)
+    model(torch.tensor([ids, ids]), cache=cache)
     with pytest.raises(InvalidRequest, match="batch"):
         prefixes.store(ids, cache)
 

@@ -167,7 +167,7 @@ class Worker:
                 progress(f"prefill: {start:,} of {len(ids):,} tokens")
             out = self.model(
                 torch.tensor([ids[start : start + PIECE_TOKENS]]),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )

@@ -4,11 +4,11 @@
     prefixes = PrefixCache.open(client, model, name=name, revision=commit)
 
     cache = prefixes.new_cache()
-    model(document, past_key_values=cache)                   # prefill, once
+    model(document, cache=cache)                     # prefill, once
     prefixes.store(document[0], cache)
 
-    cache, known = prefixes.load(prompt[0])                  # any process, any time later
-    model.generate(prompt, past_key_values=cache)            # computes prompt[known:] only
+    cache, known = prefixes.load(prompt[0])          # any process, any time later
+    model.generate(prompt, cache=cache)              # computes prompt[known:] only
 
 A block holds K and V of ``block_tokens`` tokens of *all* layers, also of those with a sliding
 window. Such a layer needs no more than its window to go on, but which tokens these are depends on
