@@ -66,9 +66,12 @@ def _unescape(field: bytes) -> bytes:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """The server of the mount there is gone. Blocks as long as a hanging server does."""
+    """The server of the mount there is gone. Blocks as long as a hanging server does.
+
+    Asked with statvfs, which the kernel never answers by itself; while attributes are cached, stat
+    succeeds on a mount whose server was killed."""
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)
     except OSError as exc:
         return exc.errno == errno.ENOTCONN
     return False
