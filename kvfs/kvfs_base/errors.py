@@ -40,6 +40,7 @@
         ├── ConnectionLost         EIO        temporary
         ├── DeadlineExceeded       ETIMEDOUT  temporary
         ├── Conflict               EAGAIN     temporary (a transaction lost its race)
+        ├── StoreUnavailable       EIO        temporary (the metadata store cannot be reached)
         ├── PrepareExpired         ESTALE     (the writer was taken for dead, its batch collected)
         ├── NoTarget               EIO        temporary (no chunk server is serving)
         ├── TargetFailed           EIO        (its disk failed; it is out of service)
@@ -389,6 +390,16 @@ class Conflict(ServiceError):
     detail: str = ""
     posix_errno = errno.EAGAIN
     wire_code = "conflict"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class StoreUnavailable(ServiceError):
+    """Whether a request that ends with it was carried out is unknown: clients repeat it under the
+    same number, of any server."""
+
+    detail: str = ""
+    wire_code = "store_unavailable"
     temporary = True
 
 

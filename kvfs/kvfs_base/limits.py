@@ -156,6 +156,13 @@ RETRY_SECONDS = 10.0
 """Clients wait this long for a metadata service that is restarting. Loading 1 M blocks takes about
 4 s."""
 
+ONCE_SLOTS = 256
+"""Changes that one client has on their way at the same time. The answer of each slot's last one is
+kept for ONCE_SECONDS: about 150 bytes, 38 KiB a client at worst."""
+
+ONCE_SECONDS = 600.0
+"""Clients repeat a request for RETRY_SECONDS; one that was suspended in between is given more."""
+
 NAMESPACES_MAX = 65_536
 """KV namespaces; each costs about 1 KiB of memory before it holds a block."""
 

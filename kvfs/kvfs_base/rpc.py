@@ -44,6 +44,10 @@ class Request(msgspec.Struct, array_like=True):
 
     Reply: ClassVar[Any] = None
 
+    def reply_type(self) -> Any:
+        """What the answer to this very request is."""
+        return self.Reply
+
 
 class Handler(Protocol):
     """A service behind an RpcServer."""
@@ -129,18 +133,18 @@ def _decode_reply(frame: Frame, request: Request) -> Any:
     if frame.kind is Kind.ERROR:
         raise frames.decode_error(frame.body)
     try:
-        return _reply_decoder(type(request)).decode(frame.body)
+        return _reply_decoder(request.reply_type()).decode(frame.body)
     except frames.UNDECODABLE as exc:
         raise ProtocolError(detail=f"reply to {type(request).__name__}: {exc}") from exc
 
 
-_reply_decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
+_reply_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
 
 
-def _reply_decoder(request_type: type[Request]) -> msgspec.msgpack.Decoder[Any]:
-    decoder = _reply_decoders.get(request_type)
+def _reply_decoder(reply_type: Any) -> msgspec.msgpack.Decoder[Any]:
+    decoder = _reply_decoders.get(reply_type)
     if decoder is None:
-        decoder = _reply_decoders[request_type] = msgspec.msgpack.Decoder(request_type.Reply)
+        decoder = _reply_decoders[reply_type] = msgspec.msgpack.Decoder(reply_type)
     return decoder
 
 

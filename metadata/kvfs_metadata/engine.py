@@ -3,23 +3,31 @@
 Writers are decided first and written later. ``run`` calls each function of a group on an overlay of
 the committed state: it sees what the functions before it wrote, and if it raises a KvfsError its
 own writes are dropped and nobody else is disturbed. ``commit`` then writes the whole group in one
-transaction of the store, from any thread. A full map is grown and the writes (not the functions)
-are repeated, so a function runs exactly once, which lets it change memory beside the store.
+transaction of the store, from any thread. ``abandon`` gives a decided group up.
 
-There is one writer: between ``run`` and the end of ``commit`` of its group no other ``run`` happens
-(the service's write queue sees to that).
+There is one writer in a process: between ``run`` and the end of ``commit`` or ``abandon`` of its
+group no other ``run`` happens (the service's write queue sees to that). A function may change
+memory beside the store; whoever abandons a group takes that back.
+
+An engine is either owned by one process (memory, LMDB) or ``shared`` by many (PostgreSQL). The
+memory that a process keeps beside a shared store must follow what others commit: the engine tells
+the ``listener`` before it calls the functions of ``view`` and ``run``, so they always find memory
+and store in one state, the newest there was when the call began.
+``docs/design/0003-many-servers.md`` has the argument.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from kvfs_base.errors import KvfsError
 
 T = TypeVar("T")
 Item = tuple[bytes, bytes]
+Writes = Mapping[bytes, bytes | None]
+"""Changed keys; None deletes."""
 
 
 class KVRead(Protocol):
@@ -49,17 +57,39 @@ class Group(Generic[T]):
     writes: dict[bytes, bytes | None]
 
 
+class Listener(Protocol):
+    """Keeps memory in step with a shared store."""
+
+    def __call__(self, read: KVRead, writes: Writes | None) -> None:
+        """Another process committed ``writes``; called once a commit, in their order. None: more
+        was committed than the store still tells one by one, so everything is to be loaded from
+        ``read``, which is the state after it."""
+
+
 class KVEngine(Protocol):
+    shared: bool
+    """Whether other processes may commit to the same store at the same time."""
+
+    def listen(self, listener: Listener) -> None:
+        """From now on ``listener`` hears of every commit of others. What was committed before is
+        the caller's to load, in a ``view`` that follows with nothing in between."""
+
     def view(self, fn: Callable[[KVRead], T]) -> T:
-        """Calls ``fn`` on a snapshot of the committed state, which it must not keep."""
+        """Calls ``fn`` on a snapshot of the committed state, which it must not keep. Raises
+        StoreUnavailable."""
 
     def run(self, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
-        """Decides a group; nothing is written. A function that raises KvfsError has that as its
-        result and leaves nothing; any other exception passes through and ends the group."""
+        """Decides a group; nothing is written, and until ``commit`` or ``abandon`` no other process
+        commits. A function that raises KvfsError has that as its result and leaves nothing; any
+        other exception passes through and ends the group. Raises StoreUnavailable."""
 
     def commit(self, group: Group[T]) -> None:
-        """All of the group's writes or, if this raises, none: DiskFull when there is no room,
-        TargetFailed when the disk failed, and then forever: what a failed sync lost is unknown."""
+        """All of the group's writes or, if this raises, none: Conflict when the group lost a race
+        and may be decided anew; DiskFull when there is no room; TargetFailed when the disk failed,
+        and then forever: what a failed sync lost is unknown; StoreUnavailable."""
+
+    def abandon(self, group: Group[T]) -> None:
+        """Nothing of the group will be written. Fine after a ``commit`` that raised."""
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
         """``run`` and ``commit``."""

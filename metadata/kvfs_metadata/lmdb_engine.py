@@ -25,7 +25,7 @@ from kvfs_base.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX, MIB, PA
 from kvfs_base.seams import Env
 from kvfs_metadata import checkpoint
 from kvfs_metadata.checkpoint import Checkpoint
-from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, run_group
+from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, Listener, run_group
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -122,6 +122,8 @@ class LmdbEngine:
     """Owns ``directory`` (created if missing) while it lives. Raises Conflict if another service
     does, VersionMismatch if the files are another LMDB's, DiskFull, TargetFailed."""
 
+    shared = False
+
     def __init__(
         self,
         env: Env,
@@ -165,6 +167,9 @@ class LmdbEngine:
         except BlockingIOError:
             detail = f"{self._path} is in use by another metadata service"
             raise Conflict(detail=detail) from None
+
+    def listen(self, listener: Listener) -> None:
+        pass  # nobody else commits
 
     def view(self, fn: Callable[[KVRead], T]) -> T:
         with self._gate.shared(), self._lmdb.begin() as txn:
@@ -226,6 +231,9 @@ class LmdbEngine:
             if self._checkpoints:
                 self._checkpoint_after_growth()
         log.info("grew the map of %s to %d bytes", self._path, size)
+
+    def abandon(self, group: Group[T]) -> None:
+        pass  # nothing is held between run and commit
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
         group = self.run(fns)

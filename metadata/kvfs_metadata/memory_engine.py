@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvfs_base.errors import KvfsError
-from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, run_group
+from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, Listener, run_group
 
 T = TypeVar("T")
 
@@ -49,11 +49,16 @@ class MemoryEngine:
     """Everything is gone when the object is. ``before_commit`` is called with a group's writes and
     may raise, which is how tests make disks fail."""
 
+    shared = False
+
     def __init__(self) -> None:
         self._state = _State()
         # A commit may come from another thread than the views.
         self._lock = threading.Lock()
         self.before_commit: Callable[[dict[bytes, bytes | None]], None] = lambda writes: None
+
+    def listen(self, listener: Listener) -> None:
+        pass
 
     def view(self, fn: Callable[[KVRead], T]) -> T:
         with self._lock:
@@ -66,6 +71,9 @@ class MemoryEngine:
         with self._lock:
             self.before_commit(group.writes)
             self._state.apply(group.writes)
+
+    def abandon(self, group: Group[T]) -> None:
+        pass
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
         group = self.run(fns)

@@ -6,7 +6,7 @@ committed together.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     BLOCK_KEY_BYTES,
     DIRECTORY_PAGE_ENTRIES,
+    ONCE_SLOTS,
     SYMLINK_BYTES_MAX,
     XATTR_NAME_BYTES_MAX,
     XATTR_VALUE_BYTES_MAX,
@@ -26,6 +27,7 @@ Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYT
 """Block keys, 32 bytes each, end to end: slicing a string costs less than a msgpack list."""
 
 XattrName = Annotated[bytes, msgspec.Meta(min_length=1, max_length=XATTR_NAME_BYTES_MAX)]
+ClientUuid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 SessionUuid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
@@ -301,6 +303,44 @@ class RemoveBlocks(Request, tag="remove_blocks"):
     inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
 
 
+# --- requests that are repeated
+
+Changing = (
+    SetAttr
+    | Make
+    | Link
+    | Unlink
+    | Rmdir
+    | Rename
+    | SetXattr
+    | RemoveXattr
+    | PrepareBlocks
+    | RemoveBlocks
+)
+"""Requests for which twice is not as good as once."""
+
+
+class Once(Request, tag="once"):
+    """Carries ``request`` out unless that was done already, and then gives the first answer again:
+    a client that got no answer may repeat it, of any server of the same store.
+
+    ``client`` made the pair of ``slot`` and ``number``. The answer to the newest number of a slot
+    is kept (with what the request did, in one transaction), so a client uses a slot for one request
+    at a time, with growing numbers. Errors are not kept: a request that failed did nothing. Raises
+    InvalidRequest for a number below the slot's newest."""
+
+    client: ClientUuid
+    slot: Annotated[int, msgspec.Meta(ge=0, lt=ONCE_SLOTS)]
+    number: U64
+    request: Changing
+
+    def reply_type(self) -> Any:
+        return self.request.Reply
+
+
+# --- service
+
+
 class Statistics(Request, tag="statistics"):
     """Counters and gauges by name (docs/metrics)."""
 
@@ -335,6 +375,7 @@ MetadataRequest = (
     | CommitBlocks
     | AbortBlocks
     | RemoveBlocks
+    | Once
     | Statistics
     | Heartbeat
     | GetClusterMap
