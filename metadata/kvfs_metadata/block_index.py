@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -122,11 +122,47 @@ class BlockIndex:
             record = records.decode_namespace(value)
             self.add_namespace(KVNamespace(records.number_at(key), record.path, record.layout))
         blocks = [_block(key, value) for key, value in scan(read, records.BLOCK)]
-        # Blocks of one batch share their last use; their inodes grow along the prefix, and the
-        # end of a prefix counts as older. Two sorts by plain numbers beat one by pairs.
-        blocks.sort(key=_inode_of)
-        blocks.sort(key=operator.attrgetter("last_use_ns"), reverse=True)
+        _sort_by_use(blocks)
         self.insert(blocks)
+
+    def apply(self, writes: Mapping[bytes, bytes | None], now_ns: int) -> None:
+        """Brings the index in step with records that another server changed."""
+        for key, value in writes.items():
+            inode = records.number_at(key)
+            if key.startswith(records.NAMESPACE) and value and inode not in self.namespaces:
+                record = records.decode_namespace(value)
+                self.add_namespace(KVNamespace(inode, record.path, record.layout))
+        self._apply_blocks(writes, now_ns)
+        for key, value in writes.items():
+            namespace = self.namespaces.get(records.number_at(key))
+            if key.startswith(records.NAMESPACE) and value is None and namespace is not None:
+                self.remove_namespace(namespace)
+
+    def _apply_blocks(self, writes: Mapping[bytes, bytes | None], now_ns: int) -> None:
+        new: list[Block] = []
+        used: list[Block] = []
+        for key, value in writes.items():
+            if not key.startswith(records.BLOCK):
+                continue
+            block = self.by_inode.get(records.number_at(key))
+            if value is not None:
+                written = _block(key, value)
+                if block is None:
+                    new.append(written)
+                elif written.last_use_ns >= block.last_use_ns:
+                    # Otherwise the last use was here, and is still to be written down.
+                    self._touched.discard(block.inode)
+                    if written.last_use_ns > block.last_use_ns:
+                        block.last_use_ns = written.last_use_ns
+                        used.append(block)
+            elif block is not None:
+                self.remove(block)
+                self.namespaces[block.namespace].changed_ns = now_ns
+        _sort_by_use(used)
+        self.policy.used([block.inode for block in used])
+        # Last: the key of a new block may have been another's, which is removed by now.
+        _sort_by_use(new)
+        self.insert(new)
 
     def add_namespace(self, namespace: KVNamespace) -> None:
         self.namespaces[namespace.inode] = namespace
@@ -203,6 +239,17 @@ class BlockIndex:
 
 
 _inode_of = operator.attrgetter("inode")
+_last_use_of = operator.attrgetter("last_use_ns")
+
+
+def _sort_by_use(blocks: list[Block]) -> None:
+    """As the policy wants them: the last used first, those of one batch along their prefix.
+
+    Blocks of one batch share their last use; their inodes grow along the prefix, and the end of a
+    prefix counts as older. Two sorts by plain numbers beat one by pairs.
+    """
+    blocks.sort(key=_inode_of)
+    blocks.sort(key=_last_use_of, reverse=True)
 
 
 def _block(key: bytes, value: bytes) -> Block:

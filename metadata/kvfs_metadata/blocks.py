@@ -9,7 +9,7 @@ one of them happens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from kvfs_base.errors import (
@@ -126,6 +126,31 @@ class Blocks:
 
     def _drop_prepared(self, batch_id: int) -> None:
         self.prepared_bytes -= self._prepared.pop(batch_id).size
+
+    # --- following other servers
+
+    def apply(self, writes: Mapping[bytes, bytes | None]) -> None:
+        """Brings memory in step with what another server committed: the records it changed, None
+        for those it deleted. Other kinds of records are passed over, and what is known already
+        changes nothing. Not between the decision and the commit of a group of our own.
+
+        Recency follows as the other server writes it down, so its uses arrive up to
+        LAST_USE_SECONDS late and then count as new; among blocks with the same last use the order
+        is that of a restart.
+        """
+        self.index.apply(writes, self._clock.time_ns())
+        for key, value in writes.items():
+            batch_id = records.number_at(key)
+            if key.startswith(records.PREPARED):
+                if batch_id in self._prepared:
+                    self._drop_prepared(batch_id)
+                if value is not None:
+                    self._load_prepared(batch_id, records.decode_prepared(value))
+            elif key.startswith(records.COMMITTED):
+                if value is None:
+                    self._committed.pop(batch_id, None)
+                else:
+                    self._committed[batch_id] = None
 
     # --- reading
 
