@@ -152,6 +152,14 @@ SESSION_GRACE_SECONDS = 30.0
 """A session whose connection broke keeps its files open this long: three times as long as clients
 try to reconnect."""
 
+SERVER_BEAT_SECONDS = 2.0
+SERVER_LEASE_SECONDS = 10.0
+"""A metadata server that missed five beats is taken for dead by the others on its store: the grace
+period of its sessions begins. A commit a beat and server."""
+
+CONFLICT_RETRIES = 8
+"""A group that lost its race is decided anew this often. Each time somebody else got ahead."""
+
 RETRY_SECONDS = 10.0
 """Clients wait this long for a metadata service that is restarting. Loading 1 M blocks takes about
 4 s."""
@@ -162,6 +170,10 @@ kept for ONCE_SECONDS: about 150 bytes, 38 KiB a client at worst."""
 
 ONCE_SECONDS = 600.0
 """Clients repeat a request for RETRY_SECONDS; one that was suspended in between is given more."""
+
+ANSWERS_PER_COLLECTION = 4096
+"""Kept answers that are looked at every LAST_USE_SECONDS: about 10 ms of work. A million of them,
+150 MB of disk, are gone through in two hours."""
 
 NAMESPACES_MAX = 65_536
 """KV namespaces; each costs about 1 KiB of memory before it holds a block."""

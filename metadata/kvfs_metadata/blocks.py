@@ -98,9 +98,10 @@ class Blocks:
         counters: Counters,
         cluster: ClusterState,
         capacity_bytes: Callable[[], int],
+        counts: BlockCounts | None = None,
     ) -> None:
         self.index = index
-        self.counts = BlockCounts()
+        self.counts = counts or BlockCounts()
         self._clock = clock
         self._counters = counters
         self._cluster = cluster

@@ -4,6 +4,9 @@ A target registers with its first heartbeat and gets a number and a chain of its
 recorded. Whether it serves is not: that is a lease, renewed by each heartbeat. After a restart of
 this service every recorded target has one lease's time to be heard of again, so that a restart does
 not look like the loss of all disks.
+
+On a shared store the last heartbeat of each target is recorded as well (``BEAT``), because it comes
+to one server only. The others count the lease from when they hear of the record.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVRead, scan
-from kvfs_metadata.records import ChainRecord, TargetRecord
+from kvfs_metadata.engine import KVRead, Writes, scan
+from kvfs_metadata.records import BeatValue, ChainRecord, TargetRecord
 from kvfs_metadata.removals import Removals
 from kvfs_metadata.transaction import Counters, Tx
 
@@ -63,8 +66,19 @@ class _TargetEntry:
 
 
 class ClusterState:
-    def __init__(self, read: KVRead, clock: Clock, counters: Counters, removals: Removals) -> None:
+    """``recorded`` if the store is shared with other servers."""
+
+    def __init__(
+        self,
+        read: KVRead,
+        clock: Clock,
+        counters: Counters,
+        removals: Removals,
+        *,
+        recorded: bool = False,
+    ) -> None:
         self._clock = clock
+        self._recorded = recorded
         self._counters = counters
         self._removals = removals
         self._by_uuid: dict[str, _TargetEntry] = {}
@@ -74,12 +88,45 @@ class ClusterState:
         self._turn = 0
         self._changes = 0
         self._start = 0
-        for key, value in scan(read, records.CHAIN):
-            self._chains[int.from_bytes(key[4:8], "big")] = records.decode_chain(value)
-        for key, value in scan(read, records.TARGET):
-            record = records.decode_target(value)
-            self._enter(key[4:].decode(), record, free_bytes=record.capacity_bytes)
-        self._changed()
+        for prefix in (records.CHAIN, records.TARGET, records.BEAT):
+            self.apply(dict(scan(read, prefix)))
+
+    def apply(self, writes: Writes) -> None:
+        """Another server committed ``writes``."""
+        beats: list[tuple[int, BeatValue]] = []
+        changed = False
+        for key, value in writes.items():
+            if key.startswith(records.CHAIN):
+                self._follow_chain(int.from_bytes(key[4:8], "big"), value)
+                changed = True
+            elif key.startswith(records.TARGET):
+                self._follow_target(key[4:].decode(), value)
+                changed = True
+            elif key.startswith(records.BEAT) and value is not None:
+                beats.append((int.from_bytes(key[4:8], "big"), records.unpack_beat(value)))
+        if changed:
+            self._changed()
+        for target_id, beat in beats:
+            if target_id in self._by_id:
+                self._heard(self._by_id[target_id], beat)
+
+    def _follow_chain(self, chain_id: int, value: bytes | None) -> None:
+        if value is None:
+            self._chains.pop(chain_id, None)
+        else:
+            self._chains[chain_id] = records.decode_chain(value)
+
+    def _follow_target(self, uuid: str, value: bytes | None) -> None:
+        entry = self._by_uuid.get(uuid)
+        if value is None:
+            if entry is not None:
+                del self._by_uuid[uuid], self._by_id[entry.record.target_id]
+            return
+        record = records.decode_target(value)
+        if entry is None:
+            self._enter(uuid, record, free_bytes=record.capacity_bytes)
+        else:
+            entry.record = record
 
     def started(self, number: int) -> None:
         """``number`` grows with every start of the service, so map versions never go back."""
@@ -154,15 +201,21 @@ class ClusterState:
             tx.undo.append(partial(setattr, entry, "record", entry.record))
             entry.record = record
             self._changed()
-        entry.free_bytes = report.free_bytes
-        entry.healthy = report.healthy
+        beat = BeatValue(report.free_bytes, report.healthy)
+        self._heard(entry, beat)
+        if self._recorded:
+            tx.kv.put(records.beat_key(target_id), records.pack_beat(beat))
+        self._removals.acknowledge(tx, target_id, report.removed_seq)
+        return TargetOrders(report.uuid, target_id, self._removals.head(tx.kv, target_id))
+
+    def _heard(self, entry: _TargetEntry, beat: BeatValue) -> None:
+        entry.free_bytes = beat.free_bytes
+        entry.healthy = beat.healthy
         entry.heard_at = self._clock.monotonic()
-        state = _state(report)
+        state = _state(entry.record, beat)
         if state is not entry.state:
             entry.state = state
             self._changed()
-        self._removals.acknowledge(tx, target_id, report.removed_seq)
-        return TargetOrders(report.uuid, target_id, self._removals.head(tx.kv, target_id))
 
     def _register(self, tx: Tx, request: Heartbeat, report: TargetReport) -> _TargetEntry:
         if not 0 < len(report.uuid.encode()) <= TARGET_UUID_CHARS_MAX:
@@ -174,7 +227,6 @@ class ClusterState:
         tx.kv.put(records.target_key(report.uuid), records.encode(record))
         tx.kv.put(records.chain_key(chain_id), records.encode(chain))
         entry = self._enter(report.uuid, record, report.free_bytes)
-        entry.state = _state(report)
         self._chains[chain_id] = chain
         self._changed()
         tx.undo.append(partial(self._forget, report.uuid, target_id, chain_id))
@@ -270,10 +322,10 @@ def _record(target_id: int, request: Heartbeat, report: TargetReport) -> TargetR
     )
 
 
-def _state(report: TargetReport) -> TargetState:
-    if not report.healthy:
+def _state(record: TargetRecord, beat: BeatValue) -> TargetState:
+    if not beat.healthy:
         return TargetState.OFFLINE
-    if report.free_bytes < full_below_bytes(report.capacity_bytes):
+    if beat.free_bytes < full_below_bytes(record.capacity_bytes):
         return TargetState.FULL
     return TargetState.SERVING
 

@@ -2,7 +2,8 @@
 
 Reads are answered from a snapshot of the store and from the block index. Writes are decided in
 groups by ``decide`` and written by ``commit``; the service calls the two apart when the writing
-waits for a disk.
+waits for a disk. On a shared store memory follows what other servers commit (``_follow``): the
+engine says so before each snapshot and each decision.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from functools import partial
 from typing import Any
 
 from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat, HeartbeatReply
-from kvfs_base.errors import InternalError, InvalidRequest, KvfsError, VersionMismatch
+from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError, VersionMismatch
+from kvfs_base.limits import CONFLICT_RETRIES
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
+from kvfs_metadata.answers import Answers
 from kvfs_metadata.block_index import BlockIndex
-from kvfs_metadata.blocks import Blocks
+from kvfs_metadata.blocks import BlockCounts, Blocks
 from kvfs_metadata.cluster_state import CAPACITY_FRACTION, ClusterState
 from kvfs_metadata.config import MetadataConfig
-from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction
+from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction, Writes
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from kvfs_metadata.removals import Removals
@@ -48,23 +51,59 @@ class Decision:
 
 
 class MetadataCore:
-    """Raises VersionMismatch if the store was written by another version."""
+    """``server`` is a number (16 bytes) that no other process has. Raises VersionMismatch if the
+    store was written by another version."""
 
     def __init__(
         self,
         engine: KVEngine,
         clock: Clock,
         config: MetadataConfig,
-        policy: CachePolicy | None = None,
+        policy: Callable[[], CachePolicy] = LruPolicy,
+        *,
+        server: bytes = bytes(16),
     ) -> None:
         self._engine = engine
         self._clock = clock
         self._config = config
+        self._policy = policy
         self._requests = 0
+        self._counts = BlockCounts()
+        self.answers = Answers()
+        self.sessions = Sessions(clock, server, recorded=engine.shared)
         _check_format(engine)
-        self.sessions = Sessions(clock)
-        self.index = BlockIndex(policy or LruPolicy())
+        engine.listen(self._follow)
         engine.view(self._load)
+        self.update([self._start])
+
+    def _follow(self, read: KVRead, writes: Writes | None) -> None:
+        """Another server committed ``writes``; None if that was too long ago to be told."""
+        if writes is None:
+            log.info("far behind the other servers: loading everything anew")
+            self._load(read)
+            return
+        self.cluster.apply(writes)
+        self.removals.apply(writes)
+        self.blocks.apply(writes)
+        self.sessions.apply(writes)
+
+    def _load(self, read: KVRead) -> None:
+        self.index = BlockIndex(self._policy())
+        self._counters = Counters(read.get)
+        self.removals = Removals(read)
+        self.cluster = ClusterState(
+            read, self._clock, self._counters, self.removals, recorded=self._engine.shared
+        )
+        self.sessions.load(read)
+        self.blocks = Blocks(
+            read,
+            self.index,
+            clock=self._clock,
+            counters=self._counters,
+            cluster=self.cluster,
+            capacity_bytes=self.capacity_bytes,
+            counts=self._counts,
+        )
         self.tree = FileTree(
             blocks=self.blocks,
             cluster=self.cluster,
@@ -75,20 +114,6 @@ class MetadataCore:
         self._reads = self._read_table()
         self._writes = self._write_table()
         self._orphans_from: int | None = 0
-        self.update([self._start])
-
-    def _load(self, read: KVRead) -> None:
-        self._counters = Counters(read.get)
-        self.removals = Removals(read)
-        self.cluster = ClusterState(read, self._clock, self._counters, self.removals)
-        self.blocks = Blocks(
-            read,
-            self.index,
-            clock=self._clock,
-            counters=self._counters,
-            cluster=self.cluster,
-            capacity_bytes=self.capacity_bytes,
-        )
 
     def _start(self, tx: Tx) -> None:
         tx.kv.put(records.FORMAT_KEY, records.FORMAT)
@@ -133,6 +158,7 @@ class MetadataCore:
             m.CommitBlocks: blocks.commit,
             m.AbortBlocks: blocks.abort,
             m.RemoveBlocks: blocks.remove,
+            m.Once: self._once,
             Heartbeat: self._heartbeat,
         }
 
@@ -156,18 +182,32 @@ class MetadataCore:
     def operation(self, connection: int, request: Any) -> Operation:
         """``request`` as part of a group. Reads among writes see those before them."""
         self._requests += 1
-        write = self._writes.get(type(request))
-        read = self._reads.get(type(request))
+        kind = type(request)
 
         def run(tx: Tx) -> Any:
             tx.connection = connection
+            # Looked up now and not before: memory may have been loaded anew.
+            write = self._writes.get(kind)
             if write is not None:
                 return write(tx, request)
+            read = self._reads.get(kind)
             if read is not None:
                 return read(tx.kv, request)
-            raise InvalidRequest(detail=f"unexpected {type(request).__name__}")
+            raise InvalidRequest(detail=f"unexpected {kind.__name__}")
 
         return run
+
+    def _once(self, tx: Tx, request: m.Once) -> Any:
+        inner = request.request
+        found = self.answers.find(tx, request)
+        if found is None:
+            reply = self._writes[type(inner)](tx, inner)
+            self.answers.keep(tx, request, reply)
+            return reply
+        if isinstance(inner, m.Make) and inner.open and not self.sessions.has_open(tx, found.inode):
+            # The client has attached again since the first time, not knowing of this file.
+            self.sessions.open(tx, found.inode)
+        return found
 
     # --- groups
 
@@ -184,24 +224,47 @@ class MetadataCore:
         self._engine.commit(decision.group)
 
     def take_back(self, decision: Decision) -> None:
-        """Memory as it was before the decision."""
+        """Memory as it was before the decision, which is given up."""
         roll_back(decision.undo)
+        self._engine.abandon(decision.group)
         self._orphans_from = 0  # what was to be collected is looked for again
 
     def update(self, operations: Sequence[Operation]) -> list[Any]:
-        """Decides and commits; a result or KvfsError each. Raises if nothing could be written."""
-        decision = self.decide(operations)
-        try:
-            self.commit(decision)
-        except BaseException:
-            self.take_back(decision)
-            raise
-        return decision.group.results
+        """Decides and commits, and does so anew after a lost race; a result or KvfsError each.
+        Raises if nothing could be written."""
+        for _ in range(CONFLICT_RETRIES):
+            decision = self.decide(operations)
+            try:
+                self.commit(decision)
+            except Conflict as exc:
+                self.take_back(decision)
+                conflict = exc
+            except BaseException:
+                self.take_back(decision)
+                raise
+            else:
+                return decision.group.results
+        raise conflict
 
     def sync(self) -> None:
         self._engine.sync()
 
+    def catch_up(self) -> None:
+        """Hears what other servers committed, also if there are no requests."""
+        self._engine.view(lambda kv: None)
+
     # --- sessions
+
+    def heard(self, connection: int) -> None:
+        self.sessions.heard(connection)
+
+    def beat(self, tx: Tx) -> None:
+        """To the other servers on the store."""
+        addresses = (self._config.unix, self._config.tcp)
+        self.sessions.beat(tx, tuple(str(address) for address in addresses if address is not None))
+
+    def goodbye(self, tx: Tx) -> None:
+        self.sessions.goodbye(tx)
 
     def _attach(self, tx: Tx, request: m.Attach) -> m.Done:
         released = self.sessions.attach(tx, request.session, request.open_inodes)
@@ -289,12 +352,14 @@ class MetadataCore:
         expiry = self.blocks.next_expiry()
         if expiry is not None and expiry <= self._clock.monotonic():
             operations.append(self.blocks.expire)
-        released = self.sessions.expire()
-        if released:
-            operations.append(partial(self._collect_all, released))
+        if self.sessions.has_late():
+            operations.append(self._expire_sessions)
         if self._orphans_from is not None and not self.sessions.in_grace:
             operations.append(self._collect_orphans)
         return operations
+
+    def _expire_sessions(self, tx: Tx) -> None:
+        self._collect_all(self.sessions.expire(tx), tx)
 
     def _collect_all(self, inodes: Sequence[int], tx: Tx) -> None:
         for inode in inodes:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvfs_base.errors import KvfsError
-from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, Listener, run_group
+from kvfs_metadata.engine import (
+    Group,
+    Item,
+    KVRead,
+    KVTransaction,
+    Listener,
+    Writes,
+    run_group,
+)
 
 T = TypeVar("T")
 
@@ -45,39 +53,85 @@ class _State:
                 del self.keys[bisect.bisect_left(self.keys, key)]
 
 
-class MemoryEngine:
-    """Everything is gone when the object is. ``before_commit`` is called with a group's writes and
-    may raise, which is how tests make disks fail."""
-
-    shared = False
+class MemoryStore:
+    """What several engines share: the state, and every commit in order."""
 
     def __init__(self) -> None:
-        self._state = _State()
+        self.state = _State()
+        self.log: list[tuple[MemoryEngine, Writes]] = []
         # A commit may come from another thread than the views.
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
+        self.log_max = 1000
+        """An engine that lags behind by more is told to load everything."""
+
+
+class MemoryEngine:
+    """Everything is gone when the object is. ``before_commit`` is called with a group's writes and
+    may raise, which is how tests make disks fail. Engines over one ``store`` are shared ones."""
+
+    def __init__(self, store: MemoryStore | None = None) -> None:
+        self.shared = store is not None
+        self._store = store or MemoryStore()
+        self._seen = len(self._store.log)
+        self._listener: Listener | None = None
         self.before_commit: Callable[[dict[bytes, bytes | None]], None] = lambda writes: None
 
     def listen(self, listener: Listener) -> None:
-        pass
+        self._listener = listener
+        self._seen = len(self._store.log)
+
+    def _catch_up(self) -> None:
+        missed = self._store.log[self._seen :]
+        self._seen = len(self._store.log)
+        if self._listener is None:
+            return
+        if len(missed) > self._store.log_max:
+            self._listener(self._store.state, None)
+            return
+        for author, writes in missed:
+            if author is not self:
+                self._listener(self._store.state, writes)
 
     def view(self, fn: Callable[[KVRead], T]) -> T:
-        with self._lock:
-            return fn(self._state)
+        with self._store.lock:
+            self._catch_up()
+            return fn(self._store.state)
 
     def run(self, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
-        return self.view(lambda read: run_group(read, fns))
+        # Nobody else may commit until this group is: a shared engine keeps the lock.
+        self._store.lock.acquire()
+        try:
+            self._catch_up()
+            return run_group(self._store.state, fns)
+        except BaseException:
+            self._end_turn()
+            raise
+        finally:
+            if not self.shared:
+                self._store.lock.release()
+
+    def _end_turn(self) -> None:
+        if self.shared:
+            self._store.lock.release()
 
     def commit(self, group: Group[T]) -> None:
-        with self._lock:
+        with self._store.lock:
             self.before_commit(group.writes)
-            self._state.apply(group.writes)
+            self._store.state.apply(group.writes)
+            if self.shared and group.writes:
+                self._store.log.append((self, group.writes))
+        self._end_turn()
 
     def abandon(self, group: Group[T]) -> None:
-        pass
+        self._end_turn()
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
         group = self.run(fns)
-        self.commit(group)
+        try:
+            self.commit(group)
+        except BaseException:
+            self.abandon(group)
+            raise
         return group.results
 
     def sync(self) -> None:
@@ -87,8 +141,8 @@ class MemoryEngine:
         # Imported here so that the memory engine works without LMDB.
         from kvfs_metadata.lmdb_engine import write_environment
 
-        with self._lock:
-            write_environment(path, self._state.values)
+        with self._store.lock:
+            write_environment(path, self._store.state.values)
 
     def close(self) -> None:
         pass

@@ -28,8 +28,13 @@ COMMITTED = b"DONE"
 TARGET = b"TARG"
 CHAIN = b"CHAN"
 REMOVAL = b"RMVL"
-REMOVAL_COUNTER = b"RSEQ"
+REMOVAL_STATE = b"RSEQ"
 COUNTER = b"CNTR"
+SESSION = b"SESS"
+OPEN = b"OPEN"
+SERVER = b"SRVR"
+BEAT = b"BEAT"
+ANSWER = b"RSLT"
 USAGE_KEY = b"STATusage"
 
 
@@ -90,8 +95,28 @@ def removal_key(target_id: int, seq: int) -> bytes:
     return REMOVAL + target_id.to_bytes(4, "big") + seq.to_bytes(8, "big")
 
 
-def removal_counter_key(target_id: int) -> bytes:
-    return REMOVAL_COUNTER + target_id.to_bytes(4, "big")
+def removal_state_key(target_id: int) -> bytes:
+    return REMOVAL_STATE + target_id.to_bytes(4, "big")
+
+
+def session_key(uuid: bytes) -> bytes:
+    return SESSION + uuid
+
+
+def open_key(inode: int, uuid: bytes) -> bytes:
+    return OPEN + inode.to_bytes(8, "big") + uuid
+
+
+def server_key(server: bytes) -> bytes:
+    return SERVER + server
+
+
+def beat_key(target_id: int) -> bytes:
+    return BEAT + target_id.to_bytes(4, "big")
+
+
+def answer_key(client: bytes, slot: int) -> bytes:
+    return ANSWER + client + slot.to_bytes(2, "big")
 
 
 def counter_key(name: bytes) -> bytes:
@@ -193,6 +218,41 @@ class ChainRecord(msgspec.Struct, array_like=True, frozen=True):
     targets: tuple[U32, ...]
 
 
+class ServerRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``SRVR`` + server: a metadata server on a shared store, written again with each beat.
+    ``SESS`` + session names the server that has it, ``OPEN`` + inode + session what it has open."""
+
+    beats: U64
+    addresses: tuple[str, ...]
+
+
+class BeatValue(NamedTuple):
+    """``BEAT`` + target: 9 bytes, little-endian. The last heartbeat of a target on a shared store,
+    for the servers that did not get it."""
+
+    free_bytes: int
+    healthy: bool
+
+
+_BEAT = struct.Struct("<Q?")
+
+
+def pack_beat(beat: BeatValue) -> bytes:
+    return _BEAT.pack(*beat)
+
+
+def unpack_beat(value: bytes) -> BeatValue:
+    return BeatValue._make(_BEAT.unpack(value))
+
+
+class AnswerRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``RSLT`` + client + slot: the answer to the request ``number``, msgpack in msgpack."""
+
+    number: U64
+    time_ns: int
+    reply: bytes
+
+
 class RemovalValue(NamedTuple):
     """``RMVL`` + target + sequence number: 24 bytes, little-endian."""
 
@@ -212,6 +272,26 @@ def pack_removal(removal: RemovalValue) -> bytes:
 
 def unpack_removal(value: bytes) -> RemovalValue:
     return RemovalValue._make(_REMOVAL.unpack(value))
+
+
+class RemovalState(NamedTuple):
+    """``RSEQ`` + target: 24 bytes, little-endian. Kept apart from the queue's entries: an empty one
+    must not start from 1 again, and a full one need not be read to know its size."""
+
+    next_seq: int
+    waiting: int
+    size: int
+
+
+_REMOVAL_STATE = struct.Struct("<QQQ")
+
+
+def pack_removal_state(state: RemovalState) -> bytes:
+    return _REMOVAL_STATE.pack(*state)
+
+
+def unpack_removal_state(value: bytes) -> RemovalState:
+    return RemovalState._make(_REMOVAL_STATE.unpack(value))
 
 
 class Usage(NamedTuple):
@@ -238,4 +318,6 @@ decode_inode = msgspec.msgpack.Decoder(InodeRecord).decode
 decode_namespace = msgspec.msgpack.Decoder(NamespaceRecord).decode
 decode_prepared = msgspec.msgpack.Decoder(PreparedRecord).decode
 decode_target = msgspec.msgpack.Decoder(TargetRecord).decode
+decode_server = msgspec.msgpack.Decoder(ServerRecord).decode
+decode_answer = msgspec.msgpack.Decoder(AnswerRecord).decode
 decode_chain = msgspec.msgpack.Decoder(ChainRecord).decode

@@ -17,8 +17,8 @@ from functools import partial
 from kvfs_base.cluster import Removal
 from kvfs_base.limits import REMOVALS_PER_HEARTBEAT
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVRead, prefix_end, scan
-from kvfs_metadata.records import RemovalValue
+from kvfs_metadata.engine import KVRead, Writes, prefix_end, scan
+from kvfs_metadata.records import RemovalState, RemovalValue
 from kvfs_metadata.transaction import Tx
 
 ACKNOWLEDGE_MAX = REMOVALS_PER_HEARTBEAT
@@ -26,14 +26,15 @@ ACKNOWLEDGE_MAX = REMOVALS_PER_HEARTBEAT
 
 
 class _Queue:
-    def __init__(self, next_seq: int) -> None:
-        self.next_seq = next_seq
-        self.count = 0
-        self.size = 0
+    """One target's: the next number, and how many removals of how many bytes wait."""
 
-    def add(self, count: int, size: int) -> None:
-        self.count += count
-        self.size += size
+    def __init__(self, state: RemovalState) -> None:
+        self.state = state
+
+    def change(self, tx: Tx, target_id: int, state: RemovalState) -> None:
+        tx.undo.append(partial(setattr, self, "state", self.state))
+        self.state = state
+        tx.kv.put(records.removal_state_key(target_id), records.pack_removal_state(state))
 
 
 class Removals:
@@ -41,47 +42,42 @@ class Removals:
 
     def __init__(self, read: KVRead) -> None:
         self._queues: dict[int, _Queue] = {}
-        for key, value in scan(read, records.REMOVAL_COUNTER):
-            target_id = int.from_bytes(key[4:8], "big")
-            self._queues[target_id] = _Queue(int.from_bytes(value, "big"))
-        for key, value in scan(read, records.REMOVAL):
-            queue = self._queue(int.from_bytes(key[4:8], "big"))
-            queue.add(1, records.unpack_removal(value).size)
+        self.apply(dict(scan(read, records.REMOVAL_STATE)))
+
+    def apply(self, writes: Writes) -> None:
+        """Another server committed ``writes``. A queue's state says it all."""
+        for key, value in writes.items():
+            if key.startswith(records.REMOVAL_STATE) and value is not None:
+                queue = self._queue(int.from_bytes(key[4:8], "big"))
+                queue.state = records.unpack_removal_state(value)
 
     def _queue(self, target_id: int) -> _Queue:
-        return self._queues.setdefault(target_id, _Queue(1))
+        return self._queues.setdefault(target_id, _Queue(RemovalState(1, 0, 0)))
 
     def add(self, tx: Tx, target_ids: Sequence[int], removal: RemovalValue) -> None:
         """Queues ``removal`` for every one of the targets."""
         value = records.pack_removal(removal)
         for target_id in target_ids:
             queue = self._queue(target_id)
-            seq = queue.next_seq
+            seq, count, size = queue.state
             tx.kv.put(records.removal_key(target_id, seq), value)
-            # Kept apart from the entries: an empty queue must not start from 1 again.
-            tx.kv.put(records.removal_counter_key(target_id), records.u64(seq + 1))
-            queue.next_seq = seq + 1
-            queue.add(1, removal.size)
-            tx.undo.append(partial(self._take_back, queue, removal.size))
-
-    @staticmethod
-    def _take_back(queue: _Queue, size: int) -> None:
-        queue.next_seq -= 1
-        queue.add(-1, -size)
+            queue.change(tx, target_id, RemovalState(seq + 1, count + 1, size + removal.size))
 
     def acknowledge(self, tx: Tx, target_id: int, seq: int) -> None:
         """The target is done up to and including ``seq``."""
         queue = self._queue(target_id)
-        if queue.count == 0 or seq <= 0:
+        next_seq, count, size = queue.state
+        if count == 0 or seq <= 0:
             return
         start = records.removal_key(target_id, 0)
         end = records.removal_key(target_id, seq + 1)
         done = tx.kv.range(start, end, ACKNOWLEDGE_MAX)
+        if not done:
+            return
         for key, _ in done:
             tx.kv.delete(key)
-        size = sum(records.unpack_removal(value).size for _, value in done)
-        queue.add(-len(done), -size)
-        tx.undo.append(partial(queue.add, len(done), size))
+        freed = sum(records.unpack_removal(value).size for _, value in done)
+        queue.change(tx, target_id, RemovalState(next_seq, count - len(done), size - freed))
 
     def head(self, read: KVRead, target_id: int) -> tuple[Removal, ...]:
         """What the target is to do next, in order."""
@@ -96,11 +92,11 @@ class Removals:
 
     def pending(self, target_id: int) -> int:
         queue = self._queues.get(target_id)
-        return queue.count if queue else 0
+        return queue.state.waiting if queue else 0
 
     def pending_bytes(self, target_id: int) -> int:
         queue = self._queues.get(target_id)
-        return queue.size if queue else 0
+        return queue.state.size if queue else 0
 
     def pending_count(self) -> int:
-        return sum(queue.count for queue in self._queues.values())
+        return sum(queue.state.waiting for queue in self._queues.values())

@@ -1,27 +1,19 @@
-"""The metadata service: RpcServer in front of MetadataCore, group commits, background work.
-
-Requests that only read are answered at once. Everything that writes goes through one queue:
-
-* durability "cache": a commit costs about 20 us (no disk is waited for), less than handing it to
-  another task; so what one read of a connection brought is one group, committed on the spot.
-* durability "strict": a commit waits for the disk, in a worker thread. What arrives meanwhile, from
-  all connections, forms the next group.
-"""
+"""The metadata service: RpcServer in front of MetadataCore, turns, background work."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any
 
 import trio
 
-from kvfs_base.errors import DiskFull, InternalError, KvfsError
+from kvfs_base.errors import DiskFull, KvfsError
 from kvfs_base.limits import (
     EVICT_SECONDS,
     HEARTBEAT_SECONDS,
     LAST_USE_SECONDS,
+    SERVER_BEAT_SECONDS,
     SYNC_SECONDS,
     WRITE_GROUP_REQUESTS,
 )
@@ -33,17 +25,11 @@ from kvfs_metadata.core import MetadataCore, Operation
 from kvfs_metadata.engine import KVEngine
 from kvfs_metadata.lmdb_engine import LmdbEngine
 from kvfs_metadata.messages import Done, MetadataRequest, Sync
+from kvfs_metadata.turns import CacheTurns, SharedTurns, StrictTurns, Turns, update
 
 log = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass
-class _Waiting:
-    """A submitter of the strict queue: ``results`` are set, then ``done``."""
-
-    operations: list[Operation]
-    done: trio.Event = dataclasses.field(default_factory=trio.Event)
-    results: list[Any] = dataclasses.field(default_factory=list)
+SERVER_NUMBER_BYTES = 16
 
 
 class MetadataService:
@@ -52,15 +38,19 @@ class MetadataService:
     def __init__(self, env: Env, config: MetadataConfig, engine: KVEngine) -> None:
         self._env = env
         self._config = config
+        self._shared = engine.shared
         self._strict = config.durability == "strict"
-        self.core = MetadataCore(engine, env.clock, config)
-        self._queue: list[_Waiting] = []
-        self._arrived = trio.Event()
+        server = env.rng.randbytes(SERVER_NUMBER_BYTES)
+        self.core = MetadataCore(engine, env.clock, config, server=server)
+        kind = SharedTurns if self._shared else StrictTurns if self._strict else CacheTurns
+        self._turns: Turns = kind(self.core, self._committed)
         self._evict_wanted = trio.Event()
         self._blocks_size = 0
         self._unsynced = False
         self._sync_lock = trio.Lock()
         self._syncs_begun = 0
+        self._heard: set[int] = set()
+        self._gone: set[int] = set()
 
     async def serve(
         self, *, task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED
@@ -69,10 +59,11 @@ class MetadataService:
         server = RpcServer(self._env.network, MetadataRequest, self)
         try:
             async with trio.open_nursery() as nursery:
-                if self._strict:
-                    nursery.start_soon(self._write_groups)
-                else:
+                nursery.start_soon(self._turns.run)
+                if not self._strict:
                     nursery.start_soon(self._sync_now_and_then)
+                if self._shared:
+                    nursery.start_soon(self._beat)
                 for work in (self._evict, self._watch_disks, self._expire, self._record_uses):
                     nursery.start_soon(work)
                 addresses = [await nursery.start(server.serve, self._config.unix)]
@@ -88,16 +79,23 @@ class MetadataService:
         pass
 
     def disconnected(self, session_id: int) -> None:
-        self.core.disconnected(session_id)
+        if self._shared:
+            self._gone.add(session_id)  # a thread may be at work on the sessions
+        else:
+            self.core.disconnected(session_id)
 
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
+        if self._shared:
+            self._heard.add(session_id)
+        else:
+            self.core.heard(session_id)
         if self.core.only_reads(requests):
-            return self.core.answer(requests)
+            return await self._turns.read(requests)
         syncs = [place for place, request in enumerate(requests) if type(request) is Sync]
         results: list[Any] = []
         for start in range(0, len(requests), WRITE_GROUP_REQUESTS):
             batch = requests[start : start + WRITE_GROUP_REQUESTS]
-            results += await self._write(
+            results += await self._turns.write(
                 [
                     _nothing if type(request) is Sync else self.core.operation(session_id, request)
                     for request in batch
@@ -116,61 +114,6 @@ class MetadataService:
             return exc
         return Done()
 
-    # --- writing
-
-    async def _write(self, operations: list[Operation]) -> list[Any]:
-        """A result or KvfsError for each operation, once they are as durable as configured."""
-        if not self._strict:
-            return self._write_now(operations)
-        waiting = _Waiting(operations)
-        self._queue.append(waiting)
-        self._arrived.set()
-        await waiting.done.wait()
-        return waiting.results
-
-    def _write_now(self, operations: list[Operation]) -> list[Any]:
-        self._unsynced = True
-        try:
-            results = self.core.update(operations)
-        except Exception as exc:
-            results = [_commit_error(exc)] * len(operations)
-        self._after_commit()
-        return results
-
-    async def _write_groups(self) -> None:
-        """The only writer of durability "strict"."""
-        while True:
-            await self._arrived.wait()
-            self._arrived = trio.Event()
-            while self._queue:
-                await self._write_group(self._take_group())
-
-    def _take_group(self) -> list[_Waiting]:
-        """As many as fit, at least one."""
-        count = size = 0
-        for waiting in self._queue:
-            size += len(waiting.operations)
-            if count and size > WRITE_GROUP_REQUESTS:
-                break
-            count += 1
-        group, self._queue = self._queue[:count], self._queue[count:]
-        return group
-
-    async def _write_group(self, group: list[_Waiting]) -> None:
-        decision = self.core.decide([op for waiting in group for op in waiting.operations])
-        results = iter(decision.group.results)
-        try:
-            # Nobody else decides while this waits: this task is the only one that does.
-            await trio.to_thread.run_sync(self.core.commit, decision)
-        except Exception as exc:
-            self.core.take_back(decision)
-            error = _commit_error(exc)
-            results = iter([error] * len(decision.group.results))
-        for waiting in group:
-            waiting.results = [next(results) for _ in waiting.operations]
-            waiting.done.set()
-        self._after_commit()
-
     # --- syncing
 
     async def _sync(self) -> None:
@@ -183,7 +126,10 @@ class MetadataService:
                 return  # one that began after this was asked for has ended
             self._syncs_begun += 1
             self._unsynced = False
-            await trio.to_thread.run_sync(self.core.sync)
+            if self._shared:
+                await self._turns.ask(self.core.sync)
+            else:
+                await trio.to_thread.run_sync(self.core.sync)
 
     async def _sync_now_and_then(self) -> None:
         while True:
@@ -202,24 +148,25 @@ class MetadataService:
 
     # --- background work
 
-    def _after_commit(self) -> None:
+    def _committed(self) -> None:
+        self._unsynced = True
         # The whole question costs 20 us. Files may grow too: _watch_disks asks every second.
         size = self.core.blocks_size()
-        if size > self._blocks_size:
-            self._want_eviction()
-        self._blocks_size = size
-
-    def _want_eviction(self) -> None:
-        if self.core.excess_bytes() > 0:
+        if size > self._blocks_size and (self._shared or self.core.excess_bytes() > 0):
             self._evict_wanted.set()
+        self._blocks_size = size
 
     async def _evict(self) -> None:
         while True:
             await self._evict_wanted.wait()
             self._evict_wanted = trio.Event()
-            left = self.core.excess_bytes()
+            try:
+                left = await self._turns.ask(self.core.excess_bytes)
+            except KvfsError as exc:
+                _log_failures([exc])
+                continue
             while left > 0:
-                freed = (await self._write([self.core.eviction(left)]))[0]
+                freed = (await self._turns.write([self.core.eviction(left)]))[0]
                 if isinstance(freed, KvfsError) or freed == 0:
                     break
                 left -= freed
@@ -229,21 +176,42 @@ class MetadataService:
     async def _watch_disks(self) -> None:
         while True:
             await trio.sleep(EVICT_SECONDS)
-            self._want_eviction()
+            self._evict_wanted.set()
 
     async def _expire(self) -> None:
         while True:
             await trio.sleep(HEARTBEAT_SECONDS)
-            operations = self.core.due()
+            try:
+                operations = await self._turns.ask(self._due)
+            except KvfsError as exc:
+                _log_failures([exc])
+                continue
             if operations:
-                _log_failures(await self._write(operations))
+                _log_failures(await self._turns.write(operations))
+
+    def _due(self) -> list[Operation]:
+        if self._shared:
+            heard, self._heard = self._heard, set()
+            gone, self._gone = self._gone, set()
+            for connection in heard - gone:
+                self.core.heard(connection)
+            for connection in gone:
+                self.core.disconnected(connection)
+            self.core.catch_up()
+        return self.core.due()
+
+    async def _beat(self) -> None:
+        while True:
+            _log_failures(await self._turns.write([self.core.beat]))
+            await trio.sleep(SERVER_BEAT_SECONDS)
 
     async def _record_uses(self) -> None:
         while True:
             await trio.sleep(LAST_USE_SECONDS)
-            left = self.core.unrecorded_uses
+            _log_failures(await self._turns.write([self.core.answers.collect]))
+            left = await self._turns.ask(lambda: self.core.unrecorded_uses)
             while left > 0:
-                result = (await self._write([self.core.persist_uses]))[0]
+                result = (await self._turns.write([self.core.persist_uses]))[0]
                 if isinstance(result, KvfsError):
                     _log_failures([result])
                     break
@@ -254,21 +222,16 @@ class MetadataService:
     def _record_all_uses(self) -> None:
         """At a clean end recency is recorded whole."""
         while self.core.unrecorded_uses:
-            result = self._write_now([self.core.persist_uses])[0]
+            result = update(self.core, [self.core.persist_uses])[0]
             if isinstance(result, KvfsError):
                 _log_failures([result])
                 return
+        if self._shared:
+            _log_failures(update(self.core, [self.core.goodbye]))
 
 
 def _nothing(tx: Any) -> None:
     """Holds the place of a request that is answered later."""
-
-
-def _commit_error(exc: Exception) -> KvfsError:
-    if isinstance(exc, KvfsError):
-        return exc
-    log.error("a commit failed", exc_info=exc)
-    return InternalError(detail=type(exc).__name__)
 
 
 def _log_failures(results: Sequence[Any]) -> None:

@@ -1,9 +1,15 @@
 """Who has which files open.
 
 A session is a client's, not a connection's: after a reconnect the client names it again and says
-what it has open. A session without a connection keeps its files for SESSION_GRACE_SECONDS. Sessions
-are not recorded; after a restart every unlinked file counts as open for the same time, until the
-clients have come back and said what they need.
+what it has open. A session keeps its files for SESSION_GRACE_SECONDS after its connection broke, or
+after it was last heard of: a host that lost its power closes no connection.
+
+On a store of its own a server does not record sessions: each open would cost a write. After a
+restart every unlinked file counts as open for the grace period, until the clients have come back
+and said what they need. On a shared store sessions are recorded (``SESS``, with the server that has
+them, and ``OPEN``), so that each server knows what is open anywhere. A session whose server is not
+heard of any more has its grace period to come back to another one. Only its own server, or after
+that any other, gives a session up.
 """
 
 from __future__ import annotations
@@ -14,25 +20,114 @@ from collections.abc import Iterable
 from functools import partial
 
 from kvfs_base.errors import LimitExceeded, ServerBusy
-from kvfs_base.limits import OPEN_INODES_MAX, SESSION_GRACE_SECONDS, SESSIONS_MAX
+from kvfs_base.limits import (
+    OPEN_INODES_MAX,
+    SERVER_LEASE_SECONDS,
+    SESSION_GRACE_SECONDS,
+    SESSIONS_MAX,
+)
 from kvfs_base.seams import Clock
+from kvfs_metadata import records
+from kvfs_metadata.engine import KVRead, Writes, scan
+from kvfs_metadata.records import ServerRecord
 from kvfs_metadata.transaction import Tx
 
 
 @dataclasses.dataclass(slots=True)
 class _Session:
+    server: bytes
     connection: int | None
+    """None if it has none, or has it at another server."""
+    heard_at: float
+    """When it had a connection for the last time, or was heard of on it."""
     opens: Counter[int] = dataclasses.field(default_factory=Counter)
-    detached_at: float = 0.0
 
 
 class Sessions:
-    def __init__(self, clock: Clock) -> None:
+    """``server`` is this server's number; ``recorded`` if the store is shared with others."""
+
+    def __init__(self, clock: Clock, server: bytes, *, recorded: bool) -> None:
         self._clock = clock
+        self._server = server
+        self._recorded = recorded
         self._started_at = clock.monotonic()
         self._sessions: dict[bytes, _Session] = {}
         self._by_connection: dict[int, bytes] = {}
-        self._opens: Counter[int] = Counter()
+        self._holders: Counter[int] = Counter()
+        """How many sessions have an inode open."""
+        self._servers: dict[bytes, float] = {}
+        """When each other server was heard of."""
+        self._beats = 0
+
+    # --- the store
+
+    def load(self, read: KVRead) -> None:
+        """What other servers recorded. Connections of this server stay what they are."""
+        if not self._recorded:
+            return
+        connections = {uuid: s for uuid, s in self._sessions.items() if s.connection is not None}
+        self._sessions.clear()
+        self._holders.clear()
+        for prefix in (records.SERVER, records.SESSION, records.OPEN):
+            self.apply(dict(scan(read, prefix)))
+        for uuid, session in connections.items():
+            found = self._sessions.get(uuid)
+            if found is not None and found.server == self._server:
+                found.connection, found.heard_at = session.connection, session.heard_at
+
+    def apply(self, writes: Writes) -> None:
+        """Another server committed ``writes``."""
+        now = self._clock.monotonic()
+        gone: list[bytes] = []
+        for key, value in writes.items():
+            if key.startswith(records.SESSION):
+                if value is None:
+                    gone.append(key[4:])
+                else:
+                    self._belongs_to(key[4:], value, now)
+            elif key.startswith(records.SERVER):
+                # One that said goodbye is as good as one whose lease is over.
+                self._servers[key[4:]] = now if value is not None else now - SERVER_LEASE_SECONDS
+        for key, value in writes.items():
+            if key.startswith(records.OPEN):
+                self._opened_elsewhere(records.number_at(key), key[12:], value is not None)
+        for uuid in gone:
+            session = self._sessions.pop(uuid, None)
+            if session is not None:
+                self._swap_opens(session, Counter())
+
+    def _belongs_to(self, uuid: bytes, server: bytes, now: float) -> None:
+        session = self._sessions.get(uuid)
+        if session is None:
+            session = self._sessions[uuid] = _Session(server, None, now)
+        if server != self._server:
+            self._servers.setdefault(server, now)
+            if session.connection is not None:
+                self._by_connection.pop(session.connection, None)
+                session.connection = None
+        session.server = server
+
+    def _opened_elsewhere(self, inode: int, uuid: bytes, is_open: bool) -> None:
+        session = self._sessions.get(uuid)
+        if session is None or (inode in session.opens) == is_open:
+            return
+        if is_open:
+            session.opens[inode] = 1
+            self._holders[inode] += 1
+        else:
+            del session.opens[inode]
+            self._forget_holder(inode)
+
+    def beat(self, tx: Tx, addresses: tuple[str, ...]) -> None:
+        """Tells the other servers that this one is alive."""
+        self._beats += 1
+        record = ServerRecord(self._beats, addresses)
+        tx.kv.put(records.server_key(self._server), records.encode(record))
+
+    def goodbye(self, tx: Tx) -> None:
+        """The server ends; its sessions go on elsewhere."""
+        if self._recorded:
+            tx.kv.delete(records.server_key(self._server))
 
     # --- connections
 
@@ -45,35 +140,62 @@ class Sessions:
         if self._by_connection.get(tx.connection, uuid) != uuid:
             self.disconnected(tx.connection)  # it spoke for another session until now
         before = session.opens
-        connection = session.connection
-        tx.undo.append(partial(self._restore, uuid, session, connection, before))
+        tx.undo.append(partial(self._restore, uuid, session, session.server, session.connection))
+        tx.undo.append(partial(self._swap_opens, session, before))
         session.connection = tx.connection
+        session.heard_at = self._clock.monotonic()
         self._by_connection[tx.connection] = uuid
-        self._set_opens(session, Counter(open_inodes))
-        return [inode for inode in before if inode not in self._opens]
+        if session.server != self._server:
+            session.server = self._server
+            self._record(tx, uuid)
+        self._swap_opens(session, Counter(open_inodes))
+        if self._recorded:
+            for inode in before.keys() - session.opens.keys():
+                tx.kv.delete(records.open_key(inode, uuid))
+            for inode in session.opens.keys() - before.keys():
+                tx.kv.put(records.open_key(inode, uuid), b"")
+        return [inode for inode in before if inode not in self._holders]
 
     def _new(self, tx: Tx, uuid: bytes) -> _Session:
         if len(self._sessions) >= SESSIONS_MAX:
             raise ServerBusy(detail=f"{SESSIONS_MAX} sessions")
-        session = self._sessions[uuid] = _Session(tx.connection)
+        session = _Session(self._server, tx.connection, self._clock.monotonic())
+        self._sessions[uuid] = session
         tx.undo.append(partial(self._forget, uuid))
+        self._record(tx, uuid)
         return session
+
+    def _record(self, tx: Tx, uuid: bytes) -> None:
+        if self._recorded:
+            tx.kv.put(records.session_key(uuid), self._server)
 
     def _forget(self, uuid: bytes) -> None:
         del self._sessions[uuid]
 
     def _restore(
-        self, uuid: bytes, session: _Session, connection: int | None, opens: Counter[int]
+        self, uuid: bytes, session: _Session, server: bytes, connection: int | None
     ) -> None:
-        if session.connection is not None:
+        if session.connection is not None and session.connection != connection:
             self._by_connection.pop(session.connection, None)
-        session.connection = connection
-        self._set_opens(session, opens)
+        session.server, session.connection = server, connection
 
-    def _set_opens(self, session: _Session, opens: Counter[int]) -> None:
-        self._opens -= session.opens
+    def _swap_opens(self, session: _Session, opens: Counter[int]) -> None:
+        for inode in session.opens:
+            self._forget_holder(inode)
         session.opens = opens
-        self._opens += opens
+        self._holders.update(opens.keys())
+
+    def _forget_holder(self, inode: int) -> None:
+        self._holders[inode] -= 1
+        if self._holders[inode] <= 0:
+            del self._holders[inode]
+
+    def heard(self, connection: int) -> None:
+        """Something came over a connection."""
+        uuid = self._by_connection.get(connection)
+        session = self._sessions.get(uuid) if uuid is not None else None
+        if session is not None:
+            session.heard_at = self._clock.monotonic()
 
     def disconnected(self, connection: int) -> None:
         """The grace period of its session begins, unless it has a newer connection."""
@@ -81,77 +203,107 @@ class Sessions:
         session = self._sessions.get(uuid) if uuid is not None else None
         if session is not None and session.connection == connection:
             session.connection = None
-            session.detached_at = self._clock.monotonic()
+            session.heard_at = self._clock.monotonic()
 
-    def expire(self) -> list[int]:
-        """Drops sessions whose grace is over; answers with the inodes nobody has open now."""
-        oldest = self._clock.monotonic() - SESSION_GRACE_SECONDS
-        late = [
+    def _late(self) -> list[bytes]:
+        """Sessions whose grace is over."""
+        now = self._clock.monotonic()
+        oldest = now - SESSION_GRACE_SECONDS
+        oldest_server = oldest - SERVER_LEASE_SECONDS
+        return [
             uuid
             for uuid, session in self._sessions.items()
-            if session.connection is None and session.detached_at <= oldest
+            if (
+                session.heard_at <= oldest
+                if session.server == self._server
+                else self._servers.get(session.server, now) <= oldest_server
+            )
         ]
+
+    def has_late(self) -> bool:
+        return bool(self._late())
+
+    def expire(self, tx: Tx) -> list[int]:
+        """Drops sessions whose grace is over; answers with the inodes nobody has open now."""
         released: set[int] = set()
-        for uuid in late:
+        for uuid in self._late():
             session = self._sessions.pop(uuid)
-            released.update(session.opens)
-            self._opens -= session.opens
-        return [inode for inode in released if inode not in self._opens]
+            opens = session.opens
+            released.update(opens)
+            self._swap_opens(session, Counter())
+            tx.undo.append(partial(self._sessions.__setitem__, uuid, session))
+            tx.undo.append(partial(self._swap_opens, session, opens))
+            if self._recorded:
+                tx.kv.delete(records.session_key(uuid))
+                for inode in opens:
+                    tx.kv.delete(records.open_key(inode, uuid))
+        return [inode for inode in released if inode not in self._holders]
 
     # --- files
 
     def open(self, tx: Tx, inode: int) -> None:
         """Counts one open for the connection's session; a connection that never attached has a
         session of its own that nobody can come back to."""
-        session = self._session_of(tx)
+        uuid, session = self._session_of(tx)
         if len(session.opens) >= OPEN_INODES_MAX:
             raise LimitExceeded(detail="open files", limit=OPEN_INODES_MAX)
-        session.opens[inode] += 1
-        self._opens[inode] += 1
+        self._reopen(session, inode)
         tx.undo.append(partial(self._drop, session, inode))
+        if self._recorded and session.opens[inode] == 1:
+            tx.kv.put(records.open_key(inode, uuid), b"")
 
     def close(self, tx: Tx, inode: int) -> bool:
         """Whether that was the last open of ``inode`` by anybody."""
-        session = self._session_of(tx)
-        if session.opens[inode] <= 0:
+        uuid, session = self._session_of(tx)
+        if inode not in session.opens:
             return False
         self._drop(session, inode)
         tx.undo.append(partial(self._reopen, session, inode))
-        return self._opens[inode] == 0
+        if self._recorded and inode not in session.opens:
+            tx.kv.delete(records.open_key(inode, uuid))
+        return inode not in self._holders
 
-    def _session_of(self, tx: Tx) -> _Session:
+    def has_open(self, tx: Tx, inode: int) -> bool:
+        """Whether the connection's session has it open."""
+        return inode in self._session_of(tx)[1].opens
+
+    def _session_of(self, tx: Tx) -> tuple[bytes, _Session]:
         uuid = self._by_connection.get(tx.connection)
         if uuid is None:
-            uuid = self._by_connection[tx.connection] = _anonymous(tx.connection)
-        return self._sessions.get(uuid) or self._new(tx, uuid)
+            uuid = self._by_connection[tx.connection] = self._anonymous(tx.connection)
+        return uuid, self._sessions.get(uuid) or self._new(tx, uuid)
+
+    def _anonymous(self, connection: int) -> bytes:
+        """Longer than the 16 bytes of every uuid that a client can send."""
+        return self._server + records.u64(connection)
 
     def _drop(self, session: _Session, inode: int) -> None:
-        for opens in (session.opens, self._opens):
-            opens[inode] -= 1
-            if opens[inode] <= 0:
-                del opens[inode]
+        session.opens[inode] -= 1
+        if session.opens[inode] <= 0:
+            del session.opens[inode]
+            self._forget_holder(inode)
 
     def _reopen(self, session: _Session, inode: int) -> None:
         session.opens[inode] += 1
-        self._opens[inode] += 1
+        if session.opens[inode] == 1:
+            self._holders[inode] += 1
 
     def may_be_open(self, inode: int) -> bool:
-        return self.in_grace or inode in self._opens
+        return self.in_grace or inode in self._holders
 
     @property
     def in_grace(self) -> bool:
         """Just after the start clients may have files open that they have not told of yet."""
+        if self._recorded:
+            return False
         return self._clock.monotonic() - self._started_at < SESSION_GRACE_SECONDS
 
     def statistics(self) -> dict[str, int]:
         attached = sum(s.connection is not None for s in self._sessions.values())
+        oldest = self._clock.monotonic() - SERVER_LEASE_SECONDS
         return {
             "sessions": len(self._sessions),
             "sessions_attached": attached,
-            "open_inodes": len(self._opens),
+            "open_inodes": len(self._holders),
+            "servers": 1 + sum(heard_at > oldest for heard_at in self._servers.values()),
         }
-
-
-def _anonymous(connection: int) -> bytes:
-    """Longer than the 16 bytes of every uuid that a client can send."""
-    return b"connection %020d" % connection

@@ -45,19 +45,25 @@ class Counter:
 
     def take(self, tx: Tx, count: int = 1) -> int:
         """The first of ``count`` numbers in a row."""
+        if self._next + count > self._end:
+            self._extend(tx, count)
         first = self._next
         self._next += count
-        if self._next > self._end:
-            previous = self._end
-            self._end = self._next + self._step - 1
-            tx.kv.put(self._key, records.u64(self._end))
-            tx.undo.append(lambda: self._shrink(previous))
         return first
 
-    def _shrink(self, end: int) -> None:
+    def _extend(self, tx: Tx, count: int) -> None:
+        before = self._next, self._end
+        stored = tx.kv.get(self._key)
+        if stored is not None and int.from_bytes(stored, "big") > self._end:
+            # Another server took the numbers behind ours; the few that are left of ours are lost.
+            self._next = int.from_bytes(stored, "big")
+        self._end = self._next + count + self._step - 1
+        tx.kv.put(self._key, records.u64(self._end))
+        tx.undo.append(lambda: self._shrink(*before))
+
+    def _shrink(self, first: int, end: int) -> None:
         """The longer range was never recorded; what was given from it is undone as well."""
-        self._end = end
-        self._next = min(self._next, end)
+        self._next, self._end = first, end
 
 
 class Counters:

@@ -63,9 +63,12 @@ class Rig:
         for uuid in self._targets:
             self.heartbeat(uuid)
 
-    def work(self, seconds: float = 0.0) -> None:
-        """Time passes, and the background work that is due then is done."""
+    def work(self, seconds: float = 0.0, *, silent: bool = False) -> None:
+        """Time passes, clients say something unless they are ``silent``, and the background work
+        that is due then is done."""
         self.clock.advance(seconds)
+        for connection in range(0 if silent else 10):
+            self.core.heard(connection)
         for _ in range(3):
             for result in self.core.update(self.core.due()):
                 assert not isinstance(result, BaseException), result

@@ -240,7 +240,7 @@ def test_an_emptied_store_is_as_new(rig: Rig) -> None:
     rig.call(m.Rmdir(ROOT, b"top"))
     after = rig.dump()
     kinds = {k[:4] for k in after.keys() - before.keys()}
-    assert kinds <= {records.COUNTER, records.REMOVAL, records.REMOVAL_COUNTER}
+    assert kinds <= {records.COUNTER, records.REMOVAL, records.REMOVAL_STATE}
     assert after[records.USAGE_KEY] == before[records.USAGE_KEY]
 
 
