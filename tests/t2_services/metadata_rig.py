@@ -26,10 +26,18 @@ LAYOUT = KVLayout(block_tokens=16, model="test")
 
 class Rig:
     def __init__(
-        self, capacity_bytes: int = 0, *, targets: int = 1, grace_over: bool = True, **config: Any
+        self,
+        capacity_bytes: int = 0,
+        *,
+        targets: int = 1,
+        grace_over: bool = True,
+        engine: MemoryEngine | None = None,
+        server: bytes = bytes(16),
+        **config: Any,
     ) -> None:
         self.clock = ManualClock()
-        self.engine = MemoryEngine()
+        self.engine = engine or MemoryEngine()
+        self.server = server
         self.config = MetadataConfig(
             "unused", Address.unix("/unused"), capacity_bytes=capacity_bytes, **config
         )
@@ -41,7 +49,7 @@ class Rig:
 
     def restart(self) -> None:
         """A new process on the same store."""
-        self.core = MetadataCore(self.engine, self.clock, self.config)
+        self.core = MetadataCore(self.engine, self.clock, self.config, server=self.server)
 
     def call(self, request: Request, connection: int = 1) -> Any:
         """The reply, or raises the error."""
