@@ -326,13 +326,17 @@ class Once(Request, tag="once"):
 
     ``client`` made the pair of ``slot`` and ``number``. The answer to the newest number of a slot
     is kept (with what the request did, in one transaction), so a client uses a slot for one request
-    at a time, with growing numbers. Errors are not kept: a request that failed did nothing. Raises
-    InvalidRequest for a number below the slot's newest."""
+    at a time, with growing numbers. Raises InvalidRequest for a number below the slot's newest.
+
+    An error is not kept, since a request that failed did nothing, unless the request was sent
+    ``again``. Then an earlier copy may still be on its way (in the queue of a server that lost its
+    client), and must not succeed after the client was told that it failed."""
 
     client: ClientUuid
     slot: Annotated[int, msgspec.Meta(ge=0, lt=ONCE_SLOTS)]
     number: U64
     request: Changing
+    again: bool = False
 
     def reply_type(self) -> Any:
         return self.request.Reply
