@@ -26,8 +26,10 @@ from kvfs_base import frames
 from kvfs_base.errors import (
     ConnectionLost,
     DeadlineExceeded,
+    InvalidRequest,
     KvfsError,
     ProtocolError,
+    StoreUnavailable,
 )
 from kvfs_base.frames import Frame, FrameDecoder, Kind
 from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS, CONNECTIONS_MAX, KIB
@@ -159,22 +161,46 @@ class _Waiter:
         self.error: KvfsError | None = None
 
 
+class Servers:
+    """Servers of which each will do, used one at a time. Whoever is failed by one goes on with the
+    next, and after the last with the first."""
+
+    def __init__(self, addresses: Address | Sequence[Address]) -> None:
+        self._addresses = (addresses,) if isinstance(addresses, Address) else tuple(addresses)
+        if not self._addresses:
+            raise InvalidRequest(detail="no address")
+        self._at = 0
+
+    @property
+    def current(self) -> Address:
+        return self._addresses[self._at]
+
+    @property
+    def several(self) -> bool:
+        return len(self._addresses) > 1
+
+    def advance(self) -> None:
+        self._at = (self._at + 1) % len(self._addresses)
+
+
 class RpcClient:
     """Calls from trio tasks, pipelined over one connection that is dialled when needed.
 
     Runs inside ``async with``. A call that was on its way when the connection broke raises
-    ConnectionLost: whether it was carried out is unknown, so only the caller may repeat it.
+    ConnectionLost: whether it was carried out is unknown, so only the caller may repeat it. The
+    next call dials the next server. A server that answers StoreUnavailable is left the same way
+    (calls on their way lose their connection), and where there are others, one that was too slow.
     """
 
     def __init__(
         self,
         network: Network,
-        address: Address,
+        address: Address | Sequence[Address],
         *,
         on_connect: Callable[[RpcClient], Awaitable[None]] | None = None,
     ) -> None:
         self._network = network
-        self._address = address
+        self._servers = Servers(address)
         self._on_connect = on_connect
         self._stream: trio.abc.Stream | None = None
         self._waiting: dict[int, _Waiter] = {}
@@ -193,7 +219,7 @@ class RpcClient:
     async def __aexit__(self, *exc_info: Any) -> None:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
-        self._drop(ConnectionLost(address=str(self._address), detail="client closed"))
+        self._drop(self._lost("client closed"))
         await self._nursery_manager.__aexit__(*exc_info)
 
     async def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
@@ -202,9 +228,11 @@ class RpcClient:
         request_id = self._next_id
         self._next_id += 1
         frame = frames.encode(Kind.REQUEST, request_id, request)
+        stream = None
         with trio.move_on_after(timeout):
             if self._stream is None:
                 await self._dial()
+            stream = self._stream
             self._waiting[request_id] = waiter
             try:
                 await self._send(frame)
@@ -214,17 +242,28 @@ class RpcClient:
             if waiter.error is not None:
                 raise waiter.error
             assert waiter.frame is not None
-            return _decode_reply(waiter.frame, request)
+            try:
+                return _decode_reply(waiter.frame, request)
+            except StoreUnavailable:
+                # What the server did last is unknown: the greeting comes first again.
+                self._leave(stream, "store unavailable")
+                raise
+        if self._servers.several:
+            self._leave(stream, "too slow")
         raise DeadlineExceeded(operation=type(request).__name__, seconds=timeout)
 
     async def _dial(self) -> None:
         async with self._dialling:
             if self._stream is not None:
                 return
-            with trio.move_on_after(CONNECT_SECONDS) as scope:
-                stream = await self._network.connect(self._address)
-            if scope.cancelled_caught:
-                raise DeadlineExceeded(operation=f"connect {self._address}")
+            try:
+                with trio.move_on_after(CONNECT_SECONDS) as scope:
+                    stream = await self._network.connect(self._servers.current)
+                if scope.cancelled_caught:
+                    raise self._lost(f"not connected in {CONNECT_SECONDS} s")
+            except BaseException:
+                self._servers.advance()
+                raise
             assert self._nursery is not None
             self._stream = stream
             self._nursery.start_soon(self._receive, stream)
@@ -242,7 +281,7 @@ class RpcClient:
             while self._outbox:
                 stream = self._stream
                 if stream is None:
-                    self._drop(ConnectionLost(address=str(self._address), detail="lost"))
+                    self._drop(self._lost("lost"))
                     break
                 data = b"".join(self._outbox)
                 self._outbox.clear()
@@ -251,8 +290,7 @@ class RpcClient:
                     with trio.CancelScope(shield=True):
                         await stream.send_all(data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    if self._stream is stream:  # and not a newer connection already
-                        self._drop(ConnectionLost(address=str(self._address), detail="send failed"))
+                    self._lose(stream, "send failed")
         finally:
             self._sending = False
 
@@ -271,10 +309,26 @@ class RpcClient:
         except KvfsError as exc:
             reason = str(exc)
         finally:
-            if self._stream is stream:
-                self._drop(ConnectionLost(address=str(self._address), detail=reason))
+            self._lose(stream, reason)
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
+
+    def _leave(self, stream: trio.abc.Stream | None, reason: str) -> None:
+        if stream is not None and self._lose(stream, reason):
+            assert self._nursery is not None
+            self._nursery.start_soon(trio.aclose_forcefully, stream)
+
+    def _lose(self, stream: trio.abc.Stream, reason: str) -> bool:
+        """False if there is a newer connection already."""
+        if self._stream is not stream:
+            return False
+        error = self._lost(reason)
+        self._servers.advance()
+        self._drop(error)
+        return True
+
+    def _lost(self, reason: str) -> ConnectionLost:
+        return ConnectionLost(address=str(self._servers.current), detail=reason)
 
     def _drop(self, error: KvfsError) -> None:
         self._stream = None
@@ -286,12 +340,14 @@ class RpcClient:
 
 class BlockingRpcClient:
     """Calls from one thread at a time over one connection. 23 us a call on a Unix socket, against
-    160 us a side on trio: hot paths with a thread of their own use this one."""
+    160 us a side on trio: hot paths with a thread of their own use this one. After a failed call,
+    or one that was answered StoreUnavailable, the next one dials the next server."""
 
-    def __init__(self, network: BlockingNetwork, address: Address) -> None:
+    def __init__(self, network: BlockingNetwork, address: Address | Sequence[Address]) -> None:
         self._network = network
-        self._address = address
+        self._servers = Servers(address)
         self._connection: Connection | None = None
+        self._timeout = 0.0
         self._next_id = 1
 
     def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
@@ -302,26 +358,47 @@ class BlockingRpcClient:
         """All replies; raises the first error. The requests travel in one write."""
         connection = self._connection
         if connection is None:
-            connection = self._network.connect(self._address, CONNECT_SECONDS)
-            connection.set_timeout(timeout)
-            self._connection = connection
+            connection = self._connection = self._dial()
         first = self._next_id
         self._next_id += len(requests)
         try:
+            if timeout != self._timeout:  # it is the same one call after call
+                connection.set_timeout(timeout)
+                self._timeout = timeout
             connection.send(
                 [frames.encode(Kind.REQUEST, first + i, r) for i, r in enumerate(requests)]
             )
             received = [receive_frame(connection) for _ in requests]
         except BaseException:
-            self.close()
+            self._leave()
             raise
         replies: list[Any] = []
         for i, (frame, request) in enumerate(zip(received, requests, strict=True)):
             if frame.request_id != first + i:
-                self.close()
+                self._leave()
                 raise ProtocolError(detail="replies out of order")
-            replies.append(_decode_reply(frame, request))
+            try:
+                replies.append(_decode_reply(frame, request))
+            except StoreUnavailable:
+                self._leave()
+                raise
         return replies
+
+    def _dial(self) -> Connection:
+        address = self._servers.current
+        self._timeout = 0.0
+        try:
+            return self._network.connect(address, CONNECT_SECONDS)
+        except DeadlineExceeded as exc:
+            self._servers.advance()
+            raise ConnectionLost(address=str(address), detail=str(exc)) from exc
+        except ConnectionLost:
+            self._servers.advance()
+            raise
+
+    def _leave(self) -> None:
+        self._servers.advance()
+        self.close()
 
     def close(self) -> None:
         if self._connection is not None:

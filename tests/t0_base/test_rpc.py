@@ -13,7 +13,14 @@ import trio
 import trio.testing
 
 from kvfs_base import frames
-from kvfs_base.errors import ConnectionLost, DeadlineExceeded, EntryNotFound, ProtocolError
+from kvfs_base.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    EntryNotFound,
+    InvalidRequest,
+    ProtocolError,
+    StoreUnavailable,
+)
 from kvfs_base.frames import Kind
 from kvfs_base.os_env import OsBlockingNetwork, OsNetwork
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer
@@ -212,6 +219,75 @@ def test_calls_in_flight_fail_when_the_server_goes_and_later_ones_dial_again() -
     trio.run(main)
 
 
+class Unable(Calculator):
+    """A server that is there and cannot reach its store."""
+
+    async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
+        return [StoreUnavailable() for _ in requests]
+
+
+NOBODY, ELSEWHERE = Address.unix("/nobody"), Address.unix("/elsewhere")
+
+
+def test_the_next_server_is_dialled_after_one_that_fails() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        greeted: list[object] = []
+        requests = Double | Fail | Hang
+
+        async def greet(client: RpcClient) -> None:
+            greeted.append(client)
+
+        addresses = [NOBODY, ADDRESS, ELSEWHERE]
+        async with (
+            RpcClient(network, addresses, on_connect=greet) as client,
+            trio.open_nursery() as nursery,
+        ):
+            hanging = Calculator()
+            await nursery.start(RpcServer(network, requests, hanging).serve, ADDRESS)
+            await nursery.start(RpcServer(network, requests, Unable()).serve, ELSEWHERE)
+            with pytest.raises(ConnectionLost):
+                await client.call(Double(1))
+            assert await client.call(Double(1)) == 2
+            with pytest.raises(DeadlineExceeded):
+                await client.call(Hang(), timeout=5)
+            with pytest.raises(StoreUnavailable):
+                await client.call(Double(1))
+            with pytest.raises(ConnectionLost):  # round it goes
+                await client.call(Double(1))
+            assert await client.call(Double(3)) == 6
+            assert len(greeted) == 3
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_a_server_without_its_store_is_greeted_again() -> None:
+    async def main() -> None:
+        network = MemoryNetwork()
+        greeted: list[object] = []
+
+        async def greet(client: RpcClient) -> None:
+            greeted.append(client)
+
+        async with RpcClient(network, ADDRESS, on_connect=greet) as client:
+            async with trio.open_nursery() as nursery:
+                server = RpcServer(network, Double | Fail | Hang, Unable())
+                await nursery.start(server.serve, ADDRESS)
+                for _ in range(2):
+                    with pytest.raises(StoreUnavailable):
+                        await client.call(Double(1))
+                assert len(greeted) == 2
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_client_of_nobody_is_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        RpcClient(MemoryNetwork(), [])
+
+
 def test_a_peer_that_talks_nonsense_loses_its_connection_only() -> None:
     async def main() -> None:
         network = MemoryNetwork()
@@ -264,6 +340,27 @@ def test_blocking_client(served: Address) -> None:
         BlockingRpcClient(OsBlockingNetwork(), served).call(Hang(), timeout=0.05)
     client.close()
     assert client.call(Double(6)) == 12
+    client.close()
+
+
+def test_a_blocking_client_goes_on_with_the_next_server(served: Address, tmp_path: Path) -> None:
+    nobody = Address.unix(str(tmp_path / "nobody"))
+    client = BlockingRpcClient(OsBlockingNetwork(), (nobody, served))
+    for _ in range(2):
+        with pytest.raises(ConnectionLost):
+            client.call(Double(3))
+        assert client.call(Double(3)) == 6
+        assert client.call(Double(4)) == 8
+        with pytest.raises(DeadlineExceeded):
+            client.call(Hang(), timeout=0.05)
+    client.close()
+
+
+def test_each_blocking_call_has_its_own_deadline(served: Address) -> None:
+    client = BlockingRpcClient(OsBlockingNetwork(), served)
+    assert client.call(Double(3)) == 6
+    with pytest.raises(DeadlineExceeded):
+        client.call(Hang(), timeout=0.05)
     client.close()
 
 
