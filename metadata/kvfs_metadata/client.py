@@ -1,26 +1,35 @@
-"""Clients of the metadata service that outlive its restarts.
+"""Clients of the metadata service that outlive its restarts, and the end of one of many servers.
 
-A request is repeated after a lost connection if doing it twice is as good as once; every other one
-only if it was never sent, because its first copy may have been carried out. Either kind waits up to
-``retry_seconds`` for a service that does not answer the door.
+A request is repeated after a lost connection, and when a server had lost its store, of the next
+server if there are several, for up to ``retry_seconds``. If doing it twice is as good as once it is
+sent as it is; every other one as ``Once``, under a number of this client, so that the service
+recognises the repetition and gives the first answer again.
+
+One request does two things: ``Make`` with ``open`` makes a file, which is recorded, and counts an
+open, which belongs to the session as it is on one connection. When its answer is lost, the greeting
+of the next connection (``Attach``) declares what was answered, so not this file: the count of the
+lost connection ends there, though the service keeps what was released for another grace period.
+The repetition then gets the recorded answer, and the service counts the open again with it. So a
+session has one count for each answer that its client got, whatever was carried out when.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import random
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import msgspec
 import trio
 
 from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat
-from kvfs_base.errors import ConnectionLost, DeadlineExceeded, KvfsError
-from kvfs_base.limits import CALL_SECONDS, RETRY_SECONDS, SESSION_GRACE_SECONDS
+from kvfs_base.errors import ConnectionLost, KvfsError, StoreUnavailable
+from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GRACE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient
-from kvfs_base.seams import BlockingNetwork, Connection, Env, Listener, Network
+from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
 from kvfs_metadata import messages as m
 
@@ -41,62 +50,17 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.OpenNamespace,
         m.MatchBlocks,
         m.LookupBlocks,
-        m.PrepareBlocks,  # the first batch expires
-        m.CommitBlocks,
+        m.CommitBlocks,  # a batch is committed once, and remembered
         m.AbortBlocks,
-        m.RemoveBlocks,
         m.Statistics,
         Heartbeat,
         GetClusterMap,
     }
 )
-"""Requests that may be carried out twice."""
+"""Requests that may be carried out twice. All others travel as Once."""
 
 RETRY_DELAY_SECONDS = 0.02
 RETRY_DELAY_SECONDS_MAX = 0.5
-
-
-@dataclasses.dataclass(eq=False)
-class _NeverSent(ConnectionLost):
-    """The connection could not be made, so the request is certainly not carried out."""
-
-
-class _DiallingNetwork:
-    """A Network whose failures to connect can be told from connections lost later."""
-
-    def __init__(self, network: Network) -> None:
-        self._network = network
-
-    async def connect(self, address: Address) -> trio.abc.Stream:
-        try:
-            return await self._network.connect(address)
-        except ConnectionLost as exc:
-            raise _NeverSent(address=exc.address, detail=exc.detail) from exc
-
-    async def serve(
-        self,
-        address: Address,
-        handler: Callable[[trio.abc.Stream], Awaitable[None]],
-        *,
-        task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        await self._network.serve(address, handler, task_status=task_status)
-
-
-class _DiallingBlockingNetwork:
-    """The same for threads."""
-
-    def __init__(self, network: BlockingNetwork) -> None:
-        self._network = network
-
-    def connect(self, address: Address, timeout: float) -> Connection:
-        try:
-            return self._network.connect(address, timeout)
-        except (ConnectionLost, DeadlineExceeded) as exc:
-            raise _NeverSent(address=str(address), detail=str(exc)) from exc
-
-    def listen(self, address: Address) -> Listener:
-        return self._network.listen(address)
 
 
 class _Patience:
@@ -116,8 +80,29 @@ class _Patience:
         return delay
 
 
+class _Numbers:
+    """What makes the requests of one client known when they come again."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._client = rng.randbytes(16)
+        self._last = [0] * ONCE_SLOTS
+
+    def next(self, slot: int, request: Any) -> m.Once:
+        """The caller has ``slot`` to itself until the request is done with."""
+        self._last[slot] += 1
+        return m.Once(self._client, slot, self._last[slot], request)
+
+
+def _again(request: Request) -> Request:
+    """``request`` as it is sent after the first time."""
+    if isinstance(request, m.Once) and not request.again:
+        return msgspec.structs.replace(request, again=True)
+    return request
+
+
 class MetadataClient:
-    """Calls from trio tasks, pipelined over one connection.
+    """Calls from trio tasks, pipelined over one connection. ``address`` may be several, of servers
+    that share a store: the client begins with the first.
 
     With ``session`` (16 bytes, made by the caller) the client speaks for a session that has files
     open: it counts OpenInode and CloseInode, and tells the service after each reconnect.
@@ -126,7 +111,7 @@ class MetadataClient:
     def __init__(
         self,
         env: Env,
-        address: Address,
+        address: Address | Sequence[Address],
         *,
         session: bytes | None = None,
         retry_seconds: float = RETRY_SECONDS,
@@ -134,10 +119,12 @@ class MetadataClient:
         self._session = session
         self._retry_seconds = retry_seconds
         self._open: Counter[int] = Counter()
+        self._numbers = _Numbers(env.rng)
+        # The slot given back last is used next: few in use are few answers kept by the service.
+        self._slots = list(reversed(range(ONCE_SLOTS)))
+        self._slots_free = trio.Semaphore(ONCE_SLOTS)
         self._rpc = RpcClient(
-            _DiallingNetwork(env.network),
-            address,
-            on_connect=self._attach if session is not None else None,
+            env.network, address, on_connect=self._attach if session is not None else None
         )
 
     async def __aenter__(self) -> MetadataClient:
@@ -169,11 +156,15 @@ class MetadataClient:
         await rpc.call(m.Attach(self._session, tuple(self._open.elements())))
 
     async def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
-        """The reply. Raises what the service raised, ConnectionLost, DeadlineExceeded (which is
-        not repeated: the time is up)."""
+        """The reply. Raises what the service raised, and when it could not be reached for too long
+        ConnectionLost, StoreUnavailable or DeadlineExceeded (which is not repeated: the time is
+        up). After these three it is unknown whether the request was carried out."""
         if isinstance(request, m.CloseInode):
             return await self._close(request, timeout)
-        reply = await self._call_patiently(request, timeout)
+        if type(request) in REPEATABLE:
+            reply = await self._call_patiently(request, timeout)
+        else:
+            reply = await self._call_once(request, timeout)
         opens = isinstance(request, m.OpenInode) or (isinstance(request, m.Make) and request.open)
         if opens and self._session is not None:
             # Nothing waits between the arrival of the reply and this line, so an Attach on a new
@@ -191,59 +182,95 @@ class MetadataClient:
             if self._open[request.inode] <= 0:
                 del self._open[request.inode]
 
+    async def _call_once(self, request: Request, timeout: float) -> Any:
+        async with self._slots_free:
+            slot = self._slots.pop()
+            try:
+                return await self._call_patiently(self._numbers.next(slot, request), timeout)
+            finally:
+                self._slots.append(slot)
+
     async def _call_patiently(self, request: Request, timeout: float) -> Any:
         patience = _Patience(self._retry_seconds)
         while True:
             try:
                 return await self._rpc.call(request, timeout)
-            except ConnectionLost as exc:
-                if not _may_repeat(exc, [request]):
-                    raise
+            except (ConnectionLost, StoreUnavailable):
                 delay = patience.next_delay()
                 if delay is None:
                     raise
+            request = _again(request)
             await trio.sleep(delay)
 
 
 class BlockingMetadataClient:
-    """Calls from one thread at a time."""
+    """Calls from one thread at a time. ``address`` as for MetadataClient."""
 
-    def __init__(self, env: Env, address: Address, *, retry_seconds: float = RETRY_SECONDS) -> None:
+    def __init__(
+        self,
+        env: Env,
+        address: Address | Sequence[Address],
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
         self._retry_seconds = retry_seconds
         self._closed = threading.Event()
-        self._rpc = BlockingRpcClient(_DiallingBlockingNetwork(env.blocking_network), address)
+        self._numbers = _Numbers(env.rng)
+        self._rpc = BlockingRpcClient(env.blocking_network, address)
 
     def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
         """As MetadataClient.call."""
         return self.call_many([request], timeout)[0]
 
     def call_many(self, requests: Sequence[Request], timeout: float = CALL_SECONDS) -> list[Any]:
-        """All replies, in order; raises the first error. The requests travel in one write. They
-        are repeated after a lost connection only if every one of them may be."""
+        """All replies, in order; raises the first error. The requests travel in one write, or, if
+        they need more slots than there are, in several one after the other."""
+        replies: list[Any] = []
+        for numbered in self._numbered(requests):
+            replies += self._call_patiently(numbered, timeout)
+        return replies
+
+    def _numbered(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """``requests`` as they are sent. Each list has the slots to itself."""
+        part: list[Request] = []
+        slot = 0
+        for request in requests:
+            if type(request) in REPEATABLE:
+                part.append(request)
+                continue
+            if slot == ONCE_SLOTS:
+                yield part
+                part, slot = [], 0
+            part.append(self._numbers.next(slot, request))
+            slot += 1
+        yield part
+
+    def _call_patiently(self, requests: list[Request], timeout: float) -> list[Any]:
         patience = _Patience(self._retry_seconds)
         while True:
             try:
                 return self._rpc.call_many(requests, timeout)
-            except ConnectionLost as exc:
-                if not _may_repeat(exc, requests):
-                    raise
+            except (ConnectionLost, StoreUnavailable):
                 delay = patience.next_delay()
                 if delay is None or self._closed.wait(delay):
                     raise
+            requests = [_again(request) for request in requests]
 
     def close(self) -> None:
         self._closed.set()
         self._rpc.close()
 
 
-def _may_repeat(exc: ConnectionLost, requests: Sequence[Request]) -> bool:
-    return isinstance(exc, _NeverSent) or all(type(r) in REPEATABLE for r in requests)
-
-
 class ClusterView:
     """The cluster map as last seen. Thread-safe."""
 
-    def __init__(self, env: Env, address: Address, *, retry_seconds: float = RETRY_SECONDS) -> None:
+    def __init__(
+        self,
+        env: Env,
+        address: Address | Sequence[Address],
+        *,
+        retry_seconds: float = RETRY_SECONDS,
+    ) -> None:
         self._client = BlockingMetadataClient(env, address, retry_seconds=retry_seconds)
         self._lock = threading.Lock()
         self._map: ClusterMap | None = None
