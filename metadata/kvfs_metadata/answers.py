@@ -6,12 +6,15 @@ from typing import Any
 
 import msgspec
 
-from kvfs_base.errors import InvalidRequest
+from kvfs_base.errors import InvalidRequest, KvfsError, from_wire
+from kvfs_base.frames import ErrorBody
 from kvfs_base.limits import ANSWERS_PER_COLLECTION, ONCE_SECONDS
 from kvfs_metadata import records
 from kvfs_metadata.messages import Once
 from kvfs_metadata.records import AnswerRecord
 from kvfs_metadata.transaction import Tx
+
+_decode_error = msgspec.msgpack.Decoder(ErrorBody).decode
 
 
 class Answers:
@@ -22,8 +25,8 @@ class Answers:
         self._collected_to = records.ANSWER
 
     def find(self, tx: Tx, request: Once) -> Any:
-        """The answer that ``request`` got the first time, or None. Raises InvalidRequest if the
-        slot has answered a later request: the client is not waiting for this one."""
+        """The answer or KvfsError that ``request`` got the first time, or None. Raises
+        InvalidRequest if the slot has answered a later request: nobody waits for this one."""
         value = tx.kv.get(records.answer_key(request.client, request.slot))
         if value is None:
             return None
@@ -32,6 +35,9 @@ class Answers:
             raise InvalidRequest(detail=f"slot {request.slot} is at {record.number}")
         if record.number < request.number:
             return None
+        if record.failed:
+            error = _decode_error(record.reply)
+            return from_wire(error.code, error.data)
         reply_type = request.reply_type()
         decoder = self._decoders.get(reply_type)
         if decoder is None:
@@ -39,7 +45,10 @@ class Answers:
         return decoder.decode(record.reply)
 
     def keep(self, tx: Tx, request: Once, reply: Any) -> None:
-        record = AnswerRecord(request.number, tx.now_ns, records.encode(reply))
+        """``reply`` may be a KvfsError: of a request that was sent before."""
+        failed = isinstance(reply, KvfsError)
+        body = ErrorBody(reply.wire_code, reply.wire_data()) if failed else reply
+        record = AnswerRecord(request.number, tx.now_ns, records.encode(body), failed)
         tx.kv.put(records.answer_key(request.client, request.slot), records.encode(record))
 
     def collect(self, tx: Tx) -> int:

@@ -16,7 +16,6 @@ session has one count for each answer that its client got, whatever was carried 
 from __future__ import annotations
 
 import contextlib
-import random
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -83,8 +82,8 @@ class _Patience:
 class _Numbers:
     """What makes the requests of one client known when they come again."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self._client = rng.randbytes(16)
+    def __init__(self, env: Env) -> None:
+        self._client = env.rng.randbytes(16)
         self._last = [0] * ONCE_SLOTS
 
     def next(self, slot: int, request: Any) -> m.Once:
@@ -119,7 +118,7 @@ class MetadataClient:
         self._session = session
         self._retry_seconds = retry_seconds
         self._open: Counter[int] = Counter()
-        self._numbers = _Numbers(env.rng)
+        self._numbers = _Numbers(env)
         # The slot given back last is used next: few in use are few answers kept by the service.
         self._slots = list(reversed(range(ONCE_SLOTS)))
         self._slots_free = trio.Semaphore(ONCE_SLOTS)
@@ -215,7 +214,7 @@ class BlockingMetadataClient:
     ) -> None:
         self._retry_seconds = retry_seconds
         self._closed = threading.Event()
-        self._numbers = _Numbers(env.rng)
+        self._numbers = _Numbers(env)
         self._rpc = BlockingRpcClient(env.blocking_network, address)
 
     def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:

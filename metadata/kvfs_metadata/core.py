@@ -26,7 +26,7 @@ from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.blocks import BlockCounts, Blocks
 from kvfs_metadata.cluster_state import CAPACITY_FRACTION, ClusterState
 from kvfs_metadata.config import MetadataConfig
-from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction, Writes
+from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from kvfs_metadata.removals import Removals
@@ -201,13 +201,28 @@ class MetadataCore:
         inner = request.request
         found = self.answers.find(tx, request)
         if found is None:
-            reply = self._writes[type(inner)](tx, inner)
-            self.answers.keep(tx, request, reply)
-            return reply
-        if isinstance(inner, m.Make) and inner.open and not self.sessions.has_open(tx, found.inode):
+            return self._first_time(tx, request)
+        opened = isinstance(inner, m.Make) and inner.open and isinstance(found, Attr)
+        if opened and not self.sessions.has_open(tx, found.inode):
             # The client has attached again since the first time, not knowing of this file.
             self.sessions.open(tx, found.inode)
         return found
+
+    def _first_time(self, tx: Tx, request: m.Once) -> Any:
+        own, mark = Overlay(tx.kv), len(tx.undo)
+        reply: Any
+        try:
+            part = dataclasses.replace(tx, kv=own)
+            reply = self._writes[type(request.request)](part, request.request)
+        except KvfsError as exc:
+            if not request.again:
+                raise
+            roll_back(tx.undo, mark)
+            reply = exc
+        else:
+            own.write_to(tx.kv)
+        self.answers.keep(tx, request, reply)
+        return reply
 
     # --- groups
 
@@ -267,9 +282,7 @@ class MetadataCore:
         self.sessions.goodbye(tx)
 
     def _attach(self, tx: Tx, request: m.Attach) -> m.Done:
-        released = self.sessions.attach(tx, request.session, request.open_inodes)
-        for inode in released:
-            self.tree.collect(tx, inode)
+        self.sessions.attach(tx, request.session, request.open_inodes)
         return m.Done()
 
     def _open_inode(self, tx: Tx, request: m.OpenInode) -> Attr:

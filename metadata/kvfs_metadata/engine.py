@@ -138,6 +138,13 @@ class Overlay:
     def delete(self, key: bytes) -> None:
         self.writes[key] = None
 
+    def write_to(self, kv: KVTransaction) -> None:
+        for key, value in self.writes.items():
+            if value is None:
+                kv.delete(key)
+            else:
+                kv.put(key, value)
+
 
 def run_group(base: KVRead, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
     """``KVEngine.run`` over a snapshot."""

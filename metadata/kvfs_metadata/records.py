@@ -251,6 +251,7 @@ class AnswerRecord(msgspec.Struct, array_like=True, frozen=True):
     number: U64
     time_ns: int
     reply: bytes
+    failed: bool = False
 
 
 class RemovalValue(NamedTuple):

@@ -58,6 +58,7 @@ class Sessions:
         self._servers: dict[bytes, float] = {}
         """When each other server was heard of."""
         self._beats = 0
+        self._held = 0
 
     # --- the store
 
@@ -131,9 +132,9 @@ class Sessions:
 
     # --- connections
 
-    def attach(self, tx: Tx, uuid: bytes, open_inodes: Iterable[int]) -> list[int]:
+    def attach(self, tx: Tx, uuid: bytes, open_inodes: Iterable[int]) -> None:
         """Connection ``tx.connection`` speaks for session ``uuid`` from now on, and exactly
-        ``open_inodes`` are open. Answers with the inodes that were open and are not any more."""
+        ``open_inodes`` are open."""
         session = self._sessions.get(uuid)
         if session is None:
             session = self._new(tx, uuid)
@@ -141,20 +142,35 @@ class Sessions:
             self.disconnected(tx.connection)  # it spoke for another session until now
         before = session.opens
         tx.undo.append(partial(self._restore, uuid, session, session.server, session.connection))
-        tx.undo.append(partial(self._swap_opens, session, before))
         session.connection = tx.connection
         session.heard_at = self._clock.monotonic()
         self._by_connection[tx.connection] = uuid
         if session.server != self._server:
             session.server = self._server
             self._record(tx, uuid)
-        self._swap_opens(session, Counter(open_inodes))
+        self._set_opens(tx, uuid, session, Counter(open_inodes))
+        released = [inode for inode in before if inode not in self._holders]
+        if released:
+            self._hold(tx, released)
+
+    def _set_opens(self, tx: Tx, uuid: bytes, session: _Session, opens: Counter[int]) -> None:
+        before = session.opens
+        tx.undo.append(partial(self._swap_opens, session, before))
+        self._swap_opens(session, opens)
         if self._recorded:
-            for inode in before.keys() - session.opens.keys():
+            for inode in before.keys() - opens.keys():
                 tx.kv.delete(records.open_key(inode, uuid))
-            for inode in session.opens.keys() - before.keys():
+            for inode in opens.keys() - before.keys():
                 tx.kv.put(records.open_key(inode, uuid), b"")
-        return [inode for inode in before if inode not in self._holders]
+
+    def _hold(self, tx: Tx, released: list[int]) -> None:
+        """The answer that said one of these is open may be lost, and the request that opens it be
+        repeated. Until then, for the grace period, a session that nobody speaks for has them."""
+        self._held += 1
+        uuid = self._server + b"held" + records.u64(self._held)
+        session = self._new(tx, uuid)
+        session.connection = None
+        self._set_opens(tx, uuid, session, Counter(released))
 
     def _new(self, tx: Tx, uuid: bytes) -> _Session:
         if len(self._sessions) >= SESSIONS_MAX:
@@ -245,6 +261,8 @@ class Sessions:
         """Counts one open for the connection's session; a connection that never attached has a
         session of its own that nobody can come back to."""
         uuid, session = self._session_of(tx)
+        if session.connection not in (None, tx.connection):
+            return  # nobody reads the answer: the session went on to another connection
         if len(session.opens) >= OPEN_INODES_MAX:
             raise LimitExceeded(detail="open files", limit=OPEN_INODES_MAX)
         self._reopen(session, inode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvfs_base import errors as e
@@ -228,10 +229,13 @@ def test_a_client_that_moves_to_the_other_server(servers: Servers, a: Rig, b: Ri
     assert is_gone(a, inode)
 
 
-def test_files_closed_while_moving_are_collected(a: Rig, b: Rig) -> None:
+def test_files_closed_while_moving_are_collected(servers: Servers, a: Rig, b: Rig) -> None:
     a.call(m.Attach(SESSION), 7)
     inode = orphan(a, b, connection=7)
     b.call(m.Attach(SESSION, ()), 3)
+    servers.live(GRACE - 1)
+    assert not is_gone(a, inode)
+    servers.live(2)
     assert is_gone(a, inode)
 
 
@@ -349,7 +353,7 @@ def test_a_repeated_prepare_reserves_once(a: Rig, b: Rig) -> None:
     assert b.statistics()["prepared_batches"] == 1
 
 
-def test_a_file_made_open_is_open_for_who_repeats_it(a: Rig, b: Rig) -> None:
+def test_a_file_made_open_is_open_for_who_repeats_it(servers: Servers, a: Rig, b: Rig) -> None:
     a.call(m.Attach(SESSION), 7)
     request = once(m.Make(ROOT, b"f", FILE, open=True), 1)
     inode = a.call(request, 7).inode
@@ -357,9 +361,22 @@ def test_a_file_made_open_is_open_for_who_repeats_it(a: Rig, b: Rig) -> None:
     assert b.call(request, 3).inode == inode
     assert b.call(request, 3).inode == inode
     a.call(m.Unlink(ROOT, b"f"))
+    servers.live(GRACE + 1)
     assert not is_gone(a, inode)
     b.call(m.CloseInode(inode), 3)
     assert is_gone(a, inode)
+
+
+def test_an_old_copy_does_not_succeed_after_the_client_heard_of_a_failure(a: Rig, b: Rig) -> None:
+    request = once(m.Unlink(ROOT, b"f"), 1)
+    again = msgspec.structs.replace(request, again=True)
+    with pytest.raises(e.EntryNotFound):
+        b.call(again)
+    a.make(ROOT, b"f")
+    for copy in (request, again):
+        with pytest.raises(e.EntryNotFound):
+            a.call(copy)
+    assert a.names(ROOT) == [b"f", b"kv"]
 
 
 def test_answers_of_clients_that_are_gone_are_collected(
