@@ -94,7 +94,7 @@ class ApiCluster:
         config = ChunkServerConfig(
             server_id=f"server-{number}",
             directories=(target,),
-            metadata=self.metadata_address,
+            metadata=(self.metadata_address,),
             unix=Address.unix(f"{self.directory}/chunks-{number}.sock"),
             tcp=None,
         )
@@ -114,7 +114,7 @@ class ApiCluster:
 
     def _start_agent(self) -> Agent:
         config = AgentConfig(
-            unix=self.agent_address, metadata=self.metadata_address, **self.agent_settings
+            unix=self.agent_address, metadata=(self.metadata_address,), **self.agent_settings
         )
         agent = Agent(os_env(), config)
         agent.start()

@@ -17,7 +17,8 @@ class ChunkServerConfig:
 
     server_id: str
     directories: tuple[str, ...]
-    metadata: Address
+    metadata: tuple[Address, ...]
+    """One server, or several of one store: the next is used when one fails."""
     unix: Address | None
     tcp: Address | None
     capacity_bytes: int = 0
@@ -31,6 +32,8 @@ class ChunkServerConfig:
             raise InvalidRequest(detail="a target directory is named twice")
         if self.durability not in ("cache", "strict"):
             raise InvalidRequest(detail=f"durability {self.durability!r}: cache or strict")
+        if not self.metadata:
+            raise InvalidRequest(detail="no address of a metadata service")
         if self.unix is None and self.tcp is None:
             raise InvalidRequest(detail="a chunk server needs a Unix or a TCP address")
         if self.capacity_bytes < 0:

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class Housekeeping:
-    """Runs from ``start`` to ``stop``. A dead metadata service is waited for without limit."""
+    """Runs from ``start`` to ``stop``. A dead metadata service is waited for without limit; where
+    there are several servers, each heartbeat that fails goes to the next one."""
 
     def __init__(
         self, env: Env, config: ChunkServerConfig, targets: Targets, counters: Counters
@@ -35,6 +36,8 @@ class Housekeeping:
         self._targets = targets
         self._counters = counters
         self._rpc = BlockingRpcClient(env.blocking_network, config.metadata)
+        # Where there are others, the next one is to hear of us before the lease is over.
+        self._deadline = TARGET_LEASE_SECONDS / (1 if len(config.metadata) == 1 else 3)
         self._unix: Address | None = None
         self._tcp: Address | None = None
         self._stopping = threading.Event()
@@ -69,7 +72,7 @@ class Housekeeping:
         try:
             while not self._stopping.is_set():
                 try:
-                    reply = self._rpc.call(self._heartbeat(), TARGET_LEASE_SECONDS)
+                    reply = self._rpc.call(self._heartbeat(), self._deadline)
                     self._obey(reply)
                     self._note(connected=True)
                 except KvfsError as exc:

@@ -75,7 +75,7 @@ class Setting:
         """What its values are, in one word."""
         base = _without_none(self.hint)
         if typing.get_origin(base) is tuple:
-            return "list"
+            return "addresses" if typing.get_args(base)[0] is Address else "list"
         if base is int:
             return "size" if self.name.endswith("_bytes") else "number"
         return {float: "number", bool: "switch", Address: "address"}.get(base, "text")

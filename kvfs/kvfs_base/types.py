@@ -111,6 +111,11 @@ class Address(msgspec.Struct, array_like=True, frozen=True):
                 return cls.tcp(host.strip("[]"), int(port))
         raise InvalidRequest(detail=f"not an address: {text!r} (unix:/path or tcp:host:port)")
 
+    @classmethod
+    def parse_list(cls, text: str) -> tuple[Address, ...]:
+        """Addresses with commas between. Raises InvalidRequest."""
+        return tuple(cls.parse(part) for part in text.split(","))
+
     def require_loopback(self) -> None:
         """Raises NotLoopback: until authentication exists, no port is reachable from outside."""
         if self.kind == "unix" or self.host == "localhost":

@@ -46,7 +46,7 @@ class Cluster:
         config = ChunkServerConfig(
             server_id=f"server-{number}",
             directories=(self.directory(number),),
-            metadata=self.metadata.address,
+            metadata=(self.metadata.address,),
             unix=Address.unix(f"{self.root}/server-{number}.sock"),
             tcp=Address.tcp("127.0.0.1", 0),
             durability=self.durability,

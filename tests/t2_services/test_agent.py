@@ -126,7 +126,7 @@ class RunningAgent:
         self.chunks = MemoryChunks()
         self.address = Address.unix(str(directory / "agent.sock"))
         settings = {"arena_bytes": MIB, "staging_bytes": MIB // 4, **settings}
-        config = AgentConfig(unix=self.address, metadata=Address.unix("/nowhere"), **settings)
+        config = AgentConfig(unix=self.address, metadata=(Address.unix("/nowhere"),), **settings)
         self.env = os_env(seed=1)
         self.agent = Agent(self.env, config, dial_metadata=self.metadata.dial, chunks=self.chunks)
         self.agent.start()
@@ -702,11 +702,12 @@ def test_errors_of_the_metadata_service_reach_the_client(agent: RunningAgent) ->
         {"client_leased_bytes": -1},
         {"connections_max": 0},
         {"unix": Address.tcp("127.0.0.1", 1)},
+        {"metadata": ()},
     ],
     ids=repr,
 )
 def test_settings_that_cannot_work(settings: dict[str, Any]) -> None:
-    good = {"unix": Address.unix("/a"), "metadata": Address.unix("/m")}
+    good = {"unix": Address.unix("/a"), "metadata": (Address.unix("/m"),)}
     with pytest.raises(InvalidRequest):
         AgentConfig(**{**good, **settings})
 

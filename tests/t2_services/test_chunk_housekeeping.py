@@ -13,6 +13,7 @@ import pytest
 
 from kvfs_base.cluster import TargetState
 from kvfs_base.errors import ChunkNotFound, Conflict, ConnectionLost, InvalidRequest, NotLoopback
+from kvfs_base.os_env import os_env
 from kvfs_base.types import Address, ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
@@ -22,6 +23,7 @@ from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.files import StripedFile
 from kvfs_datapath.format import ChunkInfo, path_of
 from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.testing import FakeMetadata
 from t2_services.chunk_cluster import (
     Cluster,
     make_writes,
@@ -70,7 +72,7 @@ def test_a_configured_capacity_is_reported(tmp_path: Path) -> None:
         config = ChunkServerConfig(
             server_id="small",
             directories=(f"{tmp_path}/a", f"{tmp_path}/b"),
-            metadata=cluster.metadata.address,
+            metadata=(cluster.metadata.address,),
             unix=Address.unix(f"{tmp_path}/small.sock"),
             tcp=None,
             capacity_bytes=12_345,
@@ -99,13 +101,42 @@ def test_the_metadata_service_may_come_late_and_go_away(tmp_path: Path) -> None:
         assert server.statistics()["heartbeats"] >= 1
 
 
+def test_heartbeats_go_on_with_another_metadata_server(tmp_path: Path) -> None:
+    env = os_env()
+    metadata = [FakeMetadata(env, Address.unix(f"{tmp_path}/m{n}")) for n in range(2)]
+    nobody = Address.unix(f"{tmp_path}/nobody")
+    metadata[0].start()
+    config = ChunkServerConfig(
+        server_id="s",
+        directories=(f"{tmp_path}/target",),
+        metadata=(nobody, metadata[0].address, metadata[1].address),
+        unix=Address.unix(f"{tmp_path}/s"),
+        tcp=None,
+    )
+    server = ChunkServer(env, config)
+    server.start()
+    try:
+        metadata[0].wait_for_targets(1)
+        metadata[1].start()
+        metadata[0].stop()
+        metadata[1].wait_for_targets(1)
+        metadata[0].start()
+        metadata[1].stop()
+        metadata[0].wait_for_beats(1)
+    finally:
+        server.stop()
+        metadata[0].stop()
+
+
 def test_a_server_whose_address_is_taken(tmp_path: Path) -> None:
     with running("os", "auto", tmp_path) as cluster:
         for unix, tcp, error in (
             (cluster.servers[1].addresses[0], None, ConnectionLost),
             (None, Address.tcp("0.0.0.0", 0), NotLoopback),
         ):
-            config = ChunkServerConfig("x", (f"{tmp_path}/x",), cluster.metadata.address, unix, tcp)
+            config = ChunkServerConfig(
+                "x", (f"{tmp_path}/x",), (cluster.metadata.address,), unix, tcp
+            )
             server = ChunkServer(cluster.env, config)
             with pytest.raises(error):
                 server.start()
@@ -117,7 +148,7 @@ def test_two_servers_on_one_directory(cluster: Cluster, tmp_path: Path) -> None:
     config = ChunkServerConfig(
         server_id="second",
         directories=(f"{tmp_path}/fresh", cluster.directory(1)),
-        metadata=cluster.metadata.address,
+        metadata=(cluster.metadata.address,),
         unix=Address.unix(f"{tmp_path}/second.sock"),
         tcp=None,
     )
@@ -135,13 +166,14 @@ def test_two_servers_on_one_directory(cluster: Cluster, tmp_path: Path) -> None:
         {"durability": "hope"},
         {"unix": None},
         {"capacity_bytes": -1},
+        {"metadata": ()},
     ],
 )
 def test_bad_settings(changes: dict[str, object]) -> None:
     settings: dict[str, object] = {
         "server_id": "s",
         "directories": ("/a",),
-        "metadata": Address.unix("/m"),
+        "metadata": (Address.unix("/m"),),
         "unix": Address.unix("/u"),
         "tcp": None,
     }
@@ -263,7 +295,7 @@ from kvfs_datapath.server import ChunkServer
 
 root = sys.argv[1]
 config = ChunkServerConfig(
-    "victim", (root + "/victim",), Address.unix(root + "/metadata.sock"),
+    "victim", (root + "/victim",), (Address.unix(root + "/metadata.sock"),),
     Address.unix(root + "/victim.sock"), None)
 server = ChunkServer(os_env(), config)
 server.start()

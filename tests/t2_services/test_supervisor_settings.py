@@ -16,6 +16,7 @@ from kvfs import settings
 from kvfs.agent.config import AgentConfig
 from kvfs.cli import exits, logs
 from kvfs.cli.exits import ExitCode, exit_for
+from kvfs.cli.targets import metadata_addresses
 from kvfs.mount.config import MountConfig
 from kvfs.settings import load, parse_size, read_file, settings_of
 from kvfs.supervisor.config import UpConfig
@@ -44,6 +45,7 @@ class Example:
     fast: bool = False
     paths: tuple[str, ...] = ()
     address: Address | None = None
+    servers: tuple[Address, ...] = ()
 
 
 def problem(**sources: object) -> str:
@@ -73,10 +75,21 @@ def test_every_kind_of_value_can_be_given_as_text() -> None:
         "fast": "yes",
         "paths": "/a,/b",
         "address": "tcp:127.0.0.1:80",
+        "servers": "unix:/a,tcp:127.0.0.1:80",
     }
+    tcp = Address.tcp("127.0.0.1", 80)
     assert load(Example, "agent", flags=flags) == Example(
-        "x", 3 << 29, 0.25, True, ("/a", "/b"), Address.tcp("127.0.0.1", 80)
+        "x", 3 << 29, 0.25, True, ("/a", "/b"), tcp, (Address.unix("/a"), tcp)
     )
+
+
+def test_one_address_is_a_list_too() -> None:
+    one = (Address.unix("/m"),)
+    assert load(Example, "agent", flags={"name": "x", "servers": "unix:/m"}).servers == one
+    file = read_file('[agent]\nname = "x"\nservers = ["unix:/m"]', "kvfs.toml")
+    assert load(Example, "agent", file=file).servers == one
+    assert metadata_addresses("unix:/m") == one
+    assert metadata_addresses("unix:/m,tcp:localhost:1") == (*one, Address.tcp("localhost", 1))
 
 
 def test_errors_name_the_source() -> None:
@@ -90,6 +103,8 @@ def test_errors_name_the_source() -> None:
     )
     assert problem(flags=name | {"fast": "maybe"}).startswith("--fast: neither true nor false")
     assert problem(flags=name | {"address": "nowhere"}).startswith("--address: not an address")
+    servers = name | {"servers": "unix:/a,nowhere"}
+    assert problem(flags=servers).startswith("--servers: not an address: 'nowhere'")
     assert problem(environment={"KVFS_AGENT_COLOUR": "red"}) == "KVFS_AGENT_COLOUR: no such setting"
     assert (
         problem(flags=name, file={"agent": {"fast": 1}}) == "kvfs.toml: agent.fast: 1 is not a bool"

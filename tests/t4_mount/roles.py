@@ -70,7 +70,7 @@ def run_chunks(directory: str, count: int) -> None:
         config = ChunkServerConfig(
             server_id=f"server-{number}",
             directories=(target,),
-            metadata=metadata_address(directory),
+            metadata=(metadata_address(directory),),
             unix=Address.unix(f"{directory}/run/chunks-{number}.sock"),
             tcp=Address.tcp("127.0.0.1", known_port(directory, number)),
         )
@@ -92,7 +92,7 @@ def run_mount_role(directory: str, mountpoint: str, options: dict[str, Any]) -> 
     from kvfs.mount.config import MountConfig
     from kvfs.mount.main import run_mount
 
-    config = MountConfig(mountpoint=mountpoint, metadata=metadata_address(directory), **options)
+    config = MountConfig(mountpoint=mountpoint, metadata=(metadata_address(directory),), **options)
 
     async def serve(*, task_status: Any) -> None:
         await run_mount(os_env(), config, task_status=task_status)

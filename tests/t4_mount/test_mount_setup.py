@@ -35,7 +35,7 @@ def attempt(config: MountConfig) -> KvfsError:
 
 
 def test_a_missing_mount_point(cluster: Cluster, tmp_path: Path) -> None:
-    error = attempt(MountConfig(f"{tmp_path}/nothing", cluster.address))
+    error = attempt(MountConfig(f"{tmp_path}/nothing", (cluster.address,)))
     assert isinstance(error, MountFailed)
     assert "does not exist" in error.detail
     assert error.mountpoint == f"{tmp_path}/nothing"
@@ -43,20 +43,20 @@ def test_a_missing_mount_point(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_mount_point_that_is_a_file(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    error = attempt(MountConfig(f"{tmp_path}/file", cluster.address))
+    error = attempt(MountConfig(f"{tmp_path}/file", (cluster.address,)))
     assert isinstance(error, MountFailed)
     assert "not a directory" in error.detail
 
 
 def test_a_mount_point_that_is_not_empty(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    error = attempt(MountConfig(str(tmp_path), cluster.address))
+    error = attempt(MountConfig(str(tmp_path), (cluster.address,)))
     assert isinstance(error, MountPointBusy)
     assert "not empty" in error.detail
 
 
 def test_a_mount_point_in_use(cluster: Cluster, mounted: Path) -> None:
-    error = attempt(MountConfig(str(mounted), cluster.address))
+    error = attempt(MountConfig(str(mounted), (cluster.address,)))
     assert isinstance(error, MountPointBusy)
     assert "fuse.kvfs" in error.detail
 
@@ -69,7 +69,7 @@ def test_no_fuse_device(
     if found == "forbidden":
         device.mkdir()  # opening it for writing fails, whoever asks
     monkeypatch.setattr(system, "FUSE_DEVICE", str(device))
-    error = attempt(MountConfig(str(tmp_path), cluster.address))
+    error = attempt(MountConfig(str(tmp_path), (cluster.address,)))
     assert isinstance(error, FuseMissing)
     assert str(device) in error.detail
 
@@ -78,14 +78,14 @@ def test_without_pyfuse3(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "pyfuse3", None)
     monkeypatch.delitem(sys.modules, "kvfs.mount.pyfuse3_frontend", raising=False)
     monkeypatch.delattr("kvfs.mount.pyfuse3_frontend", raising=False)
-    error = attempt(MountConfig(str(tmp_path), cluster.address))
+    error = attempt(MountConfig(str(tmp_path), (cluster.address,)))
     assert isinstance(error, FuseMissing)
     assert "kvfs[fuse]" in error.detail
 
 
 def test_no_metadata_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "REACH_SECONDS", 0.3)
-    error = attempt(MountConfig(str(tmp_path), Address.unix(f"{tmp_path}.sock")))
+    error = attempt(MountConfig(str(tmp_path), (Address.unix(f"{tmp_path}.sock"),)))
     assert isinstance(error, ConnectionLost)
     assert not os.path.ismount(tmp_path)
 
@@ -98,11 +98,12 @@ def test_no_metadata_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         {"negative_seconds": 1e9},
         {"read_ahead_bytes": -1},
         {"transport": "pigeon"},
+        {"metadata": ()},
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest):
-        MountConfig(**{"mountpoint": "/mnt", "metadata": Address.unix("/x"), **settings})
+        MountConfig(**{"mountpoint": "/mnt", "metadata": (Address.unix("/x"),), **settings})
 
 
 def test_the_mount_table_with_blanks(cluster: Cluster, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ class AgentConfig:
 
     unix: Address
     """Where clients connect."""
-    metadata: Address
+    metadata: tuple[Address, ...]
+    """One server, or several of one store: the next is used when one fails."""
     arena_bytes: int = GIB
     """Whole pages. All clients share the arena; leased blocks must fit."""
     staging_bytes: int = STAGING_BYTES
@@ -31,6 +32,8 @@ class AgentConfig:
     def __post_init__(self) -> None:
         if self.unix.kind != "unix":
             raise InvalidRequest(detail="the agent passes descriptors: a unix: address is needed")
+        if not self.metadata:
+            raise InvalidRequest(detail="no address of a metadata service")
         for name in ("arena_bytes", "staging_bytes"):
             size = getattr(self, name)
             if size <= 0 or size % PAGE_BYTES:

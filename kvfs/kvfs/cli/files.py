@@ -18,7 +18,7 @@ import click
 import msgspec
 import trio
 
-from kvfs.cli.targets import metadata_address
+from kvfs.cli.targets import metadata_addresses
 from kvfs.cli.tree import Tree, open_tree
 from kvfs.client import connect
 from kvfs_base.errors import EntryNotFound, InvalidRequest
@@ -29,10 +29,10 @@ target_argument = click.argument("target")
 
 
 def _run(target: str, operation: Callable[[Tree], Awaitable[None]]) -> None:
-    address = metadata_address(target)
+    addresses = metadata_addresses(target)
 
     async def main() -> None:
-        async with open_tree(address) as tree:
+        async with open_tree(addresses) as tree:
             await operation(tree)
 
     trio.run(main)
@@ -124,7 +124,7 @@ def _put_block(
     data = file.read(BLOCK_BYTES_MAX + 1)
     if len(data) > BLOCK_BYTES_MAX:
         raise InvalidRequest(detail=f"a block has at most {BLOCK_BYTES_MAX} bytes")
-    metadata_address(target)  # tells a directory that is none from one where nothing runs
+    metadata_addresses(target)  # tells a directory that is none from one where nothing runs
     with connect(target) as client:
         try:
             opened = client.namespace(namespace)

@@ -12,7 +12,7 @@ import click
 from kvfs.agent.config import AgentConfig
 from kvfs.cli.options import config_option, load_settings, setting_options
 from kvfs.cli.process import begin_service, run_threaded, run_trio
-from kvfs.cli.targets import metadata_address
+from kvfs.cli.targets import metadata_addresses
 from kvfs.mount.config import MountConfig
 from kvfs.supervisor.home import Home
 from kvfs_base.os_env import os_env
@@ -82,12 +82,12 @@ def mount(target: str, mountpoint: str, config_path: Path | None, **flags: Any) 
     """Mount TARGET at MOUNTPOINT, in the foreground.
 
     TARGET is the directory of a running `kvfs up`, or the address of a metadata service
-    (unix:/path, tcp:host:port). SIGTERM and Ctrl-C unmount.
+    (unix:/path, tcp:host:port), or several with commas between. SIGTERM and Ctrl-C unmount.
     """
     begin_service()
     if config_path is None and Home(target).settings_path.exists():
         config_path = Home(target).settings_path
-    flags |= {"mountpoint": os.path.abspath(mountpoint), "metadata": str(metadata_address(target))}
+    flags |= {"mountpoint": os.path.abspath(mountpoint), "metadata": metadata_addresses(target)}
     config = load_settings(MountConfig, "mount", flags, config_path)
     from kvfs.mount.main import run_mount
 

@@ -62,7 +62,7 @@ def gather(home: Home, endpoints: Endpoints) -> Status:
     errors: list[str] = []
 
     def ask(address: str, requests: list[Request]) -> list[Any]:
-        client = BlockingRpcClient(os_env().blocking_network, Address.parse(address))
+        client = BlockingRpcClient(os_env().blocking_network, Address.parse_list(address))
         try:
             return client.call_many(requests, ANSWER_SECONDS)
         except KvfsError as exc:

@@ -16,8 +16,9 @@ def running(home: Home) -> Endpoints:
     return endpoints
 
 
-def metadata_address(target: str) -> Address:
-    """The metadata service of a directory, or of an address (unix:/path, tcp:host:port)."""
+def metadata_addresses(target: str) -> tuple[Address, ...]:
+    """The metadata service of a directory, or at the addresses (unix:/path, tcp:host:port, with
+    commas between) that ``target`` is."""
     if target.startswith(("unix:", "tcp:")):
-        return Address.parse(target)
-    return Address.parse(running(Home(target)).metadata)
+        return Address.parse_list(target)
+    return Address.parse_list(running(Home(target)).metadata)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import BinaryIO
 
 import trio
@@ -34,7 +34,7 @@ SESSION_BYTES = 16
 
 
 @contextlib.asynccontextmanager
-async def open_tree(metadata: Address) -> AsyncIterator[Tree]:
+async def open_tree(metadata: Sequence[Address]) -> AsyncIterator[Tree]:
     """Raises ConnectionLost if no metadata service listens there."""
     env = os_env()
     async with MetadataClient(env, metadata, session=os.urandom(SESSION_BYTES)) as client:

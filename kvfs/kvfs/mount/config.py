@@ -12,7 +12,8 @@ from kvfs_base.types import Address
 @dataclasses.dataclass(frozen=True)
 class MountConfig:
     mountpoint: str
-    metadata: Address
+    metadata: tuple[Address, ...]
+    """One server, or several of one store: the next is used when one fails."""
     allow_other: bool = False
     """Other users may enter; permissions are checked by the kernel either way."""
     allow_nonempty: bool = False
@@ -34,6 +35,8 @@ class MountConfig:
     def __post_init__(self) -> None:
         if not self.mountpoint.startswith("/"):
             raise InvalidRequest(detail=f"mount point must be absolute: {self.mountpoint!r}")
+        if not self.metadata:
+            raise InvalidRequest(detail="no address of a metadata service")
         for name in ("attribute_seconds", "entry_seconds", "negative_seconds", "unmount_seconds"):
             if not 0 <= getattr(self, name) <= 86_400:
                 raise InvalidRequest(detail=f"{name} must be between 0 and 86400")

@@ -148,7 +148,7 @@ class _Mount:
             await metadata.call(StatFs())
             return
         detail = "the metadata service does not answer"
-        raise ConnectionLost(address=str(self._config.metadata), detail=detail)
+        raise ConnectionLost(address=",".join(map(str, self._config.metadata)), detail=detail)
 
     async def _mount(self, filesystem: Filesystem, task_status: trio.TaskStatus[None]) -> None:
         config = self._config
