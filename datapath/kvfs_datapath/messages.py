@@ -18,7 +18,13 @@ import msgspec
 
 from kvfs_base.errors import KvfsError, from_wire
 from kvfs_base.frames import ErrorBody
-from kvfs_base.limits import BLOCK_BYTES_MAX, ITEMS_PER_REQUEST_MAX, TRANSFER_BYTES
+from kvfs_base.limits import (
+    BLOCK_BYTES_MAX,
+    CHECK_CHUNKS_PER_REQUEST,
+    ITEMS_PER_REQUEST_MAX,
+    LIST_CHUNKS_MAX,
+    TRANSFER_BYTES,
+)
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, ChunkId
 from kvfs_datapath.format import BlockKey, ChunkInfo
@@ -190,6 +196,41 @@ class StatChunks(ChunkRequest, tag="stat"):
     chunks: ChunkRefs
 
 
+# --- checking
+
+
+class ListedChunk(ChunkRef, frozen=True):
+    """``info`` is None for a chunk that cannot be used; ``problem`` says why."""
+
+    info: ChunkInfo | None
+    problem: str = ""
+
+
+class ChunkPage(msgspec.Struct, array_like=True, frozen=True):
+    chunks: tuple[ListedChunk, ...]
+    next: ChunkRef | None
+    """Where the next page begins, or None after the last one."""
+
+
+class ListChunks(ChunkRequest, tag="list"):
+    """The chunks of the target from ``start`` on, in the order of inode and number. The first
+    request of a connection reads all names; the pages that follow, in order, show what it found.
+    Chunks that went meanwhile are left out, so a page may be short."""
+
+    Reply: ClassVar[Any] = ChunkPage
+    start: ChunkRef
+    limit: Annotated[int, msgspec.Meta(ge=1, le=LIST_CHUNKS_MAX)] = LIST_CHUNKS_MAX
+
+
+class CheckChunks(ChunkRequest, tag="check"):
+    """Reads sealed chunks again, from the disk where it can be asked to, and compares with their
+    checksums: ChunkCorrupt. Open chunks have nothing to compare with."""
+
+    chunks: Annotated[
+        tuple[ChunkRef, ...], msgspec.Meta(min_length=1, max_length=CHECK_CHUNKS_PER_REQUEST)
+    ]
+
+
 DataRequest = (
     ReadChunks
     | OpenChunks
@@ -204,4 +245,6 @@ DataRequest = (
     | SyncChunks
     | RemoveRange
     | StatChunks
+    | ListChunks
+    | CheckChunks
 )

@@ -33,6 +33,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_datapath.listing import ChunkListing
 from kvfs_datapath.store import ChunkStore, StagedChunk
 from kvfs_datapath.targets import Targets
 from kvfs_datapath.wire import receive_body, receive_header, send_message
@@ -78,6 +79,7 @@ class DataSession:
         self._staged: dict[int, tuple[ChunkStore, StagedChunk]] = {}
         self._next_token = 1
         self._unsealed: dict[tuple[ChunkStore, ChunkId], None] = {}
+        self._listing: ChunkListing | None = None
         self._handlers: dict[type[Any], Callable[[ChunkStore, Any], _Answer]] = {
             m.ReadChunks: self._read_chunks,
             m.OpenChunks: self._open_chunks,
@@ -92,6 +94,8 @@ class DataSession:
             m.SyncChunks: self._sync_chunks,
             m.RemoveRange: self._remove_range,
             m.StatChunks: self._stat_chunks,
+            m.ListChunks: self._list_chunks,
+            m.CheckChunks: self._check_chunks,
         }
 
     def run(self) -> None:
@@ -397,6 +401,20 @@ class DataSession:
 
     def _stat_chunks(self, store: ChunkStore, request: m.StatChunks) -> _Answer:
         return _Answer(self._each(request.chunks, lambda item: store.stat(item.chunk)), store)
+
+    # --- checking
+
+    def _list_chunks(self, store: ChunkStore, request: m.ListChunks) -> _Answer:
+        listing = self._listing
+        if listing is None or listing.store is not store or listing.next != request.start.chunk:
+            listing = self._listing = ChunkListing(store, request.start.chunk)
+        page = listing.page(request.limit)
+        if page.next is None:
+            self._listing = None
+        return _Answer(page, store)
+
+    def _check_chunks(self, store: ChunkStore, request: m.CheckChunks) -> _Answer:
+        return _Answer(self._each(request.chunks, lambda item: store.recheck(item.chunk)), store)
 
 
 def _info_of(new: m.NewChunk) -> ChunkInfo:

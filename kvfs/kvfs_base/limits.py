@@ -186,7 +186,31 @@ METADATA_MAP_BYTES = 1 * GIB
 
 METADATA_MAP_BYTES_MAX = 4096 * GIB
 
+SCAN_RECORDS_MAX = 1024
+SCAN_BYTES = 1 * MIB
+"""Raw records in one page of a check: about 1 ms of the service's time. Values are at most 64 KiB
+(extended attributes), so a page is at most SCAN_BYTES and one value."""
+
+FIXES_PER_REQUEST = 256
+"""Repairs in one transaction: each looks at a few records, about 5 ms together."""
+
+FSCK_SETTLE_SECONDS = 2.0
+"""A check of a kvfs at work looks again after this long for bytes that files lack: a truncation
+takes two calls, some milliseconds apart."""
+
+FINDINGS_MAX = 100_000
+"""Findings that one check keeps, about 50 MB. A store with more is repaired in several rounds."""
+
 # --- data path
+
+LIST_CHUNKS_MAX = 2048
+"""Chunks in one page of a target's listing: 20 us each to look at, 64 bytes each on the wire."""
+
+CHECK_CHUNKS_PER_REQUEST = 32
+"""Chunks that one request reads again from the disk: 512 MiB of file chunks, within CALL_SECONDS
+at 20 MB/s. Large blocks are sent in smaller batches (CHECK_BYTES_PER_REQUEST)."""
+
+CHECK_BYTES_PER_REQUEST = 512 * MIB
 
 TARGETS_PER_SERVER_MAX = 64
 """What one Heartbeat can report. More disks than that want a second server anyway."""

@@ -188,7 +188,8 @@ class BlockIndex:
 
     def remove(self, block: Block) -> None:
         namespace = self.namespaces[block.namespace]
-        del namespace.blocks[block.key]
+        if namespace.blocks.get(block.key) is block:  # a damaged store may have two of one key
+            del namespace.blocks[block.key]
         namespace.block_bytes -= block.size
         del self.by_inode[block.inode]
         self.block_bytes -= block.size

@@ -30,6 +30,7 @@ from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GR
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient
 from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
+from kvfs_metadata import fixes
 from kvfs_metadata import messages as m
 
 REPEATABLE: frozenset[type[Request]] = frozenset(
@@ -52,6 +53,8 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.CommitBlocks,  # a batch is committed once, and remembered
         m.AbortBlocks,
         m.Statistics,
+        fixes.ScanRecords,
+        fixes.RepairRecords,  # each fix is looked into again
         Heartbeat,
         GetClusterMap,
     }

@@ -19,8 +19,8 @@ from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError,
 from kvfs_base.limits import CONFLICT_RETRIES
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
+from kvfs_metadata import fixes, records
 from kvfs_metadata import messages as m
-from kvfs_metadata import records
 from kvfs_metadata.answers import Answers
 from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.blocks import BlockCounts, Blocks
@@ -31,6 +31,7 @@ from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from kvfs_metadata.removals import Removals
 from kvfs_metadata.rename import rename
+from kvfs_metadata.repair import Repairer, ServiceMemory, scan_records
 from kvfs_metadata.sessions import Sessions
 from kvfs_metadata.transaction import ANY_CONNECTION, Counters, Tx, roll_back
 from kvfs_metadata.xattrs import Xattrs
@@ -111,6 +112,11 @@ class MetadataCore:
             may_be_open=self.sessions.may_be_open,
         )
         self._xattrs = Xattrs(self.index)
+        self._repairer = Repairer(
+            counters=self._counters,
+            removals=self.removals,
+            memory=ServiceMemory(self.index, self.tree, self.sessions),
+        )
         self._reads = self._read_table()
         self._writes = self._write_table()
         self._orphans_from: int | None = 0
@@ -136,6 +142,7 @@ class MetadataCore:
             m.MatchBlocks: lambda kv, request: blocks.match(request),
             m.LookupBlocks: lambda kv, request: blocks.lookup(request),
             m.Statistics: lambda kv, request: self.statistics(kv),
+            fixes.ScanRecords: scan_records,
             GetClusterMap: self._cluster_map,
         }
 
@@ -159,6 +166,7 @@ class MetadataCore:
             m.AbortBlocks: blocks.abort,
             m.RemoveBlocks: blocks.remove,
             m.Once: self._once,
+            fixes.RepairRecords: self._repair,
             Heartbeat: self._heartbeat,
         }
 
@@ -305,6 +313,11 @@ class MetadataCore:
         if self.sessions.close(tx, request.inode):
             self.tree.collect(tx, request.inode)
         return m.Done()
+
+    def _repair(self, tx: Tx, request: fixes.RepairRecords) -> tuple[fixes.Verdict, ...]:
+        done = self._repairer.repair(tx, request)
+        self._orphans_from = 0  # it may have found files that wait for their deletion
+        return done
 
     def disconnected(self, connection: int) -> None:
         self.sessions.disconnected(connection)

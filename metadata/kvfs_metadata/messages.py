@@ -22,6 +22,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, Attr, BlockInfo, KVLayout, Name, ShortText
+from kvfs_metadata.fixes import RepairRecords, ScanRecords
 
 Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYTES)]
 """Block keys, 32 bytes each, end to end: slicing a string costs less than a msgpack list."""
@@ -381,6 +382,8 @@ MetadataRequest = (
     | RemoveBlocks
     | Once
     | Statistics
+    | ScanRecords
+    | RepairRecords
     | Heartbeat
     | GetClusterMap
 )

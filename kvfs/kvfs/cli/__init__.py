@@ -23,6 +23,7 @@ COMMANDS = {
     "up": ("kvfs.cli.cluster:up", "Start a whole kvfs on this machine."),
     "down": ("kvfs.cli.cluster:down", "Stop it."),
     "status": ("kvfs.cli.status:status", "Show what runs and what is stored."),
+    "fsck": ("kvfs.cli.fsck:fsck", "Compare metadata with chunk servers, and repair."),
     "mount": ("kvfs.cli.serve:mount", "Mount a kvfs that runs."),
     "serve": ("kvfs.cli.serve:serve", "Start one role."),
     "ls": ("kvfs.cli.files:ls", "List a directory."),

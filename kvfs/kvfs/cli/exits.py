@@ -54,6 +54,10 @@ class ExitCode(enum.IntEnum):
     NO_ROOM = 13
     DAMAGED = 14
     """The stored bytes are not what was written."""
+    INCONSISTENT = 15
+    """`kvfs fsck` found something that is not repaired."""
+    REPAIRED = 16
+    """`kvfs fsck` found something and repaired all of it."""
     BUG = 70
     """An error that should not happen; --debug shows where."""
     INTERRUPTED = 130
@@ -134,7 +138,8 @@ def explain(error: BaseException) -> str:
                 "(kvfs up makes one of a missing or empty directory)"
             )
         case AlreadyRunning():
-            return f"{error.directory} is running already (pid {error.pid}); stop it with kvfs down"
+            who = f" (pid {error.pid})" if error.pid else ""
+            return f"{error.directory} is running already{who}; stop it with kvfs down"
         case NotRunning():
             return f"{error.directory} is not running; start it with kvfs up"
         case RoleFailed():

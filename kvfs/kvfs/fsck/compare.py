@@ -1,0 +1,344 @@
+"""What the metadata says of chunks, against the chunks that targets have.
+
+Both sides are streams in the order of inode numbers, blocks and files on the one, the sorted
+listings of all targets on the other, and are merged: memory is a page of each, and what one inode
+has. Like the check of the store, this reads while others write and yields candidates; ``run``
+says what makes a finding of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kvfs_base.types import Layout
+from kvfs_datapath.messages import ListedChunk
+from kvfs_metadata import fixes as f
+from kvfs_metadata import records
+from kvfs_metadata.findings import Finding, Kind, Place
+from kvfs_metadata.fsck import Batches, MetadataCheck, RecordReader, is_file, read_sound
+from kvfs_metadata.inodes import chunks_to_remove
+from kvfs_metadata.records import BlockValue, InodeRecord
+
+PROGRESS_INODES = 1024
+
+
+class Located(NamedTuple):
+    """A chunk where it was found."""
+
+    target_id: int
+    chunk: ListedChunk
+
+
+class _Item(NamedTuple):
+    inode: int
+    reference: BlockValue | InodeRecord | None
+    found: Located | None
+
+
+class QueuedRemovals:
+    """Chunks that are on their way out: 16 bytes and the numbers for each entry of the queues."""
+
+    def __init__(self, reader: RecordReader) -> None:
+        targets, inodes, firsts, ends = array("Q"), array("Q"), array("Q"), array("Q")
+        for key, value in read_sound(reader, records.REMOVAL):
+            removal = records.unpack_removal(value)
+            targets.append(int.from_bytes(key[4:8], "big"))
+            inodes.append(removal.inode)
+            firsts.append(removal.first)
+            ends.append(removal.end)
+        order = np.argsort(np.frombuffer(inodes, dtype=np.uint64), kind="stable")
+        self._targets, self._inodes, self._firsts, self._ends = (
+            np.frombuffer(values, dtype=np.uint64)[order]
+            for values in (targets, inodes, firsts, ends)
+        )
+
+    def covers(self, target_id: int, inode: int, number: int) -> bool:
+        wanted = np.uint64(inode)
+        start = int(np.searchsorted(self._inodes, wanted, "left"))
+        end = int(np.searchsorted(self._inodes, wanted, "right"))
+        return any(
+            self._targets[place] == target_id and self._firsts[place] <= number < self._ends[place]
+            for place in range(start, end)
+        )
+
+
+def block_problem(block: BlockValue, chunk: ListedChunk) -> str | None:
+    """Why a chunk is not the block's, or None."""
+    info = chunk.info
+    if info is None:
+        return chunk.problem
+    if not info.is_sealed:
+        return "open for writing"
+    if info.key != block.key:
+        return "another key"
+    if info.length != block.size:
+        return f"{info.length} bytes, {block.size} recorded"
+    if info.crc32c != block.crc32c:
+        return f"checksum {info.crc32c:08x}, {block.crc32c:08x} recorded"
+    return None
+
+
+class ChunkCheck:
+    """One run over all targets in ``listings``; what lies on others is not judged, and counted in
+    ``unchecked``. ``examine`` is given every sealed chunk that is in use."""
+
+    def __init__(
+        self,
+        reader: RecordReader,
+        listings: Mapping[int, Iterable[ListedChunk]],
+        progress: Callable[[str, int], None] | None = None,
+        examine: Callable[[int, Located], Iterable[Finding]] | None = None,
+    ) -> None:
+        self._reader = reader
+        self._listings = listings
+        self._progress = progress or (lambda stage, count: None)
+        self._examine = examine
+        self._chains: dict[int, tuple[int, ...]] = {}
+        self.chunk_count = 0
+        self.unchecked = 0
+
+    def run(self) -> Iterator[Finding]:
+        self._load_chains()
+        self._batches = Batches(self._reader)
+        self._queued = QueuedRemovals(self._reader)
+        merged = heapq.merge(
+            self._blocks(), self._files(), self._chunks(), key=lambda item: item.inode
+        )
+        groups = itertools.groupby(merged, key=lambda item: item.inode)
+        for count, (inode, group) in enumerate(groups, start=1):
+            reference = None
+            found: list[Located] = []
+            for item in group:
+                if item.found is not None:
+                    found.append(item.found)
+                else:
+                    reference = item.reference
+            if count % PROGRESS_INODES == 0:
+                self._progress("chunks", self.chunk_count)
+            yield from self._check(inode, reference, found)
+        self._progress("chunks", self.chunk_count)
+
+    def _load_chains(self) -> None:
+        for key, value in read_sound(self._reader, records.CHAIN):
+            self._chains[int.from_bytes(key[4:], "big")] = records.decode_chain(value).targets
+
+    def _targets(self, chain: int) -> tuple[int, ...] | None:
+        """None for a chain that does not exist. One that is new is looked for again."""
+        if chain not in self._chains:
+            self._load_chains()
+        return self._chains.get(chain)
+
+    # --- streams
+
+    def _blocks(self) -> Iterator[_Item]:
+        for key, value in read_sound(self._reader, records.BLOCK):
+            yield _Item(records.number_at(key), records.unpack_block(value), None)
+
+    def _files(self) -> Iterator[_Item]:
+        for key, value in read_sound(self._reader, records.INODE):
+            record = records.decode_inode(value)
+            if is_file(record):
+                yield _Item(records.number_at(key), record, None)
+
+    def _chunks(self) -> Iterator[_Item]:
+        def of(target_id: int, listing: Iterable[ListedChunk]) -> Iterator[_Item]:
+            for chunk in listing:
+                yield _Item(chunk.inode, None, Located(target_id, chunk))
+
+        streams = [of(target_id, listing) for target_id, listing in self._listings.items()]
+        for item in heapq.merge(*streams, key=lambda item: item.inode):
+            self.chunk_count += 1
+            yield item
+
+    # --- one inode
+
+    def _check(
+        self, inode: int, reference: BlockValue | InodeRecord | None, found: list[Located]
+    ) -> Iterator[Finding]:
+        if isinstance(reference, BlockValue):
+            yield from self._check_block(inode, reference, found)
+        elif reference is not None:
+            yield from self._check_file(reference, found)
+        elif inode not in self._batches:
+            yield from self._unused(Kind.CHUNK_ORPHAN, inode, found)
+
+    def _unused(self, kind: Kind, inode: int, found: Sequence[Located]) -> Iterator[Finding]:
+        """Chunks that nobody will look for, each run of numbers on one target in one finding."""
+        left = [
+            one for one in found if not self._queued.covers(one.target_id, inode, one.chunk.number)
+        ]
+        left.sort(key=lambda one: (one.target_id, one.chunk.number))
+        for _, run in itertools.groupby(
+            enumerate(left), key=lambda pair: (pair[1].target_id, pair[1].chunk.number - pair[0])
+        ):
+            chunks = [one for _, one in run]
+            target_id, first = chunks[0].target_id, chunks[0].chunk.number
+            size = sum(one.chunk.info.length for one in chunks if one.chunk.info is not None)
+            end = first + len(chunks)
+            what = "nothing refers to" if kind is Kind.CHUNK_ORPHAN else "nobody looks there for"
+            yield Finding(
+                kind=kind,
+                inode=inode,
+                detail=f"{what} {_numbers(first, end)} on target {target_id}, {size} bytes",
+                fix=f.RemoveChunks(target_id, inode, first, end, size),
+                place=Place(target_id, first, end),
+            )
+
+    def _check_block(
+        self, inode: int, block: BlockValue, found: list[Located]
+    ) -> Iterator[Finding]:
+        targets = self._targets(block.chain)
+        if targets is None:  # the block is a finding already
+            yield from self._unused(Kind.CHUNK_ORPHAN, inode, found)
+            return
+        own = {one.target_id: one for one in found if one.chunk.number == 0}
+        yield from self._unused(
+            Kind.CHUNK_MISPLACED,
+            inode,
+            [one for one in found if one.chunk.number or one.target_id not in targets],
+        )
+        if not self._all_listed(targets):
+            self.unchecked += 1
+            return
+        problems = {}
+        for target_id in targets:
+            one = own.get(target_id)
+            problems[target_id] = "missing" if one is None else block_problem(block, one.chunk)
+        # While there is a copy that is good, the block is no miss.
+        fix = f.DropBlock(inode, "chunk") if all(problems.values()) else None
+        for target_id, problem in problems.items():
+            if problem is None:
+                if self._examine is not None:
+                    yield from self._examine(target_id, own[target_id])
+                continue
+            yield Finding(
+                kind=Kind.BLOCK_DAMAGED if target_id in own else Kind.BLOCK_LOST,
+                inode=inode,
+                detail=f"the block's chunk on target {target_id}: {problem}",
+                fix=fix,
+                place=Place(target_id, 0, 1, block.size),
+            )
+
+    def _all_listed(self, targets: Iterable[int]) -> bool:
+        return all(target_id in self._listings for target_id in targets)
+
+    def _check_file(self, record: InodeRecord, found: list[Located]) -> Iterator[Finding]:
+        layout = record.layout
+        if layout is None or not layout.chains:
+            yield from self._unused(Kind.CHUNK_MISPLACED, record.inode, found)
+            return
+        places = [self._targets(chain) for chain in layout.chains]
+        known = [targets for targets in places if targets is not None]
+        if len(known) < len(places):
+            detail = "a file on chains that do not exist"
+            yield Finding(kind=Kind.CHAIN_MISSING, inode=record.inode, detail=detail)
+        own: list[Located] = []
+        misplaced: list[Located] = []
+        for one in found:
+            targets = places[one.chunk.number % len(places)]
+            (own if targets is not None and one.target_id in targets else misplaced).append(one)
+        own.sort(key=lambda one: (one.chunk.number, one.target_id))
+        yield from self._unused(Kind.CHUNK_MISPLACED, record.inode, misplaced)
+        yield from self._check_tail(record, own)
+        if len(known) < len(places) or not all(map(self._all_listed, known)):
+            self.unchecked += 1
+            return
+        yield from self._check_data(record, layout, own)
+
+    @staticmethod
+    def _check_tail(record: InodeRecord, own: Sequence[Located]) -> Iterator[Finding]:
+        if not own or own[-1].chunk.number < chunks_to_remove(record)[1]:
+            return
+        last = own[-1]
+        number = last.chunk.number
+        yield Finding(
+            kind=Kind.FILE_TAIL,
+            inode=record.inode,
+            detail=f"chunk {number} lies behind the end of a file of {record.size} bytes",
+            fix=f.CoverTail(record.inode, number + 1),
+            place=Place(last.target_id, number, number + 1),
+        )
+
+    def _check_data(
+        self, record: InodeRecord, layout: Layout, own: Sequence[Located]
+    ) -> Iterator[Finding]:
+        """Damaged chunks; and unless the file is sparse, or about to be deleted, what is missing of
+        its bytes."""
+        complete = record.sparse or not record.nlink
+        next_number = 0
+        for number, group in itertools.groupby(own, key=lambda one: one.chunk.number):
+            copies = list(group)
+            if not complete:
+                yield from self._hole(record, layout, next_number, number)
+            next_number = number + 1
+            expected = 0 if complete else _expected(record, layout, number)
+            yield from self._check_copies(record, copies, expected)
+        if not complete:
+            end = -(-record.size // layout.chunk_bytes)
+            yield from self._hole(record, layout, next_number, end)
+
+    def _check_copies(
+        self, record: InodeRecord, copies: Sequence[Located], expected: int
+    ) -> Iterator[Finding]:
+        for one in copies:
+            info, number = one.chunk.info, one.chunk.number
+            place = Place(one.target_id, number, number + 1, expected)
+            if info is None:
+                yield Finding(
+                    kind=Kind.FILE_DAMAGED,
+                    inode=record.inode,
+                    detail=f"chunk {number} on target {one.target_id}: {one.chunk.problem}",
+                    place=place,
+                )
+            elif info.length < expected:
+                yield Finding(
+                    kind=Kind.FILE_HOLE,
+                    inode=record.inode,
+                    detail=f"chunk {number} on target {one.target_id} has {info.length} bytes, "
+                    f"{expected} expected",
+                    fix=f.MarkSparse(record.inode, record.ctime_ns),
+                    place=place,
+                )
+            elif info.is_sealed and self._examine is not None:
+                yield from self._examine(one.target_id, one)
+
+    def _hole(self, record: InodeRecord, layout: Layout, first: int, end: int) -> Iterator[Finding]:
+        end = min(end, -(-record.size // layout.chunk_bytes))
+        if first >= end:
+            return
+        targets = self._targets(layout.chain_of(first)) or (0,)
+        yield Finding(
+            kind=Kind.FILE_HOLE,
+            inode=record.inode,
+            detail=f"{_numbers(first, end)} of a file of {record.size} bytes are missing"
+            if end - first > 1
+            else f"chunk {first} of a file of {record.size} bytes is missing",
+            fix=f.MarkSparse(record.inode, record.ctime_ns),
+            place=Place(targets[0], first, end, _expected(record, layout, first)),
+        )
+
+
+def _expected(record: InodeRecord, layout: Layout, number: int) -> int:
+    """Bytes that a chunk of a file without holes has at least."""
+    return max(0, min(layout.chunk_bytes, record.size - number * layout.chunk_bytes))
+
+
+def _numbers(first: int, end: int) -> str:
+    return f"chunk {first}" if end == first + 1 else f"chunks {first} to {end - 1}"
+
+
+def check(reader: RecordReader, listings: Mapping[int, Iterable[ListedChunk]]) -> list[Finding]:
+    """Everything that is wrong in a store and on its targets while nobody changes them.
+    ``listings`` are the chunks of each target, by its number, in the order of inode and number."""
+    findings = list(MetadataCheck(reader).run())
+    findings += ChunkCheck(reader, listings).run()
+    return findings
+
+
+__all__ = ["ChunkCheck", "Located", "QueuedRemovals", "block_problem", "check"]
