@@ -6,8 +6,12 @@ from __future__ import annotations
 import faulthandler
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from postgres_server import PostgresServer
 
 faulthandler.enable()
 
@@ -31,3 +35,22 @@ def no_unexpected_warnings(request: pytest.FixtureRequest) -> Iterator[None]:
         logging.getLogger().removeHandler(collector)
     if records and request.node.get_closest_marker("logs_warnings") is None:
         pytest.fail("logged: " + "; ".join(r.getMessage() for r in records))
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """One real server for the whole run. Who kills it starts it again."""
+    from postgres_server import PostgresServer
+
+    server = PostgresServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """The URL of an empty database."""
+    with postgres_server.fresh_database() as url:
+        yield url

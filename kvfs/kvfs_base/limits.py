@@ -201,6 +201,51 @@ takes two calls, some milliseconds apart."""
 FINDINGS_MAX = 100_000
 """Findings that one check keeps, about 50 MB. A store with more is repaired in several rounds."""
 
+POSTGRES_IDLE_SECONDS = 5.0
+"""A metadata server that stands still (stopped, swapped out) holds the row that orders commits for
+at most this long, then the database ends its transaction. Deciding a group takes milliseconds."""
+
+POSTGRES_LOCK_SECONDS = 10.0
+"""How long a group waits for its turn: one server that stands still and a few that do not."""
+
+POSTGRES_STATEMENT_SECONDS = 15.0
+"""One statement, waiting for its turn included."""
+
+POSTGRES_ANSWER_SECONDS = 20.0
+"""A database that has not answered by then is taken for dead, and the connection given up. With
+POSTGRES_LOCK_SECONDS to look what became of a commit: as long as clients wait (CALL_SECONDS)."""
+
+POSTGRES_TRANSACTION_SECONDS = 30.0
+"""A whole group, from the wait for its turn to the commit (PostgreSQL 17 and newer)."""
+
+POSTGRES_SNAPSHOT_SECONDS = 120.0
+"""A read transaction that asks nothing for that long ends: it keeps the database from vacuuming."""
+
+POSTGRES_CONNECT_SECONDS = 5.0
+POSTGRES_PATIENCE_SECONDS = RETRY_SECONDS
+"""A database that restarts or fails over is waited for this long, as clients wait for us."""
+
+POSTGRES_RETRIES = 8
+"""Attempts at a transaction that lost a race before anything was decided in it."""
+
+POSTGRES_CACHE_BYTES = 128 * MIB
+"""Values of the database that a metadata server keeps: with 200 bytes of overhead an inode or an
+entry costs about 300, so this is some 450,000 of them. It saves a round trip (0.1 ms) each."""
+
+POSTGRES_ROUND_BYTES = 16 * MIB
+"""Writes that go to the database in one round trip; it takes about 0.1 s to write them. PostgreSQL
+refuses messages over 1 GiB."""
+
+POSTGRES_LOG_VERSIONS_MAX = 65_536
+"""Commits that the log tells one by one: at 1,000 a second a server may be away for half a minute
+(the log is cut to a half) before it has to load everything anew."""
+
+POSTGRES_LOG_BYTES_MAX = 64 * MIB
+"""The same in bytes: 1 KiB a commit. A server that lags reads at most this at once."""
+
+POSTGRES_LOG_ENTRY_BYTES_MAX = 8 * MIB
+"""A larger commit is not told: everybody loads anew. 16 of the largest batches of blocks."""
+
 # --- data path
 
 LIST_CHUNKS_MAX = 2048

@@ -29,6 +29,9 @@ Item = tuple[bytes, bytes]
 Writes = Mapping[bytes, bytes | None]
 """Changed keys; None deletes."""
 
+KEY_BYTES_MAX = 511
+"""LMDB's bound, which holds for every engine: stores can be copied."""
+
 
 class KVRead(Protocol):
     """One consistent state."""
@@ -163,7 +166,16 @@ def run_group(base: KVRead, fns: Sequence[Callable[[KVTransaction], T]]) -> Grou
 
 def scan(read: KVRead, prefix: bytes, page: int = 1024) -> Iterator[Item]:
     """Every item whose key starts with ``prefix``, read page by page."""
-    start, end = prefix, prefix_end(prefix)
+    return scan_range(read, prefix, prefix_end(prefix), page)
+
+
+def scan_all(read: KVRead, page: int = 1024) -> Iterator[Item]:
+    """Every item of a store."""
+    return scan_range(read, b"", b"\xff" * (KEY_BYTES_MAX + 1), page)
+
+
+def scan_range(read: KVRead, start: bytes, end: bytes, page: int) -> Iterator[Item]:
+    """Every item with ``start <= key < end``, read page by page."""
     while items := read.range(start, end, page):
         yield from items
         if len(items) < page:

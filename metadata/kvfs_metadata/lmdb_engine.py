@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import lmdb
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 LOCK_FILE = "service.lock"
 READERS_MAX = 64
 """Reader slots: this process's threads, and tools that look on."""
+
+COPY_BATCH_ITEMS = 4096
+"""In one transaction of a copy: LMDB keeps changed pages in memory until its end."""
 
 
 class _Gate:
@@ -335,14 +339,21 @@ def _open_environment(path: str, map_bytes: int, *, strict: bool) -> lmdb.Enviro
         raise TargetFailed(detail=f"{path}: {exc}") from exc
 
 
-def write_environment(path: str, values: Mapping[bytes, bytes]) -> None:
-    """A new LMDB environment in the directory ``path`` that holds ``values``, synced."""
-    size = max(METADATA_MAP_BYTES, 4 * sum(len(k) + len(v) for k, v in values.items()))
-    environment = _open_environment(path, size, strict=True)
+def write_environment(path: str, items: Iterable[Item]) -> None:
+    """A new LMDB environment in the directory ``path`` that holds ``items``, synced."""
+    # The map is address space only. What does not fit is refused, as by a disk of that size.
+    environment = _open_environment(path, METADATA_MAP_BYTES_MAX, strict=False)
+    rest = iter(items)
     try:
-        with environment.begin(write=True) as txn:
-            for key in sorted(values):
-                txn.put(key, values[key])
+        while batch := list(itertools.islice(rest, COPY_BATCH_ITEMS)):
+            with environment.begin(write=True) as txn:
+                for key, value in batch:
+                    txn.put(key, value)
+        environment.sync(True)
+    except lmdb.Error as exc:
+        if _is_disk_full(exc) or isinstance(exc, lmdb.MapFullError):
+            raise DiskFull(path=path) from exc
+        raise TargetFailed(detail=f"{path}: {exc}") from exc
     finally:
         environment.close()
 

@@ -142,7 +142,7 @@ class MemoryEngine:
         from kvfs_metadata.lmdb_engine import write_environment
 
         with self._store.lock:
-            write_environment(path, self._store.state.values)
+            write_environment(path, sorted(self._store.state.values.items()))
 
     def close(self) -> None:
         pass

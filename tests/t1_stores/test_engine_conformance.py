@@ -10,16 +10,28 @@ import pytest
 
 from kvfs_base.errors import EntryExists, EntryNotFound, KvfsError
 from kvfs_base.os_env import os_env
-from kvfs_metadata.engine import KVEngine, KVRead, KVTransaction, prefix_end, scan
+from kvfs_metadata.engine import (
+    KVEngine,
+    KVRead,
+    KVTransaction,
+    Writes,
+    prefix_end,
+    scan,
+    scan_all,
+)
 from kvfs_metadata.lmdb_engine import LmdbEngine
 from kvfs_metadata.memory_engine import MemoryEngine
+from kvfs_metadata.postgres_engine import PostgresEngine
 
-KINDS = ("memory", "lmdb-cache", "lmdb-strict")
+KINDS = ("memory", "lmdb-cache", "lmdb-strict", "postgres-cache", "postgres-strict")
 
 
-def make_engine(kind: str, directory: Path) -> KVEngine:
+def make_engine(request: pytest.FixtureRequest, kind: str, directory: Path) -> KVEngine:
     if kind == "memory":
         return MemoryEngine()
+    if kind.startswith("postgres"):
+        url = request.getfixturevalue("postgres_url")
+        return PostgresEngine(os_env(), url, durability=kind.removeprefix("postgres-"))
     return LmdbEngine(
         os_env(), str(directory / kind), durability=kind.removeprefix("lmdb-"), map_bytes=1 << 20
     )
@@ -27,7 +39,7 @@ def make_engine(kind: str, directory: Path) -> KVEngine:
 
 @pytest.fixture(params=KINDS)
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[KVEngine]:
-    engine = make_engine(request.param, tmp_path)
+    engine = make_engine(request, request.param, tmp_path)
     try:
         yield engine
     finally:
@@ -261,3 +273,66 @@ def test_results_are_typed_errors(engine: KVEngine) -> None:
         raise EntryExists(b"a")
 
     assert all(isinstance(r, KvfsError) for r in engine.update([refused, refused]))
+
+
+def test_an_abandoned_group_leaves_nothing_and_the_next_goes_on(engine: KVEngine) -> None:
+    engine.update([putting(a=b"1")])
+    group = engine.run([putting(a=b"2", b=b"2")])
+    engine.abandon(group)
+    engine.abandon(group)
+    assert everything(engine) == {b"a": b"1"}
+    seen = engine.update([lambda txn: txn.get(b"a"), putting(c=b"3")])
+    assert seen == [b"1", None]
+    assert everything(engine) == {b"a": b"1", b"c": b"3"}
+
+
+def test_a_group_that_failed_leaves_the_engine_usable(engine: KVEngine) -> None:
+    def broken(txn: KVTransaction) -> None:
+        raise RuntimeError("a bug")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            engine.run([putting(a=b"1"), broken])
+    assert engine.update([putting(b=b"2")]) == [None]
+    assert everything(engine) == {b"b": b"2"}
+
+
+def test_a_group_that_only_reads(engine: KVEngine) -> None:
+    engine.update([putting(a=b"1")])
+    for _ in range(3):
+        assert engine.update([lambda txn: txn.get(b"a")]) == [b"1"]
+    assert engine.update([putting(a=b"2")]) == [None]
+
+
+def test_the_listener_hears_nothing_of_its_own_process(engine: KVEngine) -> None:
+    def listener(read: KVRead, writes: Writes | None) -> None:
+        heard.append(writes)
+
+    heard: list[Writes | None] = []
+    engine.update([putting(a=b"1")])
+    engine.listen(listener)
+    assert everything(engine) == {b"a": b"1"}
+    engine.update([putting(a=b"2")])
+    engine.abandon(engine.run([putting(a=b"3")]))
+    group = engine.run([putting(a=b"4")])
+    assert everything(engine) == {b"a": b"2"}
+    engine.commit(group)
+    assert everything(engine) == {b"a": b"4"}
+    assert heard == []
+
+
+def test_what_is_absent_is_found_once_it_is_there(engine: KVEngine) -> None:
+    """Engines may remember that there was nothing."""
+    for round_ in range(3):
+        assert engine.view(lambda read: (read.get(b"a"), read.get_many([b"a"]))) == (None, [None])
+        engine.update([putting(a=b"%d" % round_)])
+        assert engine.view(lambda read: read.get(b"a")) == b"%d" % round_
+        engine.update([lambda txn: txn.delete(b"a")])
+
+
+def test_keys_of_any_bytes(engine: KVEngine) -> None:
+    keys = [bytes([first, 0, 255, first]) for first in range(255)] + [b"k" * 511]
+    engine.update([lambda txn, key=key: txn.put(key, key[::-1]) for key in keys])
+    found = engine.view(lambda read: list(scan_all(read, page=100)))
+    assert found == sorted((key, key[::-1]) for key in keys)
+    assert engine.view(lambda read: read.get_many(keys)) == [key[::-1] for key in keys]
