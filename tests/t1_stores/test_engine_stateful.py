@@ -170,7 +170,7 @@ class PostgresEngines(Engines):
         expected, decided = self.memory.update(fns), self.other.run(fns)
         assert list(map(comparable, expected)) == list(map(comparable, decided.results))
         self.other.commit(decided)
-        self.listener(self.memory._state, decided.writes)
+        self.listener(self.memory._store.state, decided.writes)
 
     @rule(keys=st.lists(KEYS, max_size=5))
     def look_elsewhere(self, keys: list[bytes]) -> None:
