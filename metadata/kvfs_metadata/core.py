@@ -240,7 +240,11 @@ class MetadataCore:
         undo: list[Callable[[], None]] = []
         now_ns = self._clock.time_ns()
         fns = [partial(_run, operation, now_ns, undo) for operation in operations]
-        return Decision(self._engine.run(fns), undo)
+        try:
+            return Decision(self._engine.run(fns), undo)
+        except BaseException:
+            roll_back(undo)  # the store went away while functions were at work
+            raise
 
     def commit(self, decision: Decision) -> None:
         """Writes a group; from any thread. If it raises, ``take_back`` must follow."""

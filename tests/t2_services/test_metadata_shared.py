@@ -196,6 +196,26 @@ def test_a_group_that_lost_its_race_is_decided_anew(a: Rig, b: Rig) -> None:
     assert batch.batch_id
 
 
+def test_a_store_that_goes_away_in_the_middle_leaves_memory_as_it_was(a: Rig, b: Rig) -> None:
+    namespace = a.namespace()
+    a.put(namespace, range(3))
+
+    class Away(MemoryEngine):
+        """Notices only after the functions that the database is gone."""
+
+        def run(self, fns: Any) -> Any:
+            super().abandon(super().run(fns))
+            raise e.StoreUnavailable(detail="gone")
+
+    there = a.engine.__class__
+    a.engine.__class__ = Away
+    with pytest.raises(e.StoreUnavailable):
+        a.call(m.RemoveBlocks(namespace, keys(range(3))))
+    a.engine.__class__ = there
+    assert a.match(namespace, range(3)) == 3
+    assert a.statistics()["removed_blocks"] == 0
+
+
 # --- sessions
 
 
