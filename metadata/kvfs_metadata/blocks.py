@@ -33,7 +33,8 @@ from kvfs_base.limits import (
 from kvfs_base.seams import Clock
 from kvfs_base.types import BlockInfo
 from kvfs_metadata import records
-from kvfs_metadata.block_index import Block, BlockIndex, KVNamespace
+from kvfs_metadata.block_index import BlockIndex, KVNamespace, split_keys
+from kvfs_metadata.block_table import Block
 from kvfs_metadata.cluster_state import ClusterState
 from kvfs_metadata.engine import KVRead, scan
 from kvfs_metadata.messages import (
@@ -166,7 +167,7 @@ class Blocks:
         namespace = self.namespace(request.namespace)
         count = _key_count(request.keys)
         found = self.index.prefix(namespace, request.keys)
-        self.index.use(found, self._clock.time_ns())
+        self.index.use_rows(found, self._clock.time_ns())
         hits = len(found)
         tokens = namespace.layout.block_tokens
         self.counts.match_hits += hits
@@ -178,40 +179,39 @@ class Blocks:
     def lookup(self, request: LookupBlocks) -> tuple[BlockInfo | None, ...]:
         namespace = self.namespace(request.namespace)
         count = _key_count(request.keys)
-        blocks = self.index.find(namespace, request.keys)
-        found = [block for block in blocks if block is not None]
-        self.index.use(found, self._clock.time_ns())
+        rows = self.index.find(namespace, split_keys(request.keys))
+        found = [row for row in rows if row is not None]
+        self.index.use_rows(found, self._clock.time_ns())
         hits = len(found)
         tokens = namespace.layout.block_tokens
         self.counts.lookup_hits += hits
         self.counts.lookup_misses += count - hits
         self.counts.lookup_hit_tokens += hits * tokens
         self.counts.lookup_miss_tokens += (count - hits) * tokens
-        return tuple(
-            None if block is None else BlockInfo(block.inode, block.size, block.crc32c, block.chain)
-            for block in blocks
-        )
+        infos = iter(self.index.table.infos(found))
+        return tuple(None if row is None else next(infos) for row in rows)
 
     # --- putting
 
     def prepare(self, tx: Tx, request: PrepareBlocks) -> PreparedBatch:
         namespace = self.namespace(request.namespace)
         _check_sizes(request, namespace)
-        blocks = self.index.find(namespace, request.keys)
-        self.index.use([block for block in blocks if block is not None], tx.now_ns)
-        places = _absent(request.keys, blocks)
+        keys = split_keys(request.keys)
+        rows = self.index.find(namespace, keys)
+        self.index.use_rows([row for row in rows if row is not None], tx.now_ns)
+        places = _absent(keys, rows)
         if not places:
-            return PreparedBatch(0, (None,) * len(blocks))
+            return PreparedBatch(0, (None,) * len(rows))
         if len(self._prepared) >= PREPARED_BATCHES_MAX:
             raise ServerBusy(detail=f"{PREPARED_BATCHES_MAX} batches are being written")
         chains = self._cluster.place_blocks(len(places))
-        sizes = tuple(request.sizes[place] for place in places)
+        sizes = tuple([request.sizes[place] for place in places])
         self._make_room(tx, sum(sizes))
         record = PreparedRecord(
             namespace=namespace.inode,
             expires_ns=tx.now_ns + int(PREPARE_SECONDS_MAX * 1e9),
             first_inode=self._counters.inode.take(tx, len(places)),
-            keys=b"".join(_key_at(request.keys, place) for place in places),
+            keys=b"".join([keys[place] for place in places]),
             sizes=sizes,
             chains=tuple(chains),
         )
@@ -221,7 +221,7 @@ class Blocks:
         self._add_prepared(batch_id, _Prepared(record, sum(sizes), expires_at))
         tx.undo.append(partial(self._drop_prepared, batch_id))
         self._count(tx, prepared_blocks=len(places))
-        answer: list[PreparedBlock | None] = [None] * len(blocks)
+        answer: list[PreparedBlock | None] = [None] * len(rows)
         for i, place in enumerate(places):
             answer[place] = PreparedBlock(record.first_inode + i, chains[i])
         return PreparedBatch(batch_id, tuple(answer))
@@ -249,10 +249,9 @@ class Blocks:
         self, tx: Tx, namespace: KVNamespace, record: PreparedRecord, crc32c: Sequence[int]
     ) -> None:
         new: list[Block] = []
-        for i, size in enumerate(record.sizes):
-            key = _key_at(record.keys, i)
-            inode, chain = record.first_inode + i, record.chains[i]
-            if key in namespace.blocks:
+        for i, key in enumerate(split_keys(record.keys)):
+            inode, size, chain = record.first_inode + i, record.sizes[i], record.chains[i]
+            if key in namespace.rows:
                 self._cluster.remove_chunks(tx, (chain,), inode, 1, size)
                 self._count(tx, duplicate_blocks=1)
                 continue
@@ -266,7 +265,7 @@ class Blocks:
                 created_ns=tx.now_ns,
                 last_use_ns=tx.now_ns,
             )
-            tx.kv.put(records.block_key(inode), records.pack_block(block.value()))
+            tx.kv.put(records.block_key(inode), block.record())
             new.append(block)
         self.index.insert(new)
         tx.undo.append(partial(self._remove_all, new))
@@ -330,8 +329,8 @@ class Blocks:
         if request.inodes and len(request.inodes) != count:
             raise InvalidRequest(detail="one inode a key, or none")
         removed = 0
-        for place in range(count):
-            block = namespace.blocks.get(_key_at(request.keys, place))
+        for place, key in enumerate(split_keys(request.keys)):
+            block = namespace.blocks.get(key)
             if block is None or (request.inodes and block.inode != request.inodes[place]):
                 continue
             self.remove_block(tx, block)
@@ -350,8 +349,8 @@ class Blocks:
     def evict(self, tx: Tx, bytes_needed: int, count_max: int = EVICT_BATCH_BLOCKS) -> int:
         """Removes the blocks that the policy gives up first; answers the bytes they had."""
         freed = evicted = 0
-        for inode in self.index.policy.victims(bytes_needed, count_max):
-            block = self.index.by_inode[inode]
+        for row in self.index.policy.victims(bytes_needed, count_max):
+            block = self.index.table.block(row)
             freed += block.size
             self.remove_block(tx, block)
             evicted += 1
@@ -391,7 +390,7 @@ class Blocks:
         """Writes down the last use of some blocks; answers how many are left."""
         blocks = self.index.take_touched(LAST_USE_BATCH_BLOCKS)
         for block in blocks:
-            tx.kv.put(records.block_key(block.inode), records.pack_block(block.value()))
+            tx.kv.put(records.block_key(block.inode), block.record())
         tx.undo.append(partial(self.index.touch, blocks))
         return self.index.touched_count
 
@@ -417,10 +416,6 @@ def _key_count(keys: bytes) -> int:
     return count
 
 
-def _key_at(keys: bytes, place: int) -> bytes:
-    return keys[place * BLOCK_KEY_BYTES : (place + 1) * BLOCK_KEY_BYTES]
-
-
 def _check_sizes(request: PrepareBlocks, namespace: KVNamespace) -> None:
     if _key_count(request.keys) != len(request.sizes):
         raise InvalidRequest(detail="one size a key")
@@ -429,10 +424,10 @@ def _check_sizes(request: PrepareBlocks, namespace: KVNamespace) -> None:
         raise LimitExceeded(detail="bytes of a block", limit=limit)
 
 
-def _absent(keys: bytes, blocks: Sequence[Block | None]) -> list[int]:
+def _absent(keys: Sequence[bytes], rows: Sequence[int | None]) -> list[int]:
     """Places of keys that are not stored; of a key that is named twice, the first."""
     first: dict[bytes, int] = {}
-    for place, block in enumerate(blocks):
-        if block is None:
-            first.setdefault(_key_at(keys, place), place)
+    for place, row in enumerate(rows):
+        if row is None:
+            first.setdefault(keys[place], place)
     return list(first.values())

@@ -166,18 +166,20 @@ def run_group(base: KVRead, fns: Sequence[Callable[[KVTransaction], T]]) -> Grou
 
 def scan(read: KVRead, prefix: bytes, page: int = 1024) -> Iterator[Item]:
     """Every item whose key starts with ``prefix``, read page by page."""
-    return scan_range(read, prefix, prefix_end(prefix), page)
+    for items in scan_pages(read, prefix, prefix_end(prefix), page):
+        yield from items
 
 
 def scan_all(read: KVRead, page: int = 1024) -> Iterator[Item]:
     """Every item of a store."""
-    return scan_range(read, b"", b"\xff" * (KEY_BYTES_MAX + 1), page)
-
-
-def scan_range(read: KVRead, start: bytes, end: bytes, page: int) -> Iterator[Item]:
-    """Every item with ``start <= key < end``, read page by page."""
-    while items := read.range(start, end, page):
+    for items in scan_pages(read, b"", b"\xff" * (KEY_BYTES_MAX + 1), page):
         yield from items
+
+
+def scan_pages(read: KVRead, start: bytes, end: bytes, page: int) -> Iterator[list[Item]]:
+    """Every item with ``start <= key < end``, in lists of at most ``page``, none of them empty."""
+    while items := read.range(start, end, page):
+        yield items
         if len(items) < page:
             return
         start = items[-1][0] + b"\x00"

@@ -31,7 +31,8 @@ from kvfs_base.limits import (
 )
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE, Attr, KVLayout, Layout
 from kvfs_metadata import records
-from kvfs_metadata.block_index import Block, KVNamespace
+from kvfs_metadata.block_index import KVNamespace
+from kvfs_metadata.block_table import Block
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster_state import ClusterState
 from kvfs_metadata.engine import KVRead, scan
@@ -400,7 +401,7 @@ class FileTree:
         path = b"/".join(names).decode()
         value = NamespaceRecord(path, request.layout)
         tx.kv.put(records.namespace_key(attr.inode), records.encode(value))
-        namespace = KVNamespace(attr.inode, path, request.layout)
+        namespace = KVNamespace(self._index.table, attr.inode, path, request.layout)
         self._index.add_namespace(namespace)
         tx.undo.append(partial(self._index.remove_namespace, namespace))
         return NamespaceInfo(attr.inode, request.layout)

@@ -136,7 +136,8 @@ class ServiceMemory:
         kept = self._index.by_inode.get(other)
         if kept is not None:
             # Of two blocks with one key the index finds the one that it met last.
-            self._index.namespaces[kept.namespace].blocks[kept.key] = kept
+            rows = self._index.namespaces[kept.namespace].rows
+            rows[kept.key] = self._index.table.inodes[other]
 
     def namespace_dropped(self, tx: Tx, inode: int) -> None:
         namespace = self._index.namespaces.get(inode)

@@ -61,7 +61,7 @@ def state(core: MetadataCore) -> dict[str, Any]:
     index = core.index
     statistics = core.blocks.statistics()
     return {
-        "blocks": {inode: index.by_inode[inode].value() for inode in sorted(index.by_inode)},
+        "blocks": {inode: index.by_inode[inode] for inode in sorted(index.by_inode)},
         "namespaces": {
             inode: (
                 namespace.path,
@@ -73,7 +73,7 @@ def state(core: MetadataCore) -> dict[str, Any]:
             for inode, namespace in sorted(index.namespaces.items())
         },
         "paths": {path: namespace.inode for path, namespace in sorted(index.by_path.items())},
-        "policy": sorted(index.policy.victims(10**12, 10**6)),
+        "policy": sorted(order(core)),
         "unrecorded": index.touched_count,
         "sizes": {
             name: statistics[name]
@@ -86,7 +86,8 @@ def state(core: MetadataCore) -> dict[str, Any]:
 
 def order(core: MetadataCore) -> list[int]:
     """Inodes as they would be evicted."""
-    return core.index.policy.victims(10**12, 10**6)
+    victims = core.index.policy.victims(10**12, 10**6)
+    return [core.index.table.block(row).inode for row in victims]
 
 
 @pytest.fixture

@@ -67,7 +67,8 @@ class Bench:
         self._turns = itertools.count()
 
     def add(self, entries: int, clients: int, row: Row) -> None:
-        self.log(f"{entries} {row.path}, {clients} clients: {row.value:.4g} {row.unit}")
+        text = f"{row.value:.4g} {row.unit}, limit {row.limit:.4g}"
+        self.log(f"{entries} {row.path}, {clients} clients: {text}")
         self.figures.append(Figure(entries, clients, row))
 
     def cluster(self, kind: str, entries: int) -> MetadataCluster:
