@@ -87,6 +87,7 @@ class ClearNamespace(FixBase, frozen=True, tag="clear_namespace"):
 class MakeRoot(FixBase, frozen=True, tag="root"):
     """``/`` or ``/kv`` has no inode."""
 
+    rank: ClassVar[int] = 3
     inode: U64
 
 
@@ -158,7 +159,7 @@ class DropOrphan(FixBase, frozen=True, tag="orphan"):
 class QueueUnlinked(FixBase, frozen=True, tag="unlinked"):
     """An inode without names that nobody will ever delete: it is noted for deletion."""
 
-    rank: ClassVar[int] = 3
+    rank: ClassVar[int] = 4
     inode: U64
     ctime_ns: int
 
@@ -167,7 +168,7 @@ class LinkLost(FixBase, frozen=True, tag="lost"):
     """An inode that cannot be reached from ``/`` gets a name in ``/lost+found``; a namespace gets
     back its own. ``parent`` and ``name`` are the entry it has, if it has one."""
 
-    rank: ClassVar[int] = 3
+    rank: ClassVar[int] = 4
     inode: U64
     ctime_ns: int
     parent: U64 = 0
@@ -177,7 +178,7 @@ class LinkLost(FixBase, frozen=True, tag="lost"):
 class RaiseCounter(FixBase, frozen=True, tag="counter"):
     """``inode`` is in use, and the counter would give it out again."""
 
-    rank: ClassVar[int] = 3
+    rank: ClassVar[int] = 4
     inode: U64
 
 
@@ -185,7 +186,7 @@ class RemoveChunks(FixBase, frozen=True, tag="chunks"):
     """Chunks ``first <= number < end`` of ``inode`` on one target belong to nothing, or lie where
     nobody looks for them."""
 
-    rank: ClassVar[int] = 4
+    rank: ClassVar[int] = 5
     target_id: U32
     inode: U64
     first: U32
@@ -196,7 +197,7 @@ class RemoveChunks(FixBase, frozen=True, tag="chunks"):
 class SetUsage(FixBase, frozen=True, tag="usage"):
     """The totals of inodes and bytes are counted anew, in one transaction."""
 
-    rank: ClassVar[int] = 5
+    rank: ClassVar[int] = 6
 
 
 Fix = (

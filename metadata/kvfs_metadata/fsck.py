@@ -30,7 +30,7 @@ from typing import Protocol
 import numpy as np
 
 from kvfs_base.limits import BATCH_BLOCKS_MAX, SCAN_RECORDS_MAX
-from kvfs_base.types import ROOT_INODE
+from kvfs_base.types import KV_DIRECTORY, ROOT_INODE
 from kvfs_metadata import fixes as f
 from kvfs_metadata import records
 from kvfs_metadata.engine import Item, prefix_end
@@ -140,19 +140,18 @@ class MetadataCheck:
         self._directories = _Directories()
         self._chains: set[int] = set()
         self._namespaces: set[int] = set()
-        self._bad_namespaces: set[int] = set()
         self._last_number = 0
         self.inode_count = self.entry_count = self.block_count = 0
 
     def run(self) -> Iterator[Finding]:
         yield from self._read_inodes()
+        yield from self._read_namespaces()
         yield from self._read_orphans()
         yield from self._read_entries()
         yield from self._check_links()
         yield from self._check_reachable()
         yield from self._read_xattrs()
         yield from self._read_chains()
-        yield from self._read_namespaces()
         yield from self._read_blocks()
         yield from self._read_others()
         yield from self._check_counter()
@@ -232,17 +231,20 @@ class MetadataCheck:
             self.entry_count += 1
             parent, name = records.number_at(key), key[12:]
             number = int.from_bytes(value, "big")
-            if number == ROOT_INODE or not self._is_plain_directory(parent):
-                where = "which is no plain directory" if number != ROOT_INODE else "leads to /"
+            plain = self._is_plain_directory(parent)
+            if not plain or leads_nowhere(parent, name, number):
+                where = "" if plain else ", which is no plain directory"
                 yield Finding(
                     kind=Kind.ENTRY_MISPLACED,
                     inode=number,
-                    detail=f"entry {_show(name)} in {parent}, {where}",
+                    detail=f"entry {_show(name)} in {parent}{where}, of inode {number}",
                     fix=f.DropEntry(parent, name, number),
                 )
                 continue
             place = self._inodes.find(number)
-            if place is None:
+            if place is None and number == KV_INODE:
+                self._directories.count_child(parent, 1)  # /kv will be made again
+            elif place is None:
                 yield Finding(
                     kind=Kind.ENTRY_DANGLING,
                     inode=number,
@@ -260,7 +262,7 @@ class MetadataCheck:
         if place is None:
             return number in (ROOT_INODE, KV_INODE)  # that it is missing is a finding of its own
         flags = self._inodes.flags[place]
-        return bool(flags & DAMAGED) or flags & (DIRECTORY | NAMESPACE) == DIRECTORY
+        return bool(flags & DAMAGED) or bool(flags & DIRECTORY and number not in self._namespaces)
 
     def _directory_entry(self, place: int, parent: int, name: bytes) -> Iterator[Finding]:
         number = self._inodes.numbers[place]
@@ -297,7 +299,7 @@ class MetadataCheck:
 
     def _check_links(self) -> Iterator[Finding]:
         inodes = self._inodes
-        for root in (ROOT_INODE, KV_INODE):
+        for root in (KV_INODE, ROOT_INODE):  # the one counts the other
             if inodes.find(root) is None:
                 detail = "/ has no inode" if root == ROOT_INODE else "/kv has no inode"
                 yield Finding(
@@ -444,7 +446,6 @@ class MetadataCheck:
             if self._inodes.has(number, NAMESPACE):
                 self._namespaces.add(number)
                 continue
-            self._bad_namespaces.add(number)
             yield Finding(
                 kind=Kind.NAMESPACE_STRAY,
                 inode=number,
@@ -570,8 +571,23 @@ class Batches:
         return place >= 0 and inode < self._ends[place]
 
 
+def leads_nowhere(parent: int, name: bytes, inode: int) -> bool:
+    """``/`` has no entry, and ``/kv`` its own only."""
+    if inode == KV_INODE:
+        return (parent, name) != (ROOT_INODE, KV_DIRECTORY)
+    return inode == ROOT_INODE
+
+
 def is_file(record: InodeRecord) -> bool:
     return stat.S_ISREG(record.mode)
 
 
-__all__ = ["Batches", "MetadataCheck", "RecordReader", "is_file", "read_all", "read_sound"]
+__all__ = [
+    "Batches",
+    "MetadataCheck",
+    "RecordReader",
+    "is_file",
+    "leads_nowhere",
+    "read_all",
+    "read_sound",
+]

@@ -13,8 +13,8 @@ only come from a store that went back in time (the machine died, and the last ch
 left): then the counter is moved beyond it first, so that the removal, which a chunk server may
 carry out much later, can never meet a block that got this number in between.
 
-Repairs that change numbers of links, or flags, leave ctime alone: other fixes of the same run rely
-on it. Those that change names set it, as everybody who changes names does.
+Repairs that change numbers of links, or flags, or drop an entry that no check counts, leave ctime
+alone: other fixes of the same run rely on it. Those that give names set it, as everybody does.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any, Protocol
 import msgspec
 
 from kvfs_base.errors import (
+    Conflict,
     DirectoryNotEmpty,
     EntryExists,
-    EntryNotFound,
     InodeStale,
     KvfsError,
     LimitExceeded,
@@ -42,7 +42,7 @@ from kvfs_metadata import records
 from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.engine import KVRead, Overlay, scan
 from kvfs_metadata.findings import DROPPABLE, record_problem
-from kvfs_metadata.fsck import Batches, is_file
+from kvfs_metadata.fsck import Batches, is_file, leads_nowhere
 from kvfs_metadata.inodes import (
     KV_INODE,
     charged_bytes,
@@ -253,6 +253,12 @@ class Repairer:
         record.nlink = 2 + subdirectories
         save(tx, record)
         change_usage(tx, inodes=1, file_bytes=0)
+        if fix.inode == KV_INODE and child(tx.kv, ROOT_INODE, KV_DIRECTORY) is None:
+            put_entry(tx, ROOT_INODE, KV_DIRECTORY, KV_INODE)
+            root = _record(tx.kv, ROOT_INODE)
+            if root is not None:  # else it counts when it is made
+                root.nlink += 1
+                save(tx, root)
         return True
 
     @staticmethod
@@ -292,16 +298,13 @@ class Repairer:
     def _drop_entry(self, tx: Tx, fix: f.DropEntry) -> bool:
         if child(tx.kv, fix.parent, fix.name) != fix.inode:
             return False
-        parent = _record(tx.kv, fix.parent)
-        plain = parent is not None and parent.is_dir and not parent.is_namespace
+        plain = _is_plain(tx.kv, fix.parent)
         own = _record(tx.kv, fix.inode)
         second = own is not None and own.is_dir and own.ctime_ns == fix.ctime_ns
-        if own is not None and plain and fix.inode != ROOT_INODE and not second:
+        forbidden = leads_nowhere(fix.parent, fix.name, fix.inode)
+        if own is not None and plain and not forbidden and not second:
             return False
         tx.kv.delete(records.entry_key(fix.parent, fix.name))
-        if parent is not None:
-            touch(parent, tx.now_ns)
-            save(tx, parent)
         return True
 
     def _drop_xattrs(self, tx: Tx, fix: f.DropXattrs) -> bool:
@@ -335,9 +338,14 @@ class Repairer:
         record = load(tx.kv, fix.inode)
         if record.ctime_ns != fix.ctime_ns:
             return False
-        if fix.name and not self._detach(tx, fix):
-            return False
-        parent, name = self._place_for(tx, record)
+        if fix.name:
+            if not self._detach(tx, fix):
+                return False
+            record = load(tx.kv, fix.inode)  # it may have lain in itself
+        try:
+            parent, name = self._place_for(tx, record)
+        except InodeStale as exc:
+            raise Conflict(detail="/ or /kv is missing") from exc
         put_entry(tx, parent.inode, name, record.inode)
         if record.is_dir:
             parent.nlink += 1
@@ -352,12 +360,18 @@ class Repairer:
 
     def _detach(self, tx: Tx, fix: f.LinkLost) -> bool:
         """Takes the entry from a directory that lies in itself."""
+        if child(tx.kv, fix.parent, fix.name) != fix.inode:
+            return False
         seen = {ROOT_INODE}
-        inode = fix.inode
+        inode, parent_inode = fix.inode, fix.parent
         while inode not in seen:
             seen.add(inode)
-            inode = load_directory(tx.kv, inode).parent
-        if inode == ROOT_INODE or child(tx.kv, fix.parent, fix.name) != fix.inode:
+            entries = scan(tx.kv, records.entry_key(parent_inode, b""))
+            if not any(value == records.u64(inode) for _, value in entries):
+                raise Conflict(detail=f"{inode} does not lie in {parent_inode}")
+            inode = parent_inode
+            parent_inode = load_directory(tx.kv, inode).parent
+        if inode == ROOT_INODE:
             return False
         tx.kv.delete(records.entry_key(fix.parent, fix.name))
         parent = load_directory(tx.kv, fix.parent)
@@ -370,30 +384,46 @@ class Repairer:
         """Where something without a name goes. Raises EntryExists, NotADirectory, EntryNotFound."""
         if record.inode == KV_INODE:
             parent, name = load_directory(tx.kv, ROOT_INODE), KV_DIRECTORY
-        elif record.is_namespace:
+            self._make_way(tx, parent, name)
+        elif _is_namespace(tx.kv, record.inode):
             value = tx.kv.get(records.namespace_key(record.inode))
-            if value is None:
-                raise EntryNotFound()
+            assert value is not None
             # Its path is what its users know it by, so it comes back there.
             names = records.decode_namespace(value).path.encode().split(b"/")
             parent = load_directory(tx.kv, KV_INODE)
             for middle in names[:-1]:
+                inode = child(tx.kv, parent.inode, middle)
+                if inode is not None and not _is_plain(tx.kv, inode):
+                    self._make_way(tx, parent, middle)
                 parent = self._enter(tx, parent, middle, DIRECTORY_MODE)
             name = names[-1]
+            self._make_way(tx, parent, name)
         else:
             root = load_directory(tx.kv, ROOT_INODE)
             parent = self._enter(tx, root, LOST_AND_FOUND, LOST_MODE)
             name = b"#%d" % record.inode
-        if child(tx.kv, parent.inode, name) is not None or parent.is_namespace:
+        taken = child(tx.kv, parent.inode, name)
+        if taken is not None and _record(tx.kv, taken) is not None:
             raise EntryExists(name)
         return parent, name
 
+    @staticmethod
+    def _make_way(tx: Tx, parent: InodeRecord, name: bytes) -> None:
+        """What has the name gets another one."""
+        inode = child(tx.kv, parent.inode, name)
+        record = None if inode is None else _record(tx.kv, inode)
+        if record is not None:
+            tx.kv.delete(records.entry_key(parent.inode, name))
+            put_entry(tx, parent.inode, b"%s.%d" % (name, record.inode), record.inode)
+            touch(record, tx.now_ns)
+            save(tx, record)
+
     def _enter(self, tx: Tx, parent: InodeRecord, name: bytes, mode: int) -> InodeRecord:
         """The directory ``name``, made if missing. Raises NotADirectory."""
-        if parent.is_namespace:
-            raise NotADirectory(name)
         inode = child(tx.kv, parent.inode, name)
-        if inode is not None:
+        if inode is not None and _record(tx.kv, inode) is not None:
+            if not _is_plain(tx.kv, inode):
+                raise NotADirectory(name)
             return load_directory(tx.kv, inode)
         record = self._directory(tx, self._counters.inode.take(tx), parent.inode, mode)
         save(tx, record)
@@ -526,6 +556,12 @@ def _is_namespace(kv: KVRead, inode: int) -> bool:
     record = _record(kv, inode)
     has_layout = kv.get(records.namespace_key(inode)) is not None
     return has_layout and record is not None and record.is_namespace
+
+
+def _is_plain(kv: KVRead, inode: int) -> bool:
+    """A directory of names, not of blocks."""
+    record = _record(kv, inode)
+    return record is not None and record.is_dir and not _is_namespace(kv, inode)
 
 
 def _is_duplicate(kv: KVRead, block: BlockValue, fix: f.DropBlock) -> bool:

@@ -268,9 +268,8 @@ class ChunkCheck:
     def _check_data(
         self, record: InodeRecord, layout: Layout, own: Sequence[Located]
     ) -> Iterator[Finding]:
-        """Damaged chunks; and unless the file is sparse, or about to be deleted, what is missing of
-        its bytes."""
-        complete = record.sparse or not record.nlink
+        """Damaged chunks and, unless the file is sparse, what is missing of its bytes."""
+        complete = record.sparse
         next_number = 0
         for number, group in itertools.groupby(own, key=lambda one: one.chunk.number):
             copies = list(group)

@@ -1,0 +1,750 @@
+"""Damage of every kind is found for what it is and repaired, and nothing else is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from fsck_world import CHUNK, World
+from kvfs.fsck import State, check
+from kvfs_base.types import ChunkId
+from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_metadata import fixes, records
+from kvfs_metadata import messages as m
+from kvfs_metadata.findings import Kind
+from t2_services.metadata_rig import FILE, ROOT, key
+
+Found = set[tuple[Kind, int]]
+NOBODY = 10  # an inode number in reserve, which is never given out
+
+
+def counts_changed(*found: tuple[Kind, int]) -> Found:
+    """An inode that came or went behind the service's back is missing in the totals, too."""
+    return {*found, (Kind.USAGE_WRONG, 0)}
+
+
+# --- names
+
+
+def dangling_entry(world: World) -> Found:
+    world.put(records.entry_key(world.inodes["a"], b"ghost"), records.u64(NOBODY))
+    return {(Kind.ENTRY_DANGLING, NOBODY)}
+
+
+def deleted_inode(world: World) -> Found:
+    """Its entry dangles, its attributes hang on nothing, its chunk is nobody's."""
+    inode = world.inodes["a/small"]
+    world.put(records.inode_key(inode), None)
+    return counts_changed(
+        (Kind.ENTRY_DANGLING, inode), (Kind.XATTR_STRAY, inode), (Kind.CHUNK_ORPHAN, inode)
+    )
+
+
+def entry_in_nothing(world: World) -> Found:
+    file = world.rig.make(ROOT, b"twice", FILE).inode
+    world.put(records.entry_key(ROOT, b"twice"), None)
+    world.put(records.entry_key(NOBODY, b"twice"), records.u64(file))
+    return {(Kind.ENTRY_MISPLACED, file), (Kind.INODE_LOST, file)}
+
+
+def entry_in_a_file(world: World) -> Found:
+    world.put(records.entry_key(world.inodes["a/small"], b"x"), records.u64(world.inodes["a/hole"]))
+    return {(Kind.ENTRY_MISPLACED, world.inodes["a/hole"])}
+
+
+def entry_in_a_namespace(world: World) -> Found:
+    world.put(records.entry_key(world.inodes["t/m"], b"x"), records.u64(world.inodes["a/hole"]))
+    return {(Kind.ENTRY_MISPLACED, world.inodes["a/hole"])}
+
+
+def entry_of_the_root(world: World) -> Found:
+    world.put(records.entry_key(world.inodes["a"], b"up"), records.u64(ROOT))
+    return {(Kind.ENTRY_MISPLACED, ROOT)}
+
+
+def second_entry_of_a_directory(world: World) -> Found:
+    world.put(records.entry_key(world.inodes["a/c"], b"zz"), records.u64(world.inodes["a/b"]))
+    return {(Kind.DIRECTORY_TWICE, world.inodes["a/b"])}
+
+
+def first_entry_of_a_directory_is_the_wrong_one(world: World) -> Found:
+    """The root's entries are read first; the directory says that it lies in ``a``."""
+    world.put(records.entry_key(ROOT, b"b"), records.u64(world.inodes["a/b"]))
+    return {(Kind.DIRECTORY_TWICE, world.inodes["a/b"])}
+
+
+def circle(world: World) -> Found:
+    """``a`` moves into its own subtree: a, b and d lie in each other."""
+    a, d = world.inodes["a"], world.inodes["a/b/d"]
+    world.put(records.entry_key(ROOT, b"a"), None)
+    world.put(records.entry_key(d, b"a"), records.u64(a))
+    world.change_inode(a, parent=d)
+    world.change_inode(d, nlink=3)
+    world.change_inode(ROOT, nlink=3)
+    return {(Kind.DIRECTORY_DETACHED, a)}
+
+
+def lost_file(world: World) -> Found:
+    world.put(records.entry_key(ROOT, b"empty"), None)
+    return {(Kind.INODE_LOST, world.inodes["empty"])}
+
+
+def lost_directory(world: World) -> Found:
+    """With all that is in it; ``a`` has one subdirectory less."""
+    world.put(records.entry_key(world.inodes["a"], b"b"), None)
+    return {(Kind.INODE_LOST, world.inodes["a/b"]), (Kind.LINKS_WRONG, world.inodes["a"])}
+
+
+def lost_namespace(world: World) -> Found:
+    parent = world.rig.resolve(b"kv/t").inode
+    world.put(records.entry_key(parent, b"m"), None)
+    return {(Kind.INODE_LOST, world.inodes["t/m"]), (Kind.LINKS_WRONG, parent)}
+
+
+def lost_kv(world: World) -> Found:
+    world.put(records.entry_key(ROOT, b"kv"), None)
+    return {(Kind.INODE_LOST, 2), (Kind.LINKS_WRONG, ROOT)}
+
+
+def forgotten_unlinked_file(world: World) -> Found:
+    world.put(records.orphan_key(world.inodes["open"]), None)
+    return {(Kind.INODE_UNLINKED, world.inodes["open"])}
+
+
+def wrong_links_of_a_file(world: World) -> Found:
+    world.change_inode(world.inodes["a/small"], nlink=1)
+    return {(Kind.LINKS_WRONG, world.inodes["a/small"])}
+
+
+def no_links_but_a_name(world: World) -> Found:
+    world.change_inode(world.inodes["empty"], nlink=0)
+    return {(Kind.LINKS_WRONG, world.inodes["empty"])}
+
+
+def wrong_links_of_directories(world: World) -> Found:
+    world.change_inode(ROOT, nlink=9)
+    world.change_inode(world.inodes["a/c"], nlink=1)
+    return {(Kind.LINKS_WRONG, ROOT), (Kind.LINKS_WRONG, world.inodes["a/c"])}
+
+
+def wrong_parents(world: World) -> Found:
+    world.change_inode(world.inodes["a/c"], parent=ROOT)
+    world.change_inode(ROOT, parent=world.inodes["a"])
+    return {(Kind.PARENT_WRONG, world.inodes["a/c"]), (Kind.PARENT_WRONG, ROOT)}
+
+
+def no_root(world: World) -> Found:
+    world.put(records.inode_key(ROOT), None)
+    return counts_changed((Kind.ROOT_MISSING, ROOT))
+
+
+def no_kv(world: World) -> Found:
+    world.put(records.inode_key(2), None)
+    return counts_changed((Kind.ROOT_MISSING, 2))
+
+
+def nothing_of_kv(world: World) -> Found:
+    world.put(records.entry_key(ROOT, b"kv"), None)
+    world.change_inode(ROOT, nlink=3)
+    return no_kv(world)
+
+
+def stray_xattrs(world: World) -> Found:
+    for name in (b"user.a", b"user.b"):
+        world.put(records.xattr_key(NOBODY, name), b"value")
+    return {(Kind.XATTR_STRAY, NOBODY)}
+
+
+def stray_orphan(world: World) -> Found:
+    world.put(records.orphan_key(NOBODY), b"")
+    return {(Kind.ORPHAN_STRAY, NOBODY)}
+
+
+def linked_orphan(world: World) -> Found:
+    """The next start of the service would delete a file that has a name."""
+    world.put(records.orphan_key(world.inodes["a/small"]), b"")
+    return {(Kind.ORPHAN_LINKED, world.inodes["a/small"])}
+
+
+# --- blocks and numbers
+
+
+def namespace_without_directory(world: World) -> Found:
+    world.change_inode(world.inodes["t/n"], is_namespace=False)
+    blocks = {(Kind.BLOCK_STRAY, world.inodes[f"t/n/{name}"]) for name in range(4, 12)}
+    return {(Kind.NAMESPACE_STRAY, world.inodes["t/n"]), *blocks}
+
+
+def directory_without_namespace(world: World) -> Found:
+    world.put(records.namespace_key(world.inodes["t/n"]), None)
+    blocks = {(Kind.BLOCK_STRAY, world.inodes[f"t/n/{name}"]) for name in range(4, 12)}
+    return {(Kind.NAMESPACE_UNNAMED, world.inodes["t/n"]), *blocks}
+
+
+def duplicate_block(world: World) -> Found:
+    first, second = world.inodes["t/m/1"], world.inodes["t/m/2"]
+    block = records.unpack_block(world.get(records.block_key(second)))
+    changed = block._replace(key=records.unpack_block(world.get(records.block_key(first))).key)
+    world.put(records.block_key(second), records.pack_block(changed))
+    world.targets.put(
+        world.target_of(block.chain),
+        ChunkInfo(second, 0, ChunkState.SEALED, block.size, block.crc32c, changed.key),
+    )
+    return {(Kind.BLOCK_DUPLICATE, second)}
+
+
+def block_on_no_chain(world: World) -> Found:
+    inode = world.inodes["t/m/3"]
+    block = records.unpack_block(world.get(records.block_key(inode)))
+    world.put(records.block_key(inode), records.pack_block(block._replace(chain=77)))
+    return {(Kind.CHAIN_MISSING, inode), (Kind.CHUNK_ORPHAN, inode)}
+
+
+def counter_that_went_back(world: World) -> Found:
+    last = max(world.inodes.values())
+    world.put(records.counter_key(b"inode"), records.u64(20))
+    return {(Kind.COUNTER_LOW, last)}
+
+
+def wrong_totals(world: World) -> Found:
+    world.put(records.USAGE_KEY, records.pack_usage(records.Usage(3, 12345)))
+    return {(Kind.USAGE_WRONG, 0)}
+
+
+def damaged_records(world: World) -> Found:
+    """A batch that cannot be read: its numbers are nobody's, and its chunks none."""
+    world.put(records.entry_key(world.inodes["a"], b"short"), b"xyz")
+    world.put(records.orphan_key(5)[:-1], b"")
+    world.put(records.prepared_key(99), b"\xc1")
+    return {
+        (Kind.RECORD_DAMAGED, world.inodes["a"]),
+        (Kind.RECORD_DAMAGED, 0),
+        (Kind.RECORD_DAMAGED, 99),
+    }
+
+
+# --- chunks
+
+
+def held(world: World, path: str, number: int = 0) -> tuple[dict[ChunkId, Any], ChunkId]:
+    """Where a chunk is."""
+    chunk = ChunkId(world.inodes[path], number)
+    (chunks,) = (chunks for chunks in world.targets.chunks.values() if chunk in chunks)
+    return chunks, chunk
+
+
+def change_chunk(world: World, path: str, **fields: Any) -> None:
+    chunks, chunk = held(world, path)
+    chunks[chunk] = msgspec.structs.replace(chunks[chunk], **fields)
+
+
+def lost_block(world: World) -> Found:
+    chunks, chunk = held(world, "t/m/0")
+    del chunks[chunk]
+    return {(Kind.BLOCK_LOST, chunk.inode)}
+
+
+def damaged_blocks(world: World) -> Found:
+    change_chunk(world, "t/m/0", length=999)
+    change_chunk(world, "t/m/1", key=key(12345))
+    change_chunk(world, "t/m/2", crc32c=4711)
+    change_chunk(world, "t/m/3", state=ChunkState.OPEN)
+    chunks, chunk = held(world, "t/m/4")
+    chunks[chunk] = "no chunk attribute"
+    return {(Kind.BLOCK_DAMAGED, world.inodes[f"t/m/{name}"]) for name in range(5)}
+
+
+def block_on_another_target(world: World) -> Found:
+    chunks, chunk = held(world, "t/m/0")
+    info = chunks.pop(chunk)
+    other = next(t for t, held_ in world.targets.chunks.items() if held_ is not chunks)
+    world.targets.put(other, info)
+    return {(Kind.BLOCK_LOST, chunk.inode), (Kind.CHUNK_MISPLACED, chunk.inode)}
+
+
+def second_chunk_of_a_block(world: World) -> Found:
+    chunks, chunk = held(world, "t/m/0")
+    chunks[ChunkId(chunk.inode, 1)] = ChunkInfo(chunk.inode, 1, ChunkState.OPEN)
+    return {(Kind.CHUNK_MISPLACED, chunk.inode)}
+
+
+def chunk_on_a_wrong_target(world: World) -> Found:
+    chunks, chunk = held(world, "a/b/large", 1)
+    other = next(t for t, held_ in world.targets.chunks.items() if held_ is not chunks)
+    world.targets.put(other, chunks[chunk])
+    return {(Kind.CHUNK_MISPLACED, chunk.inode)}
+
+
+def orphans(world: World) -> Found:
+    """Of a number that was given out and never used, of one in reserve, of one from a future that
+    was lost, and of a directory."""
+    future = 50_000
+    given = world.rig.prepare(world.inodes["t/m"], [200])
+    assert given.blocks[0] is not None
+    world.rig.call(m.AbortBlocks(given.batch_id))
+    world.settle()
+    wanted = [given.blocks[0].inode, NOBODY, future, world.inodes["a"]]
+    for inode in wanted:
+        world.targets.put(2, ChunkInfo(inode, 0, ChunkState.SEALED, 10, 1, key(1)))
+    world.targets.chunks[3][ChunkId(NOBODY, 7)] = "no chunk attribute"
+    return {(Kind.CHUNK_ORPHAN, inode) for inode in wanted}
+
+
+def tail(world: World) -> Found:
+    inode = world.inodes["a/small"]
+    layout = world.rig.attr(inode).layout
+    assert layout is not None
+    target = world.target_of(layout.chain_of(1000))
+    world.targets.put(target, ChunkInfo(inode, 1000, ChunkState.OPEN, 1))
+    return {(Kind.FILE_TAIL, inode)}
+
+
+DAMAGE: list[Callable[[World], Found]] = [
+    dangling_entry,
+    deleted_inode,
+    entry_in_nothing,
+    entry_in_a_file,
+    entry_in_a_namespace,
+    entry_of_the_root,
+    second_entry_of_a_directory,
+    first_entry_of_a_directory_is_the_wrong_one,
+    circle,
+    lost_file,
+    lost_directory,
+    lost_namespace,
+    lost_kv,
+    forgotten_unlinked_file,
+    wrong_links_of_a_file,
+    no_links_but_a_name,
+    wrong_links_of_directories,
+    wrong_parents,
+    no_root,
+    no_kv,
+    nothing_of_kv,
+    stray_xattrs,
+    stray_orphan,
+    linked_orphan,
+    namespace_without_directory,
+    directory_without_namespace,
+    duplicate_block,
+    block_on_no_chain,
+    counter_that_went_back,
+    wrong_totals,
+    damaged_records,
+    lost_block,
+    damaged_blocks,
+    block_on_another_target,
+    second_chunk_of_a_block,
+    chunk_on_a_wrong_target,
+    orphans,
+    tail,
+]
+
+STORE_ONLY = {
+    # The service does not start with these, or repairs them itself when it does.
+    namespace_without_directory,
+    directory_without_namespace,
+    damaged_records,
+    no_root,
+    no_kv,
+    nothing_of_kv,
+    lost_kv,
+}
+CASES = [
+    pytest.param(damage, mode, id=f"{damage.__name__}-{mode}")
+    for damage in DAMAGE
+    for mode in ("store", "service")
+    if mode == "store" or damage not in STORE_ONLY
+]
+
+
+def found_in(world: World) -> Found:
+    return {(one.kind, one.inode) for one in world.findings()}
+
+
+@pytest.mark.parametrize("mode", ["store", "service"])
+def test_what_is_sound_has_no_findings(mode: str) -> None:
+    world = World(mode)
+    world.fill()
+    assert world.findings(verify=True) == []
+    assert world.repair(verify=True, zero_holes=True).outcomes == []
+
+
+@pytest.mark.parametrize(("damage", "mode"), CASES)
+def test_damage_is_found_and_repaired_and_nothing_else(
+    damage: Callable[[World], Found], mode: str
+) -> None:
+    world = World(mode)
+    world.fill()
+    expected = damage(world)
+    if mode == "service":
+        world.rig.restart()
+        world.rig.advance(31)
+    before = world.dump()
+    assert found_in(world) == expected
+    assert world.dump() == before | changed_by_looking(world), "looking changes nothing"
+
+    report = world.repair()
+    assert {one.state for one in report.outcomes} == {State.REPAIRED}
+    assert found_in(world) == set()
+    world.settle()
+    assert found_in(world) == set()
+    if mode == "store":
+        world.rig.restart()
+        world.rig.advance(31)
+    check_the_rest(world, before, {inode for _, inode in expected})
+    world.rig.work(31)
+    world.settle()
+    assert check(world.reader(), world.targets.listings()) == []
+
+
+def changed_by_looking(world: World) -> dict[bytes, bytes]:
+    """Counters may have moved on."""
+    return {k: v for k, v in world.dump().items() if k.startswith(records.COUNTER)}
+
+
+def check_the_rest(world: World, before: dict[bytes, bytes], damaged: set[int]) -> None:
+    """Blocks and files without a finding are what they were, and can be used."""
+    after = world.dump()
+    for record, value in before.items():
+        number = records.number_at(record)
+        if record[:4] == records.BLOCK and number not in damaged:
+            assert after[record] == value
+            block = records.unpack_block(value)
+            (info,) = world.rig.call(m.LookupBlocks(block.namespace, block.key))
+            assert info is not None and info.inode == number
+        elif record[:4] == records.INODE and number not in damaged:
+            was, now = records.decode_inode(value), records.decode_inode(after[record])
+            if was.is_file and was.nlink:
+                assert now == was
+                world.rig.call(m.OpenInode(number))
+                world.rig.call(m.CloseInode(number))
+            elif was.is_dir and not was.is_namespace:
+                world.rig.call(m.ReadDir(number))
+
+
+# --- particular repairs
+
+
+def test_lost_things_have_names_afterwards() -> None:
+    world = World("service")
+    world.fill()
+    lost_file(world)
+    lost_directory(world)
+    world.repair()
+    rig, inodes = world.rig, world.inodes
+    assert rig.resolve(b"lost+found/#%d" % inodes["empty"]).inode == inodes["empty"]
+    assert rig.resolve(b"lost+found/#%d/large" % inodes["a/b"]).inode == inodes["a/b/large"]
+    assert rig.attr(rig.resolve(b"lost+found").inode).nlink == 3
+    lost_file(world)
+    world.put(records.entry_key(rig.resolve(b"lost+found").inode, b"#%d" % inodes["empty"]), None)
+    world.repair()
+    assert rig.resolve(b"lost+found/#%d" % inodes["empty"]).inode == inodes["empty"]
+
+
+def test_a_lost_namespace_comes_back_where_it_was() -> None:
+    world = World("service")
+    world.fill()
+    lost_namespace(world)
+    world.repair()
+    assert world.rig.resolve(b"kv/t/m").inode == world.inodes["t/m"]
+    assert world.rig.match(world.inodes["t/m"], range(8)) == 8
+
+
+def test_what_is_in_the_way_is_said() -> None:
+    world = World("service")
+    world.fill()
+    world.rig.make(ROOT, b"lost+found", FILE)
+    expected = lost_file(world)
+    report = world.repair()
+    assert [one.state for one in report.outcomes] == [State.BLOCKED]
+    assert report.remaining == report.outcomes
+    assert found_in(world) == expected
+
+
+def test_a_forgotten_unlinked_file_is_deleted() -> None:
+    world = World("service")
+    world.fill()
+    inode = world.inodes["open"]
+    world.rig.call(m.CloseInode(inode))
+    assert world.findings() == []
+    inode = world.file("gone", 100)
+    world.rig.call(m.OpenInode(inode))
+    world.rig.call(m.Unlink(ROOT, b"gone"))
+    world.put(records.orphan_key(inode), None)
+    world.rig.call(m.CloseInode(inode))  # nobody remembers it now
+    assert found_in(world) == {(Kind.INODE_UNLINKED, inode)}
+    world.repair()
+    assert world.view(lambda kv: kv.get(records.inode_key(inode))) is None
+    world.settle()
+    assert ChunkId(inode, 0) not in {c for held_ in world.targets.chunks.values() for c in held_}
+    assert world.findings() == []
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "all"])
+def test_lost_bytes_of_a_file_stay_errors_unless_zeros_are_asked_for(damage: str) -> None:
+    world = World("service")
+    world.fill()
+    chunks, chunk = held(world, "a/b/large", 1)
+    if damage == "short":
+        chunks[chunk] = msgspec.structs.replace(chunks[chunk], length=CHUNK - 1)
+    elif damage == "missing":
+        del chunks[chunk]
+    else:
+        for held_ in world.targets.chunks.values():
+            for one in [one for one in held_ if one.inode == chunk.inode]:
+                del held_[one]
+    hole = {(Kind.FILE_HOLE, chunk.inode)}
+    assert found_in(world) == hole
+    report = world.repair()
+    assert [one.state for one in report.outcomes] == [State.FOUND]
+    assert found_in(world) == hole
+    assert not world.rig.attr(chunk.inode).sparse
+    report = world.repair(zero_holes=True)
+    assert [one.state for one in report.outcomes] == [State.REPAIRED]
+    assert world.rig.attr(chunk.inode).sparse
+    assert world.rig.attr(chunk.inode).size == 3 * CHUNK + 5
+    assert world.findings() == []
+
+
+def test_rotten_bytes_are_found_by_reading_them() -> None:
+    world = World("service")
+    world.fill()
+    _, block = held(world, "t/m/3")
+    _, chunk = held(world, "a/b/large", 2)
+    world.targets.rotten = {block, chunk}
+    assert world.findings() == []
+    expected = {(Kind.BLOCK_DAMAGED, block.inode), (Kind.FILE_DAMAGED, chunk.inode)}
+    assert {(one.kind, one.inode) for one in world.findings(verify=True)} == expected
+    report = world.repair(verify=True)
+    states = {one.finding.kind: one.state for one in report.outcomes}
+    assert states == {Kind.BLOCK_DAMAGED: State.REPAIRED, Kind.FILE_DAMAGED: State.FOUND}
+    assert world.rig.stored(world.inodes["t/m"], range(8)) == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_a_damaged_chunk_of_a_file_is_only_told() -> None:
+    world = World("service")
+    world.fill()
+    chunks, chunk = held(world, "a/b/large", 1)
+    chunks[chunk] = "chunk attribute is damaged"
+    report = world.repair(zero_holes=True)
+    assert [(o.finding.kind, o.state) for o in report.outcomes] == [
+        (Kind.FILE_DAMAGED, State.FOUND)
+    ]
+
+
+def test_damaged_inodes_and_chains_are_left_to_people() -> None:
+    world = World("store")
+    world.fill()
+    inode = world.inodes["a/small"]
+    world.put(records.inode_key(inode), b"\xc1")
+    world.put(records.chain_key(50), records.encode(records.ChainRecord(1, (99,))))
+    report = world.repair()
+    kinds = {(o.finding.kind, o.finding.inode): o.state for o in report.outcomes}
+    assert kinds[Kind.RECORD_DAMAGED, inode] is State.FOUND
+    assert kinds[Kind.CHAIN_BROKEN, 0] is State.FOUND
+    assert world.get(records.inode_key(inode)) == b"\xc1"
+
+
+def test_what_lies_on_a_target_that_is_away_is_not_judged() -> None:
+    world = World("service")
+    world.fill()
+    chunks = dict(world.targets.chunks[2])
+    world.targets.hidden = {2}
+    report = world.repair(zero_holes=True)
+    assert report.outcomes == []
+    assert report.unchecked > 0
+    assert world.targets.chunks[2] == chunks
+
+
+def test_records_of_unknown_kinds_are_not_damage() -> None:
+    world = World("store")
+    world.fill()
+    for prefix in (b"SESS", b"OPEN", b"BEAT", b"RSLT", b"AAAA", b"zzzz"):
+        world.put(prefix + b"something", b"\xc1")
+    assert world.findings() == []
+
+
+def test_removals_and_batches_are_not_orphans() -> None:
+    world = World("service")
+    world.fill()
+    batch = world.rig.prepare(world.inodes["t/m"], [300, 301])
+    for block in batch.blocks:
+        assert block is not None
+        info = ChunkInfo(block.inode, 0, ChunkState.SEALED, 1000, 1, key(300))
+        world.targets.put(world.target_of(block.chain), info)
+    world.rig.call(m.RemoveBlocks(world.inodes["t/m"], key(0)))
+    assert world.findings() == []
+    world.rig.call(m.AbortBlocks(batch.batch_id))
+    assert world.findings() == []
+
+
+# --- races: the service goes on between the look and the second look
+
+
+def race(world: World, action: Callable[[], None]) -> None:
+    """``action`` happens once, when the candidates are there and before they are looked at."""
+
+    def once() -> None:
+        world.targets.before_look = lambda: None
+        action()
+
+    world.targets.before_look = once
+
+
+def test_a_block_that_is_evicted_meanwhile_is_no_finding() -> None:
+    world = World("service")
+    world.fill()
+    inode = world.inodes["t/m/0"]
+    chunks, chunk = held(world, "t/m/0")
+    del chunks[chunk]
+    race(world, lambda: world.rig.call(m.RemoveBlocks(world.inodes["t/m"], key(0))) and None)
+    assert world.findings() == []
+    assert inode not in world.rig.core.index.by_inode
+
+
+def test_fixes_are_not_taken_on_trust() -> None:
+    """None of these is called for: nothing happens."""
+    world = World("service")
+    world.fill()
+    inodes = world.inodes
+    small = world.rig.attr(inodes["a/small"])
+    layout = world.rig.attr(inodes["a/b/large"]).layout
+    assert layout is not None
+    target = world.target_of(layout.chain_of(0))
+    block = records.unpack_block(world.get(records.block_key(inodes["t/m/0"])))
+    batch = world.rig.prepare(inodes["t/m"], [400])
+    assert batch.blocks[0] is not None
+    wrong: list[fixes.Fix] = [
+        fixes.SetLinks(small.inode, small.ctime_ns - 1, 2, 1),
+        fixes.SetLinks(small.inode, small.ctime_ns, 1, 3),
+        fixes.SetParent(inodes["a/b"], inodes["a/c"], b"b"),
+        fixes.ClearNamespace(inodes["t/m"], world.rig.attr(inodes["t/m"]).ctime_ns),
+        fixes.MakeRoot(ROOT),
+        fixes.MakeRoot(NOBODY),
+        fixes.MarkSparse(small.inode, small.ctime_ns - 1),
+        fixes.CoverTail(small.inode, 1),
+        fixes.DropBlock(inodes["t/m/0"], "namespace"),
+        fixes.DropBlock(inodes["t/m/0"], "chain"),
+        fixes.DropBlock(inodes["t/m/0"], "duplicate", inodes["t/m/1"]),
+        fixes.DropBlock(inodes["t/m/0"], "duplicate", inodes["t/m/0"]),
+        fixes.DropBlock(inodes["t/m/0"], "because"),
+        fixes.DropDamaged(records.block_key(inodes["t/m/0"])),
+        fixes.DropDamaged(records.FORMAT_KEY),
+        fixes.DropNamespace(inodes["t/m"]),
+        fixes.DropEntry(inodes["a"], b"small", small.inode),
+        fixes.DropEntry(inodes["a"], b"small", small.inode, small.ctime_ns),
+        fixes.DropEntry(inodes["a"], b"small", NOBODY),
+        fixes.DropXattrs(small.inode),
+        fixes.DropOrphan(small.inode, small.ctime_ns),
+        fixes.DropOrphan(inodes["open"]),
+        fixes.QueueUnlinked(small.inode, small.ctime_ns),
+        fixes.LinkLost(small.inode, small.ctime_ns - 1),
+        fixes.LinkLost(inodes["a/b"], world.rig.attr(inodes["a/b"]).ctime_ns, inodes["a"], b"b"),
+        fixes.RaiseCounter(inodes["t/m/0"]),
+        fixes.RemoveChunks(target, inodes["a/b/large"], 0, 1),
+        fixes.RemoveChunks(target, inodes["a/b/large"], 1000, 9999),
+        fixes.RemoveChunks(world.target_of(block.chain), inodes["t/m/0"], 0, 1),
+        fixes.RemoveChunks(1, batch.blocks[0].inode, 0, 1),
+        fixes.SetUsage(),
+    ]
+    before = world.dump()
+    for dry in (True, False):
+        verdicts = world.rig.call(fixes.RepairRecords(tuple(wrong), dry))
+        called_for = [
+            f for f, v in zip(wrong, verdicts, strict=True) if v is not fixes.Verdict.GONE
+        ]
+        assert called_for == []
+    after = world.dump()
+    assert after == before | changed_by_looking(world)
+
+
+def test_a_removal_never_meets_a_number_that_is_given_out_later() -> None:
+    """A chunk of a number that comes later: a store that went back in time. Its removal waits in
+    the queue while the numbers catch up."""
+    world = World("service")
+    world.fill()
+    future = world.rig.make(ROOT, b"now", FILE).inode + 5
+    world.targets.put(1, ChunkInfo(future, 0, ChunkState.SEALED, 10, 1, key(9)))
+    assert found_in(world) == {(Kind.CHUNK_ORPHAN, future)}
+    world.repair()
+    inodes = {world.rig.make(ROOT, b"later %d" % n, FILE).inode for n in range(20)}
+    assert future not in inodes
+    assert min(inodes) > future
+
+
+def test_a_number_that_cannot_come_for_ages_is_left_to_people() -> None:
+    world = World("service")
+    world.fill()
+    world.targets.put(1, ChunkInfo(1 << 62, 0, ChunkState.SEALED, 10, 1, key(9)))
+    report = world.repair()
+    assert [one.state for one in report.outcomes] == [State.BLOCKED]
+    assert world.rig.make(ROOT, b"file", FILE).inode < 1 << 40
+
+
+def test_a_failed_commit_takes_a_repair_back() -> None:
+    """Memory and store go together."""
+    world = World("service")
+    world.fill()
+    fix = fixes.DropBlock(world.inodes["t/m/0"], "chunk")
+    core = world.rig.core
+    decision = core.decide([core.operation(1, fixes.RepairRecords((fix,)))])
+    assert decision.group.results == [(fixes.Verdict.DONE,)]
+    assert world.rig.stored(world.inodes["t/m"], [0]) == []
+    pending = core.removals.pending_count()
+    core.take_back(decision)
+    assert world.rig.stored(world.inodes["t/m"], [0]) == [0]
+    assert core.removals.pending_count() == pending - 1
+    assert world.findings() == []
+
+
+def test_of_two_blocks_with_one_key_the_first_is_found() -> None:
+    world = World("service")
+    world.fill()
+    duplicate_block(world)
+    world.rig.restart()
+    world.rig.advance(31)
+    world.repair()
+    (info,) = world.rig.call(m.LookupBlocks(world.inodes["t/m"], key(1)))
+    assert info is not None and info.inode == world.inodes["t/m/1"]
+
+
+# --- the wire
+
+
+def test_a_page_of_records_is_bounded() -> None:
+    world = World("service")
+    world.fill()
+    value = bytes(60_000)
+    for number in range(200):
+        world.put(records.xattr_key(world.inodes["a"], b"user.%03d" % number), value)
+    start, pages, found = records.XATTR, 0, []
+    while True:
+        page = world.rig.call(fixes.ScanRecords(start, b"XATS"))
+        pages += 1
+        found += [k for k, _ in page.items]
+        assert sum(len(k) + len(v) for k, v in page.items) < 4 << 20
+        if not page.more:
+            break
+        start = page.items[-1][0] + b"\x00"
+    assert pages > 3
+    assert found == sorted(k for k in world.dump() if k.startswith(records.XATTR))
+
+
+def test_every_fix_survives_the_wire() -> None:
+    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(m.MetadataRequest)
+    request = fixes.RepairRecords(
+        (
+            fixes.SetLinks(1, -5, 2, 3),
+            fixes.DropEntry(1, b"\xff", 2),
+            fixes.DropOrphan(3, 7),
+            fixes.LinkLost(1, 2, 3, b"x"),
+            fixes.RemoveChunks(1, 2, 3, 4, 5),
+            fixes.SetUsage(),
+        ),
+        dry=True,
+    )
+    assert decoder.decode(encoder.encode(request)) == request
