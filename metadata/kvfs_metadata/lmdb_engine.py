@@ -87,6 +87,13 @@ class _Snapshot:
     def __init__(self, txn: lmdb.Transaction[bytes]) -> None:
         self._txn = txn
 
+    def end(self) -> None:
+        """A transaction keeps its reader slot for as long as anybody refers to it, and errors that
+        were raised under ``view`` refer to its frames until they are collected as garbage: so this
+        is the only reference."""
+        self._txn.abort()
+        del self._txn
+
     def get(self, key: bytes) -> bytes | None:
         return self._txn.get(key)
 
@@ -185,8 +192,12 @@ class LmdbEngine:
         pass  # nobody else commits
 
     def view(self, fn: Callable[[KVRead], T]) -> T:
-        with self._gate.shared(), self._lmdb.begin() as txn:
-            return fn(_Snapshot(txn))
+        with self._gate.shared():
+            snapshot = _Snapshot(self._lmdb.begin())
+            try:
+                return fn(snapshot)
+            finally:
+                snapshot.end()
 
     def run(self, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
         return self.view(lambda read: run_group(read, fns))

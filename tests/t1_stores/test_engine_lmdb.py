@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -16,12 +17,12 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from kvfs_base.errors import Conflict, DiskFull, TargetFailed, VersionMismatch
+from kvfs_base.errors import Conflict, DiskFull, EntryNotFound, TargetFailed, VersionMismatch
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk
 from kvfs_metadata import checkpoint
 from kvfs_metadata.engine import Group, KVEngine, KVTransaction
-from kvfs_metadata.lmdb_engine import LmdbEngine
+from kvfs_metadata.lmdb_engine import READERS_MAX, LmdbEngine
 
 
 def put(key: bytes, value: bytes) -> object:
@@ -356,3 +357,21 @@ def test_strict_stores_need_none_but_honour_one(tmp_path: Path) -> None:
     again = LmdbEngine(os_env(), str(after), boot_id="third boot")
     assert get(again, b"a") == b"3"
     again.close()
+
+
+def test_errors_keep_no_reader_slots(tmp_path: Path) -> None:
+    """An error refers to the frames that it passed, and in a group they to it: only the garbage
+    collector finds them, and in a large service that may take for ever."""
+
+    def fail(tx: KVTransaction) -> None:
+        tx.get(b"k")
+        raise EntryNotFound(b"k")
+
+    engine = LmdbEngine(os_env(), str(tmp_path))
+    gc.disable()
+    try:
+        for _ in range(2 * READERS_MAX):
+            assert isinstance(engine.update([fail])[0], EntryNotFound)
+    finally:
+        gc.enable()
+        engine.close()
