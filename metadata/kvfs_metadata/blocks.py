@@ -88,7 +88,8 @@ class BlockCounts:
 
 class Blocks:
     """``file_bytes`` tells how much of the capacity ordinary files take in a transaction's view;
-    ``capacity_bytes`` the capacity, 0 while it is unknown (no target has registered)."""
+    ``capacity_bytes`` the capacity, 0 while it is unknown (no target has registered). ``shared`` if
+    batches may be prepared by other servers, whose clocks are not compared with this one."""
 
     def __init__(
         self,
@@ -100,10 +101,12 @@ class Blocks:
         cluster: ClusterState,
         capacity_bytes: Callable[[], int],
         counts: BlockCounts | None = None,
+        shared: bool = False,
     ) -> None:
         self.index = index
         self.counts = counts or BlockCounts()
         self._clock = clock
+        self._shared = shared
         self._counters = counters
         self._cluster = cluster
         self._capacity_bytes = capacity_bytes
@@ -117,9 +120,11 @@ class Blocks:
             self._committed[records.number_at(key)] = None
 
     def _load_prepared(self, batch_id: int, record: PreparedRecord) -> None:
-        # A clock that was set back meanwhile must not keep the batch for longer.
-        left = (record.expires_ns - self._clock.time_ns()) / 1e9
-        expires_at = self._clock.monotonic() + min(left, PREPARE_SECONDS_MAX)
+        left = PREPARE_SECONDS_MAX
+        if not self._shared:
+            # A clock that was set back meanwhile must not keep the batch for longer.
+            left = min(left, (record.expires_ns - self._clock.time_ns()) / 1e9)
+        expires_at = self._clock.monotonic() + left
         self._add_prepared(batch_id, _Prepared(record, sum(record.sizes), expires_at))
 
     def _add_prepared(self, batch_id: int, batch: _Prepared) -> None:

@@ -104,6 +104,7 @@ class MetadataCore:
             cluster=self.cluster,
             capacity_bytes=self.capacity_bytes,
             counts=self._counts,
+            shared=self._engine.shared,
         )
         self.tree = FileTree(
             blocks=self.blocks,

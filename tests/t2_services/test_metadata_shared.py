@@ -12,6 +12,7 @@ from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.cluster import GetClusterMap
 from kvfs_base.rpc import Request
+from kvfs_base.testing import ManualClock
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.core import MetadataCore
@@ -120,6 +121,21 @@ def test_a_batch_prepared_at_one_server_is_committed_at_the_other(a: Rig, b: Rig
     assert a.match(namespace, range(4)) == 4
     a.commit(batch)  # the answer of the first was lost
     assert a.statistics()["prepared_batches"] == b.statistics()["prepared_batches"] == 0
+
+
+def test_a_batch_prepared_elsewhere_expires_by_this_servers_clock(a: Rig, b: Rig) -> None:
+    """Wall clocks of two hosts may be hours apart."""
+    namespace = a.namespace()
+    late = ManualClock(a.clock.time_ns() + 10**13)
+    b.clock = late
+    b.restart()
+    a.prepare(namespace, range(3))
+    b.core.catch_up()
+    b.work()
+    b.work(limits.PREPARE_SECONDS_MAX - 1)
+    assert a.statistics()["prepared_batches"] == 1
+    b.work(1)
+    assert a.statistics()["prepared_batches"] == 0
 
 
 def test_both_store_the_same_keys(a: Rig, b: Rig) -> None:
@@ -441,7 +457,7 @@ def snapshot(core: MetadataCore) -> dict[str, Any]:
 
 
 def _blocks(core: MetadataCore) -> Any:
-    return core.index.by_inode.values()
+    return [core.index.by_inode[inode] for inode in core.index.by_inode]
 
 
 @pytest.mark.parametrize("seed", range(5))
