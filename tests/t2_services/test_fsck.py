@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from fsck_world import CHUNK, World
-from kvfs.fsck import State, check
+from fsck_world import CHUNK, ServiceStore, World
+from kvfs.fsck import Fsck, State, check
 from kvfs_base.types import ChunkId
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_metadata import fixes, records
@@ -604,6 +604,48 @@ def test_a_block_that_is_evicted_meanwhile_is_no_finding() -> None:
     race(world, lambda: world.rig.call(m.RemoveBlocks(world.inodes["t/m"], key(0))) and None)
     assert world.findings() == []
     assert inode not in world.rig.core.index.by_inode
+
+
+class Interrupted(ServiceStore):
+    """Something happens after the queues of removals were read, before the blocks are."""
+
+    def __init__(self, world: World, action: Callable[[], object]) -> None:
+        super().__init__(world.rig)
+        self._action: Callable[[], object] | None = action
+        self._removals_read = False
+
+    def range(self, start: bytes, end: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+        if start.startswith(records.REMOVAL):
+            self._removals_read = True
+        elif start.startswith(records.BLOCK) and self._removals_read and self._action is not None:
+            action, self._action = self._action, None
+            action()
+        return super().range(start, end, limit)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_block_that_is_removed_under_the_check_is_no_orphan(removed: bool) -> None:
+    """Its chunk is listed, its record is not there any more, and the queue that was read did not
+    have it. It waits for its removal, or is gone by now."""
+    world = World("service")
+    world.fill()
+    looks = 0
+
+    def action() -> None:
+        world.rig.call(m.RemoveBlocks(world.inodes["t/m"], key(0)))
+        if removed:
+            world.settle()
+
+    def count() -> None:
+        nonlocal looks
+        looks += 1
+
+    world.targets.before_look = count
+    run = Fsck(Interrupted(world, action), world.targets)
+    assert run.check().outcomes == []
+    assert looks, "there was no candidate"
+    world.settle()
+    assert world.findings() == []
 
 
 def test_fixes_are_not_taken_on_trust() -> None:

@@ -59,8 +59,9 @@ class _Names:
 def paths_of(reader: RecordReader, inodes: Iterable[int]) -> dict[int, str]:
     """A path of each of ``inodes`` that has one. Reads all entries once."""
     names = _Names(reader)
-    paths = {inode: path for inode in set(inodes) if (path := names.block(inode)) is not None}
-    wanted = set(inodes) - paths.keys() - {0, ROOT_INODE}
+    wanted = set(inodes) - {0, ROOT_INODE}
+    paths = {inode: path for inode in wanted if (path := names.block(inode)) is not None}
+    wanted -= paths.keys()
     if not wanted:
         return paths
     for key, value in read_sound(reader, records.ENTRY):
