@@ -12,7 +12,7 @@ import threading
 
 from kvfs_base.cluster import Heartbeat, HeartbeatReply, Removal, TargetOrders, TargetReport
 from kvfs_base.counters import Counters
-from kvfs_base.errors import KvfsError
+from kvfs_base.errors import KvfsError, TargetRemoved
 from kvfs_base.limits import HEARTBEAT_SECONDS, TARGET_LEASE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient
 from kvfs_base.seams import DiskUsage, Env
@@ -44,6 +44,7 @@ class Housekeeping:
         self._work = threading.Condition()
         self._orders: dict[str, tuple[Removal, ...]] = {}
         self._removed: dict[str, int] = {}
+        self._refused: frozenset[str] = frozenset()
         self._usage: dict[str, DiskUsage] = {}
         self._connected = True
         self._threads = [
@@ -118,10 +119,23 @@ class Housekeeping:
 
     def _obey(self, reply: HeartbeatReply) -> None:
         by_uuid = {store.uuid: store for store in self._targets.stores}
+        refused = frozenset(reply.refused) & by_uuid.keys()
+        for uuid in refused - self._refused:
+            self._retire(by_uuid[uuid])
+        self._refused = refused
         for orders in reply.targets:
             store = by_uuid.get(orders.uuid)
             if store is not None:
                 self._take_orders(store, orders)
+
+    def _retire(self, store: ChunkStore) -> None:
+        """A target that was removed from the cluster has no number: nobody writes to it any more
+        who has not heard. What lies in its directory stays there."""
+        log.error("target %d: %s", store.target_id, TargetRemoved(uuid=store.uuid))
+        with self._work:
+            self._orders.pop(store.uuid, None)
+            self._removed.pop(store.uuid, None)
+        self._targets.number(store, 0)
 
     def _take_orders(self, store: ChunkStore, orders: TargetOrders) -> None:
         renumbered = store.target_id not in (0, orders.target_id)

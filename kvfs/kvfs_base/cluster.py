@@ -20,6 +20,8 @@ class TargetState(enum.StrEnum):
     SERVING = "serving"
     FULL = "full"
     """Serves reads; new chunks go elsewhere."""
+    DRAINING = "draining"
+    """As FULL, because somebody wants it so."""
     OFFLINE = "offline"
 
 
@@ -84,6 +86,8 @@ class TargetOrders(msgspec.Struct, array_like=True, frozen=True):
 class HeartbeatReply(msgspec.Struct, array_like=True, frozen=True):
     map_version: U64
     targets: tuple[TargetOrders, ...]
+    refused: tuple[ShortText, ...] = ()
+    """Uuids of targets that were removed from the cluster. The server's others are not affected."""
 
 
 class Heartbeat(Request, tag="heartbeat"):

@@ -34,7 +34,10 @@
     │   ├── NotKvfsDirectory       ENOTDIR
     │   ├── AlreadyRunning         EBUSY
     │   ├── NotRunning             ESRCH
-    │   └── RoleFailed             ECHILD     (a process of `kvfs up` did not get ready)
+    │   ├── RoleFailed             ECHILD     (a process of `kvfs up` did not get ready)
+    │   ├── TargetInUse            EBUSY      (it cannot be removed: it still holds something)
+    │   ├── TargetRemoved          ESTALE     (it was removed from the cluster and came back)
+    │   └── TargetUnknown          ENXIO
     └── ServiceError               a server or a disk failed, the request may be fine
         ├── ChunkNotFound          EIO
         ├── ConnectionLost         EIO        temporary
@@ -352,6 +355,34 @@ class RoleFailed(SetupError):
     detail: str = ""
     posix_errno = errno.ECHILD
     wire_code = "role_failed"
+
+
+@dataclasses.dataclass(eq=False)
+class TargetInUse(SetupError):
+    """``blocks``, ``files`` and ``removals`` are what was found on it; they may be out of date, and
+    0 if nobody has looked yet."""
+
+    target_id: int = 0
+    blocks: int = 0
+    files: int = 0
+    removals: int = 0
+    detail: str = ""
+    posix_errno = errno.EBUSY
+    wire_code = "target_in_use"
+
+
+@dataclasses.dataclass(eq=False)
+class TargetRemoved(SetupError):
+    uuid: str = ""
+    posix_errno = errno.ESTALE
+    wire_code = "target_removed"
+
+
+@dataclasses.dataclass(eq=False)
+class TargetUnknown(SetupError, LookupError):
+    name: str = ""
+    posix_errno = errno.ENXIO
+    wire_code = "target_unknown"
 
 
 # --- servers and disks

@@ -68,6 +68,22 @@ REMOVALS_PER_HEARTBEAT = 4096
 """Chunks one heartbeat reply asks a server to remove: at 1 ms an unlink (ext4 with discard)
 about 4 s of work, done outside the heartbeat."""
 
+REMOVED_TARGETS_MAX = 1024
+"""Removed targets that are remembered, 100 bytes each: one that comes back is refused. The oldest
+is forgotten for a new one."""
+
+DRAIN_PAGE_RECORDS = 512
+"""Blocks or inodes that one transaction looks at to empty a target: about 5 ms of the service's
+time if all of them are given up, 1 ms if none is."""
+
+DRAIN_PAUSE = 10
+"""A target that files keep from being empty is looked through again and again: the pause is this
+many times as long as the look took, so it takes a tenth of the service's time at most. A million
+inodes take about 2 s."""
+
+COUNT_PAGE_RECORDS = 4096
+"""Blocks or inodes that one CountChunks looks at: about 10 ms."""
+
 # --- mount
 
 FILE_BYTES_MAX = FILE_CHUNK_BYTES << 32

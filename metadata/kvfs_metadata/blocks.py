@@ -256,6 +256,8 @@ class Blocks:
         new: list[Block] = []
         for i, key in enumerate(split_keys(record.keys)):
             inode, size, chain = record.first_inode + i, record.sizes[i], record.chains[i]
+            if not self._cluster.has_chain(chain):
+                continue  # its target was removed meanwhile: a miss from the beginning
             if key in namespace.rows:
                 self._cluster.remove_chunks(tx, (chain,), inode, 1, size)
                 self._count(tx, duplicate_blocks=1)
@@ -321,6 +323,10 @@ class Blocks:
             if released >= BATCH_BLOCKS_MAX:
                 break
         self._count(tx, expired_batches=count)
+
+    def prepared_chains(self) -> set[int]:
+        """Where blocks may yet become visible."""
+        return {chain for batch in self._prepared.values() for chain in batch.record.chains}
 
     def next_expiry(self) -> float | None:
         """Monotonic seconds of the first expiry to come."""

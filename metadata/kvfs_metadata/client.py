@@ -32,6 +32,7 @@ from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
 from kvfs_metadata import fixes
 from kvfs_metadata import messages as m
+from kvfs_metadata.admin_messages import CountChunks, DescribeCluster
 
 REPEATABLE: frozenset[type[Request]] = frozenset(
     {
@@ -57,6 +58,8 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         fixes.RepairRecords,  # each fix is looked into again
         Heartbeat,
         GetClusterMap,
+        DescribeCluster,
+        CountChunks,
     }
 )
 """Requests that may be carried out twice. All others travel as Once."""

@@ -21,11 +21,20 @@ from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
 from kvfs_metadata import fixes, records
 from kvfs_metadata import messages as m
+from kvfs_metadata.admin_messages import (
+    AdmitTarget,
+    CountChunks,
+    DescribeCluster,
+    RemoveTarget,
+    SetDraining,
+)
+from kvfs_metadata.administration import Administration
 from kvfs_metadata.answers import Answers
 from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.blocks import BlockCounts, Blocks
 from kvfs_metadata.cluster_state import CAPACITY_FRACTION, ClusterState
 from kvfs_metadata.config import MetadataConfig
+from kvfs_metadata.draining import Drainer
 from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
@@ -68,6 +77,7 @@ class MetadataCore:
         self._clock = clock
         self._config = config
         self._policy = policy
+        self._server = server
         self._requests = 0
         self._counts = BlockCounts()
         self.answers = Answers()
@@ -118,9 +128,31 @@ class MetadataCore:
             removals=self.removals,
             memory=ServiceMemory(self.index, self.tree, self.sessions),
         )
+        self._load_administration()
         self._reads = self._read_table()
         self._writes = self._write_table()
         self._orphans_from: int | None = 0
+
+    def _load_administration(self) -> None:
+        self.drainer = Drainer(
+            blocks=self.blocks,
+            cluster=self.cluster,
+            removals=self.removals,
+            may_be_open=self.sessions.may_be_open,
+        )
+        self._administration = Administration(
+            self._clock,
+            cluster=self.cluster,
+            removals=self.removals,
+            sessions=self.sessions,
+            drainer=self.drainer,
+            server=self._server,
+            addresses=self._addresses(),
+        )
+
+    def _addresses(self) -> tuple[str, ...]:
+        addresses = (self._config.unix, self._config.tcp)
+        return tuple(str(address) for address in addresses if address is not None)
 
     def _start(self, tx: Tx) -> None:
         tx.kv.put(records.FORMAT_KEY, records.FORMAT)
@@ -145,6 +177,8 @@ class MetadataCore:
             m.Statistics: lambda kv, request: self.statistics(kv),
             fixes.ScanRecords: scan_records,
             GetClusterMap: self._cluster_map,
+            DescribeCluster: self._administration.describe,
+            CountChunks: self._administration.count,
         }
 
     def _write_table(self) -> dict[type, Callable[[Tx, Any], Any]]:
@@ -169,6 +203,9 @@ class MetadataCore:
             m.Once: self._once,
             fixes.RepairRecords: self._repair,
             Heartbeat: self._heartbeat,
+            SetDraining: self._administration.set_draining,
+            RemoveTarget: self._administration.remove,
+            AdmitTarget: self._administration.admit,
         }
 
     def only_reads(self, requests: Sequence[Any]) -> bool:
@@ -288,8 +325,7 @@ class MetadataCore:
 
     def beat(self, tx: Tx) -> None:
         """To the other servers on the store."""
-        addresses = (self._config.unix, self._config.tcp)
-        self.sessions.beat(tx, tuple(str(address) for address in addresses if address is not None))
+        self.sessions.beat(tx, self._addresses())
 
     def goodbye(self, tx: Tx) -> None:
         self.sessions.goodbye(tx)
@@ -375,6 +411,14 @@ class MetadataCore:
         """One transaction's worth; its result is the bytes evicted, 0 if there is nothing left."""
         return lambda tx: self.blocks.evict(tx, bytes_needed)
 
+    def has_departures(self) -> bool:
+        """Whether ``drain`` has something to do."""
+        return self.cluster.has_departures()
+
+    def drain(self, tx: Tx) -> bool:
+        """One transaction's worth of emptying targets; its result is whether to go on at once."""
+        return self.drainer.step(tx)
+
     def due(self) -> list[Operation]:
         """For prepared batches, sessions and unlinked files whose time is over. Targets whose
         lease is over go out of service at once."""
@@ -424,6 +468,7 @@ class MetadataCore:
             "inodes": usage.inodes,
             **self.blocks.statistics(),
             **self.cluster.statistics(),
+            "drained_blocks": self.drainer.drained_blocks,
             **self.sessions.statistics(),
         }
 

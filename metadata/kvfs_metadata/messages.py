@@ -22,6 +22,13 @@ from kvfs_base.limits import (
 )
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, Attr, BlockInfo, KVLayout, Name, ShortText
+from kvfs_metadata.admin_messages import (
+    AdmitTarget,
+    CountChunks,
+    DescribeCluster,
+    RemoveTarget,
+    SetDraining,
+)
 from kvfs_metadata.fixes import RepairRecords, ScanRecords
 
 Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYTES)]
@@ -317,6 +324,9 @@ Changing = (
     | RemoveXattr
     | PrepareBlocks
     | RemoveBlocks
+    | SetDraining
+    | RemoveTarget
+    | AdmitTarget
 )
 """Requests for which twice is not as good as once."""
 
@@ -386,4 +396,9 @@ MetadataRequest = (
     | RepairRecords
     | Heartbeat
     | GetClusterMap
+    | DescribeCluster
+    | CountChunks
+    | SetDraining
+    | RemoveTarget
+    | AdmitTarget
 )

@@ -35,8 +35,11 @@ SESSION = b"SESS"
 OPEN = b"OPEN"
 SERVER = b"SRVR"
 BEAT = b"BEAT"
+GONE = b"GONE"
 ANSWER = b"RSLT"
 USAGE_KEY = b"STATusage"
+SWEEP_KEY = b"STATsweep"
+"""There, with an empty value, while something may refer to a target that was removed."""
 
 
 def u64(number: int) -> bytes:
@@ -114,6 +117,10 @@ def server_key(server: bytes) -> bytes:
 
 def beat_key(target_id: int) -> bytes:
     return BEAT + target_id.to_bytes(4, "big")
+
+
+def gone_key(uuid: str) -> bytes:
+    return GONE + uuid.encode()
 
 
 def answer_key(client: bytes, slot: int) -> bytes:
@@ -228,6 +235,19 @@ class TargetRecord(msgspec.Struct, array_like=True, frozen=True):
     tcp: Address | None
     capacity_bytes: U64
     volume: str = ""
+    draining: bool = False
+    keep_blocks: bool = False
+    """Draining: its blocks stay until they are evicted."""
+    drained: bool = False
+    """Draining: nothing refers to it any more, and nothing will while it drains."""
+
+
+class GoneRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``GONE`` + uuid: a target that was removed from the cluster."""
+
+    target_id: U32
+    server_id: str
+    removed_ns: int
 
 
 class ChainRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -338,6 +358,7 @@ decode_inode = msgspec.msgpack.Decoder(InodeRecord).decode
 decode_namespace = msgspec.msgpack.Decoder(NamespaceRecord).decode
 decode_prepared = msgspec.msgpack.Decoder(PreparedRecord).decode
 decode_target = msgspec.msgpack.Decoder(TargetRecord).decode
+decode_gone = msgspec.msgpack.Decoder(GoneRecord).decode
 decode_server = msgspec.msgpack.Decoder(ServerRecord).decode
 decode_answer = msgspec.msgpack.Decoder(AnswerRecord).decode
 decode_chain = msgspec.msgpack.Decoder(ChainRecord).decode

@@ -5,13 +5,13 @@ again, until the target reports a number as done; then everything up to it is de
 outlives restarts of either side, and doing one twice is harmless because inode numbers are never
 used again.
 
-The queue of a target that never comes back stays. It is bounded by what the target holds: nothing
-is placed on a target that does not serve.
+The queue of a target that never comes back stays until the target is removed from the cluster. It
+is bounded by what the target holds: nothing is placed on a target that does not serve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from kvfs_base.cluster import Removal
@@ -47,9 +47,13 @@ class Removals:
     def apply(self, writes: Writes) -> None:
         """Another server committed ``writes``. A queue's state says it all."""
         for key, value in writes.items():
-            if key.startswith(records.REMOVAL_STATE) and value is not None:
-                queue = self._queue(int.from_bytes(key[4:8], "big"))
-                queue.state = records.unpack_removal_state(value)
+            if not key.startswith(records.REMOVAL_STATE):
+                continue
+            target_id = int.from_bytes(key[4:8], "big")
+            if value is None:
+                self._queues.pop(target_id, None)
+            else:
+                self._queue(target_id).state = records.unpack_removal_state(value)
 
     def _queue(self, target_id: int) -> _Queue:
         return self._queues.setdefault(target_id, _Queue(RemovalState(1, 0, 0)))
@@ -78,6 +82,29 @@ class Removals:
             tx.kv.delete(key)
         freed = sum(records.unpack_removal(value).size for _, value in done)
         queue.change(tx, target_id, RemovalState(next_seq, count - len(done), size - freed))
+
+    def drop(self, tx: Tx, target_id: int) -> None:
+        """The target was removed. What lies in its queue is left to ``sweep``."""
+        tx.kv.delete(records.removal_state_key(target_id))
+        queue = self._queues.pop(target_id, None)
+        if queue is not None:
+            tx.undo.append(partial(self._queues.__setitem__, target_id, queue))
+
+    def sweep(self, tx: Tx, known: Collection[int], count_max: int) -> bool:
+        """Deletes queued removals of targets that are not ``known``, one transaction's worth.
+        Whether there may be more."""
+        start = records.REMOVAL
+        while True:
+            item = tx.kv.range(start, prefix_end(records.REMOVAL), 1)
+            if not item:
+                return False
+            target_id = int.from_bytes(item[0][0][4:8], "big")
+            prefix = records.REMOVAL + records.u32(target_id)
+            if target_id not in known:
+                for key, _ in tx.kv.range(prefix, prefix_end(prefix), count_max):
+                    tx.kv.delete(key)
+                return True
+            start = prefix_end(prefix)
 
     def head(self, read: KVRead, target_id: int) -> tuple[Removal, ...]:
         """What the target is to do next, in order."""

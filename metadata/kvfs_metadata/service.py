@@ -10,6 +10,7 @@ import trio
 
 from kvfs_base.errors import DiskFull, KvfsError
 from kvfs_base.limits import (
+    DRAIN_PAUSE,
     EVICT_SECONDS,
     HEARTBEAT_SECONDS,
     LAST_USE_SECONDS,
@@ -64,7 +65,13 @@ class MetadataService:
                     nursery.start_soon(self._sync_now_and_then)
                 if self._shared:
                     nursery.start_soon(self._beat)
-                for work in (self._evict, self._watch_disks, self._expire, self._record_uses):
+                for work in (
+                    self._evict,
+                    self._watch_disks,
+                    self._expire,
+                    self._record_uses,
+                    self._drain,
+                ):
                     nursery.start_soon(work)
                 addresses = [await nursery.start(server.serve, self._config.unix)]
                 if self._config.tcp is not None:
@@ -188,6 +195,29 @@ class MetadataService:
                 continue
             if operations:
                 _log_failures(await self._turns.write(operations))
+
+    async def _drain(self) -> None:
+        """Empties targets that are to leave."""
+        pause = HEARTBEAT_SECONDS
+        while True:
+            await trio.sleep(pause)
+            begun = trio.current_time()
+            more = await self._ask_departures()
+            while more:
+                more = (await self._turns.write([self.core.drain]))[0]
+                if isinstance(more, KvfsError):
+                    _log_failures([more])
+                    break
+                # Requests come first, as with evictions.
+                await trio.lowlevel.checkpoint()
+            pause = max(HEARTBEAT_SECONDS, DRAIN_PAUSE * (trio.current_time() - begun))
+
+    async def _ask_departures(self) -> bool:
+        try:
+            return await self._turns.ask(self.core.has_departures)
+        except KvfsError as exc:
+            _log_failures([exc])
+            return False
 
     def _due(self) -> list[Operation]:
         if self._shared:

@@ -316,6 +316,11 @@ class Sessions:
             return False
         return self._clock.monotonic() - self._started_at < SESSION_GRACE_SECONDS
 
+    def is_alive(self, server: bytes) -> bool:
+        """Whether this is the server, or it was heard of within its lease."""
+        oldest = self._clock.monotonic() - SERVER_LEASE_SECONDS
+        return server == self._server or self._servers.get(server, oldest) > oldest
+
     def statistics(self) -> dict[str, int]:
         attached = sum(s.connection is not None for s in self._sessions.values())
         oldest = self._clock.monotonic() - SERVER_LEASE_SECONDS

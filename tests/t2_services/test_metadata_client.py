@@ -28,6 +28,7 @@ from kvfs_base.seams import Env
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address
 from kvfs_metadata import messages as m
+from kvfs_metadata.admin_messages import AdmitTarget, RemoveTarget, SetDraining
 from kvfs_metadata.client import (
     REPEATABLE,
     BlockingMetadataClient,
@@ -152,6 +153,8 @@ class Prepared:
     rig: Rig
 
     def __post_init__(self) -> None:
+        self.rig.heartbeat("gone")
+        self.rig.call(RemoveTarget((2,), force=True))
         self.file = self.rig.make(ROOT, b"file").inode
         self.rig.make(ROOT, b"other")
         self.rig.call(m.SetXattr(self.file, b"user.old", b"1"))
@@ -178,6 +181,9 @@ CHANGES: dict[str, Callable[[Prepared], Request]] = {
     "remove_xattr": lambda p: m.RemoveXattr(p.file, b"user.old"),
     "prepare": lambda p: m.PrepareBlocks(p.namespace, keys([3, 4, 5]), (10,) * 3),
     "remove": lambda p: m.RemoveBlocks(p.namespace, keys([2, 3, 9])),
+    "set_draining": lambda p: SetDraining((1,), True),
+    "remove_target": lambda p: RemoveTarget((1,), force=True),
+    "admit_target": lambda p: AdmitTarget("gone"),
 }
 
 

@@ -1,0 +1,165 @@
+"""What the people who look after a cluster ask and order (``admin_messages``)."""
+
+from __future__ import annotations
+
+import stat
+from collections import defaultdict
+
+from kvfs_base.errors import TargetInUse
+from kvfs_base.limits import COUNT_PAGE_RECORDS
+from kvfs_base.seams import Clock
+from kvfs_base.types import Layout
+from kvfs_metadata import records
+from kvfs_metadata.admin_messages import (
+    AdmitTarget,
+    ChainCount,
+    Changed,
+    ChunkCounts,
+    ClusterDetails,
+    CountChunks,
+    DescribeCluster,
+    RemovedTarget,
+    RemoveTarget,
+    ServerDetails,
+    SetDraining,
+    TargetDetails,
+)
+from kvfs_metadata.cluster_state import ClusterState, TargetEntry
+from kvfs_metadata.draining import Drainer
+from kvfs_metadata.engine import Item, KVRead, prefix_end, scan
+from kvfs_metadata.removals import Removals
+from kvfs_metadata.sessions import Sessions
+from kvfs_metadata.transaction import Tx
+
+_Counts = defaultdict[int, list[int]]
+
+
+class Administration:
+    """``server`` is this server's number, ``addresses`` are where it listens."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        *,
+        cluster: ClusterState,
+        removals: Removals,
+        sessions: Sessions,
+        drainer: Drainer,
+        server: bytes,
+        addresses: tuple[str, ...],
+    ) -> None:
+        self._clock = clock
+        self._cluster = cluster
+        self._removals = removals
+        self._sessions = sessions
+        self._drainer = drainer
+        self._server = server
+        self._addresses = addresses
+
+    # --- looking
+
+    def describe(self, kv: KVRead, request: DescribeCluster) -> ClusterDetails:
+        return ClusterDetails(
+            targets=tuple(map(self._target, self._cluster.targets())),
+            servers=self._servers(kv),
+            removed=tuple(
+                RemovedTarget(uuid, record.target_id, record.server_id, record.removed_ns)
+                for uuid, record in self._cluster.removed().items()
+            ),
+        )
+
+    def _target(self, entry: TargetEntry) -> TargetDetails:
+        record = entry.record
+        return TargetDetails(
+            target_id=record.target_id,
+            uuid=entry.uuid,
+            server_id=record.server_id,
+            unix=record.unix,
+            tcp=record.tcp,
+            state=entry.state,
+            capacity_bytes=record.capacity_bytes,
+            free_bytes=entry.free_bytes,
+            chains=tuple(self._cluster.chains_of(record.target_id)),
+            draining=record.draining,
+            keep_blocks=record.keep_blocks,
+            drained=record.drained,
+            removals=self._removals.pending(record.target_id),
+            heard_seconds=self._clock.monotonic() - entry.heard_at,
+        )
+
+    def _servers(self, kv: KVRead) -> tuple[ServerDetails, ...]:
+        """The others are known on a shared store only, by their beats."""
+        found = {self._server: ServerDetails(self._server, self._addresses, 0, True, True)}
+        for key, value in scan(kv, records.SERVER):
+            number, record = key[4:], records.decode_server(value)
+            found[number] = ServerDetails(
+                number,
+                record.addresses,
+                record.beats,
+                alive=self._sessions.is_alive(number),
+                answering=number == self._server,
+            )
+        return tuple(found.values())
+
+    def count(self, kv: KVRead, request: CountChunks) -> ChunkCounts:
+        prefix = records.INODE if request.files else records.BLOCK
+        start = prefix + records.u64(request.start)
+        items = kv.range(start, prefix_end(prefix), COUNT_PAGE_RECORDS)
+        counts = _count_files(items) if request.files else _count_blocks(items)
+        more = len(items) == COUNT_PAGE_RECORDS
+        return ChunkCounts(
+            tuple(ChainCount(chain, *numbers) for chain, numbers in counts.items()),
+            next=records.number_at(items[-1][0]) + 1 if more else 0,
+        )
+
+    # --- changing
+
+    def set_draining(self, tx: Tx, request: SetDraining) -> Changed:
+        for target_id in request.targets:
+            self._cluster.set_draining(tx, target_id, request.on, request.keep_blocks)
+        return Changed()
+
+    def remove(self, tx: Tx, request: RemoveTarget) -> Changed:
+        for target_id in request.targets:
+            try:
+                self._cluster.remove(tx, target_id, force=request.force)
+            except TargetInUse as exc:
+                exc.blocks, exc.files = self._drainer.left_on(target_id)
+                raise
+        return Changed()
+
+    def admit(self, tx: Tx, request: AdmitTarget) -> Changed:
+        self._cluster.admit(tx, request.uuid)
+        return Changed()
+
+
+def _count_blocks(items: list[Item]) -> _Counts:
+    counts: _Counts = defaultdict(lambda: [0, 0, 0])
+    for _, value in items:
+        block = records.unpack_block(value)
+        numbers = counts[block.chain]
+        numbers[0] += 1
+        numbers[1] += 1
+        numbers[2] += block.size
+    return counts
+
+
+def _count_files(items: list[Item]) -> _Counts:
+    counts: _Counts = defaultdict(lambda: [0, 0, 0])
+    for _, value in items:
+        record = records.decode_inode(value)
+        if record.layout is None or not stat.S_ISREG(record.mode):
+            continue
+        for chain, chunks in chunks_by_chain(record.size, record.layout).items():
+            counts[chain][0] += 1
+            counts[chain][1] += chunks
+    return counts
+
+
+def chunks_by_chain(size: int, layout: Layout) -> dict[int, int]:
+    """How many chunks of a file of ``size`` bytes each chain has, holes included."""
+    total, width = -(-size // layout.chunk_bytes), len(layout.chains)
+    found: dict[int, int] = {}
+    for place, chain in enumerate(layout.chains[:total]):
+        found[chain] = found.get(chain, 0) + (total - place - 1) // width + 1
+    return found
