@@ -1,6 +1,6 @@
 """Clients that race for the same few names and blocks: what they see has one order.
 
-``KVFS_RACE_ROUNDS`` sets the moves of each client (default 2000)."""
+``KVFS_RACE_ROUNDS`` sets the moves of each client (default 1000)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metadata_servers import Store, make_directory, make_namespace, play, runnin
 
 __all__ = ["store"]
 
-ROUNDS = int(os.environ.get("KVFS_RACE_ROUNDS", "2000"))
+ROUNDS = int(os.environ.get("KVFS_RACE_ROUNDS", "1000"))
 NAMES = 3
 KEYS = 3
 
