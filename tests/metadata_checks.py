@@ -136,7 +136,10 @@ def _blocks(found: Dump) -> Iterator[str]:
 
 
 def _queues(found: Dump) -> Iterator[str]:
-    following = {rest: _number(value) for rest, value in _of(found, records.REMOVAL_COUNTER)}
+    following = {
+        rest: records.unpack_removal_state(value).next_seq
+        for rest, value in _of(found, records.REMOVAL_STATE)
+    }
     for rest, _ in _of(found, records.REMOVAL):
         target, seq = rest[:4], _number(rest[4:])
         if seq >= following.get(target, 0):

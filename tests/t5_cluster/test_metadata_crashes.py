@@ -231,7 +231,7 @@ DAMAGE: dict[str, Callable[[Dump], Any]] = {
     ),
     "a block of no namespace": without(records.NAMESPACE),
     "an inode used twice": twice(records.PREPARED),
-    "a removal that was not counted": without(records.REMOVAL_COUNTER),
+    "a removal that was not counted": without(records.REMOVAL_STATE),
     "numbers that were given": without(records.COUNTER + b"inode"),
 }
 
