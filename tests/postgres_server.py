@@ -35,6 +35,13 @@ SETTINGS = {
 }
 
 
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 class PostgresServer:
     """Started by the constructor; ``close`` leaves nothing behind."""
 
@@ -108,12 +115,16 @@ class PostgresServer:
         """As if the machine's memory were lost: every process, at once."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)  # so that nobody tidies up
-        for pid in self._backends():
+        backends = self._backends()
+        for pid in backends:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
         self._process = None
+        # The next one refuses to start while somebody still has the shared memory.
+        while any(map(_lives, backends)):
+            time.sleep(0.01)
 
     def _backends(self) -> list[int]:
         assert self._process is not None
