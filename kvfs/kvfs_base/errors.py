@@ -29,7 +29,8 @@
     │   └── DiskFull               ENOSPC
     ├── IntegrityError             the bytes are not what was written; for a cache, a miss
     │   ├── ChunkCorrupt           EIO
-    │   └── ChunkMismatch          EIO        (another chunk's bytes, or another generation's)
+    │   ├── ChunkMismatch          EIO        (another chunk's bytes, or another generation's)
+    │   └── BackupDamaged          EIO        (a backup of metadata that is cut or changed)
     ├── SetupError                 a person has to change something on this machine
     │   ├── NotKvfsDirectory       ENOTDIR
     │   ├── AlreadyRunning         EBUSY
@@ -313,6 +314,16 @@ class ChunkMismatch(IntegrityError):
     number: int = 0
     detail: str = ""
     wire_code = "chunk_mismatch"
+
+
+@dataclasses.dataclass(eq=False)
+class BackupDamaged(IntegrityError):
+    """``offset``: where the first frame begins that is not as it was written."""
+
+    path: str = ""
+    offset: int = 0
+    detail: str = ""
+    wire_code = "backup_damaged"
 
 
 # --- this machine's setup

@@ -197,6 +197,14 @@ NAMESPACES_MAX = 65_536
 NAMESPACE_DEPTH_MAX = 8
 """Names in a namespace's path below ``/kv``."""
 
+COPY_BATCH_BYTES = 4 * MIB
+"""Items that a copy of a store writes in one transaction, and one frame of a backup: some 20,000
+inodes. It compresses to about 1 MiB."""
+
+BACKUP_FRAME_BYTES_MAX = 64 * MIB
+"""What a reader of a backup unpacks at once: a batch and one value that is larger than any that the
+service writes (0.5 MiB)."""
+
 METADATA_MAP_BYTES = 1 * GIB
 """First size of the LMDB map; it doubles when full. Address space only: the file grows by pages."""
 

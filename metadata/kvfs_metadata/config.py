@@ -25,6 +25,8 @@ class MetadataConfig:
     low_watermark: float = 0.90
     """Eviction stops here."""
     durability: str = "cache"
+    store: str = ""
+    """A postgresql:// URL that several servers may share, or a directory; empty: ``directory``."""
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:

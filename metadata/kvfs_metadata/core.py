@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat, HeartbeatReply
-from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError, VersionMismatch
+from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError
 from kvfs_base.limits import CONFLICT_RETRIES
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
@@ -36,6 +36,7 @@ from kvfs_metadata.cluster_state import CAPACITY_FRACTION, ClusterState
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.draining import Drainer
 from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
+from kvfs_metadata.migrations import migrate
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from kvfs_metadata.removals import Removals
@@ -61,8 +62,9 @@ class Decision:
 
 
 class MetadataCore:
-    """``server`` is a number (16 bytes) that no other process has. Raises VersionMismatch if the
-    store was written by another version."""
+    """Brings a store that an older version wrote to this version's format. ``server`` is a number
+    (16 bytes) that no other process has. Raises VersionMismatch if the store is a newer
+    version's."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class MetadataCore:
         self._counts = BlockCounts()
         self.answers = Answers()
         self.sessions = Sessions(clock, server, recorded=engine.shared)
-        _check_format(engine)
+        migrate(engine)
         engine.listen(self._follow)
         engine.view(self._load)
         self.update([self._start])
@@ -487,20 +489,6 @@ def _run(
         roll_back(undo, mark)
         log.exception("an operation failed")
         raise InternalError(detail=type(exc).__name__) from exc
-
-
-def _check_format(engine: KVEngine) -> None:
-    found = engine.view(lambda kv: kv.get(records.FORMAT_KEY))
-    if found is not None and found != records.FORMAT:
-        raise VersionMismatch(
-            detail="metadata store",
-            found=found.decode(errors="replace"),
-            expected=records.FORMAT.decode(),
-        )
-    if found is None and engine.view(lambda kv: kv.range(b"", b"\xff", 1)):
-        raise VersionMismatch(
-            detail="not a metadata store", found="none", expected=records.FORMAT.decode()
-        )
 
 
 __all__ = ["Decision", "MetadataCore", "Operation"]

@@ -32,6 +32,9 @@ Writes = Mapping[bytes, bytes | None]
 KEY_BYTES_MAX = 511
 """LMDB's bound, which holds for every engine: stores can be copied."""
 
+KEYS_END = b"\xff" * (KEY_BYTES_MAX + 1)
+"""After every key."""
+
 
 class KVRead(Protocol):
     """One consistent state."""
@@ -172,7 +175,7 @@ def scan(read: KVRead, prefix: bytes, page: int = 1024) -> Iterator[Item]:
 
 def scan_all(read: KVRead, page: int = 1024) -> Iterator[Item]:
     """Every item of a store."""
-    for items in scan_pages(read, b"", b"\xff" * (KEY_BYTES_MAX + 1), page):
+    for items in scan_pages(read, b"", KEYS_END, page):
         yield from items
 
 

@@ -34,6 +34,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "service.lock"
+STORE_FILES = {LOCK_FILE, checkpoint.DATA_FILE, checkpoint.CHECKPOINT_FILE, "lock.mdb"}
 READERS_MAX = 64
 """Reader slots: this process's threads, and tools that look on."""
 
@@ -245,6 +246,7 @@ class LmdbEngine:
         size = min(2 * self._lmdb.info()["map_size"], METADATA_MAP_BYTES_MAX)
         if size <= self._lmdb.info()["map_size"]:
             raise DiskFull(path=self._path)
+        self._lmdb.reader_check()
         with self._sync_lock, self._write_lock:
             # Nobody may read through the old map while it is replaced.
             with self._gate.alone():
@@ -268,6 +270,8 @@ class LmdbEngine:
         if self._failed is not None:
             raise self._failed
         try:
+            # Of a backup that was killed nothing is left but the pages that it keeps from reuse.
+            self._lmdb.reader_check()
             if self._checkpoints:
                 self._make_checkpoint()
             else:
@@ -337,7 +341,9 @@ def _is_disk_full(exc: lmdb.Error) -> bool:
     return "No space left on device" in str(exc) or "Disk quota exceeded" in str(exc)
 
 
-def _open_environment(path: str, map_bytes: int, *, strict: bool) -> lmdb.Environment:
+def _open_environment(
+    path: str, map_bytes: int, *, strict: bool, readonly: bool = False
+) -> lmdb.Environment:
     try:
         return lmdb.open(
             path,
@@ -347,6 +353,8 @@ def _open_environment(path: str, map_bytes: int, *, strict: bool) -> lmdb.Enviro
             mode=0o600,
             readahead=False,  # lookups are random
             max_readers=READERS_MAX,
+            readonly=readonly,
+            create=not readonly,
             max_spare_txns=2,
         )
     except (lmdb.InvalidError, lmdb.VersionMismatchError, lmdb.CorruptedError) as exc:
@@ -357,6 +365,18 @@ def _open_environment(path: str, map_bytes: int, *, strict: bool) -> lmdb.Enviro
         if _is_disk_full(exc):
             raise DiskFull(path=path) from exc
         raise TargetFailed(detail=f"{path}: {exc}") from exc
+
+
+@contextlib.contextmanager
+def read_environment(path: str) -> Iterator[KVRead]:
+    """One snapshot of the LMDB environment in ``path``, beside the process that serves it: the
+    pages of the snapshot stay until the end of this, or of its process (``LmdbEngine.sync``)."""
+    environment = _open_environment(path, METADATA_MAP_BYTES_MAX, strict=False, readonly=True)
+    try:
+        with environment.begin() as txn:
+            yield _Snapshot(txn)
+    finally:
+        environment.close()
 
 
 def write_environment(path: str, items: Iterable[Item]) -> None:
@@ -378,4 +398,4 @@ def write_environment(path: str, items: Iterable[Item]) -> None:
         environment.close()
 
 
-__all__ = ["LmdbEngine", "write_environment"]
+__all__ = ["LmdbEngine", "read_environment", "write_environment"]

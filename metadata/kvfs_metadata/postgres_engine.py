@@ -203,7 +203,8 @@ class PostgresEngine:
     is on the database's stable storage before it returns; with "cache" that takes until ``sync``.
 
     Raises InvalidRequest for a malformed URL, StoreUnavailable if the database cannot be reached
-    for ``patience.patience_seconds``, VersionMismatch if its tables are another version's."""
+    for ``patience.patience_seconds``, VersionMismatch if its tables are another version's,
+    EntryNotFound if it has none and ``create`` is false."""
 
     shared = True
 
@@ -213,6 +214,7 @@ class PostgresEngine:
         url: str,
         *,
         durability: str = "cache",
+        create: bool = True,
         patience: Patience | None = None,
         cache_bytes: int = POSTGRES_CACHE_BYTES,
         log_versions_max: int = POSTGRES_LOG_VERSIONS_MAX,
@@ -241,15 +243,15 @@ class PostgresEngine:
         self._pending: State | None = None
         self._pending_seen = False
         try:
-            self._again(self._prepare)
+            self._again(lambda: self._prepare(create))
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self) -> None:
+    def _prepare(self, create: bool) -> None:
         if not self._writer.connected:
             self._writer.connect()
-        postgres_schema.prepare(self._writer, self._rng.randbytes(TOKEN_BYTES))
+        postgres_schema.prepare(self._writer, self._rng.randbytes(TOKEN_BYTES), create=create)
 
     def _again(self, attempt: Callable[[], T]) -> T:
         """The result of ``attempt``, which has no effect when it fails: lost connections and lost

@@ -6,7 +6,7 @@ holds. Standard SQL but for ``bytea``, ``unnest`` of two arrays and ``ON CONFLIC
 
 from __future__ import annotations
 
-from kvfs_base.errors import VersionMismatch
+from kvfs_base.errors import EntryNotFound, VersionMismatch
 from kvfs_metadata.postgres_link import Command, Link, Statement, int8_of
 
 FORMAT = 1
@@ -57,9 +57,12 @@ FIRST_ROWS = (
 )
 
 
-def prepare(link: Link, token: bytes) -> None:
-    """Makes what is missing; any number of servers at once. Raises VersionMismatch."""
+def prepare(link: Link, token: bytes, *, create: bool) -> None:
+    """Makes what is missing; any number of servers at once. Raises VersionMismatch, and
+    EntryNotFound if something is missing and may not be made."""
     if not link.round([Command(EXISTS)])[0]:
+        if not create:
+            raise EntryNotFound("kvfs_metadata")
         _create(link, token)
     formats = link.round([Command(FIND_FORMAT)])[0]
     found = int8_of(formats[0][0]) if formats else 0

@@ -16,7 +16,18 @@ import numpy as np
 from kvfs_base.types import U32, U64, Address, Attr, KVLayout
 
 FORMAT_KEY = b"METAformat"
-FORMAT = b"kvfs-metadata 1"
+FORMAT_PREFIX = b"kvfs-metadata "
+FORMAT_VERSION = 2
+"""Grows with every change that an older version would misread; ``migrations`` has the steps."""
+
+
+def format_text(version: int) -> bytes:
+    return FORMAT_PREFIX + b"%d" % version
+
+
+FORMAT = format_text(FORMAT_VERSION)
+COPYING_KEY = b"METAcopying"
+"""There from the beginning of a copy into a store until it is whole, with a token of the copier."""
 
 INODE = b"INOD"
 ENTRY = b"DENT"

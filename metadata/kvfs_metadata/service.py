@@ -24,8 +24,8 @@ from kvfs_base.types import Address
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.core import MetadataCore, Operation
 from kvfs_metadata.engine import KVEngine
-from kvfs_metadata.lmdb_engine import LmdbEngine
 from kvfs_metadata.messages import Done, MetadataRequest, Sync
+from kvfs_metadata.stores import open_store
 from kvfs_metadata.turns import CacheTurns, SharedTurns, StrictTurns, Turns, update
 
 log = logging.getLogger(__name__)
@@ -276,10 +276,11 @@ async def serve_metadata(
     *,
     task_status: trio.TaskStatus[list[Address]] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves the LMDB store in ``config.directory`` until cancelled, then closes it cleanly.
-    Reports the bound addresses. Raises Conflict if another service has the directory,
-    VersionMismatch, NotLoopback, ConnectionLost (an address is taken)."""
-    engine = LmdbEngine(env, config.directory, durability=config.durability)
+    """Serves the store that ``config`` names until cancelled, then closes it cleanly. Reports the
+    bound addresses. Raises as ``open_store``, and NotLoopback, ConnectionLost (an address is
+    taken)."""
+    store = config.store or config.directory
+    engine = open_store(env, store, durability=config.durability)
     try:
         await MetadataService(env, config, engine).serve(task_status=task_status)
     finally:

@@ -338,6 +338,36 @@ def test_a_commit_without_an_answer_is_looked_up(
         engine.close()
 
 
+def test_a_view_that_saw_the_commit_has_decided_its_fate(
+    engines: Callable[..., PostgresEngine],
+    postgres_server: PostgresServer,
+    postgres_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is known to have happened, although the database then goes away before it is looked up;
+    and it is no news to this server's memory."""
+    with Proxy(postgres_url) as proxy:
+        engine = engines(proxy.url, patience=Patience(patience_seconds=0.1))
+        follower = Follower(engine)
+        look_up = engine._look_up
+
+        def later(*arguments: object) -> None:
+            assert get(engine, b"marker") == b"this one"
+            postgres_server.stop()
+            look_up(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(engine, "_look_up", later)
+        proxy.lose_answers(b"this one")
+        try:
+            engine.update([put(marker=b"this one")])
+        finally:
+            postgres_server.start()
+        assert get(engine, b"marker") == b"this one"
+        assert follower.heard == []
+        assert engine.update([increment]) == [1]
+        engine.close()
+
+
 def test_a_commit_of_unknown_fate_is_told_later(
     engines: Callable[..., PostgresEngine], postgres_server: PostgresServer, postgres_url: str
 ) -> None:

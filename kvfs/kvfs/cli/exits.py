@@ -8,7 +8,9 @@ import os
 
 from kvfs_base.errors import (
     AlreadyRunning,
+    BackupDamaged,
     CapacityError,
+    Conflict,
     ConnectionLost,
     DeadlineExceeded,
     EntryNotFound,
@@ -22,6 +24,7 @@ from kvfs_base.errors import (
     NotKvfsDirectory,
     NotRunning,
     RoleFailed,
+    StoreUnavailable,
     VersionMismatch,
 )
 
@@ -76,6 +79,7 @@ _CODES: list[tuple[type[BaseException], ExitCode]] = [
     (ConnectionLost, ExitCode.UNREACHABLE),
     (DeadlineExceeded, ExitCode.UNREACHABLE),
     (NoTarget, ExitCode.UNREACHABLE),
+    (StoreUnavailable, ExitCode.UNREACHABLE),
     (CapacityError, ExitCode.NO_ROOM),
     (IntegrityError, ExitCode.DAMAGED),
     (KvfsError, ExitCode.FAILED),
@@ -151,6 +155,12 @@ def explain(error: BaseException) -> str:
             return f"no such file or block: {name}"
         case ConnectionLost():
             return f"cannot reach {error.address}: {error.detail}; is kvfs running there?"
+        case StoreUnavailable():
+            return f"the metadata store cannot be reached: {error.detail}"
+        case BackupDamaged():
+            return f"{error.path} is damaged at byte {error.offset}: {error.detail}"
+        case Conflict():
+            return error.detail or str(error)
         case KvfsError():
             return str(error)
         case OSError() if error.filename is not None:
