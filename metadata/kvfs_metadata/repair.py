@@ -72,7 +72,7 @@ SCAN_STEP = 32
 
 
 def scan_records(kv: KVRead, request: f.ScanRecords) -> f.RecordPage:
-    """A page ends at ``limit`` records, or soon after SCAN_BYTES of them."""
+    """A page ends at ``limit`` records, or with the step that passes SCAN_BYTES."""
     items: list[tuple[bytes, bytes]] = []
     start, size = request.start, 0
     while len(items) < request.limit and size < SCAN_BYTES:

@@ -9,12 +9,16 @@ import msgspec
 import pytest
 
 from fsck_world import CHUNK, ServiceStore, World
-from kvfs.fsck import Fsck, State, check
+from kvfs.cli.exits import ExitCode
+from kvfs.cli.fsck import exit_code
+from kvfs.fsck import Fsck, Outcome, Report, State, check
+from kvfs.fsck import run as run_module
+from kvfs_base.limits import FIXES_PER_REQUEST
 from kvfs_base.types import ChunkId
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_metadata import fixes, records
 from kvfs_metadata import messages as m
-from kvfs_metadata.findings import Kind
+from kvfs_metadata.findings import Finding, Kind
 from t2_services.metadata_rig import FILE, ROOT, key
 
 Found = set[tuple[Kind, int]]
@@ -752,6 +756,33 @@ def test_of_two_blocks_with_one_key_the_first_is_found() -> None:
     world.repair()
     (info,) = world.rig.call(m.LookupBlocks(world.inodes["t/m"], key(1)))
     assert info is not None and info.inode == world.inodes["t/m/1"]
+
+
+def test_more_findings_than_one_run_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World("service")
+    world.fill()
+    for number in range(3 * FIXES_PER_REQUEST):
+        world.put(records.xattr_key(100_000 + number, b"user.x"), b"")
+    monkeypatch.setattr(run_module, "FINDINGS_MAX", 300)
+    rounds = 0
+    while (report := world.repair()).truncated:
+        assert 300 <= len(report.outcomes) <= 300 + FIXES_PER_REQUEST
+        assert exit_code(report) is ExitCode.INCONSISTENT
+        rounds += 1
+    assert rounds == 1, "512 of 768 findings, then the rest"
+    assert world.findings() == []
+
+
+def test_exit_codes() -> None:
+    finding = Finding(kind=Kind.USAGE_WRONG, inode=0, detail="")
+    found = Outcome(finding)
+    repaired, blocked = Outcome(finding, State.REPAIRED), Outcome(finding, State.BLOCKED)
+    assert exit_code(Report([])) is ExitCode.OK
+    assert exit_code(Report([found])) is ExitCode.INCONSISTENT
+    assert exit_code(Report([repaired, blocked])) is ExitCode.INCONSISTENT
+    assert exit_code(Report([repaired])) is ExitCode.REPAIRED
+    assert exit_code(Report([], unreachable={"2": "offline"})) is ExitCode.UNREACHABLE
+    assert exit_code(Report([found], unreachable={"2": "offline"})) is ExitCode.INCONSISTENT
 
 
 # --- the wire

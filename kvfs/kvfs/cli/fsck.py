@@ -104,7 +104,7 @@ def fsck(
         click.echo(msgspec.json.format(msgspec.json.encode(result)).decode())
     else:
         _show(result)
-    return _exit_code(report)
+    return exit_code(report)
 
 
 @contextlib.contextmanager
@@ -165,7 +165,7 @@ def _result(target: str, mode: str, report: Report, paths: dict[int, str]) -> Re
     )
 
 
-def _exit_code(report: Report) -> ExitCode:
+def exit_code(report: Report) -> ExitCode:
     if report.remaining or report.truncated:
         return ExitCode.INCONSISTENT
     if report.unreachable:
