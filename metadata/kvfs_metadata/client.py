@@ -55,7 +55,7 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.AbortBlocks,
         m.Statistics,
         fixes.ScanRecords,
-        fixes.RepairRecords,  # each fix is looked into again
+        fixes.RepairRecords,  # each fix looks again: the second time nothing is called for
         Heartbeat,
         GetClusterMap,
         DescribeCluster,

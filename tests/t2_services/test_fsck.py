@@ -773,6 +773,28 @@ def test_more_findings_than_one_run_keeps(monkeypatch: pytest.MonkeyPatch) -> No
     assert world.findings() == []
 
 
+def test_a_repair_that_is_repeated_does_nothing_twice() -> None:
+    """The answer to the first copy may have been lost."""
+    world = World("service")
+    world.fill()
+    for damage in (lost_file, lost_block, wrong_links_of_a_file, orphans, stray_xattrs):
+        damage(world)
+    found = sorted(world.findings(), key=lambda one: one.fix.rank if one.fix else 0)
+    request = fixes.RepairRecords(tuple(one.fix for one in found if one.fix is not None))
+    world.rig.clock.advance(0.001)
+    first = world.rig.call(request)
+    assert set(first) == {fixes.Verdict.DONE}
+    before = {k: v for k, v in world.dump().items() if k[:4] not in CHANGES_AGAIN}
+    again = world.rig.call(request)
+    done = {type(fix) for fix, v in zip(request.fixes, again, strict=True) if v.value}
+    assert done == {fixes.RemoveChunks}, "queued once more, which harms nobody"
+    assert {k: v for k, v in world.dump().items() if k[:4] not in CHANGES_AGAIN} == before
+    assert world.findings() == []
+
+
+CHANGES_AGAIN = {records.COUNTER, records.REMOVAL, records.REMOVAL_STATE}
+
+
 def test_exit_codes() -> None:
     finding = Finding(kind=Kind.USAGE_WRONG, inode=0, detail="")
     found = Outcome(finding)
