@@ -458,6 +458,17 @@ def test_a_lost_namespace_comes_back_where_it_was() -> None:
     assert world.rig.match(world.inodes["t/m"], range(8)) == 8
 
 
+def test_a_store_with_which_the_service_does_not_start_is_repaired() -> None:
+    world = World("store")
+    world.fill()
+    directory_without_namespace(world)
+    with pytest.raises(KeyError):
+        world.rig.restart()
+    assert world.repair().remaining == []
+    world.rig.restart()
+    assert world.rig.match(world.inodes["t/m"], range(8)) == 8
+
+
 def test_what_is_in_the_way_is_said() -> None:
     world = World("service")
     world.fill()

@@ -12,6 +12,10 @@ from typing import Any
 
 import kvfs
 from kvfs.cli.exits import ExitCode
+from kvfs.fsck import Fsck, online
+from kvfs_base.limits import FSCK_SETTLE_SECONDS
+from kvfs_base.os_env import os_env
+from kvfs_base.types import Address
 from t5_cluster.processes import Cluster, block, run, wait_until
 
 
@@ -84,6 +88,53 @@ def test_wrong_uses_are_told(own: Cluster, tmp_path: Path) -> None:
     assert run("fsck", tmp_path / "nothing").returncode == ExitCode.NOT_KVFS
     assert run("fsck", tmp_path / "nothing", "--offline").returncode == ExitCode.NOT_KVFS
     assert run("fsck", own.directory, "--zero-holes").returncode == ExitCode.USAGE
+
+
+def test_files_that_are_written_meanwhile_are_no_findings(own: Cluster) -> None:
+    """Grown, cut short, made sparse, renamed and deleted through the mount."""
+    own.up()
+    stop = threading.Event()
+    rounds = [0]
+    errors: list[BaseException] = []
+
+    def change() -> None:
+        path = own.mountpoint / "file"
+        try:
+            while not stop.is_set():
+                with path.open("wb") as file:
+                    file.write(bytes(18 << 20))
+                    file.truncate(17 << 20)
+                    file.truncate(1 << 20)
+                    file.seek(3 << 20)
+                    file.write(b"behind a hole")
+                    file.truncate(5)
+                os.truncate(path, 20 << 20)
+                os.truncate(path, 3)
+                path.rename(own.mountpoint / "renamed")
+                with (own.mountpoint / "renamed").open("ab") as file:
+                    (own.mountpoint / "renamed").unlink()
+                    file.write(bytes(1 << 20))
+                rounds[0] += 1
+        except BaseException as exc:
+            errors.append(exc)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        metadata = Address.parse(own.endpoints()["metadata"])
+        for _ in range(6):
+            before = rounds[0]
+            with online(os_env(), metadata) as (store, targets):
+                run_ = Fsck(store, targets, verify=True, settle_seconds=FSCK_SETTLE_SECONDS)
+                report = run_.check()
+                assert [one.finding for one in report.outcomes] == []
+            wait_until(lambda b=before: bool(errors) or rounds[0] > b, "a round")  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()
+    assert errors == []
+    own.down()
+    assert fsck(own, "--offline", "--verify")[0] == ExitCode.OK
 
 
 def test_a_kill_of_everything_leaves_nothing_to_repair(own: Cluster) -> None:
