@@ -115,8 +115,8 @@ class ChunkClient:
     def open_sealed(self, chunk: ChunkId, chain: int) -> int:
         """A read-only descriptor of a chunk of this host, verified once since its server started;
         the caller closes it. An open chunk without a writer is sealed first. Raises NoTarget (also
-        for a chunk of another host), ChunkNotFound, ChunkCorrupt, ChunkMismatch, Conflict (somebody
-        is writing to it)."""
+        for a chunk of another host), TargetFailed, ChunkNotFound, ChunkCorrupt, ChunkMismatch,
+        Conflict (somebody is writing to it)."""
         route = self.router.route(chain)
         if not route.local:
             raise NoTarget(detail=f"chain {chain} is not on this host")

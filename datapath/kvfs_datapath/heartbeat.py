@@ -131,11 +131,12 @@ class Housekeeping:
     def _retire(self, store: ChunkStore) -> None:
         """A target that was removed from the cluster has no number: nobody writes to it any more
         who has not heard. What lies in its directory stays there."""
-        log.error("target %d: %s", store.target_id, TargetRemoved(uuid=store.uuid))
+        target_id = store.target_id
         with self._work:
             self._orders.pop(store.uuid, None)
             self._removed.pop(store.uuid, None)
         self._targets.number(store, 0)
+        log.error("target %d: %s", target_id, TargetRemoved(uuid=store.uuid))
 
     def _take_orders(self, store: ChunkStore, orders: TargetOrders) -> None:
         renumbered = store.target_id not in (0, orders.target_id)

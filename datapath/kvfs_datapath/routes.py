@@ -6,7 +6,7 @@ import dataclasses
 from typing import Protocol
 
 from kvfs_base.cluster import ClusterMap, Target, TargetState
-from kvfs_base.errors import KvfsError, NoTarget
+from kvfs_base.errors import KvfsError, NoTarget, TargetFailed
 from kvfs_base.types import Address
 
 
@@ -39,6 +39,8 @@ class Router:
         self._prefer = prefer
         self._table: tuple[ClusterMap | None, dict[int, Route]] = (None, {})
         self._doubtful = False
+        self._current = False
+        """The last attempt to get the map succeeded."""
 
     def doubt(self) -> None:
         """A server did not answer where the map has it: it may have moved."""
@@ -52,14 +54,19 @@ class Router:
             try:
                 routes = self._routes(self._cluster.refresh())
                 self._doubtful = False
+                self._current = True
             except KvfsError:
-                pass  # what is known will do; the rest has no target
+                self._current = False  # what is known will do; the rest has no target
         return {chain: routes[chain] for chain in chains if chain in routes}
 
     def route(self, chain: int) -> Route:
-        """Raises NoTarget."""
+        """Raises NoTarget; TargetFailed if the chain was removed from the cluster, for which nobody
+        need wait."""
         found = self.routes({chain}).get(chain)
         if found is None:
+            known = self._table[0]
+            if self._current and known is not None and not _has_chain(known, chain):
+                raise TargetFailed(detail=f"chain {chain} was removed")
             raise NoTarget(detail=f"chain {chain}")
         return found
 
@@ -84,3 +91,7 @@ class Router:
         if self._prefer != "local" and target.tcp is not None:
             return Route(target.target_id, target.tcp, local=False)
         return None
+
+
+def _has_chain(cluster: ClusterMap, chain: int) -> bool:
+    return any(known.chain_id == chain for known in cluster.chains)

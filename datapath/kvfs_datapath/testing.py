@@ -40,6 +40,7 @@ class FakeMetadata:
         self._numbers: dict[str, int] = {}
         self._removals: dict[str, list[Removal]] = {}
         self._offline: set[int] = set()
+        self._removed: set[str] = set()
         self._version = 1
         self._map = ClusterMap(1, (), ())
         self.refreshes = 0
@@ -98,6 +99,8 @@ class FakeMetadata:
         with self._condition:
             orders = []
             for report in beat.targets:
+                if report.uuid in self._removed:
+                    continue
                 number = self._numbers.setdefault(report.uuid, len(self._numbers) + 1)
                 self._beats[report.uuid] = (beat, report)
                 queue = self._removals.setdefault(report.uuid, [])
@@ -105,11 +108,14 @@ class FakeMetadata:
                 orders.append(TargetOrders(report.uuid, number, tuple(queue)))
             self._rebuild()
             self._condition.notify_all()
-            return HeartbeatReply(self._version, tuple(orders))
+            refused = tuple(r.uuid for r in beat.targets if r.uuid in self._removed)
+            return HeartbeatReply(self._version, tuple(orders), refused)
 
     def _rebuild(self) -> None:
         targets = []
         for uuid, number in self._numbers.items():
+            if uuid not in self._beats:
+                continue
             beat, report = self._beats[uuid]
             gone = number in self._offline or not report.healthy
             targets.append(
@@ -147,6 +153,22 @@ class FakeMetadata:
         with self._condition:
             self._offline = set(numbers)
             self._rebuild()
+
+    def remove(self, number: int) -> str:
+        """The target is no part of the cluster any more; answers its uuid."""
+        with self._condition:
+            uuid = next(u for u, n in self._numbers.items() if n == number)
+            self._removed.add(uuid)
+            del self._beats[uuid]
+            self._rebuild()
+            return uuid
+
+    def admit(self, uuid: str) -> None:
+        """It may register again, under a new number."""
+        with self._condition:
+            self._removed.discard(uuid)
+            self._numbers[uuid] = len(self._numbers) + 1
+            self._removals[uuid] = []
 
     def wait_for_targets(self, count: int) -> None:
         self._wait(lambda: len(self._map.targets) >= count)

@@ -333,6 +333,7 @@ class ClusterState:
 
     def remove(self, tx: Tx, target_id: int, *, force: bool) -> None:
         """Raises TargetUnknown, TargetInUse."""
+        self.expire()
         entry = self.target(target_id)
         if not force:
             self._require_empty(entry)

@@ -27,6 +27,7 @@ from kvfs_base.errors import (
     DiskFull,
     InvalidRequest,
     NoTarget,
+    TargetFailed,
 )
 from kvfs_base.limits import MIB, TRANSFER_BYTES
 from kvfs_base.testing import MemoryDisk
@@ -486,11 +487,29 @@ def test_a_restart_is_waited_for(cluster: Cluster, monkeypatch: pytest.MonkeyPat
 
 
 def test_no_target_at_all(cluster: Cluster) -> None:
-    file = new_file(cluster.client(), layout=Layout(1000, (99,)))
+    cluster.metadata.take_offline(1, 2, 3)
+    file = new_file(cluster.client())
     with pytest.raises(NoTarget):
         file.write(0, b"x")
     with pytest.raises(NoTarget):
         file.read(0, 1, 1, True)
+
+
+def test_a_chain_that_was_removed_is_not_waited_for(cluster: Cluster) -> None:
+    layout = Layout(CHUNK_BYTES, (1, 99))
+    file = StripedFile(cluster.client(), 7, layout, retry_seconds=1e6)
+    file.write(0, bytes(CHUNK_BYTES))
+    for sparse in (False, True):
+        assert file.read(0, CHUNK_BYTES, 2 * CHUNK_BYTES, sparse) == bytes(CHUNK_BYTES)
+        with pytest.raises(TargetFailed):
+            file.read(0, 2 * CHUNK_BYTES, 2 * CHUNK_BYTES, sparse)
+    with pytest.raises(TargetFailed):
+        file.write(CHUNK_BYTES, b"x")
+    file.flush()
+    with pytest.raises(TargetFailed):
+        file.truncate(2 * CHUNK_BYTES, 1)
+    assert file.read(0, CHUNK_BYTES, 1, False) == b"\0"
+    file.close()
 
 
 def test_a_full_disk(tmp_path: Path) -> None:

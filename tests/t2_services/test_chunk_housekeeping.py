@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from kvfs_base.cluster import TargetState
-from kvfs_base.errors import ChunkNotFound, Conflict, ConnectionLost, InvalidRequest, NotLoopback
+from kvfs_base.errors import (
+    ChunkNotFound,
+    Conflict,
+    ConnectionLost,
+    InvalidRequest,
+    NoTarget,
+    NotLoopback,
+)
 from kvfs_base.os_env import os_env
 from kvfs_base.types import Address, ChunkId, Layout
 from kvfs_datapath import messages as m
@@ -25,6 +32,7 @@ from kvfs_datapath.format import ChunkInfo, path_of
 from kvfs_datapath.server import ChunkServer
 from kvfs_datapath.testing import FakeMetadata
 from t2_services.chunk_cluster import (
+    SERVERS,
     Cluster,
     make_writes,
     reads_of,
@@ -65,6 +73,32 @@ def test_what_a_heartbeat_says(cluster: Cluster) -> None:
     assert target.host_id == cluster.env.host_id
     assert {target.unix, target.tcp} == set(cluster.servers[1].addresses)
     assert target.tcp is not None and target.tcp.port != 0
+
+
+@pytest.mark.logs_warnings
+def test_a_target_that_was_removed_serves_nobody_until_it_is_admitted(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    (write,) = make_writes([1000], chains=[1])
+    assert cluster.client().write_chunks([write]) == [None]
+    seq = cluster.metadata.order_removals(1, [(99, 0, 1)])
+    cluster.metadata.wait_for_removals(1, seq)
+    uuid = cluster.metadata.remove(1)
+    wait_until(lambda: f"TargetRemoved(uuid='{uuid}')" in caplog.text)
+    with pytest.raises(NoTarget):
+        stat(cluster, write.chunk, 1)
+    assert isinstance(cluster.client().read_chunks(reads_of([write]))[0], NoTarget)
+    cluster.metadata.wait_for_beats(2)
+    assert caplog.text.count("TargetRemoved") == 1
+    cluster.metadata.admit(uuid)
+    number = SERVERS + 1
+    cluster.metadata.wait_for_targets(SERVERS)
+    assert cluster.metadata.report(number).removed_seq == 0, "its queue is a new one"
+    (again,) = make_writes([1000], first_inode=50, chains=[number])
+    assert cluster.client().write_chunks([again]) == [None]
+    (read,) = reads_of([again])
+    assert cluster.client().read_chunks([read]) == [None]
+    assert bytes(read.view[:1000]) == bytes(again.view[:1000])
 
 
 def test_a_configured_capacity_is_reported(tmp_path: Path) -> None:

@@ -515,7 +515,7 @@ def test_open_sealed(tmp_path: Path) -> None:
             os.close(descriptor)
             with pytest.raises(ChunkNotFound):
                 client.open_sealed(ChunkId(1, 1), 1)
-            with pytest.raises(NoTarget):
+            with pytest.raises(TargetFailed):
                 client.open_sealed(write.chunk, 99)
             damaged = make_writes([20_000], first_inode=3000)[0]
             assert client.write_chunks([damaged]) == [None]

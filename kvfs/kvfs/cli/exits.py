@@ -25,6 +25,9 @@ from kvfs_base.errors import (
     NotRunning,
     RoleFailed,
     StoreUnavailable,
+    TargetInUse,
+    TargetRemoved,
+    TargetUnknown,
     VersionMismatch,
 )
 
@@ -61,6 +64,8 @@ class ExitCode(enum.IntEnum):
     """`kvfs fsck` found something that is not repaired."""
     REPAIRED = 16
     """`kvfs fsck` found something and repaired all of it."""
+    IN_USE = 17
+    """A target cannot be removed: something is left on it."""
     BUG = 70
     """An error that should not happen; --debug shows where."""
     INTERRUPTED = 130
@@ -75,6 +80,8 @@ _CODES: list[tuple[type[BaseException], ExitCode]] = [
     (AlreadyRunning, ExitCode.ALREADY_RUNNING),
     (NotRunning, ExitCode.NOT_RUNNING),
     (RoleFailed, ExitCode.ROLE_FAILED),
+    (TargetInUse, ExitCode.IN_USE),
+    (TargetUnknown, ExitCode.NOT_FOUND),
     (EntryNotFound, ExitCode.NOT_FOUND),
     (ConnectionLost, ExitCode.UNREACHABLE),
     (DeadlineExceeded, ExitCode.UNREACHABLE),
@@ -149,6 +156,22 @@ def explain(error: BaseException) -> str:
         case RoleFailed():
             how = f" (exit code {error.exit_code})" if error.exit_code else ""
             return f"{error.role} did not start{how}: {error.detail.removeprefix('kvfs: ')}"
+        case TargetInUse():
+            return (
+                f"target {error.target_id} cannot be removed: {error.detail} ({error.blocks} "
+                f"blocks, {error.files} files, {error.removals} chunks to remove): drain it and "
+                "wait, or lose them with --force"
+            )
+        case TargetRemoved():
+            return (
+                f"target {error.uuid} was removed from the cluster: kvfs cluster add lets it come "
+                "back"
+            )
+        case TargetUnknown():
+            return (
+                f"no such target or chunk server: {error.name} (kvfs cluster targets lists them; "
+                "a new one registers when kvfs serve chunks starts it)"
+            )
         case EntryNotFound():
             name = error.name.decode(errors="replace") if isinstance(
                 error.name, bytes) else error.name  # fmt: skip

@@ -21,10 +21,11 @@ from kvfs.supervisor.child import Child, RotatingLog
 from kvfs.supervisor.config import UpConfig
 from kvfs.supervisor.home import Endpoints, Home, RoleState
 from kvfs.supervisor.roles import MOUNT, Role, Roles
-from kvfs_base.cluster import ClusterMap, GetClusterMap, TargetState
+from kvfs_base.cluster import TargetState
 from kvfs_base.errors import AlreadyRunning, KvfsError, RoleFailed
 from kvfs_base.os_env import os_env
 from kvfs_base.rpc import RpcClient
+from kvfs_metadata.admin_messages import ClusterDetails, DescribeCluster
 
 log = logging.getLogger(__name__)
 
@@ -235,18 +236,20 @@ class Supervisor:
             await start(self._roles.mount)
 
     async def _wait_for_targets(self) -> None:
-        """Until every chunk server has told the metadata service of its target."""
+        """Until every chunk server has told the metadata service of its target, but for those that
+        were removed from the cluster."""
         address = self._roles.metadata.address
         assert address is not None
         async with RpcClient(os_env().network, address) as client:
             while True:
                 try:
-                    cluster: ClusterMap = await client.call(GetClusterMap())
+                    cluster: ClusterDetails = await client.call(DescribeCluster())
                 except KvfsError as exc:
-                    log.info("cluster map: %s", exc)
+                    log.info("targets: %s", exc)
                 else:
-                    serving = {t.server_id for t in cluster.targets if _is_serving(t.state)}
-                    if {role.name for role in self._roles.chunk_servers} <= serving:
+                    known = {t.server_id for t in cluster.targets if _is_serving(t.state)}
+                    known |= {gone.server_id for gone in cluster.removed}
+                    if {role.name for role in self._roles.chunk_servers} <= known:
                         return
                 await trio.sleep(POLL_SECONDS)
 

@@ -1,0 +1,475 @@
+"""kvfs cluster: what a kvfs consists of, and servers and disks that come and go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import click
+import msgspec
+
+from kvfs.cli.targets import metadata_address
+from kvfs.settings import format_size
+from kvfs_base.errors import EntryNotFound, InodeStale, TargetInUse, TargetUnknown
+from kvfs_base.os_env import os_env
+from kvfs_base.types import ROOT_INODE, Attr
+from kvfs_metadata.admin_messages import (
+    AdmitTarget,
+    ClusterDetails,
+    CountChunks,
+    DescribeCluster,
+    RemovedTarget,
+    RemoveTarget,
+    SetDraining,
+    TargetDetails,
+)
+from kvfs_metadata.administration import chunks_by_chain
+from kvfs_metadata.client import BlockingMetadataClient
+from kvfs_metadata.messages import ReadDir
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PIPE_COLUMNS = 1000
+"""Only terminals have a width for which lines are broken."""
+
+target_argument = click.argument("target")
+names_argument = click.argument("names", nargs=-1, required=True, metavar="NAME...")
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs; see docs/cli.md.")
+quick_option = click.option("--quick", is_flag=True, help="Without counting blocks and files.")
+
+
+@click.group()
+def cluster() -> None:
+    """Look after the servers and disks of a kvfs.
+
+    TARGET is the directory of a running `kvfs up`, or the address of a metadata service. NAME is a
+    target (a disk) by its number or uuid, or a chunk server, which stands for all its targets.
+    """
+
+
+@contextlib.contextmanager
+def _connected(target: str) -> Iterator[BlockingMetadataClient]:
+    client = BlockingMetadataClient(os_env(), metadata_address(target))
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+# --- looking
+
+
+class Held(msgspec.Struct):
+    """What lies on a chain or a target."""
+
+    blocks: int = 0
+    block_bytes: int = 0
+    files: int = 0
+    """With chunks there: one that is on two chains of a target counts twice."""
+    file_chunks: int = 0
+
+    def add(self, other: Held) -> None:
+        self.blocks += other.blocks
+        self.block_bytes += other.block_bytes
+        self.files += other.files
+        self.file_chunks += other.file_chunks
+
+
+def count_chunks(client: BlockingMetadataClient) -> dict[int, Held]:
+    """By chain. Page by page, so what changes meanwhile is counted or not."""
+    found: dict[int, Held] = defaultdict(Held)
+    for files in (False, True):
+        start: int | None = 0
+        while start is not None:
+            page = client.call(CountChunks(files, start))
+            for counted in page.chains:
+                held = found[counted.chain]
+                if files:
+                    held.add(Held(files=counted.count, file_chunks=counted.chunks))
+                else:
+                    held.add(Held(blocks=counted.count, block_bytes=counted.bytes))
+            start = page.next or None
+    return found
+
+
+def _held_by(target: TargetDetails, counts: dict[int, Held]) -> Held:
+    held = Held()
+    for chain in target.chains:
+        held.add(counts.get(chain, Held()))
+    return held
+
+
+def _state(target: TargetDetails) -> str:
+    if target.drained:
+        drain = "drained"
+    elif target.draining:
+        drain = "draining"
+    else:
+        return target.state.value
+    return f"offline, {drain}" if target.state == "offline" else drain
+
+
+def _describe_target(target: TargetDetails, held: Held | None) -> dict[str, Any]:
+    found = {
+        "target_id": target.target_id,
+        "uuid": target.uuid,
+        "server": target.server_id,
+        "addresses": [str(a) for a in (target.unix, target.tcp) if a is not None],
+        "state": target.state.value,
+        "draining": target.draining,
+        "keep_blocks": target.keep_blocks,
+        "drained": target.drained,
+        "capacity_bytes": target.capacity_bytes,
+        "free_bytes": target.free_bytes,
+        "chains": target.chains,
+        "removals": target.removals,
+        "heard_seconds": round(target.heard_seconds, 1),
+    }
+    return found if held is None else found | msgspec.structs.asdict(held)
+
+
+def _print_json(found: object) -> None:
+    click.echo(msgspec.json.format(msgspec.json.encode(found)).decode())
+
+
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    console.print(table)
+
+
+@cluster.command()
+@target_argument
+@json_option
+def nodes(target: str, *, as_json: bool) -> None:
+    """List metadata servers, chunk servers and removed targets."""
+    with _connected(target) as client:
+        details: ClusterDetails = client.call(DescribeCluster())
+    servers: dict[str, list[TargetDetails]] = defaultdict(list)
+    for one in details.targets:
+        servers[one.server_id].append(one)
+    found = {
+        "metadata": [
+            {
+                "number": server.number.hex(),
+                "addresses": server.addresses,
+                "alive": server.alive,
+                "answering": server.answering,
+                "beats": server.beats,
+            }
+            for server in details.servers
+        ],
+        "chunk_servers": [_describe_server(name, on) for name, on in servers.items()],
+        "removed": [_describe_removed(gone) for gone in details.removed],
+    }
+    if as_json:
+        _print_json(found)
+    else:
+        _show_nodes(found)
+
+
+def _describe_server(name: str, targets: list[TargetDetails]) -> dict[str, Any]:
+    return {
+        "server": name,
+        "addresses": [str(a) for a in (targets[0].unix, targets[0].tcp) if a is not None],
+        "targets": [target.target_id for target in targets],
+        "states": [_state(target) for target in targets],
+        "heard_seconds": round(min(target.heard_seconds for target in targets), 1),
+    }
+
+
+def _describe_removed(gone: RemovedTarget) -> dict[str, Any]:
+    return {
+        "uuid": gone.uuid,
+        "target_id": gone.target_id,
+        "server": gone.server_id,
+        "removed_ns": gone.removed_ns,
+    }
+
+
+def _show_nodes(found: dict[str, list[dict[str, Any]]]) -> None:
+    rows = [
+        (
+            f"metadata {server['number'][:8]}",
+            "alive" if server["alive"] else "not heard of",
+            "",
+            " ".join(server["addresses"]),
+        )
+        for server in found["metadata"]
+    ]
+    rows += [
+        (
+            f"chunks {server['server']}",
+            f"heard {server['heard_seconds']:.1f} s ago",
+            ", ".join(
+                f"{number} {state}"
+                for number, state in zip(server["targets"], server["states"], strict=True)
+            ),
+            " ".join(server["addresses"]),
+        )
+        for server in found["chunk_servers"]
+    ]
+    rows += [
+        (f"chunks {gone['server']}", "removed", str(gone["target_id"]), gone["uuid"])
+        for gone in found["removed"]
+    ]
+    _print_table(("node", "state", "targets", "address"), rows)
+
+
+@cluster.command()
+@target_argument
+@json_option
+@quick_option
+def targets(target: str, *, as_json: bool, quick: bool) -> None:
+    """List targets: their state, their space, and what lies on them."""
+    with _connected(target) as client:
+        details: ClusterDetails = client.call(DescribeCluster())
+        counts = None if quick else count_chunks(client)
+    described = [
+        (one, None if counts is None else _held_by(one, counts)) for one in details.targets
+    ]
+    if as_json:
+        _print_json([_describe_target(one, held) for one, held in described])
+        return
+    columns = ("target", "server", "state", "capacity", "free", "removals")
+    _print_table(
+        (*columns, *(() if quick else _HELD_COLUMNS)),
+        [
+            (
+                str(one.target_id),
+                one.server_id,
+                _state(one),
+                format_size(one.capacity_bytes),
+                format_size(one.free_bytes),
+                f"{one.removals:,}",
+                *_held_cells(held),
+            )
+            for one, held in described
+        ],
+    )
+
+
+_HELD_COLUMNS = ("blocks", "size", "files", "chunks")
+
+
+def _held_cells(held: Held | None) -> tuple[str, ...]:
+    if held is None:
+        return ()
+    return (
+        f"{held.blocks:,}",
+        format_size(held.block_bytes),
+        f"{held.files:,}",
+        f"{held.file_chunks:,}",
+    )
+
+
+@cluster.command()
+@target_argument
+@json_option
+@quick_option
+def chains(target: str, *, as_json: bool, quick: bool) -> None:
+    """List chains: the targets behind them and what lies on them. A chain without targets was
+    removed: files have lost chunks there."""
+    with _connected(target) as client:
+        details: ClusterDetails = client.call(DescribeCluster())
+        counts = {} if quick else count_chunks(client)
+    behind: dict[int, list[TargetDetails]] = {chain: [] for chain in counts}
+    for one in details.targets:
+        for chain in one.chains:
+            behind.setdefault(chain, []).append(one)
+    if as_json:
+        _print_json(
+            [
+                {"chain": chain, "targets": [one.target_id for one in on]}
+                | ({} if quick else msgspec.structs.asdict(counts.get(chain, Held())))
+                for chain, on in sorted(behind.items())
+            ]
+        )
+        return
+    _print_table(
+        ("chain", "targets", "state", *(() if quick else _HELD_COLUMNS)),
+        [
+            (
+                str(chain),
+                ", ".join(str(one.target_id) for one in on),
+                ", ".join(map(_state, on)) or "removed",
+                *_held_cells(None if quick else counts.get(chain, Held())),
+            )
+            for chain, on in sorted(behind.items())
+        ],
+    )
+
+
+# --- changing
+
+
+def _named(details: ClusterDetails, name: str) -> list[TargetDetails]:
+    """By number, by uuid, or all of a server."""
+    tests: tuple[Callable[[TargetDetails], bool], ...] = (
+        lambda target: str(target.target_id) == name,
+        lambda target: target.uuid == name,
+        lambda target: target.server_id == name,
+    )
+    found: list[TargetDetails] = []
+    for test in tests:
+        found = found or [target for target in details.targets if test(target)]
+    return found
+
+
+def _require(details: ClusterDetails, name: str) -> list[TargetDetails]:
+    """Raises TargetUnknown."""
+    found = _named(details, name)
+    if not found:
+        raise TargetUnknown(name=name)
+    return found
+
+
+def _numbers(targets: Sequence[TargetDetails]) -> tuple[int, ...]:
+    return tuple(target.target_id for target in targets)
+
+
+def _told(numbers: Sequence[int]) -> str:
+    return ("target " if len(numbers) == 1 else "targets ") + ", ".join(map(str, numbers))
+
+
+@cluster.command()
+@target_argument
+@names_argument
+@click.option("--keep-blocks", is_flag=True, help="Blocks stay until they are evicted.")
+def drain(target: str, names: tuple[str, ...], *, keep_blocks: bool) -> None:
+    """Place nothing new on targets, and give up the blocks that lie there.
+
+    Files stay, and stay readable: nothing is moved. `kvfs cluster targets` shows what is left; once
+    nothing is, the state is "drained" and the target can be removed. `kvfs cluster add` undoes it.
+    """
+    with _connected(target) as client:
+        details: ClusterDetails = client.call(DescribeCluster())
+        chosen = [_numbers(_require(details, name)) for name in names]
+        for numbers in chosen:
+            client.call(SetDraining(numbers, True, keep_blocks))
+            blocks = "its blocks stay" if keep_blocks else "blocks there are given up"
+            click.echo(f"{_told(numbers)}: takes nothing new, {blocks}")
+
+
+@cluster.command()
+@target_argument
+@names_argument
+@json_option
+@click.option("--force", is_flag=True, help="Even if blocks and files are lost.")
+def remove(target: str, names: tuple[str, ...], *, force: bool, as_json: bool) -> None:
+    """Take drained targets out of the cluster for good.
+
+    With --force also targets that are not drained, or dead: their blocks are dropped, and the files
+    that lose data are listed. Those stay; reading what was lost fails. A removed target that comes
+    back is refused until `kvfs cluster add`.
+    """
+    with _connected(target) as client:
+        details: ClusterDetails = client.call(DescribeCluster())
+        chosen = [_require(details, name) for name in names]
+        removed: list[int] = []
+        lost: list[dict[str, Any]] = []
+        for leaving in chosen:
+            numbers = _numbers(leaving)
+            if force:
+                on = {chain for one in leaving for chain in one.chains}
+                lost += [{"path": p, "lost_chunks": n} for p, n in files_on(client, on)]
+            _remove(client, leaving, force)
+            removed += numbers
+    if as_json:
+        _print_json({"removed": removed, "lost_files": lost})
+        return
+    click.echo(f"{_told(removed)}: removed")
+    for file in lost:
+        click.echo(f"lost {file['lost_chunks']} chunks of {file['path']}")
+
+
+def _remove(client: BlockingMetadataClient, leaving: list[TargetDetails], force: bool) -> None:
+    """Raises TargetInUse with what is there now."""
+    try:
+        client.call(RemoveTarget(_numbers(leaving), force))
+    except TargetInUse as exc:
+        culprit = next(one for one in leaving if one.target_id == exc.target_id)
+        held = _held_by(culprit, count_chunks(client))
+        # Files that somebody has open may use the target any time, so they count as well.
+        raise TargetInUse(
+            target_id=exc.target_id,
+            blocks=held.blocks,
+            files=max(held.files, exc.files),
+            removals=exc.removals,
+            detail=exc.detail,
+        ) from None
+
+
+def files_on(client: BlockingMetadataClient, chains: set[int]) -> Iterator[tuple[str, int]]:
+    """Path and number of chunks, holes included, of every file that has chunks on ``chains``."""
+    directories = [(ROOT_INODE, b"")]
+    while directories:
+        inode, path = directories.pop()
+        for name, attr in _entries(client, inode):
+            if attr.is_dir and not attr.is_namespace:
+                directories.append((attr.inode, path + b"/" + name))
+            elif attr.is_file and attr.layout is not None:
+                by_chain = chunks_by_chain(attr.size, attr.layout)
+                chunks = sum(count for chain, count in by_chain.items() if chain in chains)
+                if chunks:
+                    text = os.fsdecode(path + b"/" + name)
+                    yield text.encode(errors="replace").decode(), chunks
+
+
+def _entries(client: BlockingMetadataClient, directory: int) -> Iterator[tuple[bytes, Attr]]:
+    after, more = b"", True
+    while more:
+        try:
+            page = client.call(ReadDir(directory, after))
+        except (EntryNotFound, InodeStale):
+            return  # removed meanwhile
+        yield from page.entries
+        more = page.more
+        if page.entries:
+            after = page.entries[-1][0]
+
+
+@cluster.command()
+@target_argument
+@names_argument
+def add(target: str, names: tuple[str, ...]) -> None:
+    """Undo a drain, or let removed targets come back.
+
+    A target that comes back registers with its next heartbeat, as a new and empty one.
+
+    A new server needs no command: it registers by itself with its first heartbeat. To start one:
+
+    kvfs serve chunks --server-id=NAME --directories=DIR --metadata=ADDRESS
+    """
+    with _connected(target) as client:
+        details: ClusterDetails = client.call(DescribeCluster())
+        for name in names:
+            present = _named(details, name)
+            gone = [
+                one
+                for one in details.removed
+                if name in (one.uuid, one.server_id, str(one.target_id))
+            ]
+            if not present and not gone:
+                raise TargetUnknown(name=name)
+            if present:
+                client.call(SetDraining(_numbers(present), False))
+                click.echo(f"{_told(_numbers(present))}: takes new chunks")
+            for one in gone:
+                client.call(AdmitTarget(one.uuid))
+                click.echo(f"target {one.uuid}: may come back")
+
+
+__all__ = ["cluster"]
