@@ -18,7 +18,7 @@ import numpy as np
 from kvfs_base.limits import BLOCK_KEY_BYTES
 from kvfs_base.types import KVLayout
 from kvfs_metadata import records
-from kvfs_metadata.block_table import Block, BlockMap, BlockTable
+from kvfs_metadata.block_table import Block, BlocksByInode, BlockTable
 from kvfs_metadata.engine import Item, KVRead, prefix_end, scan, scan_pages
 from kvfs_metadata.policy import CachePolicy
 
@@ -37,7 +37,7 @@ class Listing:
     miss what came meanwhile, as readdir may.
     """
 
-    def __init__(self, blocks: BlockMap[bytes]) -> None:
+    def __init__(self, blocks: BlocksByKey) -> None:
         self._blocks = blocks
         self._keys: list[bytes] | None = None
         self._new: list[bytes] = []
@@ -75,28 +75,68 @@ class Listing:
 class KVNamespace:
     """One directory of blocks."""
 
-    __slots__ = (
-        "block_bytes",
-        "blocks",
-        "changed_ns",
-        "inode",
-        "layout",
-        "listing",
-        "path",
-        "rows",
-    )
-
     def __init__(self, table: BlockTable, inode: int, path: str, layout: KVLayout) -> None:
         self.inode = inode
         self.path = path
         self.layout = layout
+        self._table = table
         self.rows: dict[bytes, int] = {}
-        self.blocks = BlockMap(table, self.rows)
+        """Of the blocks that were stored, or asked for, since the start."""
+        self.blocks = BlocksByKey(self)
         self.listing = Listing(self.blocks)
+        self.count = 0
         self.block_bytes = 0
         self.changed_ns = 0
         """When a block last came or went. Not recorded: writing the directory's inode with every
         commit would buy nothing but an mtime."""
+
+    def find(self, names: Sequence[bytes]) -> list[int | None]:
+        """The row of each of ``names``, or None."""
+        rows = list(map(self.rows.get, names))
+        if len(self.rows) < self.count and None in rows:
+            self._find_loaded(names, rows)
+        return rows
+
+    def _find_loaded(self, names: Sequence[bytes], rows: list[int | None]) -> None:
+        places = [place for place, row in enumerate(rows) if row is None]
+        found = self._table.find_loaded(self.inode, [names[place] for place in places])
+        for place, row in zip(places, found, strict=False):
+            if row >= 0:
+                # The next time it is found at once.
+                rows[place] = self.rows[names[place]] = row
+
+    def block(self, row: int) -> Block:
+        return self._table.block(row)
+
+    def keys(self) -> list[bytes]:
+        """In no order."""
+        return self._table.keys_of(self.inode)
+
+
+class BlocksByKey:
+    """The blocks of a namespace. Each is made when it is asked for."""
+
+    def __init__(self, namespace: KVNamespace) -> None:
+        self._namespace = namespace
+
+    def get(self, key: bytes) -> Block | None:
+        row = self._namespace.find([key])[0]
+        return None if row is None else self._namespace.block(row)
+
+    def __getitem__(self, key: bytes) -> Block:
+        block = self.get(key)
+        if block is None:
+            raise KeyError(key)
+        return block
+
+    def __contains__(self, key: bytes) -> bool:
+        return self._namespace.find([key])[0] is not None
+
+    def __len__(self) -> int:
+        return self._namespace.count
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._namespace.keys())
 
 
 class BlockIndex:
@@ -105,7 +145,7 @@ class BlockIndex:
         self.namespaces: dict[int, KVNamespace] = {}
         self.by_path: dict[str, KVNamespace] = {}
         self.table = BlockTable()
-        self.by_inode = BlockMap(self.table, self.table.inodes)
+        self.by_inode = BlocksByInode(self.table)
         self.block_bytes = 0
         self._touched: set[int] = set()
 
@@ -126,21 +166,20 @@ class BlockIndex:
         self.policy.inserted(np.column_stack((order, rows["size"][order])))
 
     def _load_page(self, page: Sequence[Item]) -> None:
-        """At once, while what it is made of is in the CPU's caches; each run of blocks of the same
-        namespace in one step."""
-        first = len(self.table.keys)
+        """Each run of blocks of the same namespace is counted in one step."""
         rows = self.table.load(page)
-        keys = self.table.keys[first:]
         starts = [0, *(np.flatnonzero(np.diff(rows["namespace"])) + 1).tolist()]
         sizes = np.add.reduceat(rows["size"].astype(np.int64), starts).tolist()
         newest = np.maximum.reduceat(rows["created_ns"], starts).tolist()
         for i, (start, end) in enumerate(itertools.pairwise([*starts, len(rows)])):
             namespace = self.namespaces[int(rows["namespace"][start])]
-            places = range(first + start, first + end)
-            namespace.rows.update(zip(keys[start:end], places, strict=True))
-            namespace.block_bytes += sizes[i]
+            self._count(namespace, end - start, sizes[i])
             namespace.changed_ns = max(namespace.changed_ns, newest[i])
-            self.block_bytes += sizes[i]
+
+    def _count(self, namespace: KVNamespace, blocks: int, size: int) -> None:
+        namespace.count += blocks
+        namespace.block_bytes += size
+        self.block_bytes += size
 
     def apply(self, writes: Mapping[bytes, bytes | None], now_ns: int) -> None:
         """Brings the index in step with records that another server changed."""
@@ -192,52 +231,48 @@ class BlockIndex:
 
     # --- changing
 
-    def insert(self, blocks: Sequence[Block]) -> None:
-        """New blocks, in the order of their prefix. Their namespace exists, their keys do not."""
-        rows = self.table.add(blocks)
+    def insert(self, blocks: Sequence[Block], values: Sequence[bytes] = ()) -> None:
+        """New blocks, in the order of their prefix. Their namespace exists, their keys do not.
+        ``values`` are their records, if the caller has made them already."""
+        if not blocks:
+            return
+        rows = self.table.add(blocks, values or [block.record() for block in blocks])
         for number, part in itertools.groupby(zip(blocks, rows, strict=True), _namespace_of):
             own, own_rows = zip(*part, strict=True)
             self._enter(self.namespaces[number], own, own_rows)
-        self.policy.inserted(list(zip(rows, map(_size_of, blocks), strict=True)))
+        self.policy.inserted(np.array([rows, [block.size for block in blocks]]).T)
 
     def _enter(self, namespace: KVNamespace, blocks: Sequence[Block], rows: Sequence[int]) -> None:
         keys = [block.key for block in blocks]
         namespace.rows.update(zip(keys, rows, strict=True))
         namespace.listing.stored(keys)
-        size = sum(map(_size_of, blocks))
-        namespace.block_bytes += size
-        self.block_bytes += size
+        self._count(namespace, len(blocks), sum(map(_size_of, blocks)))
         newest = max(block.created_ns for block in blocks)
         namespace.changed_ns = max(namespace.changed_ns, newest)
 
     def remove(self, block: Block) -> None:
         namespace = self.namespaces[block.namespace]
-        row = self.table.inodes[block.inode]
-        if namespace.rows.get(block.key) == row:  # a damaged store may have two of one key
+        row = self._row(block)
+        # Those that nobody asked for are not there, and a damaged store may have two of one key.
+        if namespace.rows.get(block.key) == row:
             del namespace.rows[block.key]
-        namespace.block_bytes -= block.size
+        self._count(namespace, -1, -block.size)
         self.table.remove(row, block.inode)
-        self.block_bytes -= block.size
         self.policy.removed(row)
 
     # --- asking
 
     def prefix(self, namespace: KVNamespace, keys: bytes) -> list[int]:
         """Rows of the stored blocks of ``keys`` up to the first that is missing."""
-        get = namespace.rows.get
         found: list[Any] = []
         size = LOOK_UP_KEYS * BLOCK_KEY_BYTES
         for start in range(0, len(keys), size):
-            rows = list(map(get, split_keys(keys[start : start + size])))
+            rows = namespace.find(split_keys(keys[start : start + size]))
             if None in rows:
                 found += rows[: rows.index(None)]
                 break
             found += rows
         return found
-
-    def find(self, namespace: KVNamespace, keys: Iterable[bytes]) -> list[int | None]:
-        """The row of each of ``keys``, or None."""
-        return list(map(namespace.rows.get, keys))
 
     def use(self, blocks: Sequence[Block], now_ns: int) -> None:
         """Records one use of each, in the order of their prefix."""
@@ -254,7 +289,7 @@ class BlockIndex:
         count = min(count_max, len(self._touched))
         rows = (self._touched.pop() for _ in range(count))
         # A row may have gone meanwhile, even to another block: to write that one again is harmless.
-        return [self.table.block(row) for row in rows if self.table.keys[row]]
+        return [self.table.block(row) for row in rows if not self.table.is_free(row)]
 
     @property
     def touched_count(self) -> int:
@@ -266,7 +301,9 @@ class BlockIndex:
 
     def _row(self, block: Block) -> int:
         """Of a block that is here."""
-        return self.namespaces[block.namespace].rows[block.key]
+        row = self.table.inodes.get(block.inode)
+        assert row is not None
+        return row
 
 
 def split_keys(keys: bytes) -> list[bytes]:

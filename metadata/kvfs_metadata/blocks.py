@@ -184,7 +184,7 @@ class Blocks:
     def lookup(self, request: LookupBlocks) -> tuple[BlockInfo | None, ...]:
         namespace = self.namespace(request.namespace)
         count = _key_count(request.keys)
-        rows = self.index.find(namespace, split_keys(request.keys))
+        rows = namespace.find(split_keys(request.keys))
         found = [row for row in rows if row is not None]
         self.index.use_rows(found, self._clock.time_ns())
         hits = len(found)
@@ -202,7 +202,7 @@ class Blocks:
         namespace = self.namespace(request.namespace)
         _check_sizes(request, namespace)
         keys = split_keys(request.keys)
-        rows = self.index.find(namespace, keys)
+        rows = namespace.find(keys)
         self.index.use_rows([row for row in rows if row is not None], tx.now_ns)
         places = _absent(keys, rows)
         if not places:
@@ -254,27 +254,24 @@ class Blocks:
         self, tx: Tx, namespace: KVNamespace, record: PreparedRecord, crc32c: Sequence[int]
     ) -> None:
         new: list[Block] = []
-        for i, key in enumerate(split_keys(record.keys)):
+        values: list[bytes] = []
+        keys = split_keys(record.keys)
+        known = namespace.find(keys)
+        for i, key in enumerate(keys):
             inode, size, chain = record.first_inode + i, record.sizes[i], record.chains[i]
             if not self._cluster.has_chain(chain):
                 continue  # its target was removed meanwhile: a miss from the beginning
-            if key in namespace.rows:
+            if known[i] is not None:
                 self._cluster.remove_chunks(tx, (chain,), inode, 1, size)
                 self._count(tx, duplicate_blocks=1)
                 continue
-            block = Block(
-                inode=inode,
-                namespace=namespace.inode,
-                key=key,
-                size=size,
-                crc32c=crc32c[i],
-                chain=chain,
-                created_ns=tx.now_ns,
-                last_use_ns=tx.now_ns,
-            )
-            tx.kv.put(records.block_key(inode), block.record())
+            now = tx.now_ns
+            block = Block(inode, namespace.inode, key, size, crc32c[i], chain, now, now)
+            value = block.record()
+            tx.kv.put(records.block_key(inode), value)
             new.append(block)
-        self.index.insert(new)
+            values.append(value)
+        self.index.insert(new, values)
         tx.undo.append(partial(self._remove_all, new))
         stored = sum(block.size for block in new)
         self._count(tx, committed_blocks=len(new), committed_bytes=stored)

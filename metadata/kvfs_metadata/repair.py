@@ -136,8 +136,9 @@ class ServiceMemory:
         kept = self._index.by_inode.get(other)
         if kept is not None:
             # Of two blocks with one key the index finds the one that it met last.
-            rows = self._index.namespaces[kept.namespace].rows
-            rows[kept.key] = self._index.table.inodes[other]
+            row = self._index.table.inodes.get(other)
+            assert row is not None
+            self._index.namespaces[kept.namespace].rows[kept.key] = row
 
     def namespace_dropped(self, tx: Tx, inode: int) -> None:
         namespace = self._index.namespaces.get(inode)

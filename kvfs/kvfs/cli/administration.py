@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from kvfs.cli.targets import metadata_address
+from kvfs.cli.targets import metadata_addresses
 from kvfs.settings import format_size
 from kvfs_base.errors import EntryNotFound, InodeStale, TargetInUse, TargetUnknown
 from kvfs_base.os_env import os_env
@@ -52,7 +52,7 @@ def cluster() -> None:
 
 @contextlib.contextmanager
 def _connected(target: str) -> Iterator[BlockingMetadataClient]:
-    client = BlockingMetadataClient(os_env(), metadata_address(target))
+    client = BlockingMetadataClient(os_env(), metadata_addresses(target))
     try:
         yield client
     finally:
