@@ -37,8 +37,8 @@ class Listing:
     miss what came meanwhile, as readdir may.
     """
 
-    def __init__(self, blocks: BlocksByKey) -> None:
-        self._blocks = blocks
+    def __init__(self, namespace: KVNamespace) -> None:
+        self._namespace = namespace
         self._keys: list[bytes] | None = None
         self._new: list[bytes] = []
 
@@ -53,19 +53,20 @@ class Listing:
         keys = self._keys or []
         found: list[Block] = []
         previous = after
-        for place in range(bisect.bisect_right(keys, after), len(keys)):
-            key = keys[place]
-            block = self._blocks.get(key)
-            if block is not None and key != previous:  # stored again: it stands there twice
-                found.append(block)
-                if len(found) == limit:
-                    break
-            previous = key
+        place = bisect.bisect_right(keys, after)
+        while place < len(keys) and len(found) < limit:
+            names = keys[place : place + limit - len(found)]
+            place += len(names)
+            for name, row in zip(names, self._namespace.find(names), strict=True):
+                if row is not None and name != previous:  # stored again: it stands there twice
+                    found.append(self._namespace.block(row))
+                previous = name
         return found
 
     def _refresh(self) -> None:
-        if self._keys is None or len(self._keys) + len(self._new) > 2 * len(self._blocks) + 1024:
-            self._keys = sorted(self._blocks)
+        stored = self._namespace.count
+        if self._keys is None or len(self._keys) + len(self._new) > 2 * stored + 1024:
+            self._keys = sorted(self._namespace.keys())
         else:
             self._keys += sorted(self._new)
             self._keys.sort()  # two sorted runs: a merge
@@ -83,7 +84,7 @@ class KVNamespace:
         self.rows: dict[bytes, int] = {}
         """Of the blocks that were stored, or asked for, since the start."""
         self.blocks = BlocksByKey(self)
-        self.listing = Listing(self.blocks)
+        self.listing = Listing(self)
         self.count = 0
         self.block_bytes = 0
         self.changed_ns = 0
@@ -297,7 +298,8 @@ class BlockIndex:
 
     def touch(self, blocks: Iterable[Block]) -> None:
         """Takes ``take_touched`` back."""
-        self._touched.update(map(self._row, blocks))
+        rows = (self.table.inodes.get(block.inode) for block in blocks)
+        self._touched.update(row for row in rows if row is not None)
 
     def _row(self, block: Block) -> int:
         """Of a block that is here."""
