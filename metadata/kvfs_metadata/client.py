@@ -124,6 +124,7 @@ class MetadataClient:
         self._session = session
         self._retry_seconds = retry_seconds
         self._open: Counter[int] = Counter()
+        self._connections = 0
         self._numbers = _Numbers(env)
         # The slot given back last is used next: few in use are few answers kept by the service.
         self._slots = list(reversed(range(ONCE_SLOTS)))
@@ -158,7 +159,8 @@ class MetadataClient:
         # RpcClient calls this before any other frame of the new connection is queued, so what was
         # answered on the old one is in ``_open`` and everything else is sent after it.
         assert self._session is not None
-        await rpc.call(m.Attach(self._session, tuple(self._open.elements())))
+        self._connections += 1
+        await rpc.call(m.Attach(self._session, tuple(self._open.elements()), self._connections))
 
     async def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
         """The reply. Raises what the service raised, and when it could not be reached for too long

@@ -333,7 +333,7 @@ class MetadataCore:
         self.sessions.goodbye(tx)
 
     def _attach(self, tx: Tx, request: m.Attach) -> m.Done:
-        self.sessions.attach(tx, request.session, request.open_inodes)
+        self.sessions.attach(tx, request.session, request.open_inodes, request.number)
         return m.Done()
 
     def _open_inode(self, tx: Tx, request: m.OpenInode) -> Attr:

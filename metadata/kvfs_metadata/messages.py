@@ -48,11 +48,14 @@ class Done(msgspec.Struct, array_like=True, frozen=True):
 
 class Attach(Request, tag="attach"):
     """First request of a connection that opens files. After a reconnect it names the session again
-    and declares what is open, so that nothing open is collected."""
+    and declares what is open, so that nothing open is collected. ``number`` grows with each
+    connection of the session: one that comes late, when the session has gone on to another
+    connection, changes nothing."""
 
     Reply: ClassVar = Done
     session: SessionUuid
     open_inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=100_000)] = ()
+    number: U64 = 0
 
 
 class OpenInode(Request, tag="open"):

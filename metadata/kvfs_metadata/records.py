@@ -268,6 +268,15 @@ class ChainRecord(msgspec.Struct, array_like=True, frozen=True):
     targets: tuple[U32, ...]
 
 
+def pack_session(server: bytes, number: int) -> bytes:
+    """``SESS`` + session: the server that has the session, and the number of its connection."""
+    return server + number.to_bytes(8, "big")
+
+
+def unpack_session(value: bytes) -> tuple[bytes, int]:
+    return value[:-8], int.from_bytes(value[-8:], "big")
+
+
 class ServerRecord(msgspec.Struct, array_like=True, frozen=True):
     """``SRVR`` + server: a metadata server on a shared store, written again with each beat.
     ``SESS`` + session names the server that has it, ``OPEN`` + inode + session what it has open."""

@@ -40,6 +40,8 @@ class _Session:
     """None if it has none, or has it at another server."""
     heard_at: float
     """When it had a connection for the last time, or was heard of on it."""
+    number: int = 0
+    """Of its connection: they are counted by the client."""
     opens: Counter[int] = dataclasses.field(default_factory=Counter)
 
 
@@ -85,7 +87,7 @@ class Sessions:
                 if value is None:
                     gone.append(key[4:])
                 else:
-                    self._belongs_to(key[4:], value, now)
+                    self._belongs_to(key[4:], *records.unpack_session(value), now)
             elif key.startswith(records.SERVER):
                 # One that said goodbye is as good as one whose lease is over.
                 self._servers[key[4:]] = now if value is not None else now - SERVER_LEASE_SECONDS
@@ -97,7 +99,7 @@ class Sessions:
             if session is not None:
                 self._swap_opens(session, Counter())
 
-    def _belongs_to(self, uuid: bytes, server: bytes, now: float) -> None:
+    def _belongs_to(self, uuid: bytes, server: bytes, number: int, now: float) -> None:
         session = self._sessions.get(uuid)
         if session is None:
             session = self._sessions[uuid] = _Session(server, None, now)
@@ -106,7 +108,7 @@ class Sessions:
             if session.connection is not None:
                 self._by_connection.pop(session.connection, None)
                 session.connection = None
-        session.server = server
+        session.server, session.number = server, number
 
     def _opened_elsewhere(self, inode: int, uuid: bytes, is_open: bool) -> None:
         session = self._sessions.get(uuid)
@@ -132,22 +134,25 @@ class Sessions:
 
     # --- connections
 
-    def attach(self, tx: Tx, uuid: bytes, open_inodes: Iterable[int]) -> None:
-        """Connection ``tx.connection`` speaks for session ``uuid`` from now on, and exactly
-        ``open_inodes`` are open."""
+    def attach(self, tx: Tx, uuid: bytes, open_inodes: Iterable[int], number: int) -> None:
+        """Connection ``tx.connection``, the session's ``number``-th, speaks for session ``uuid``
+        from now on, and exactly ``open_inodes`` are open. Nothing happens if the session has gone
+        on to a later connection: this request lay in a queue."""
         session = self._sessions.get(uuid)
         if session is None:
             session = self._new(tx, uuid)
+        if number < session.number:
+            return
         if self._by_connection.get(tx.connection, uuid) != uuid:
             self.disconnected(tx.connection)  # it spoke for another session until now
         before = session.opens
-        tx.undo.append(partial(self._restore, uuid, session, session.server, session.connection))
+        tx.undo.append(partial(self._restore, session, dataclasses.replace(session)))
         session.connection = tx.connection
         session.heard_at = self._clock.monotonic()
         self._by_connection[tx.connection] = uuid
-        if session.server != self._server:
-            session.server = self._server
-            self._record(tx, uuid)
+        if (session.server, session.number) != (self._server, number):
+            session.server, session.number = self._server, number
+            self._record(tx, uuid, session)
         self._set_opens(tx, uuid, session, Counter(open_inodes))
         released = [inode for inode in before if inode not in self._holders]
         if released:
@@ -178,22 +183,22 @@ class Sessions:
         session = _Session(self._server, tx.connection, self._clock.monotonic())
         self._sessions[uuid] = session
         tx.undo.append(partial(self._forget, uuid))
-        self._record(tx, uuid)
+        self._record(tx, uuid, session)
         return session
 
-    def _record(self, tx: Tx, uuid: bytes) -> None:
+    def _record(self, tx: Tx, uuid: bytes, session: _Session) -> None:
         if self._recorded:
-            tx.kv.put(records.session_key(uuid), self._server)
+            value = records.pack_session(session.server, session.number)
+            tx.kv.put(records.session_key(uuid), value)
 
     def _forget(self, uuid: bytes) -> None:
         del self._sessions[uuid]
 
-    def _restore(
-        self, uuid: bytes, session: _Session, server: bytes, connection: int | None
-    ) -> None:
-        if session.connection is not None and session.connection != connection:
+    def _restore(self, session: _Session, before: _Session) -> None:
+        if session.connection is not None and session.connection != before.connection:
             self._by_connection.pop(session.connection, None)
-        session.server, session.connection = server, connection
+        session.server, session.number = before.server, before.number
+        session.connection = before.connection
 
     def _swap_opens(self, session: _Session, opens: Counter[int]) -> None:
         for inode in session.opens:
@@ -261,7 +266,7 @@ class Sessions:
         """Counts one open for the connection's session; a connection that never attached has a
         session of its own that nobody can come back to."""
         uuid, session = self._session_of(tx)
-        if session.connection not in (None, tx.connection):
+        if session.connection != tx.connection:
             return  # nobody reads the answer: the session went on to another connection
         if len(session.opens) >= OPEN_INODES_MAX:
             raise LimitExceeded(detail="open files", limit=OPEN_INODES_MAX)
@@ -273,7 +278,7 @@ class Sessions:
     def close(self, tx: Tx, inode: int) -> bool:
         """Whether that was the last open of ``inode`` by anybody."""
         uuid, session = self._session_of(tx)
-        if inode not in session.opens:
+        if inode not in session.opens or session.connection != tx.connection:
             return False
         self._drop(session, inode)
         tx.undo.append(partial(self._reopen, session, inode))

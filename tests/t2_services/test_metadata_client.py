@@ -456,6 +456,34 @@ def test_an_open_of_a_connection_that_was_left_does_not_count(stage: Stage) -> N
         stage.rig.attr(made.inode)
 
 
+def test_what_comes_late_over_a_connection_that_was_left_changes_nothing(stage: Stage) -> None:
+    inode = stage.rig.make(ROOT, b"f").inode
+    stage.rig.call(m.Attach(SESSION, (), 1), 1)
+    stage.rig.call(m.Attach(SESSION, (inode,), 3), 3)
+    stage.rig.call(m.Unlink(ROOT, b"f"))
+    stage.rig.call(m.CloseInode(inode), 1)
+    stage.rig.call(m.Attach(SESSION, (), 2), 2)
+    stage.rig.core.disconnected(1)
+    stage.rig.core.disconnected(2)
+    stage.rig.work(limits.SESSION_GRACE_SECONDS + 1)
+    assert stage.rig.attr(inode).nlink == 0
+    stage.rig.call(m.CloseInode(inode), 3)
+    with pytest.raises(e.InodeStale):
+        stage.rig.attr(inode)
+
+
+def test_greetings_are_numbered(stage: Stage) -> None:
+    async def test() -> None:
+        async with stage.serving(), stage.client(session=SESSION) as client:
+            for _ in range(3):
+                stage.handler.hang_up.append("after")
+                await client.call(m.GetAttr(ROOT))
+
+    run(test)
+    greetings = [r.number for r in stage.handler.seen if isinstance(r, m.Attach)]
+    assert greetings == sorted(set(greetings)) and len(greetings) > 2
+
+
 def test_an_idle_session_comes_back_by_itself(stage: Stage) -> None:
     """A file that is only read through an open descriptor outlives a restart of the service."""
 
