@@ -12,6 +12,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -23,8 +24,10 @@ import pytest
 
 from kvfs.settings import settings_of
 from kvfs_base.cluster import Heartbeat, TargetReport
+from kvfs_base.errors import ConnectionLost
 from kvfs_base.limits import HEARTBEAT_SECONDS
 from kvfs_base.os_env import os_env
+from kvfs_base.seams import BlockingNetwork, Buffer, Connection, Env, Listener
 from kvfs_base.types import Address, KVLayout
 from kvfs_metadata import messages as m
 from kvfs_metadata.client import BlockingMetadataClient
@@ -116,12 +119,11 @@ class Servers:
         self._processes.clear()
         assert set(codes) <= {0}
 
-    def client(self, first: int = 0) -> BlockingMetadataClient:
+    def client(self, first: int = 0, env: Env | None = None) -> BlockingMetadataClient:
         """One that begins with server ``first`` and knows the others."""
         first %= len(self.addresses)
-        return BlockingMetadataClient(
-            os_env(), [*self.addresses[first:], *self.addresses[:first]], retry_seconds=60
-        )
+        addresses = [*self.addresses[first:], *self.addresses[:first]]
+        return BlockingMetadataClient(env or os_env(), addresses, retry_seconds=60)
 
     @contextlib.contextmanager
     def heartbeats(self) -> Iterator[None]:
@@ -147,6 +149,56 @@ class Servers:
             thread.join()
             client.close()
         assert failures == []
+
+
+class BreakingNetwork:
+    """Some connections break after a request was sent: before its answer is waited for, so that
+    the server may carry it out at any later time, or when the answer is there."""
+
+    def __init__(self, network: BlockingNetwork, rng: random.Random, chance: float) -> None:
+        self._network = network
+        self._rng = rng
+        self._chance = chance
+        self.broken = 0
+
+    def connect(self, address: Address, timeout: float) -> Connection:
+        return _BreakingConnection(self, self._network.connect(address, timeout))
+
+    def listen(self, address: Address) -> Listener:
+        return self._network.listen(address)
+
+    def breaks(self) -> bool:
+        if self._rng.random() >= self._chance:
+            return False
+        self.broken += 1
+        return True
+
+
+class _BreakingConnection:
+    can_pass_descriptors = False
+
+    def __init__(self, network: BreakingNetwork, connection: Connection) -> None:
+        self._network = network
+        self._connection = connection
+
+    def send(self, parts: Sequence[Buffer], descriptors: Sequence[int] = ()) -> None:
+        self._connection.send(parts, descriptors)
+        if self._network.breaks():
+            raise ConnectionLost(detail="broken after a request")
+
+    def receive_into(self, views: Sequence[memoryview]) -> None:
+        self._connection.receive_into(views)
+        if self._network.breaks():
+            raise ConnectionLost(detail="broken within an answer")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+
+def breaking_env(seed: int, chance: float) -> tuple[Env, BreakingNetwork]:
+    env = os_env()
+    network = BreakingNetwork(env.blocking_network, random.Random(seed), chance)
+    return dataclasses.replace(env, blocking_network=network), network
 
 
 def _is_required(name: str) -> bool:

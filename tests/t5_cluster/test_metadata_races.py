@@ -1,6 +1,6 @@
 """Clients that race for the same few names and blocks: what they see has one order.
 
-``KVFS_RACE_ROUNDS`` sets the moves of each client (default 1000)."""
+``KVFS_RACE_ROUNDS`` sets the moves of each client (default 600)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from kvfs_metadata.client import BlockingMetadataClient
 from linearizability import UNANSWERED, NotLinearizable, Operation, check
 from metadata_models import BlockPlayer, Blocks, NamePlayer, Names, made_by
-from metadata_servers import Store, make_directory, make_namespace, play, running, store
+from metadata_servers import (
+    Store,
+    breaking_env,
+    make_directory,
+    make_namespace,
+    play,
+    running,
+    store,
+)
 
 __all__ = ["store"]
 
-ROUNDS = int(os.environ.get("KVFS_RACE_ROUNDS", "1000"))
+ROUNDS = int(os.environ.get("KVFS_RACE_ROUNDS", "600"))
 NAMES = 3
 KEYS = 3
 
@@ -25,45 +34,65 @@ KEYS = 3
 def test_races_for_names(tmp_path: Path, store: Store, clients: int) -> None:
     with running(tmp_path, store) as servers:
         links = [servers.client(n) for n in range(clients)]
-        directory = make_directory(links[0], "d")
-        players = [
-            NamePlayer(
-                link,
-                f"client {n}",
-                seed=n,
-                directory=directory,
-                count=NAMES,
-                marks=itertools.count(n + 1, clients),
-            )
-            for n, link in enumerate(links)
-        ]
-        play(players, ROUNDS)
-        players[-1].final()
-        for link in links:
-            link.close()
-    history = [operation for player in players for operation in player.history]
-    assert len(history) > clients * ROUNDS
-    made = made_by(history)
-    assert len(made) == len(set(made))
-    check(history, Names(NAMES, made))
+        race_for_names(links, ROUNDS)
 
 
 @pytest.mark.parametrize("clients", [2, 3])
 def test_races_for_blocks(tmp_path: Path, store: Store, clients: int) -> None:
     with running(tmp_path, store) as servers:
         links = [servers.client(n) for n in range(clients)]
-        namespace = make_namespace(links[0], "a/b")
-        players = [
-            BlockPlayer(link, f"client {n}", seed=n, namespace=namespace, first=0, count=KEYS)
-            for n, link in enumerate(links)
-        ]
-        play(players, ROUNDS)
-        for player in players:
-            player.final()
-        for link in links:
-            link.close()
+        race_for_blocks(links, ROUNDS)
+
+
+@pytest.mark.parametrize("race", ["names", "blocks"])
+def test_races_over_connections_that_break(tmp_path: Path, store: Store, race: str) -> None:
+    """A request whose connection broke may still lie with the server when it is repeated."""
+    with running(tmp_path, store) as servers:
+        worlds = [breaking_env(seed, 0.1) for seed in range(3)]
+        links = [servers.client(n, env) for n, (env, _) in enumerate(worlds)]
+        {"names": race_for_names, "blocks": race_for_blocks}[race](links, ROUNDS // 4)
+    assert min(network.broken for _, network in worlds) > ROUNDS // 100
+
+
+def race_for_names(links: list[BlockingMetadataClient], rounds: int) -> None:
+    """Closes the links."""
+    directory = make_directory(links[0], "d")
+    players = [
+        NamePlayer(
+            link,
+            f"client {n}",
+            n,
+            directory=directory,
+            count=NAMES,
+            marks=itertools.count(n + 1, len(links)),
+        )
+        for n, link in enumerate(links)
+    ]
+    play(players, rounds)
+    players[-1].final()
+    for link in links:
+        link.close()
     history = [operation for player in players for operation in player.history]
-    assert len(history) > clients * ROUNDS // 2
+    assert len(history) > len(links) * rounds
+    made = made_by(history)
+    assert len(made) == len(set(made))
+    check(history, Names(NAMES, made))
+
+
+def race_for_blocks(links: list[BlockingMetadataClient], rounds: int) -> None:
+    """Closes the links."""
+    namespace = make_namespace(links[0], "a/b")
+    players = [
+        BlockPlayer(link, f"client {n}", n, namespace=namespace, first=0, count=KEYS)
+        for n, link in enumerate(links)
+    ]
+    play(players, rounds)
+    for player in players:
+        player.final()
+    for link in links:
+        link.close()
+    history = [operation for player in players for operation in player.history]
+    assert len(history) > len(links) * rounds // 2
     check(history, Blocks(KEYS))
 
 
