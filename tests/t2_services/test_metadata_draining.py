@@ -594,7 +594,7 @@ def test_a_pass_notices_what_another_server_orders(monkeypatch: pytest.MonkeyPat
     b.put(namespace, range(10, 16))
     b.call(SetDraining((2,), True))
     work(a)
-    stored = [block.chain for block in a.core.index.by_inode.values()]
+    stored = [a.core.index.by_inode[inode].chain for inode in a.core.index.by_inode]
     assert set(stored) == {1, 3}
     assert target(b, 2).drained
 
@@ -618,7 +618,8 @@ def test_who_was_away_for_long_knows_who_left() -> None:
 def check_drained(rig: Rig) -> None:
     """Nothing refers to a drained target, and prepared blocks do not go there."""
     drained = {chain for t in details(rig).targets if t.drained for chain in t.chains}
-    assert {b.chain for b in rig.core.index.by_inode.values()}.isdisjoint(drained)
+    index = rig.core.index.by_inode
+    assert {index[inode].chain for inode in index}.isdisjoint(drained)
     assert rig.core.blocks.prepared_chains().isdisjoint(drained)
     for value in rig.dump(records.INODE).values():
         layout = records.decode_inode(value).layout
