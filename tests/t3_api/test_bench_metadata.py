@@ -26,6 +26,7 @@ def test_every_figure_is_measured_against_its_limit(tmp_path: Path) -> None:
         *((step, 4) for step in steps),
         ("readdir of 300 entries", 1),
         ("restart after kill -9, files", 1),
+        ("restart after kill -9, files, CPU", 1),
         ("service memory, blocks", 0),
         ("service memory a block, as stored", 0),
         ("store, its file, a block", 0),
@@ -35,6 +36,7 @@ def test_every_figure_is_measured_against_its_limit(tmp_path: Path) -> None:
         (put, 1),
         (put, 4),
         ("restart after kill -9, blocks", 1),
+        ("restart after kill -9, blocks, CPU", 1),
         ("service memory a block, after a restart", 0),
     ]
     assert all(row["entries"] == 300 for row in rows)

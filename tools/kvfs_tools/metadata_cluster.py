@@ -90,6 +90,13 @@ class MetadataProcess:
             process.kill()
             process.wait()
 
+    def cpu_seconds(self) -> float:
+        """That it has used since its start."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="ascii")
+        fields = status.rpartition(")")[2].split()  # the third field and on
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def resident_bytes(self) -> int:
         """Memory of its own: pages of the store that it maps are the page cache's."""
         assert self._process is not None
