@@ -40,7 +40,9 @@ are told apart by their keys."""
 LAST_HASH = np.full(1, 2**64 - 1, np.uint64)
 KEY_WORDS = 4
 
-ROWS_MIN = 1024
+ROWS_MIN = 1 << 20
+"""80 MB of addresses; memory only as rows are used. So a million blocks are never copied."""
+
 PAGE_BITS = 5
 PAGE_INODES = 1 << PAGE_BITS
 
@@ -189,8 +191,6 @@ class BlockTable:
         self._rows = np.zeros(ROWS_MIN, ROW)
         self._end = 0
         self._free: list[int] = []
-        self._pages: list[NDArray[Any]] = []
-        """While blocks are loaded."""
         self.inodes = InodeRows()
         self._loaded = LoadedKeys()
 
@@ -198,21 +198,18 @@ class BlockTable:
         return len(self.inodes)
 
     def load(self, page: Sequence[Item]) -> NDArray[Any]:
-        """Rows of blocks' records, which come in the order of their inodes; ``loaded`` must follow
-        the last."""
+        """The new rows of blocks' records, which come in the order of their inodes; ``loaded`` must
+        follow the last."""
         keys, values = zip(*page, strict=True)
-        rows = np.empty(len(page), ROW)
+        first = self._end
+        self._extend(len(page))
+        rows = self._rows[first : self._end]
         rows["inode"] = np.frombuffer(b"".join(keys), records.BLOCK_KEY)["inode"]
         _bytes_of(rows)[:, 8:] = np.frombuffer(b"".join(values), np.uint8).reshape(len(page), -1)
-        self._pages.append(rows)
         return rows
 
     def loaded(self) -> NDArray[Any]:
         """Every row, in the order of the inodes."""
-        pages, self._pages = self._pages, []
-        self._end = sum(map(len, pages))
-        if pages:
-            self._rows = np.concatenate(list(map(_bytes_of, pages))).reshape(-1).view(ROW)
         rows = self._rows[: self._end]
         self.inodes.load(rows["inode"])
         self._loaded.load(rows)

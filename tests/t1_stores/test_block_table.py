@@ -127,7 +127,8 @@ def test_changes_after_a_load(seed: int, collisions: bool, monkeypatch: pytest.M
         check(index, model)
 
 
-def test_a_table_grows() -> None:
+def test_a_table_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_table, "ROWS_MIN", 16)
     index = loaded([block(inode, inode) for inode in range(20, 40)])
     blocks = [block(inode, inode) for inode in range(100, 5100)]
     index.insert(blocks[:3000])
