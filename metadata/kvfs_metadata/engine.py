@@ -68,8 +68,8 @@ class Listener(Protocol):
 
     def __call__(self, read: KVRead, writes: Writes | None) -> None:
         """Another process committed ``writes``; called once a commit, in their order. None: more
-        was committed than the store still tells one by one, so everything is to be loaded from
-        ``read``, which is the state after it."""
+        was committed than the store still tells one by one, so everything is to be loaded anew.
+        ``read`` is the newest state, after all commits that are being told."""
 
 
 class KVEngine(Protocol):

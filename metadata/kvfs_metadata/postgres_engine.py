@@ -1,8 +1,8 @@
 """The engine that many servers share: one PostgreSQL database.
 
 The tables are described in ``kvfs_metadata.postgres_schema``, the argument why this is correct in
-``docs/design/0003-many-servers.md``. In short: whoever commits has locked the row ``head``, so the
-commits of all servers have one order; each leaves its writes in ``log``; before ``run`` and
+``docs/design/0003-many-servers.md``. In short: whoever commits has locked the row of ``turn``, so
+the commits of all servers have one order; each leaves its writes in ``log``; before ``run`` and
 ``view`` call anything they read the log from the last commit seen.
 
 Locks: ``_memory`` is held while what this process keeps beside the store (the listener's memory,
@@ -68,15 +68,19 @@ TOKEN_BYTES = 16
 # What is read after the row is locked must be newer than the wait for it.
 BEGIN_WRITE = Statement(b"begin_write", b"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
 BEGIN_READ = Statement(b"begin_read", b"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+LOCK = Statement(b"lock", b"SELECT one FROM kvfs_metadata.turn WHERE one = 1 FOR UPDATE")
 LOOK = Statement(
-    b"look", b"SELECT version, token, log_start, log_bytes FROM kvfs_metadata.head WHERE one = 1"
+    b"look",
+    b"SELECT version, token, log_start, log_bytes FROM kvfs_metadata.log "
+    b"ORDER BY version DESC LIMIT 1",
 )
-LOCK = Statement(b"lock", LOOK.sql + b" FOR UPDATE")
+# From the state seen on, or nothing if the log does not have that any more.
 READ_LOG = Statement(
     b"read_log",
     b"SELECT version, token, CASE WHEN version > $1::bigint THEN writes END "
-    b"FROM kvfs_metadata.log WHERE version >= $1::bigint "
-    b"AND (SELECT log_start FROM kvfs_metadata.head WHERE one = 1) <= $1::bigint ORDER BY version",
+    b"FROM kvfs_metadata.log WHERE version >= $1::bigint AND EXISTS "
+    b"(SELECT 1 FROM kvfs_metadata.log WHERE version = $1::bigint AND token = $2::bytea) "
+    b"ORDER BY version",
 )
 FIND_COMMIT = Statement(
     b"find_commit",
@@ -99,15 +103,10 @@ PUT = Statement(
     b"ON CONFLICT (key) DO UPDATE SET value = excluded.value",
 )
 DELETE = Statement(b"delete", b"DELETE FROM kvfs_metadata.items WHERE key = ANY($1::bytea[])")
-ADVANCE = Statement(
-    b"advance",
-    b"UPDATE kvfs_metadata.head SET version = $1::bigint, token = $2::bytea, "
-    b"log_start = $3::bigint, log_bytes = $4::bigint WHERE one = 1",
-)
 ADD_LOG = Statement(
     b"add_log",
-    b"INSERT INTO kvfs_metadata.log (version, token, size, writes) "
-    b"VALUES ($1::bigint, $2::bytea, $3::bigint, $4::bytea)",
+    b"INSERT INTO kvfs_metadata.log (version, token, log_start, log_bytes, size, writes) "
+    b"VALUES ($1::bigint, $2::bytea, $3::bigint, $4::bigint, $5::bigint, $6::bytea)",
 )
 # From which version on the log holds at most so many commits and bytes.
 FIND_CUT = Statement(
@@ -139,6 +138,11 @@ class Head(NamedTuple):
 class Entry(NamedTuple):
     state: State
     writes: bytes | None
+
+
+class Step(NamedTuple):
+    state: State
+    writes: Writes
 
 
 class Reads:
@@ -281,13 +285,13 @@ class PostgresEngine:
         self._seen = None
         self._cache.clear()
 
-    def _look(self, link: Link, begin: Statement, look: Statement) -> tuple[Head, list[Entry]]:
-        """Begins a transaction; its head, and the log from the state seen on."""
-        commands = [Command(look)]
+    def _look(self, link: Link, begin: Statement, *locks: Command) -> tuple[Head, list[Entry]]:
+        """Begins a transaction and takes ``locks``; its head, and the log from the state seen."""
+        commands = [*locks, Command(LOOK)]
         seen = self._seen
         if seen is not None:
-            commands.append(Command(READ_LOG, (int8(seen.version),)))
-        (head, *_), *logs = link.begin(begin, commands)
+            commands.append(Command(READ_LOG, (int8(seen.version), seen.token)))
+        (head,), *logs = link.begin(begin, commands)[len(locks) :]
         entries = [
             Entry(State(int8_of(version), token or b""), writes)
             for rows in logs
@@ -305,13 +309,17 @@ class PostgresEngine:
         if steps is None:
             self._reload(head, read)
             return
+        # All of them before anybody reads: what is kept and the snapshot are of the newest state.
         for entry in steps:
-            assert entry.writes is not None
+            self._cache.apply(entry.writes, own=entry.state == self._pending)
+        for entry in steps:
             own = entry.state == self._pending
-            self._tell(entry, own, read)
+            if not own and self._listener is not None:
+                self._listener(read, entry.writes)
+            self._seen = entry.state
             self._pending_seen |= own
 
-    def _steps(self, entries: list[Entry]) -> list[Entry] | None:
+    def _steps(self, entries: list[Entry]) -> list[Step] | None:
         """What was committed since the state seen, or None if the log does not tell: it was cut,
         or the database lost that state (a crash without syncs, a failover) and went on."""
         assert self._seen is not None
@@ -319,16 +327,8 @@ class PostgresEngine:
         since = [entry for entry in entries if entry.state.version >= self._seen.version]
         if not since or since[0].state != self._seen:
             return None
-        steps = since[1:]
-        return None if any(entry.writes is None for entry in steps) else steps
-
-    def _tell(self, entry: Entry, own: bool, read: KVRead) -> None:
-        assert entry.writes is not None
-        writes = _decode(entry.writes)
-        self._cache.apply(writes, own=own)
-        if not own and self._listener is not None:
-            self._listener(read, writes)
-        self._seen = entry.state
+        steps = [Step(state, _decode(writes)) for state, writes in since[1:] if writes is not None]
+        return steps if len(steps) == len(since) - 1 else None
 
     def _reload(self, head: Head, read: KVRead) -> None:
         self._cache.clear()
@@ -342,7 +342,7 @@ class PostgresEngine:
     def view(self, fn: Callable[[KVRead], T]) -> T:
         with self._memory:
             try:
-                head, entries = self._again(lambda: self._look(self._reader, BEGIN_READ, LOOK))
+                head, entries = self._again(lambda: self._look(self._reader, BEGIN_READ))
                 reads = Reads(self._reader, self._cache)
                 self._catch_up(head, entries, reads)
                 result = fn(reads)
@@ -369,14 +369,14 @@ class PostgresEngine:
 
     def _take_turn(self) -> tuple[Head, list[Entry]]:
         """Locks the row, with the state seen not far behind it."""
-        for _ in range(POSTGRES_RETRIES):
-            turn = self._again(lambda: self._look(self._writer, BEGIN_WRITE, LOCK))
-            if not self._far_behind(turn[1]):
+        for attempt in range(POSTGRES_RETRIES):
+            turn = self._again(lambda: self._look(self._writer, BEGIN_WRITE, Command(LOCK)))
+            if attempt == POSTGRES_RETRIES - 1 or not self._far_behind(turn[1]):
                 return turn
             # Loading everything takes seconds: not while everybody waits for the row.
             self._writer.end()
             self.view(lambda read: None)
-        return turn
+        raise AssertionError("unreachable")
 
     def _far_behind(self, entries: list[Entry]) -> bool:
         with self._memory:
@@ -416,10 +416,8 @@ class PostgresEngine:
         last: list[Command] = []
         if start != turn.log_start:
             last.append(Command(CUT_LOG, (int8(start),)))
-        version = int8(made.version)
-        last.append(Command(ADD_LOG, (version, made.token, int8(size), told)))
-        numbers = (int8(start), int8(log_bytes + size))
-        last.append(Command(ADVANCE, (version, made.token, *numbers)))
+        numbers = (int8(start), int8(log_bytes + size), int8(size))
+        last.append(Command(ADD_LOG, (int8(made.version), made.token, *numbers, told)))
         *rounds, final = _rounds(writes)
         for commands in rounds:
             self._writer.round(commands)
@@ -446,12 +444,12 @@ class PostgresEngine:
         def attempt() -> list[Rows]:
             # Locking the row waits for the transaction that is looked for, if it still goes on.
             try:
-                return self._writer.begin(BEGIN_WRITE, [Command(LOCK), find])
+                return self._writer.begin(BEGIN_WRITE, [Command(LOCK), Command(LOOK), find])
             finally:
                 self._writer.end()
 
         try:
-            (head, *_), found = self._again(attempt)
+            _, (head,), found = self._again(attempt)
         except KvfsError as exc:
             if self._done_with_pending():
                 return

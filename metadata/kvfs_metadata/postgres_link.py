@@ -321,7 +321,8 @@ def _error(result: pq.abc.PGresult) -> KvfsError:
 
 def error_for(state: str, detail: str) -> KvfsError:
     """The error for an SQLSTATE of PostgreSQL (appendix A of its manual)."""
-    if state in ("40001", "40P01"):
+    # 23505: somebody else made this version; only where locks do not hold what they promise.
+    if state in ("40001", "40P01", "23505"):
         return Conflict(detail=detail)
     if state == "53100":
         return DiskFull(path=f"PostgreSQL: {detail}")

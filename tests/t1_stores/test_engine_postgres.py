@@ -187,13 +187,45 @@ def test_groups_that_write_nothing_make_no_version(
     engine = engines()
     engine.update([increment])
     with psycopg.connect(postgres_url) as admin:
-        query = "SELECT version FROM kvfs_metadata.head"
+        query = "SELECT max(version) FROM kvfs_metadata.log"
         before = admin.execute(query).fetchone()
         engine.update([lambda txn: txn.get(b"counter")])
         engine.abandon(engine.run([increment]))
         engine.view(lambda read: None)
         assert admin.execute(query).fetchone() == before == (1,)
     assert engines().update([increment]) == [2], "the row is free"
+
+
+def test_the_row_that_is_locked_does_not_change(
+    engines: Callable[..., PostgresEngine], postgres_url: str
+) -> None:
+    """Otherwise its versions would pile up while somebody has a snapshot."""
+    engine = engines()
+    with psycopg.connect(postgres_url) as admin:
+        query = "SELECT ctid::text FROM kvfs_metadata.turn"
+        before = admin.execute(query).fetchone()
+        for _ in range(5):
+            engine.update([increment])
+        assert admin.execute(query).fetchone() == before
+
+
+def test_versions_are_unique_even_if_locks_are_not(
+    engines: Callable[..., PostgresEngine], postgres_url: str
+) -> None:
+    """Somebody else makes the version that was decided: one of the two loses the race."""
+    engine, other = Follower(engines()), engines()
+    other.update([increment])
+    group = engine.engine.run([increment])
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        admin.execute(
+            "INSERT INTO kvfs_metadata.log SELECT version + 1, 'other', 0, 0, 0, '\\x80' "
+            "FROM kvfs_metadata.log ORDER BY version DESC LIMIT 1"
+        )
+    with pytest.raises(Conflict):
+        engine.engine.commit(group)
+    engine.engine.abandon(group)
+    assert engine.engine.update([increment]) == [2]
+    assert engine.heard[-1] == {}
 
 
 def test_views_bring_memory_to_the_state_they_show(
@@ -249,7 +281,8 @@ def test_a_server_that_was_away_for_long_loads_anew(
             "SELECT count(*), min(version), max(version), sum(size) FROM kvfs_metadata.log"
         ).fetchone()
         head = admin.execute(
-            "SELECT version - log_start + 1, log_start, version, log_bytes FROM kvfs_metadata.head"
+            "SELECT version - log_start + 1, log_start, version, log_bytes "
+            "FROM kvfs_metadata.log ORDER BY version DESC LIMIT 1"
         ).fetchone()
     assert row == head
     assert row is not None and row[0] <= 9
@@ -267,7 +300,8 @@ def test_the_log_is_bounded_in_bytes_too(
                 "SELECT min(version), max(version), sum(size) FROM kvfs_metadata.log"
             ).fetchone()
             head = admin.execute(
-                "SELECT log_start, version, log_bytes FROM kvfs_metadata.head"
+                "SELECT log_start, version, log_bytes FROM kvfs_metadata.log "
+                "ORDER BY version DESC LIMIT 1"
             ).fetchone()
         assert row == head
         assert row is not None and row[2] < 20_000 + 4000
@@ -485,12 +519,11 @@ def test_a_history_that_was_rewritten_is_noticed(
     follower, other = Follower(engines()), engines()
     with psycopg.connect(postgres_url, autocommit=True) as admin:
         other.update([put(a=b"1")])
-        old = admin.execute("SELECT version, token FROM kvfs_metadata.head").fetchone()
+        old = admin.execute("SELECT max(version) FROM kvfs_metadata.log").fetchone()
         assert old is not None
         other.update([put(b=b"2"), put(a=b"2")])
         assert follower.store() == follower.state
-        admin.execute("UPDATE kvfs_metadata.head SET version = %s, token = %s", old)
-        admin.execute("DELETE FROM kvfs_metadata.log WHERE version > %s", old[:1])
+        admin.execute("DELETE FROM kvfs_metadata.log WHERE version > %s", old)
         admin.execute("DELETE FROM kvfs_metadata.items")
         admin.execute("INSERT INTO kvfs_metadata.items VALUES ('a', '1')")
         assert follower.store() == follower.state == {b"a": b"1"}
@@ -722,6 +755,7 @@ def test_a_full_disk_refuses_the_group_and_nothing_else(
 def test_errors_of_the_database() -> None:
     assert isinstance(error_for("40001", ""), Conflict)
     assert isinstance(error_for("40P01", ""), Conflict)
+    assert isinstance(error_for("23505", ""), Conflict)
     assert isinstance(error_for("53100", ""), DiskFull)
     for state in ("53200", "53300", "55P03", "57014", "25P02"):
         assert isinstance(error_for(state, ""), StoreUnavailable)
