@@ -64,6 +64,8 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
 )
 """Requests that may be carried out twice. All others travel as Once."""
 
+CLIENT_BYTES = 16
+
 RETRY_DELAY_SECONDS = 0.02
 RETRY_DELAY_SECONDS_MAX = 0.5
 
@@ -88,8 +90,8 @@ class _Patience:
 class _Numbers:
     """What makes the requests of one client known when they come again."""
 
-    def __init__(self, env: Env) -> None:
-        self._client = env.rng.randbytes(16)
+    def __init__(self, client: bytes) -> None:
+        self._client = client
         self._last = [0] * ONCE_SLOTS
 
     def next(self, slot: int, request: Any) -> m.Once:
@@ -125,7 +127,7 @@ class MetadataClient:
         self._retry_seconds = retry_seconds
         self._open: Counter[int] = Counter()
         self._connections = 0
-        self._numbers = _Numbers(env)
+        self._numbers = _Numbers(env.rng.randbytes(CLIENT_BYTES))
         # The slot given back last is used next: few in use are few answers kept by the service.
         self._slots = list(reversed(range(ONCE_SLOTS)))
         self._slots_free = trio.Semaphore(ONCE_SLOTS)
@@ -222,7 +224,7 @@ class BlockingMetadataClient:
     ) -> None:
         self._retry_seconds = retry_seconds
         self._closed = threading.Event()
-        self._numbers = _Numbers(env)
+        self._numbers = _Numbers(env.rng.randbytes(CLIENT_BYTES))
         self._rpc = BlockingRpcClient(env.blocking_network, address)
 
     def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
