@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+import threading
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -233,6 +234,7 @@ class Player:
         self.recorder = Recorder(name)
         self.rng = random.Random(seed)
         self._client = client
+        self._pause = threading.Event()
 
     @property
     def history(self) -> list[Operation]:
@@ -240,12 +242,15 @@ class Player:
 
     def _ask(self, request: Request) -> Any:
         """The reply, UNANSWERED, or the models' word for an error."""
-        try:
-            return self._client.call(request)
-        except UNKNOWN_OUTCOMES:
-            return UNANSWERED
-        except tuple(ANSWERS) as exc:
-            return ANSWERS[type(exc)]
+        while True:
+            try:
+                return self._client.call(request)
+            except UNKNOWN_OUTCOMES:
+                return UNANSWERED
+            except tuple(ANSWERS) as exc:
+                return ANSWERS[type(exc)]
+            except e.NoTarget:  # a heartbeat came late, on a machine with other work
+                self._pause.wait(0.05)
 
 
 class NamePlayer(Player):
