@@ -135,6 +135,10 @@ INODE_RANGE = 4096
 """Inode numbers a metadata service takes from its persistent counter at a time. A crash wastes at
 most one range: at one crash a second 63 bits last 70 million years."""
 
+NUMBERS_SKIPPED = 1 << 32
+"""Given up when a store has gone back to an older state (a machine that lost its power, a backup):
+more than were given out since. 63 bits last for 2 thousand million times."""
+
 COMMITTED_BATCHES_MAX = 65_536
 """Batches whose commit can be repeated: a caller retries for less than a minute, and commits reach
 about 1,000 a second. About 6 MiB of memory, 20 bytes each on disk."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat, HeartbeatReply
 from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError
-from kvfs_base.limits import CONFLICT_RETRIES
+from kvfs_base.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
 from kvfs_metadata import fixes, records
@@ -157,6 +157,11 @@ class MetadataCore:
         return tuple(str(address) for address in addresses if address is not None)
 
     def _start(self, tx: Tx) -> None:
+        if tx.kv.get(records.WENT_BACK_KEY) is not None:
+            # Chunks of numbers that were given out and forgotten may lie on the targets.
+            self._counters.inode.take(tx, NUMBERS_SKIPPED)
+            self._counters.batch.take(tx, NUMBERS_SKIPPED)
+            tx.kv.delete(records.WENT_BACK_KEY)
         tx.kv.put(records.FORMAT_KEY, records.FORMAT)
         self.tree.create_roots(tx)
         self.cluster.started(self._counters.start.take(tx))

@@ -26,7 +26,7 @@ import lmdb
 from kvfs_base.errors import Conflict, DiskFull, KvfsError, TargetFailed, VersionMismatch
 from kvfs_base.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX, MIB, PAGE_BYTES
 from kvfs_base.seams import Env
-from kvfs_metadata import checkpoint
+from kvfs_metadata import checkpoint, records
 from kvfs_metadata.checkpoint import Checkpoint
 from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, Listener, run_group
 
@@ -166,9 +166,14 @@ class LmdbEngine:
         self._lock_file = self._disk.open(LOCK_FILE, write=True, create=True)
         try:
             self._take_lock()
-            if checkpoint.restore(self._disk, self._boot_id):
+            went_back = checkpoint.restore(self._disk, self._boot_id)
+            if went_back:
                 log.info("%s: the machine went down, back to the last checkpoint", directory)
             self._lmdb = _open_environment(directory, map_bytes, strict=durability == "strict")
+            if went_back and self._lmdb.stat()["entries"]:
+                # Before the checkpoint of this boot: a kill in between must not forget it.
+                with self._lmdb.begin(write=True) as txn:
+                    txn.put(records.WENT_BACK_KEY, b"")
         except BaseException:
             self._lock_file.close()
             raise

@@ -27,6 +27,9 @@ def format_text(version: int) -> bytes:
 
 FORMAT = format_text(FORMAT_VERSION)
 COPYING_KEY = b"METAcopying"
+WENT_BACK_KEY = b"METAwentback"
+"""There once the store has forgotten commits that were acknowledged: numbers that it gave out then
+must not be given again. Whoever opens it skips some, and takes the key away."""
 """There from the beginning of a copy into a store until it is whole, with a token of the copier."""
 
 INODE = b"INOD"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -142,15 +142,19 @@ def in_batches(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def fill_store(env: Env, store: str, batches: Iterable[list[Item]]) -> Summary:
+def fill_store(
+    env: Env, store: str, batches: Iterable[list[Item]], *, went_back: bool = False
+) -> Summary:
     """Writes ``batches`` into the empty ``store``, durable when this returns. Until all of it is
     there the store has no format: nobody takes it for one. What a copy that was killed left is
-    removed first. Raises InvalidRequest if there is anything else in it, Conflict if it is in use
-    or another copy into it began."""
+    removed first. ``went_back`` if ``batches`` are an older state of something. Raises
+    InvalidRequest if there is anything else in it, Conflict if it is in use or another copy into it
+    began."""
     _require_directory_of_ours(env, store)
     engine = open_store(env, store)
     try:
-        return _fill(engine, env.rng.randbytes(16), store, batches)
+        last = {records.WENT_BACK_KEY: b""} if went_back else {}
+        return _fill(engine, env.rng.randbytes(16), store, batches, last)
     finally:
         engine.close()
 
@@ -167,7 +171,13 @@ def _require_directory_of_ours(env: Env, store: str) -> None:
         raise InvalidRequest(detail=f"{store} is not empty, and not the directory of a store")
 
 
-def _fill(engine: KVEngine, token: bytes, store: str, batches: Iterable[list[Item]]) -> Summary:
+def _fill(
+    engine: KVEngine,
+    token: bytes,
+    store: str,
+    batches: Iterable[list[Item]],
+    more: Mapping[bytes, bytes],
+) -> Summary:
     def claim(txn: KVTransaction) -> None:
         if txn.get(records.COPYING_KEY) is None and txn.range(b"", KEYS_END, 1):
             raise InvalidRequest(detail=f"{display(store)} is not empty")
@@ -190,7 +200,7 @@ def _fill(engine: KVEngine, token: bytes, store: str, batches: Iterable[list[Ite
     ]:
         update(engine, partial(change, left))
     summary = Summary()
-    last: list[tuple[bytes, bytes | None]] = [(records.COPYING_KEY, None)]
+    last: list[tuple[bytes, bytes | None]] = [(records.COPYING_KEY, None), *more.items()]
     for batch in batches:
         summary.count(batch)
         last += [item for item in batch if item[0] == records.FORMAT_KEY]

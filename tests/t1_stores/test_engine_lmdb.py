@@ -20,7 +20,7 @@ import pytest
 from kvfs_base.errors import Conflict, DiskFull, EntryNotFound, TargetFailed, VersionMismatch
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk
-from kvfs_metadata import checkpoint
+from kvfs_metadata import checkpoint, records
 from kvfs_metadata.engine import Group, KVEngine, KVTransaction
 from kvfs_metadata.lmdb_engine import READERS_MAX, LmdbEngine
 
@@ -282,10 +282,11 @@ def test_after_a_power_loss_the_store_is_as_at_the_last_checkpoint(
     engine.close()
 
     again = LmdbEngine(os_env(), str(crashed), boot_id="second boot")
-    assert everything(again) == meter.state
+    told = {records.WENT_BACK_KEY: b""} if meter.state else {}
+    assert everything(again) == meter.state | told
     # And it goes on from there.
     scribe = Scribe(again, rng)
-    scribe.state = meter.state
+    scribe.state = meter.state | told
     scribe.write(50)
     again.sync()
     assert everything(again) == scribe.state

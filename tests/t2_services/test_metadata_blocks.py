@@ -21,7 +21,7 @@ from kvfs_base.types import BlockInfo, KVLayout
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.policy import CachePolicy, LruPolicy
-from t2_services.metadata_rig import LAYOUT, Rig, key, keys
+from t2_services.metadata_rig import LAYOUT, ROOT, Rig, key, keys
 
 
 @pytest.fixture
@@ -479,6 +479,24 @@ def test_hits_and_misses(rig: Rig, namespace: int) -> None:
 
 
 # --- recency
+
+
+def test_a_store_that_went_back_skips_the_numbers_that_it_forgot(rig: Rig, namespace: int) -> None:
+    """Their chunks may lie on the targets."""
+    old = dict(rig.dump())
+    forgotten = rig.put(namespace, range(4))
+    file = rig.make(ROOT, b"forgotten").inode
+    rig.engine._store.state.apply(dict.fromkeys(rig.dump()) | old | {records.WENT_BACK_KEY: b""})
+    rig.restart()
+    rig.advance(0)
+    again = rig.prepare(namespace, range(4))
+    assert again.batch_id > forgotten.batch_id + limits.NUMBERS_SKIPPED // 2
+    assert again.blocks[0].inode > file + limits.NUMBERS_SKIPPED // 2
+    assert rig.dump(records.WENT_BACK_KEY) == {}
+    rig.commit(again)
+    rig.restart()
+    rig.advance(0)
+    assert rig.make(ROOT, b"new").inode < file + 2 * limits.NUMBERS_SKIPPED
 
 
 def test_recency_survives_a_restart() -> None:

@@ -57,7 +57,11 @@ def restore(file: str, destination: str) -> None:
     disk, name = _file(file)
     check_format(backups.check_backup(disk, name).format.encode())
     store = _store(destination)
-    _report(stores.fill_store(os_env(), store, backups.read_backup(disk, name)), file, destination)
+    _report(
+        stores.fill_store(os_env(), store, backups.read_backup(disk, name), went_back=True),
+        file,
+        destination,
+    )
 
 
 @metadata.command()
