@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import trio
 
-from kvfs_base.errors import ConnectionLost, NamespaceError
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Env
 from kvfs_datapath.client import ChunkClient
 
 T = TypeVar("T")
-
-ATTEMPTS_MAX = 3
-"""A request that is cut off in its middle more often than this has another problem than a service
-that restarts."""
 
 
 class MetadataCalls(Protocol):
@@ -50,35 +45,9 @@ class Backend:
         self.statistics[name] = self.statistics.get(name, 0) + amount
 
     async def call(self, request: Request) -> Any:
-        """The client waits for a service that restarts, and repeats what only reads. Of a request
-        that changes something, ConnectionLost leaves open whether it was carried out."""
+        """The client waits for a service that restarts, and makes sure that what it repeats happens
+        once. ConnectionLost, when that took too long, leaves open whether it was carried out."""
         return await self.metadata.call(request)
-
-    async def repeat(self, request: Request) -> Any:
-        """For changes whose repetition changes nothing more: absolute values."""
-        attempt = 1
-        while True:
-            try:
-                return await self.metadata.call(request)
-            except ConnectionLost:
-                if attempt == ATTEMPTS_MAX:
-                    raise
-                attempt += 1
-
-    async def settle(
-        self, request: Request, done_before: Callable[[NamespaceError], Awaitable[Any]]
-    ) -> Any:
-        """For requests that change names. If the answer was lost, the request is repeated; if that
-        fails because the first attempt had been carried out, ``done_before`` gives the answer (it
-        raises the error again if that is not the reason)."""
-        try:
-            return await self.metadata.call(request)
-        except ConnectionLost:
-            pass
-        try:
-            return await self.repeat(request)
-        except NamespaceError as exc:
-            return await done_before(exc)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """A hop costs about 190 us of CPU: callers first try what does not wait."""

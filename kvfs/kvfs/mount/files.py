@@ -185,7 +185,7 @@ class OpenFile:
         """Applies a SetAttr: sizes change the chunks, times replace those that writes left."""
         if request.size is None and request.mtime_ns is None:
             epoch = self._backend.epoch
-            attr = await self._backend.repeat(request)
+            attr = await self._backend.call(request)
             self.absorb(attr, epoch)
             return
         async with self.lock.exclusive():
@@ -222,7 +222,7 @@ class OpenFile:
             request.size, request.grow_to = (self.size, None) if self._cut else (None, self.size)
         request.sparse = self.sparse
         epoch = self._backend.epoch
-        attr: Attr = await self._backend.repeat(request)
+        attr: Attr = await self._backend.call(request)
         self.recorded = (attr.size, attr.mtime_ns)
         if (
             self._changed_at <= epoch

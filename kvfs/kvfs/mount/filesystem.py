@@ -28,11 +28,9 @@ from kvfs.mount.remembered import Remembered
 from kvfs_base.errors import (
     AttributeMissing,
     EntryExists,
-    EntryNotFound,
     InodeStale,
     KvfsError,
     LimitExceeded,
-    NamespaceError,
     NameTooLong,
     NotPermitted,
     NotSupported,
@@ -181,7 +179,7 @@ class Filesystem:
         )
         if changes.size is None and inode not in self._files:
             epoch = self._backend.epoch
-            return self._tell(await self._backend.repeat(request), epoch)
+            return self._tell(await self._backend.call(request), epoch)
         async with self._held(inode) as file:
             await file.change(request)
             if changes.size is not None:
@@ -213,32 +211,20 @@ class Filesystem:
     ) -> Attr:
         _check_name(name)
         request = Make(parent, name, mode, caller.uid, caller.gid, rdev, target)
-        # Not repeated after a lost answer: a name that exists then may be somebody else's, and
-        # programs use mkdir and O_EXCL as locks.
         epoch = self._backend.epoch
         return self._tell(await self._backend.call(request), epoch, parent)
 
     async def link(self, inode: int, parent: int, name: bytes) -> Attr:
         _check_name(name)
-
-        async def done_before(error: NamespaceError) -> Attr:
-            found: Attr = await self._backend.call(Lookup(parent, name))
-            if found.inode != inode:
-                raise error
-            return found
-
-        attr = await self._backend.settle(Link(inode, parent, name), done_before)
-        return self._changed_by_name(attr)
+        return self._changed_by_name(await self._backend.call(Link(inode, parent, name)))
 
     async def unlink(self, parent: int, name: bytes) -> None:
         _check_name(name)
-        attr = await self._backend.settle(Unlink(parent, name), _is_gone)
-        if attr is not None:
-            self._changed_by_name(attr)
+        self._changed_by_name(await self._backend.call(Unlink(parent, name)))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         _check_name(name)
-        await self._backend.settle(Rmdir(parent, name), _is_gone)
+        await self._backend.call(Rmdir(parent, name))
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
@@ -246,14 +232,7 @@ class Filesystem:
         """``flags`` as in renameat2."""
         _check_name(name)
         _check_name(new_name)
-
-        async def done_before(error: NamespaceError) -> None:
-            # The kernel had just seen the old name: gone, and the new one there, means done.
-            if flags or not isinstance(error, EntryNotFound):
-                raise error
-            await self._backend.call(Lookup(new_parent, new_name))
-
-        await self._backend.settle(Rename(parent, name, new_parent, new_name, flags), done_before)
+        await self._backend.call(Rename(parent, name, new_parent, new_name, flags))
 
     def _changed_by_name(self, attr: Attr) -> Attr:
         """Link counts of open files follow."""
@@ -278,9 +257,8 @@ class Filesystem:
         self._check_room()
         mode = stat.S_IFREG | stat.S_IMODE(mode)
         request = Make(parent, name, mode, caller.uid, caller.gid, open=True)
-        call = self._backend.call if flags & os.O_EXCL else self._backend.repeat
         try:
-            attr: Attr = await call(request)
+            attr: Attr = await self._backend.call(request)
         except EntryExists:
             if flags & os.O_EXCL:
                 raise
@@ -531,9 +509,3 @@ def _check_xattr_name(name: bytes) -> None:
 def _check_read_only(flags: int) -> None:
     if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
         raise NotPermitted(reason="a block is read-only")
-
-
-async def _is_gone(error: NamespaceError) -> None:
-    """The first attempt of a removal was carried out."""
-    if not isinstance(error, EntryNotFound):
-        raise error
