@@ -198,6 +198,15 @@ def test_another_format_version(tmp_path: Path) -> None:
         check(run(command, tmp_path), ExitCode.VERSION, "format 2")
 
 
+def test_a_server_that_is_not_there_is_passed_over(running: Cluster, tmp_path: Path) -> None:
+    target = f"unix:{tmp_path}/nobody,{running.endpoints()['metadata']}"
+    (tmp_path / "file").write_bytes(b"hello")
+    assert run("put", target, tmp_path / "file", "/passed-over").returncode == 0
+    assert run("cat", target, "/passed-over").stdout == b"hello"
+    assert run("rm", target, "/passed-over").returncode == 0
+    assert run("ls", f"{target},nowhere").returncode == ExitCode.USAGE
+
+
 def test_what_does_not_run(tmp_path: Path) -> None:
     (tmp_path / "kvfs.json").write_text('{"format": 1, "chunk_servers": 1}')
     for command in ("down", "status", "ls"):

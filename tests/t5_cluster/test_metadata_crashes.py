@@ -19,15 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
+from kvfs_base.os_env import os_env
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from kvfs_metadata.client import BlockingMetadataClient
+from kvfs_metadata.client import BlockingMetadataClient, MetadataClient
 from linearizability import check
 from metadata_checks import Dump, assert_consistent, problems
 from metadata_models import BlockPlayer, Blocks, NamePlayer, Names, Player, made_by
 from metadata_servers import Servers, Store, make_directory, make_namespace, running, store
-from t2_services.metadata_rig import ROOT, Rig
+from t2_services.metadata_rig import FILE, ROOT, Rig
 
 __all__ = ["store"]
 
@@ -157,6 +159,7 @@ def strike(servers: Servers, rng: random.Random) -> None:
     servers.start(number)
 
 
+@pytest.mark.timeout(600)
 def test_a_service_that_is_killed_under_load(tmp_path: Path, store: Store) -> None:
     rng = random.Random(SEED)
     pause = threading.Event()
@@ -173,6 +176,47 @@ def test_a_service_that_is_killed_under_load(tmp_path: Path, store: Store) -> No
         load.close()
     assert_consistent(store.url or str(servers.directory))
     load.check()
+
+
+def test_open_files_outlive_kills(tmp_path: Path, store: Store) -> None:
+    """Made open, unlinked at once, and used for as long as they are open."""
+    rng = random.Random(SEED)
+
+    async def test(servers: Servers) -> None:
+        session = rng.randbytes(16)
+        pause = trio.Event()
+        made = []
+
+        async def make(client: MetadataClient) -> None:
+            for number in itertools.count():
+                name = b"%d" % number
+                made.append((await client.call(m.Make(ROOT, name, FILE, open=True))).inode)
+                await client.call(m.Unlink(ROOT, name))
+                attr = await client.call(m.SetAttr(rng.choice(made), uid=number))
+                assert attr.nlink == 0
+                if pause.is_set():
+                    return
+
+        patient = MetadataClient(os_env(), servers.addresses, session=session, retry_seconds=60)
+        async with patient as client, trio.open_nursery() as nursery:
+            nursery.start_soon(make, client)
+            for _ in range(max(1, ROUNDS // 10)):
+                count = len(made) + rng.randint(1, MOVES_PER_ROUND)
+                with trio.fail_after(WAIT_SECONDS):
+                    while len(made) < count:
+                        await trio.sleep(0.001)
+                await trio.to_thread.run_sync(strike, servers, rng)
+            pause.set()
+            nursery.cancel_scope.deadline = trio.current_time() + WAIT_SECONDS
+        assert len(set(made)) == len(made)
+        if store.servers == 1:  # each server counts for itself
+            async with MetadataClient(os_env(), servers.addresses) as client:
+                figures = await client.call(m.Statistics())
+            assert figures["open_inodes"] == len(made)
+
+    with running(tmp_path, store) as servers:
+        trio.run(test, servers)
+    assert_consistent(store.url or str(servers.directory))
 
 
 # --- the checks themselves
