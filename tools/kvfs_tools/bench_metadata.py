@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import lmdb
 from rich.console import Console
 from rich.table import Table
 
@@ -230,6 +229,8 @@ class Bench:
 
     def _store_size(self, server: MetadataProcess, entries: int) -> None:
         size = os.stat(server.directory / "data.mdb").st_size
+        import lmdb
+
         # A second process may look on: it takes a reader's slot of its own.
         with lmdb.open(str(server.directory), readonly=True) as environment:
             stat = environment.stat()
@@ -295,6 +296,8 @@ class _LmdbPuts:
     """A bare environment that gets the records of a put, as many a transaction."""
 
     def __init__(self, path: Path) -> None:
+        import lmdb
+
         self._lmdb = lmdb.open(str(path), map_size=8 * GIB, sync=False, metasync=False)
         self._next = itertools.count()
 
