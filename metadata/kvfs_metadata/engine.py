@@ -95,7 +95,9 @@ class KVEngine(Protocol):
         and then forever: what a failed sync lost is unknown; StoreUnavailable."""
 
     def abandon(self, group: Group[T]) -> None:
-        """Nothing of the group will be written. Fine after a ``commit`` that raised."""
+        """Nothing of the group will be written, and what its functions changed beside the store is
+        taken back. Also to be called after a ``commit`` that raised: until then views of a shared
+        store may raise StoreUnavailable."""
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
         """``run`` and ``commit``."""

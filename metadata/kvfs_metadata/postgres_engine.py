@@ -9,7 +9,10 @@ Locks: ``_memory`` is held while what this process keeps beside the store (the l
 the cache, the state seen) is looked at or changed, so from the snapshot of a view to its end, and
 in ``run`` from when the row is locked to the last function. It is never held while the row is
 waited for. A commit of this process becomes visible to its own views before its answer arrives:
-its token is known as pending, so it is not taken for somebody else's.
+its token is known as pending, so it is not taken for somebody else's. From ``run`` on memory has
+what a group changed. If the row was lost (this process stood still, the database went down) others
+may commit although the group is neither written nor taken back: views then fail until it is, since
+memory can follow the others only from the state before the group.
 
 Round trips: ``view`` one, ``run`` one, ``commit`` one, and one for each question that the cache
 cannot answer.
@@ -244,6 +247,7 @@ class PostgresEngine:
         self._cache = ValueCache(cache_bytes)
         self._seen: State | None = None
         self._turn: Head | None = None
+        self._undecided = False
         self._pending: State | None = None
         self._pending_seen = False
         try:
@@ -306,6 +310,8 @@ class PostgresEngine:
             self._seen = head.state
             return
         steps = self._steps(entries)
+        if self._undecided and (steps is None or (steps and steps[0].state != self._pending)):
+            raise StoreUnavailable(detail="a group lost its turn and is not taken back yet")
         if steps is None:
             self._reload(head, read)
             return
@@ -317,7 +323,8 @@ class PostgresEngine:
             if not own and self._listener is not None:
                 self._listener(read, entry.writes)
             self._seen = entry.state
-            self._pending_seen |= own
+            if own:
+                self._pending_seen, self._undecided = True, False
 
     def _steps(self, entries: list[Entry]) -> list[Step] | None:
         """What was committed since the state seen, or None if the log does not tell: it was cut,
@@ -354,15 +361,17 @@ class PostgresEngine:
     # --- writing
 
     def run(self, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
+        self._undecided = False  # whoever begins another group is done with the one before
         try:
             head, entries = self._take_turn()
             with self._memory:
                 reads = Reads(self._writer, self._cache)
                 self._catch_up(head, entries, reads)
                 group = run_group(reads, fns)
+                self._undecided = True
             reads.check()
         except BaseException:
-            self._writer.end()
+            self.abandon(None)
             raise
         self._turn = head
         return group
@@ -385,7 +394,7 @@ class PostgresEngine:
     def commit(self, group: Group[T]) -> None:
         turn, self._turn = self._turn, None
         if not group.writes:
-            self._writer.end()
+            self.abandon(group)
             return
         if turn is None:
             raise InternalError(detail="a commit without a run")
@@ -401,7 +410,7 @@ class PostgresEngine:
             self._done_with_pending()
             raise
         with self._memory:
-            self._pending = None
+            self._pending, self._undecided = None, False
             if self._seen == turn.state:
                 self._cache.apply(group.writes, own=True)
                 self._seen = made
@@ -466,13 +475,19 @@ class PostgresEngine:
             self._pending = None
             return self._pending_seen
 
-    def abandon(self, group: Group[T]) -> None:
+    def abandon(self, group: Group[T] | None) -> None:
         self._turn = None
         self._writer.end()
+        with self._memory:
+            self._undecided = False
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
         group = self.run(fns)
-        self.commit(group)
+        try:
+            self.commit(group)
+        except BaseException:
+            self.abandon(group)
+            raise
         return group.results
 
     # --- the rest

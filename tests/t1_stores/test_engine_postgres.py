@@ -349,6 +349,38 @@ def test_a_commit_whose_connection_is_gone_did_not_happen(
     assert get(engines(), b"counter") == b"2"
 
 
+def test_others_are_followed_only_once_a_lost_group_is_taken_back(
+    engines: Callable[..., PostgresEngine], postgres_server: PostgresServer, postgres_url: str
+) -> None:
+    """Its functions changed memory: what others did since would be applied to the wrong state."""
+    engine, other = engines(), engines()
+    follower = Follower(engine)
+    group = engine.run([increment])
+    terminate(postgres_server, postgres_url)
+    assert get(engine, b"counter") is None, "nobody committed"
+    other.update([increment, increment])
+    with pytest.raises(StoreUnavailable):
+        follower.store()
+    with pytest.raises(Conflict):
+        engine.commit(group)
+    with pytest.raises(StoreUnavailable):
+        follower.store()
+    assert follower.heard == []
+    engine.abandon(group)
+    assert follower.store() == {b"counter": b"2"} == follower.state
+    # The same where the store cannot tell what happened.
+    group = engine.run([increment])
+    terminate(postgres_server, postgres_url)
+    other.update([put(big=bytes(9_000_000))])
+    with pytest.raises(StoreUnavailable):
+        follower.store()
+    with pytest.raises(Conflict):
+        engine.commit(group)
+    engine.abandon(group)
+    assert follower.store() == follower.state
+    assert len(follower.state) == 2
+
+
 @pytest.mark.parametrize("answered", [False, True], ids=["request lost", "answer lost"])
 def test_a_commit_without_an_answer_is_looked_up(
     engines: Callable[..., PostgresEngine], postgres_url: str, answered: bool
@@ -592,6 +624,7 @@ def test_a_database_that_does_not_answer_is_given_up(
             engine.view(lambda read: None)
     finally:
         postgres_server.resume()
+    engine.abandon(group)
     # Whether the commit happened was unknown. It is one or the other, and known now.
     number = int(get(engine, b"counter") or b"0")
     assert number in (1, 2)
