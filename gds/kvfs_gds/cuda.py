@@ -1,25 +1,25 @@
 """Copies between host memory and a paged KV cache on a CUDA device (cupy).
 
-Host memory is registered once (cudaHostRegister) and read by the kernel over PCIe: every warp keeps
+Host memory is registered (cudaHostRegister) and read by a kernel over PCIe: every warp keeps
 8 x 512 bytes in flight, so few multiprocessors fill the link (55 GB/s x 2 us latency is 110 KB) and
 the rest go on computing. A loop of cudaMemcpyAsync reaches a third of the link at 64 KiB pieces;
-this kernel does not care about the size of a piece from 4 KiB up.
+this kernel does not care about the size of a piece from 4 KiB up. Large contiguous pieces go
+through the copy engine, which costs no multiprocessor at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import threading
 from typing import Any
 
 import cupy
 import numpy as np
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import MIB
-from kvfs_gds.paged import HostMemory, PagedLayout, Transfer
-
-log = logging.getLogger(__name__)
+from kvfs_base.limits import KIB, MIB
+from kvfs_gds.device import Event
+from kvfs_gds.paged import HostMemory, Int64s, Transfer
 
 REGISTER_SLICE_BYTES = 256 * MIB
 """One cudaHostRegister call pins this much: 0.05-0.2 s/GiB, in steps that do not stall for long."""
@@ -31,14 +31,24 @@ REGISTER_READ_ONLY = 8
 UNIT_BYTES = 4096
 """What one warp copies at a time: 8 vectors of 16 bytes a lane."""
 
+ENGINE_PIECE_BYTES = 256 * KIB
+"""Pieces below this are never looked at for runs: there would be too many to look at."""
+
+ENGINE_RUN_BYTES = 4 * MIB
+"""Contiguous runs of this size and more go through the copy engine: from there on a loop of
+cudaMemcpyAsync reaches more of the link than the kernel (docs/results/h100-loader.json)."""
+
+GRID_BLOCKS = 16
+GRID_THREADS = 512
+
 _SOURCE = r"""
 // One warp a unit. Units of a piece are adjacent and pieces follow the host block's order, so reads
 // over PCIe are sequential; where they land does not matter to HBM at 512 bytes and more.
 extern "C" __global__ void paged_copy(
     char* __restrict__ host, const long long* __restrict__ offsets,
-    const long long* __restrict__ bases, const int* __restrict__ pages, long long units,
-    int units_per_piece, int pages_per_block, int first_fragment, int fragments,
-    long long piece_bytes, long long page_stride, int store)
+    const long long* __restrict__ bases, const long long* __restrict__ strides,
+    const int* __restrict__ pages, long long units, int units_per_piece, int pages_per_block,
+    int first_fragment, int fragments, long long piece_bytes, int store)
 {
     const int lane = threadIdx.x & 31;
     const long long warps = (long long)gridDim.x * (blockDim.x >> 5);
@@ -53,7 +63,7 @@ extern "C" __global__ void paged_copy(
         char* near = host + offsets[block]
             + ((long long)fragment * pages_per_block + page_index) * piece_bytes + at;
         char* far = (char*)bases[fragment]
-            + (long long)pages[block * pages_per_block + page_index] * page_stride + at;
+            + (long long)pages[block * pages_per_block + page_index] * strides[fragment] + at;
         const uint4* from = (const uint4*)(store ? far : near);
         uint4* to = (uint4*)(store ? near : far);
         const long long left = piece_bytes - at;
@@ -73,93 +83,264 @@ extern "C" __global__ void paged_copy(
 
 
 class Registration:
-    """Host memory that this process's CUDA context may use, until ``close``."""
+    """Host memory that every CUDA context of this process may use, until ``close``: portable,
+    mapped, and registered in slices as copies touch them. Nothing waits for an arena of hundreds of
+    GiB to be pinned, and pages that hold no block are never allocated. Thread-safe."""
 
     def __init__(self, memory: HostMemory) -> None:
         self.memory = memory
-        self._slices: list[int] = []
-        flags = REGISTER_PORTABLE | REGISTER_MAPPED
-        flags |= REGISTER_READ_ONLY if memory.read_only else 0
-        try:
-            for start in range(0, memory.nbytes, REGISTER_SLICE_BYTES):
-                size = min(REGISTER_SLICE_BYTES, memory.nbytes - start)
-                cupy.cuda.runtime.hostRegister(memory.address + start, size, flags)
-                self._slices.append(memory.address + start)
-        except cupy.cuda.runtime.CUDARuntimeError as exc:
-            self.close()
-            raise InvalidRequest(detail=f"cudaHostRegister: {exc}") from exc
+        self._flags = REGISTER_PORTABLE | REGISTER_MAPPED
+        self._flags |= REGISTER_READ_ONLY if memory.read_only else 0
+        self._lock = threading.Lock()
+        self._slices: dict[int, int] = {}
+        """Address by slice number."""
+
+    @property
+    def registered_bytes(self) -> int:
+        """Pinned so far."""
+        return sum(self._size(number) for number in list(self._slices))
+
+    def ensure(self, transfer: Transfer) -> None:
+        """As Registered.ensure."""
+        if not len(transfer.offsets):
+            return
+        first = transfer.offsets // REGISTER_SLICE_BYTES
+        last = (transfer.offsets + transfer.block_bytes - 1) // REGISTER_SLICE_BYTES
+        numbers = {
+            n
+            for a, b in {*zip(first.tolist(), last.tolist(), strict=True)}
+            for n in range(a, b + 1)
+        }
+        self._register(sorted(numbers))
+
+    def register_all(self) -> None:
+        """Everything at once: 0.2 s/GiB now, and no copy waits for it later."""
+        self._register(list(range(-(-self.memory.nbytes // REGISTER_SLICE_BYTES))))
+
+    def _size(self, number: int) -> int:
+        return min(REGISTER_SLICE_BYTES, self.memory.nbytes - number * REGISTER_SLICE_BYTES)
+
+    def _register(self, numbers: list[int]) -> None:
+        with self._lock:
+            for number in numbers:
+                if number in self._slices:
+                    continue
+                address = self.memory.address + number * REGISTER_SLICE_BYTES
+                try:
+                    cupy.cuda.runtime.hostRegister(address, self._size(number), self._flags)
+                except cupy.cuda.runtime.CUDARuntimeError as exc:
+                    raise InvalidRequest(detail=f"cudaHostRegister: {exc}") from exc
+                self._slices[number] = address
 
     def close(self) -> None:
-        for address in self._slices:
-            cupy.cuda.runtime.hostUnregister(address)
-        self._slices.clear()
+        with self._lock:
+            for address in self._slices.values():
+                cupy.cuda.runtime.hostUnregister(address)
+            self._slices.clear()
+
+
+_shared: dict[tuple[int, int], tuple[Registration, int]] = {}
+_shared_lock = threading.Lock()
+"""Memory may be registered once a process: loaders and GPUs use the same registration."""
+
+
+class SharedRegistration:
+    """A Registration that lasts as long as somebody uses it."""
+
+    def __init__(self, memory: HostMemory) -> None:
+        self._name = (memory.address, memory.nbytes)
+        with _shared_lock:
+            found, users = _shared.get(self._name) or (Registration(memory), 0)
+            _shared[self._name] = found, users + 1
+        self.registration = found
+        self.ensure = found.ensure
+        self._closed = False
+
+    @property
+    def registered_bytes(self) -> int:
+        return self.registration.registered_bytes
+
+    def close(self) -> None:
+        with _shared_lock:
+            if self._closed:
+                return
+            self._closed = True
+            users = _shared[self._name][1] - 1
+            if users:
+                _shared[self._name] = self.registration, users
+                return
+            del _shared[self._name]
+        self.registration.close()
+
+
+class DeviceMemory:
+    """Memory of the GPU in the place of registered host memory (what cuFile reads into)."""
+
+    registered_bytes = 0
+
+    def ensure(self, transfer: Transfer) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A transfer's tables on the device."""
+class Plan:
+    """A transfer and its tables on the device: offsets, bases, strides, pages."""
 
-    offsets: Any
-    pages: Any
-    bases: Any
+    transfer: Transfer
+    tables: Any
+    """Owns the memory that the four addresses point into."""
+    offsets: int
+    bases: int
+    strides: int
+    pages: int
 
 
-class CudaCopier:
-    """Paged copies on one device. ``blocks`` x ``threads`` is the persistent grid; the default
-    leaves three quarters of an H100's multiprocessors alone."""
+class CudaEvent:
+    """Made without timing, and its waiters sleep: a waiting thread costs no core."""
 
-    def __init__(self, device: int = 0, *, blocks: int = 32, threads: int = 512) -> None:
-        self.device = cupy.cuda.Device(device)
+    def __init__(self, device: Any, stream: Any) -> None:
+        with device:
+            self._event = cupy.cuda.Event(block=True, disable_timing=True)
+            self._event.record(stream)
+        self.ptr = self._event.ptr
+
+    def done(self) -> bool:
+        return bool(self._event.done)
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+
+class CudaDevice:
+    """One GPU. ``blocks`` x ``threads`` is the persistent grid of the copy kernel: the default
+    fills the link and leaves seven eighths of an H100's multiprocessors alone."""
+
+    def __init__(
+        self, number: int = 0, *, blocks: int = GRID_BLOCKS, threads: int = GRID_THREADS
+    ) -> None:
+        self.name = f"cuda:{number}"
+        self.device = cupy.cuda.Device(number)
         self._grid = (blocks,)
         self._threads = (threads,)
+        self._upload_lock = threading.Lock()
         with self.device:
             self._kernel = cupy.RawKernel(_SOURCE, "paged_copy")
-        self._bases: dict[PagedLayout, Any] = {}
+            self._uploads = cupy.cuda.Stream(non_blocking=True)
 
-    def plan(self, transfer: Transfer, stream: Any) -> _Plan:
-        """Uploads the tables of a transfer; one plan serves all its layers."""
-        with self.device, stream:
-            bases = self._bases.get(transfer.layout)
-            if bases is None:
-                bases = cupy.asarray(np.array(transfer.layout.bases, dtype=np.int64))
-                stream.synchronize()  # other streams will use it without asking
-                self._bases[transfer.layout] = bases
-            return _Plan(cupy.asarray(transfer.offsets), cupy.asarray(transfer.pages), bases)
+    def register(self, memory: HostMemory) -> SharedRegistration | DeviceMemory:
+        return DeviceMemory() if memory.on_device else SharedRegistration(memory)
+
+    def stream(self, *, urgent: bool) -> Any:
+        with self.device:
+            return cupy.cuda.Stream(non_blocking=True, priority=-1 if urgent else 0)
+
+    def wrap(self, stream: Any) -> Any:
+        pointer = getattr(stream, "cuda_stream", None)
+        if pointer is None:
+            pointer = getattr(stream, "ptr", stream)
+        if not isinstance(pointer, int):
+            raise InvalidRequest(detail=f"not a CUDA stream: {type(stream).__name__}")
+        return cupy.cuda.ExternalStream(pointer, self.device.id)
+
+    def plan(self, transfer: Transfer) -> Plan:
+        """Uploads the tables, on a stream of their own: a copy from pageable memory waits for what
+        is queued before it, which may be a long load."""
+        layout = transfer.layout
+        parts: list[Any] = [
+            np.ascontiguousarray(transfer.offsets, dtype=np.int64),
+            np.array(layout.bases, dtype=np.int64),
+            np.array(layout.strides, dtype=np.int64),
+            np.ascontiguousarray(transfer.pages, dtype=np.int32),
+        ]
+        packed = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
+        with self._upload_lock, self.device, self._uploads:
+            tables = cupy.asarray(packed)
+            self._uploads.synchronize()
+        starts = np.cumsum([0, *(part.nbytes for part in parts[:-1])])
+        addresses = [int(tables.data.ptr) + int(start) for start in starts]
+        return Plan(transfer, tables, *addresses)
 
     def copy(
+        self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool = False
+    ) -> None:
+        """As Device.copy. The host memory must be registered, and stay so until it has happened."""
+        transfer = plan.transfer
+        if not len(transfer.offsets) or first_layer == end_layer:
+            return
+        if transfer.layout.piece_bytes >= ENGINE_PIECE_BYTES:
+            near, far, sizes = transfer.runs(first_layer, end_layer)
+            if int(sizes.mean()) >= ENGINE_RUN_BYTES:
+                self._copy_runs(transfer.host, near, far, sizes, stream, store=store)
+                return
+        self._copy_pieces(plan, first_layer, end_layer, stream, store=store)
+
+    def _copy_runs(
         self,
-        transfer: Transfer,
-        plan: _Plan,
-        first_layer: int,
-        end_layer: int,
+        host: HostMemory,
+        near: Int64s,
+        far: Int64s,
+        sizes: Int64s,
         stream: Any,
         *,
-        store: bool = False,
+        store: bool,
     ) -> None:
-        """Queues the copy of some layers on ``stream``. The host memory must be registered, and
-        stay so until the stream has done it."""
+        """By the copy engine, a call for each run, and none across two registrations: the engine
+        takes no copy that begins in one and ends in another."""
+        memcpy = cupy.cuda.runtime.memcpyAsync
+        kind = 3 if host.on_device else 2 if store else 1  # cudaMemcpyKind
+        with self.device:
+            for a, b, size in zip(near.tolist(), far.tolist(), sizes.tolist(), strict=True):
+                done = 0
+                while done < size:
+                    seam = REGISTER_SLICE_BYTES - (a + done - host.address) % REGISTER_SLICE_BYTES
+                    step = min(size - done, seam)
+                    pair = (a + done, b + done) if store else (b + done, a + done)
+                    memcpy(*pair, step, kind, stream.ptr)
+                    done += step
+
+    def _copy_pieces(
+        self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool
+    ) -> None:
+        transfer = plan.transfer
         layout = transfer.layout
         fragments = (end_layer - first_layer) * layout.fragments_per_layer
         units_per_piece = -(-layout.piece_bytes // UNIT_BYTES)
         units = len(transfer.offsets) * fragments * transfer.pages_per_block * units_per_piece
-        if not units:
-            return
         with self.device, stream:
             self._kernel(
                 self._grid,
                 self._threads,
                 (
                     np.uint64(transfer.host.address),
-                    plan.offsets,
-                    plan.bases,
-                    plan.pages,
+                    np.uint64(plan.offsets),
+                    np.uint64(plan.bases),
+                    np.uint64(plan.strides),
+                    np.uint64(plan.pages),
                     np.int64(units),
                     np.int32(units_per_piece),
                     np.int32(transfer.pages_per_block),
                     np.int32(first_layer * layout.fragments_per_layer),
                     np.int32(fragments),
                     np.int64(layout.piece_bytes),
-                    np.int64(layout.page_stride_bytes),
                     np.int32(store),
                 ),
             )
+
+    def record(self, stream: Any) -> CudaEvent:
+        return CudaEvent(self.device, stream)
+
+    def wait_for(self, stream: Any, event: Event) -> None:
+        if isinstance(event, CudaEvent):
+            with self.device:
+                cupy.cuda.runtime.streamWaitEvent(stream.ptr, event.ptr)
+        else:
+            event.wait()
+
+    def close_stream(self, stream: Any) -> None:
+        stream.synchronize()
+
+
+__all__ = ["CudaDevice", "CudaEvent", "DeviceMemory", "Plan", "Registration"]

@@ -1,16 +1,17 @@
 """Paged KV caches: where the pieces of a stored block lie on a device, and copies on the CPU.
 
 A stored block is a row of *fragments*, end to end: layer by layer, K then V (MLA has one fragment a
-layer). A fragment covers the block's tokens, so it is one or several *pieces*, one for each page of
-the engine. Engines differ only in where a piece goes:
+layer, caches with the heads outermost one a head). A fragment covers the block's tokens: it is one
+or several *pieces*, one for each page of the engine. Engines differ only in where a piece goes:
 
-    address(fragment, page) = bases[fragment] + page * page_stride_bytes
+    address(fragment, page) = bases[fragment] + page * strides[fragment]
 """
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,13 +29,15 @@ Int32s = npt.NDArray[np.int32]
 
 @dataclasses.dataclass(frozen=True)
 class HostMemory:
-    """A range of this process's memory: an arena mapping, a staging area, a pinned buffer."""
+    """A range of memory with blocks in it: an arena mapping, a staging area, a pinned buffer."""
 
     address: int
     nbytes: int
     read_only: bool = False
     owner: Any = None
     """Kept alive as long as this object is."""
+    on_device: bool = False
+    """It is the device's own memory, which needs no registration."""
 
     @classmethod
     def of(cls, buffer: Any) -> HostMemory:
@@ -44,8 +47,8 @@ class HostMemory:
 
 
 def _strided(tensor: Any) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
-    """(address, shape, strides in bytes, item size) of a torch, cupy or numpy array, on any
-    device."""
+    """(address, shape, strides in bytes, item size) of a torch, cupy or numpy array, or of anything
+    that speaks DLPack, on any device."""
     if hasattr(tensor, "data_ptr"):
         item = int(tensor.element_size())
         strides = tuple(int(s) * item for s in tensor.stride())
@@ -53,9 +56,27 @@ def _strided(tensor: Any) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
     interface = getattr(tensor, "__cuda_array_interface__", None) or getattr(
         tensor, "__array_interface__", None
     )
-    if interface is None:
+    if interface is not None:
+        return (
+            int(interface["data"][0]),
+            tuple(tensor.shape),
+            tuple(tensor.strides),
+            tensor.itemsize,
+        )
+    if not hasattr(tensor, "__dlpack__"):
         raise InvalidRequest(detail=f"not a tensor: {type(tensor).__name__}")
-    return int(interface["data"][0]), tuple(tensor.shape), tuple(tensor.strides), tensor.itemsize
+    return _strided(_from_dlpack(tensor))
+
+
+_DLPACK_CPU = 1
+
+
+def _from_dlpack(tensor: Any) -> Any:
+    if int(tensor.__dlpack_device__()[0]) == _DLPACK_CPU:
+        return np.from_dlpack(tensor)
+    import cupy
+
+    return cupy.from_dlpack(tensor)
 
 
 def _inner_bytes(shape: Sequence[int], strides: Sequence[int], item: int) -> int:
@@ -70,22 +91,25 @@ def _inner_bytes(shape: Sequence[int], strides: Sequence[int], item: int) -> int
 
 @dataclasses.dataclass(frozen=True)
 class PagedLayout:
-    """Addresses of a paged KV cache. ``bases`` has one address a fragment, layer by layer with
-    ``fragments_per_layer`` each; ``num_pages`` bounds the page numbers."""
+    """Addresses of a paged KV cache. ``bases`` and ``strides`` have one entry a fragment, layer by
+    layer with ``fragments_per_layer`` each; ``num_pages`` bounds the page numbers. Whoever holds a
+    layout keeps the tensors alive: it knows addresses only."""
 
     bases: tuple[int, ...]
-    page_stride_bytes: int
+    strides: tuple[int, ...]
     piece_bytes: int
     num_pages: int
     fragments_per_layer: int = 2
 
     def __post_init__(self) -> None:
-        numbers = (self.piece_bytes, self.page_stride_bytes, *self.bases)
+        numbers = (self.piece_bytes, *self.strides, *self.bases)
         if not self.bases or self.piece_bytes <= 0 or self.num_pages <= 0:
             raise InvalidRequest(detail="empty paged layout")
+        if len(self.strides) != len(self.bases):
+            raise InvalidRequest(detail="one stride a fragment")
         if any(n % VECTOR_BYTES for n in numbers):
             raise InvalidRequest(detail=f"addresses must be multiples of {VECTOR_BYTES}")
-        if self.piece_bytes > self.page_stride_bytes and self.num_pages > 1:
+        if self.piece_bytes > min(self.strides) and self.num_pages > 1:
             raise InvalidRequest(detail="pages overlap")
         if len(self.bases) % self.fragments_per_layer:
             raise InvalidRequest(detail="fragments do not make whole layers")
@@ -114,8 +138,8 @@ class PagedLayout:
 
     @classmethod
     def sglang(cls, k: Sequence[Any], v: Sequence[Any], page_tokens: int) -> PagedLayout:
-        """Token pools [tokens, heads, dim], one K and one V tensor a layer; page ``p`` is tokens
-        ``p * page_tokens`` and on."""
+        """SGLang's pools, layer_first: [tokens, heads, dim], one K and one V tensor a layer; page
+        ``p`` is tokens ``p * page_tokens`` and on."""
         bases: list[int] = []
         shapes = set()
         for tensor in (t for pair in zip(k, v, strict=True) for t in pair):
@@ -126,7 +150,57 @@ class PagedLayout:
             bases.append(address)
             shapes.add((page_tokens * token_bytes, shape[0] // page_tokens))
         piece, pages = _only(shapes)
-        return cls(tuple(bases), piece, piece, pages, 2)
+        return cls(tuple(bases), (piece,) * len(bases), piece, pages, 2)
+
+    @classmethod
+    def sglang_page_first(cls, k: Any, v: Any) -> PagedLayout:
+        """SGLang's pools with the layers inside: K and V of [pages, layers, page_tokens, heads,
+        dim] (page_first_direct), or of [tokens, layers, heads, dim] (page_first), where a token is
+        a page (``token_table``)."""
+        bases: list[int] = []
+        shapes = set()
+        per_tensor = []
+        for tensor in (k, v):
+            address, shape, strides, item = _strided(tensor)
+            piece = _inner_bytes(shape[2:], strides[2:], item)
+            per_tensor.append((address, strides[1]))
+            shapes.add((strides[0], piece, shape[0], shape[1]))
+        stride, piece, pages, layers = _only(shapes)
+        for layer in range(layers):
+            bases += [address + layer * step for address, step in per_tensor]
+        return cls(tuple(bases), (stride,) * len(bases), piece, pages, 2)
+
+    @classmethod
+    def heads_first(cls, layers: Sequence[tuple[Any, Any]], page_tokens: int) -> PagedLayout:
+        """Two tensors a layer, [1, heads, tokens, dim], as in the caches of transformers; page
+        ``p`` is tokens ``p * page_tokens`` and on. The two may differ in heads and dim (MLA: latent
+        and rotary part): then a piece is the largest size that divides both."""
+        found = [_strided(tensor) for pair in layers for tensor in pair]
+        rows = []
+        for _, shape, strides, item in found:
+            row = _inner_bytes(shape[3:], strides[3:], item)
+            if len(shape) != 4 or shape[0] != 1 or (shape[2] > 1 and strides[2] != row):
+                raise InvalidRequest(detail=f"not [1, heads, tokens, dim]: {shape}, {strides}")
+            rows.append(row * page_tokens)
+        piece = math.gcd(*rows)
+        bases: list[int] = []
+        steps: list[int] = []
+        for (address, shape, strides, _), row in zip(found, rows, strict=True):
+            for head in range(shape[1]):
+                bases += range(
+                    address + head * strides[1], address + head * strides[1] + row, piece
+                )
+                steps += [row] * (row // piece)
+        pages = _only({shape[2] // page_tokens for _, shape, _, _ in found})
+        return cls(tuple(bases), tuple(steps), piece, pages, len(bases) // len(layers))
+
+    @classmethod
+    def rows(cls, tensor: Any) -> PagedLayout:
+        """One contiguous tensor, [blocks, ...]: block ``i`` is its row ``i``, in the order in which
+        it was stored. There are no layers to wait for: all of it is one."""
+        address, shape, strides, item = _strided(tensor)
+        row = _inner_bytes(shape[1:], strides[1:], item)
+        return cls((address,), (strides[0],), row, shape[0], 1)
 
     @classmethod
     def _of(cls, tensors: Sequence[tuple[Any, int | None, int]]) -> PagedLayout:
@@ -143,7 +217,13 @@ class PagedLayout:
                 bases.append(address + strides[kv_axis])
             shapes.add((strides[page_axis], piece, shape[page_axis], outer))
         stride, piece, pages, per_layer = _only(shapes)
-        return cls(tuple(bases), stride, piece, pages, per_layer)
+        return cls(tuple(bases), (stride,) * len(bases), piece, pages, per_layer)
+
+
+def token_table(pages: Int32s, page_tokens: int) -> Int32s:
+    """[blocks, pages] as [blocks, tokens]: for layouts where a token is a page."""
+    tokens = pages[..., None] * page_tokens + np.arange(page_tokens, dtype=np.int32)
+    return tokens.reshape(len(pages), -1).astype(np.int32)
 
 
 def _only(shapes: set[Any]) -> Any:
@@ -188,6 +268,29 @@ class Transfer:
     def nbytes(self) -> int:
         return self.block_bytes * len(self.offsets)
 
+    def addresses(self, first_layer: int, end_layer: int) -> tuple[Int64s, Int64s]:
+        """(host, device) address of every piece of some layers, in the order of the host blocks:
+        what a copy engine is given."""
+        layout = self.layout
+        fragments = np.arange(
+            first_layer * layout.fragments_per_layer, end_layer * layout.fragments_per_layer
+        )
+        places = fragments[:, None] * self.pages_per_block + np.arange(self.pages_per_block)
+        near = self.host.address + self.offsets[:, None, None] + places * layout.piece_bytes
+        bases = np.array(layout.bases, dtype=np.int64)[fragments]
+        strides = np.array(layout.strides, dtype=np.int64)[fragments]
+        far = bases[:, None] + self.pages[:, None, :].astype(np.int64) * strides[:, None]
+        return near.ravel(), far.ravel()
+
+    def runs(self, first_layer: int, end_layer: int) -> tuple[Int64s, Int64s, Int64s]:
+        """(host address, device address, bytes) of what is contiguous on both sides."""
+        near, far = self.addresses(first_layer, end_layer)
+        piece = self.layout.piece_bytes
+        breaks = np.flatnonzero((np.diff(near) != piece) | (np.diff(far) != piece)) + 1
+        starts = np.concatenate([[0], breaks]).astype(np.int64)
+        ends = np.concatenate([breaks, [len(near)]]).astype(np.int64)
+        return near[starts], far[starts], (ends - starts) * piece
+
 
 def copy_on_cpu(transfer: Transfer, first_layer: int, end_layer: int, *, store: bool) -> None:
     """The same copies as the GPU kernel's, by memmove: for engines on the CPU and for tests.
@@ -203,6 +306,6 @@ def copy_on_cpu(transfer: Transfer, first_layer: int, end_layer: int, *, store: 
         for fragment in fragments:
             near = block + fragment * fragment_bytes
             for page in pages:
-                far = layout.bases[fragment] + page * layout.page_stride_bytes
+                far = layout.bases[fragment] + page * layout.strides[fragment]
                 ctypes.memmove(near if store else far, far if store else near, piece)
                 near += piece

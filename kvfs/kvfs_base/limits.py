@@ -378,3 +378,32 @@ FILE_RETRY_PAUSE_SECONDS = 0.1
 SEAL_CHUNKS_PER_REQUEST = 32
 """512 MiB to checksum: 0.1 s from the page cache, a few seconds from a slow disk, well within
 CALL_SECONDS."""
+
+# --- GPU loader
+
+LOADER_GROUP_BYTES = 64 * MIB
+"""What a load asks its source for at first: about 1 ms of the link, 10 ms of a fast disk. While
+groups come faster than the link takes them the next one is four times as large."""
+
+LOADER_GROUP_GROWTH = 4
+
+LOADER_QUEUED_BYTES = 128 * MIB
+"""Copies of whole blocks that a load queues ahead (2.4 ms at 55 GB/s): enough to keep the link busy
+while the rest is being fetched, and soon over when the rest can go layer by layer."""
+
+LOADER_FETCH_THREADS = 3
+"""Requests to the source in flight: one is answered while the next one waits for the disk."""
+
+LOADER_JOBS_MAX = 4096
+"""Loads and stores that one loader has accepted and not finished; about 1 KiB each."""
+
+LOADER_WINDOW_SHARE = 2
+"""A load holds at most this fraction (1/2) of the arena or ring leased at a time."""
+
+RING_BYTES = 512 * MIB
+"""Pinned memory of a loader's stores by default: eight groups."""
+
+READ_THREADS = 16
+"""O_DIRECT reads that a file source has in flight; each takes READ_BYTES at a time."""
+
+READ_BYTES = 4 * MIB

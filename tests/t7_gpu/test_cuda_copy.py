@@ -21,15 +21,17 @@ try:
 except cupy.cuda.runtime.CUDARuntimeError:
     pytest.skip("no CUDA driver", allow_module_level=True)
 
-from kvfs_gds.cuda import REGISTER_SLICE_BYTES, CudaCopier, Registration  # noqa: E402
+from kvfs_gds.cuda import REGISTER_SLICE_BYTES, CudaDevice, Registration  # noqa: E402
+from kvfs_gds.device import open_device  # noqa: E402
 
 POISON = 0xA5
+KINDS = ["vllm", "flashinfer", "mla", "sglang", "page_first", "heads_first"]
 LAYERS, PAGES = 3, 64
 
 
 @pytest.fixture(scope="module")
-def copier() -> CudaCopier:
-    return CudaCopier()
+def copier() -> CudaDevice:
+    return CudaDevice()
 
 
 @pytest.fixture
@@ -61,15 +63,21 @@ def tensors(kind: str, piece: int, on: Any) -> tuple[PagedLayout, list[Any]]:
     if kind == "mla":
         ts = [full(PAGES, piece) for _ in range(LAYERS)]
         return PagedLayout.mla(ts), ts
+    if kind == "page_first":
+        ts = [full(PAGES, LAYERS, piece) for _ in "kv"]
+        return PagedLayout.sglang_page_first(*ts), ts
+    if kind == "heads_first":
+        ts = [full(1, 2, PAGES * 2, piece // 2) for _ in range(2 * LAYERS)]
+        return PagedLayout.heads_first([*zip(ts[::2], ts[1::2], strict=True)], 2), ts
     ts = [full(PAGES * 2, piece // 2) for _ in range(2 * LAYERS)]
     return PagedLayout.sglang(ts[::2], ts[1::2], 2), ts
 
 
-@pytest.mark.parametrize("kind", ["vllm", "flashinfer", "mla", "sglang"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("piece", [32, 1152, 4096, 36864, 65536])
 @pytest.mark.parametrize("per_block", [1, 4])
 def test_load_and_store_agree_with_the_cpu(
-    copier: CudaCopier, arena: Any, kind: str, piece: int, per_block: int
+    copier: CudaDevice, arena: Any, kind: str, piece: int, per_block: int
 ) -> None:
     writable, reader = arena
     rng = np.random.default_rng(piece + per_block)
@@ -86,11 +94,12 @@ def test_load_and_store_agree_with_the_cpu(
     pages = rng.permutation(PAGES)[: len(slots) * per_block].astype(np.int32)
     pages = pages.reshape(len(slots), per_block)
     registration = Registration(reader)
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream = copier.stream(urgent=True)
     for first, end in ((1, 2), (0, LAYERS)):
         on_gpu = Transfer(reader, offsets, gpu_layout, pages)
-        plan = copier.plan(on_gpu, stream)
-        copier.copy(on_gpu, plan, first, end, stream)
+        registration.ensure(on_gpu)
+        plan = copier.plan(on_gpu)
+        copier.copy(plan, first, end, stream)
         copy_on_cpu(Transfer(reader, offsets, cpu_layout, pages), first, end, store=False)
         stream.synchronize()
         for a, b in zip(cpu, gpu, strict=True):
@@ -99,15 +108,76 @@ def test_load_and_store_agree_with_the_cpu(
 
     staging = np.full(size * len(slots), POISON, dtype=np.uint8)
     registration = Registration(HostMemory.of(staging))
+    registration.register_all()
+    assert registration.registered_bytes == staging.nbytes
     tight = np.arange(len(slots), dtype=np.int64) * size
     back = Transfer(HostMemory.of(staging), tight, gpu_layout, pages)
-    copier.copy(back, copier.plan(back, stream), 0, LAYERS, stream, store=True)
+    plan = copier.plan(back)
+    copier.copy(plan, 0, LAYERS, stream, store=True)
     stream.synchronize()
     for at, offset in zip(tight, offsets, strict=True):
         assert (staging[at : at + size] == writable[offset : offset + size]).all()
     registration.close()
 
 
+@pytest.mark.parametrize("store", [False, True])
+def test_long_runs_go_through_the_copy_engine(copier: CudaDevice, arena: Any, store: bool) -> None:
+    """Rows of 8 MiB, some of them neighbours, and one across the seam of two registrations."""
+    writable, reader = arena
+    row, rows = 8 << 20, 10
+    rng = np.random.default_rng(5)
+    tensor = cupy.asarray(rng.integers(0, 256, (rows, row), dtype=np.uint8))
+    host = np.full(REGISTER_SLICE_BYTES + (64 << 20), POISON, dtype=np.uint8)
+    memory = HostMemory.of(host) if store else reader
+    offsets = np.array([0, row, REGISTER_SLICE_BYTES - 4096, 3 * row], dtype=np.int64)
+    pages = np.array([[2], [3], [9], [0]], dtype=np.int32)
+    writable[: 4 * row] = rng.integers(0, 256, 4 * row, dtype=np.uint8)
+    writable[offsets[2] : offsets[2] + row] = rng.integers(0, 256, row, dtype=np.uint8)
+    before = tensor.get()
+    transfer = Transfer(memory, offsets, PagedLayout.rows(tensor), pages)
+    registration = copier.register(memory)
+    registration.ensure(transfer)
+    stream = copier.stream(urgent=False)
+    copier.copy(copier.plan(transfer), 0, 1, stream, store=store)
+    copier.record(stream).wait()
+    registration.close()
+    after = tensor.get()
+    for offset, page in zip(offsets, pages[:, 0], strict=True):
+        wanted = before[page] if store else writable[offset : offset + row]
+        assert ((host[offset : offset + row] if store else after[page]) == wanted).all()
+    if store:
+        assert (host[4 * row : 16 * row] == POISON).all()
+    else:
+        untouched = sorted(set(range(rows)) - set(pages[:, 0].tolist()))
+        assert (after[untouched] == before[untouched]).all()
+
+
+def test_one_registration_serves_everybody(copier: CudaDevice, arena: Any) -> None:
+    _, reader = arena
+    first, second = copier.register(reader), copier.register(reader)
+    layout = PagedLayout.mla([cupy.zeros((4, 4096), dtype=cupy.uint8)])
+    offsets, pages = np.array([0], dtype=np.int64), np.array([[0]], dtype=np.int32)
+    first.ensure(Transfer(reader, offsets, layout, pages))
+    assert second.registered_bytes == REGISTER_SLICE_BYTES
+    first.close()
+    first.close()
+    assert second.registered_bytes == REGISTER_SLICE_BYTES
+    second.close()
+
+
 def test_memory_that_cannot_be_registered_is_a_typed_error() -> None:
     with pytest.raises(InvalidRequest):
-        Registration(HostMemory(address=4096, nbytes=4096))
+        Registration(HostMemory(address=4096, nbytes=4096)).register_all()
+
+
+def test_streams_of_callers_are_taken(copier: CudaDevice) -> None:
+    stream = cupy.cuda.Stream(non_blocking=True)
+    assert copier.wrap(stream).ptr == stream.ptr
+    assert copier.wrap(stream.ptr).ptr == stream.ptr
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        mine = torch.cuda.Stream()
+        assert copier.wrap(mine).ptr == mine.cuda_stream
+    with pytest.raises(InvalidRequest):
+        copier.wrap("stream")
+    assert open_device("auto").name == "cuda:0"

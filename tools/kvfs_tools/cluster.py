@@ -3,6 +3,7 @@ run against is the same ``kvfs up`` that users run."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -29,13 +31,17 @@ class LocalCluster:
         arena_bytes: int = 0,
         capacity_bytes: int = 0,
         chunk_servers: int = 3,
+        mount: bool = True,
     ) -> None:
         root = Path(directory).absolute()
         self.directory = root / "data"
         self.mountpoint = root / "mnt"
         self._log_path = root / "up.log"
         self._argv = [sys.executable, "-m", "kvfs", "up", str(self.directory)]
-        self._argv += ["--mount", str(self.mountpoint), "--chunk-servers", str(chunk_servers)]
+        self._argv += ["--chunk-servers", str(chunk_servers)]
+        self._mount = mount
+        if mount:
+            self._argv += ["--mount", str(self.mountpoint)]
         if capacity_bytes:
             self._argv += ["--capacity", str(capacity_bytes)]
         if arena_bytes:
@@ -68,11 +74,23 @@ class LocalCluster:
             )
         deadline = time.monotonic() + START_SECONDS
         ready = self.directory / "run" / "endpoints.json"
-        while not (ready.exists() and os.path.ismount(self.mountpoint)):
+        while not (ready.exists() and (not self._mount or os.path.ismount(self.mountpoint))):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 raise ClusterFailed(self._log_path.read_text(errors="replace")[-2000:])
             time.sleep(0.05)
+
+    def endpoint(self, role: str) -> str:
+        """The address of a role (``metadata``, ``agent``)."""
+        return str(self._endpoints()[role])
+
+    def _endpoints(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.directory / "run/endpoints.json").read_text())
+        return found
+
+    def cpu_seconds(self) -> float:
+        """User and system time that the processes of the cluster have taken so far."""
+        return sum(map(cpu_seconds, self._endpoints()["pids"].values()))
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL for what is left after a while."""
@@ -87,3 +105,12 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process; 0 if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

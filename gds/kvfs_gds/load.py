@@ -1,0 +1,435 @@
+"""One load: what was fetched, what is queued on the device, what has been copied.
+
+    take_group ──► (fetch) ──► arrived ──► gathered ──┬─ more to come ─► queued whole, a bit ahead
+                                                      └─ all there ────► queued layer by layer
+                                          queued ──► event has happened ──► copied, lease given back
+
+Invariants, guarded by the load's lock:
+
+- A group's lease is given back exactly once: when its last copy has happened, or when it is dropped
+  without one.
+- After ``stopping`` nothing more is queued. The load settles when what was queued has happened and
+  no fetch is under way: from then on nobody writes to its pages.
+- ``events`` are set, one a layer, before the load counts as issued.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kvfs_base.errors import InvalidRequest
+from kvfs_base.limits import (
+    BATCH_BLOCKS_MAX,
+    LOADER_GROUP_BYTES,
+    LOADER_GROUP_GROWTH,
+    LOADER_QUEUED_BYTES,
+)
+from kvfs_gds.device import Event
+from kvfs_gds.lanes import Lane
+from kvfs_gds.paged import HostMemory, Int32s, Int64s, PagedLayout, Transfer
+from kvfs_gds.sources import Fetched
+
+if TYPE_CHECKING:
+    from kvfs_gds.loader import Loader
+
+
+GROWTH_MAX = 4
+"""64 MiB x 4 x 4 x 4 x 4 is more than a window ever is."""
+
+PREFETCH_BLOCKS = 64
+"""Blocks of unknown size that one fetch brings."""
+
+
+class Priority(enum.IntEnum):
+    DEMAND = 0
+    PREFETCH = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Where blocks go, or come from: ``table`` [blocks, pages of one block] are page numbers of
+    ``layout``. Raises InvalidRequest."""
+
+    layout: PagedLayout
+    table: Int32s
+
+    def __post_init__(self) -> None:
+        if self.table.ndim != 2:
+            raise InvalidRequest(detail=f"a block table of shape {self.table.shape}")
+        if (
+            self.table.size
+            and not 0 <= self.table.min() <= self.table.max() < self.layout.num_pages
+        ):
+            raise InvalidRequest(detail=f"page outside 0..{self.layout.num_pages - 1}")
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes(int(self.table.shape[1]))
+
+
+class _Group:
+    """Blocks of one fetch, under one lease."""
+
+    def __init__(
+        self,
+        fetched: Fetched,
+        memory: HostMemory,
+        places: Int64s,
+        offsets: Int64s,
+        block_bytes: int,
+    ) -> None:
+        self.fetched = fetched
+        self.memory = memory
+        self.places = places
+        self.offsets = offsets
+        self.nbytes = len(places) * block_bytes
+        self.copying = 0
+        self.given = 0
+        """Blocks that were queued."""
+
+    @property
+    def left(self) -> int:
+        return len(self.places) - self.given
+
+
+@dataclasses.dataclass
+class _Part:
+    """Some blocks of a group on their way to the device."""
+
+    group: _Group
+    places: Int64s
+    offsets: Int64s
+
+
+class Load:
+    """The handle of a load. Thread-safe."""
+
+    def __init__(
+        self,
+        loader: Loader,
+        keys: Sequence[bytes],
+        pages: Pages | None,
+        lane: Lane,
+        *,
+        priority: Priority,
+        after: Event | None = None,
+    ) -> None:
+        self.keys = list(keys)
+        self.priority = priority
+        self._loader = loader
+        self._pages = pages
+        self._block_bytes = 0 if pages is None or not keys else pages.block_bytes
+        self._lane = lane
+        self._after = after
+        self._lock = threading.Condition()
+        self._next = 0
+        self._fetching = 0
+        self._listed = False
+        self._growth = 0
+        self._gathered: list[_Group] = []
+        self._held_bytes = 0
+        self._asked_bytes = 0
+        """Of the fetches under way."""
+        self._queued_bytes = 0
+        self._copies = 0
+        """Steps that the lane has yet to take."""
+        self._events: list[Event] = []
+        self._issued = False
+        self._found = np.zeros(len(keys), dtype=bool)
+        self._hits = np.zeros(len(keys), dtype=bool)
+        self._error: BaseException | None = None
+        self._cancelled = False
+        self._settled = False
+
+    # --- what users call
+
+    def wait_layer(self, layer: int, stream: Any = None) -> None:
+        """What is queued on ``stream`` from here on sees layer ``layer`` of every block; without a
+        stream this thread waits. Blocks the thread until all blocks are fetched, not until they are
+        copied. Raises what the load failed with, InvalidRequest if it was cancelled."""
+        self._wait_issued()
+        if self._cancelled:
+            raise InvalidRequest(detail="the load was cancelled")
+        if not self._events:
+            return
+        event = self._events[layer]
+        if stream is None:
+            event.wait()
+        else:
+            device = self._lane.device
+            device.wait_for(device.wrap(stream), event)
+
+    def layer_done(self, layer: int) -> bool:
+        """Whether all copies of the layer have happened."""
+        with self._lock:
+            if not (self._issued or self._settled):
+                return False
+            return not self._events or self._events[layer].done()
+
+    def found(self) -> list[bool]:
+        """For each key, whether its block was found: known once all are fetched, before the copies
+        are done. Raises as ``wait_layer``."""
+        self._wait_issued()
+        return [bool(f) for f in self._found]
+
+    def result(self) -> list[bool]:
+        """Waits for the copies; for each key, whether its whole block lies in its pages. Raises
+        what the load failed with: then some blocks may, and none is being written any more."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return [bool(hit) for hit in self._hits]
+
+    def wait(self) -> None:
+        """Until nothing of this load is under way, however it ended."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._settled)
+
+    def cancel(self) -> bool:
+        """Fetches and queues nothing more; what is queued already still happens (``wait``). False
+        if everything was queued: then the load is as good as done."""
+        with self._lock:
+            if self._settled or self._issued:
+                return False
+            self._cancelled = True
+            self._lock.notify_all()
+        self.pump()
+        return True
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def _wait_issued(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._issued or self._settled)
+            if self._error is not None:
+                raise self._error
+
+    # --- what the loader calls
+
+    @property
+    def stopping(self) -> bool:
+        return self._cancelled or self._error is not None
+
+    def begin(self) -> None:
+        self._list()
+        self.pump()
+
+    def take_group(self) -> tuple[int, int] | None:
+        """The blocks to be fetched next; ``group_done`` must follow. None if there are none now."""
+        with self._lock:
+            self._listed = False
+            count = self._group_blocks()
+            if self.stopping or self._next == len(self.keys) or not count:
+                return None  # without room: listed again when there is some
+            first = self._next
+            self._next = min(len(self.keys), first + count)
+            self._fetching += 1
+            self._asked_bytes += (self._next - first) * self._block_bytes
+            end = self._next
+        self._list()
+        return first, end
+
+    def _group_blocks(self) -> int:
+        """How many blocks the next fetch is for; 0 if it has to wait for room."""
+        if not self._block_bytes:
+            return PREFETCH_BLOCKS
+        wanted = LOADER_GROUP_BYTES * int(LOADER_GROUP_GROWTH**self._growth)
+        used = self._held_bytes + self._asked_bytes
+        blocks = min(wanted, self._loader.window_bytes - used) // self._block_bytes
+        return min(max(blocks, 0 if used else 1), BATCH_BLOCKS_MAX)
+
+    def arrived(self, places: Int64s, fetched: Fetched) -> None:
+        """Blocks are in memory; ``pump`` or ``group_done`` goes on with them. Takes over
+        ``fetched``."""
+        try:
+            group = self._group(places, fetched)
+        except BaseException:
+            fetched.release()
+            raise
+        with self._lock:
+            if self._pages is None or self.stopping or not len(group.places):
+                if self._pages is None:
+                    self._hits[group.places] = True
+                fetched.release()
+            else:
+                # Blocks that come while the link is still busy come faster than it takes them.
+                self._growth = min(self._growth + 1, GROWTH_MAX) if self._queued_bytes else 0
+                self._gathered.append(group)
+                self._hold(group.nbytes)
+
+    def _group(self, places: Int64s, fetched: Fetched) -> _Group:
+        extents = fetched.extents
+        there = np.array([extent is not None for extent in extents], dtype=bool)
+        offsets = np.array([e[0] for e in extents if e is not None], dtype=np.int64)
+        self._found[places[there]] = True
+        if self._block_bytes:
+            wrong = {e[1] for e in extents if e is not None} - {self._block_bytes}
+            if wrong:
+                detail = f"a block of {wrong.pop()} bytes for {self._block_bytes}"
+                raise InvalidRequest(detail=detail)
+        return _Group(fetched, fetched.memory, places[there], offsets, self._block_bytes)
+
+    def group_done(self, first: int, end: int) -> None:
+        """The fetch that ``take_group`` asked for is over, one way or the other."""
+        with self._lock:
+            self._fetching -= 1
+            self._asked_bytes -= (end - first) * self._block_bytes
+        self.pump()
+        self._list()
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._lock.notify_all()
+
+    # --- queueing
+
+    def _list(self) -> None:
+        with self._lock:
+            if self._listed or self.stopping or self._next == len(self.keys):
+                return
+            self._listed = True
+        self._loader.enqueue(self)
+
+    def pump(self) -> None:
+        """Queues what can be queued now."""
+        with self._lock:
+            if self._settled or self._issued:
+                return
+            if not self.stopping:
+                try:
+                    self._queue()
+                except Exception as exc:
+                    self._error = exc
+            if self.stopping:
+                self._drop_gathered()
+                if not self._fetching and not self._copies:
+                    self._settle()
+
+    def _queue(self) -> None:
+        if self._next == len(self.keys) and not self._fetching:
+            self._queue_layers()
+            return
+        while self._gathered and self._queued_bytes < LOADER_QUEUED_BYTES:
+            self._queue_whole(self._gathered[0])
+
+    def _queue_whole(self, group: _Group) -> None:
+        """All layers of some blocks."""
+        assert self._pages is not None
+        room = max(1, (LOADER_QUEUED_BYTES - self._queued_bytes) // self._block_bytes)
+        part = self._part(group, min(group.left, room))
+        plan = self._plan(group.memory, part.offsets, part.places)
+        self._device.copy(plan, 0, self._pages.layout.layers, self._lane.stream, store=False)
+        nbytes = len(part.places) * self._block_bytes
+        self._queued_bytes += nbytes
+        self._then(self._device.record(self._lane.stream), [part], [plan], nbytes)
+        if not group.left:
+            self._gathered.remove(group)
+
+    def _queue_layers(self) -> None:
+        """Everything that is left, layer by layer, with an event behind each."""
+        parts = [self._part(group, group.left) for group in self._gathered]
+        plans = []
+        for some in _by_memory(parts):
+            offsets = np.concatenate([part.offsets for part in some])
+            places = np.concatenate([part.places for part in some])
+            plans.append(self._plan(some[0].group.memory, offsets, places))
+        self._gathered.clear()
+        stream = self._lane.stream
+        if self._pages is not None and (plans or self._copies):
+            layers = self._pages.layout.layers
+            if not plans:
+                self._events = [self._device.record(stream)] * layers
+            for layer in range(layers if plans else 0):
+                for plan in plans:
+                    self._device.copy(plan, layer, layer + 1, stream, store=False)
+                self._events.append(self._device.record(stream))
+            self._then(self._events[-1], parts, plans, 0)
+        self._issued = True
+        if not self._copies:
+            self._settle()
+        self._lock.notify_all()
+
+    def _plan(self, memory: HostMemory, offsets: Int64s, places: Int64s) -> Any:
+        assert self._pages is not None
+        transfer = Transfer(memory, offsets, self._pages.layout, self._pages.table[places])
+        self._loader.registered(memory).ensure(transfer)
+        if self._after is not None:
+            self._device.wait_for(self._lane.stream, self._after)
+            self._after = None
+        return self._device.plan(transfer)
+
+    @property
+    def _device(self) -> Any:
+        return self._lane.device
+
+    def _part(self, group: _Group, count: int) -> _Part:
+        some = slice(group.given, group.given + count)
+        part = _Part(group, group.places[some], group.offsets[some])
+        group.given += count
+        group.copying += 1
+        return part
+
+    def _then(self, event: Event, parts: list[_Part], plans: list[Any], queued: int) -> None:
+        self._copies += 1
+        self._lane.then(event, functools.partial(self._copied, parts, plans, queued))
+
+    def _copied(self, parts: list[_Part], plans: list[Any], queued: int) -> None:
+        with self._lock:
+            plans.clear()
+            self._copies -= 1
+            self._queued_bytes -= queued
+            for part in parts:
+                self._hits[part.places] = True
+                part.group.copying -= 1
+                if not part.group.copying and not part.group.left:
+                    self._give_back(part.group)
+            if self._issued and not self._copies:
+                self._settle()
+        self.pump()
+        self._list()
+
+    # --- ending
+
+    def _drop_gathered(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for group in gathered:
+            group.places = group.places[: group.given]  # nothing of it is left to queue
+            if not group.copying:
+                self._give_back(group)
+
+    def _give_back(self, group: _Group) -> None:
+        group.fetched.release()
+        self._hold(-group.nbytes)
+
+    def _hold(self, nbytes: int) -> None:
+        self._held_bytes += nbytes
+        self._loader.holds(nbytes)
+
+    def _settle(self) -> None:
+        if self._settled:
+            return
+        self._settled = True
+        self._loader.settled(self, int(self._hits.sum()) * self._block_bytes)
+        self._lock.notify_all()
+
+
+def _by_memory(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """An agent that was restarted has another arena than before."""
+    found: dict[tuple[int, int], list[_Part]] = {}
+    for part in parts:
+        memory = part.group.memory
+        found.setdefault((memory.address, memory.nbytes), []).append(part)
+    return list(found.values())
+
+
+__all__ = ["Load", "Pages", "Priority"]

@@ -1,0 +1,30 @@
+"""The GPU benchmark runs, on the CPU device and at a tiny size, so that it cannot rot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvfs_tools.bench_gpu import bench_gpu
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_every_row_is_measured_against_its_limit(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = ["--dir", str(tmp_path), "--device", "cpu", "--total-mib", "64", "--rounds", "1"]
+    options += ["--json", str(out), "--commit", "abc"]
+    for section in ("arena", "store", "disk"):
+        options += ["--only", section]
+    result = CliRunner().invoke(bench_gpu, options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert (found["commit"], found["device"], found["failed"]) == ("abc", "cpu", [])
+    paths = {row["path"] for row in found["rows"]}
+    assert {"arena, bulk", "arena, paged", "store, pages to disk (put)"} <= paths
+    assert "cold, disk to pages through the agent" in paths
+    assert all(row["gbps"] > 0 and row["limit_gbps"] > 0 for row in found["rows"])
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
