@@ -198,6 +198,16 @@ class Plan:
     pages: int
 
 
+class _Stream:
+    """Somebody's stream, as CUDA's stream protocol hands it over."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
 class CudaEvent:
     """Made without timing, and its waiters sleep: a waiting thread costs no core."""
 
@@ -243,7 +253,8 @@ class CudaDevice:
             pointer = getattr(stream, "ptr", stream)
         if not isinstance(pointer, int):
             raise InvalidRequest(detail=f"not a CUDA stream: {type(stream).__name__}")
-        return cupy.cuda.ExternalStream(pointer, self.device.id)
+        with self.device:
+            return cupy.cuda.Stream.from_external(_Stream(pointer))
 
     def plan(self, transfer: Transfer) -> Plan:
         """Uploads the tables, on a stream of their own: a copy from pageable memory waits for what

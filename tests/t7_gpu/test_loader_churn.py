@@ -52,7 +52,8 @@ def test_random_loads_stores_and_cancels() -> None:
             for place, some in enumerate(pages):
                 table = Pages(layout, some[:, None].astype(np.int32))
                 if place % 4 == 3:
-                    names = [(step * 100 + 1000 + i).to_bytes(32, "big") for i in range(len(some))]
+                    first = (step * AT_ONCE + place + AT_ONCE) * PAGES  # nobody else's
+                    names = [(first + i).to_bytes(32, "big") for i in range(len(some))]
                     job = loader.store(names, table)
                 else:
                     names = [list(expected)[i] for i in rng.integers(0, len(expected), len(some))]

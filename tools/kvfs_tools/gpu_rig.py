@@ -84,7 +84,8 @@ class Rig:
         self.on_gpu = device != "cpu"
         self.cluster = LocalCluster(
             folder,
-            arena_bytes=self.total_bytes + max(512 * MIB, self.total_bytes // 4),
+            # One client may lease three quarters of it.
+            arena_bytes=max(self.total_bytes + 512 * MIB, 3 * self.total_bytes // 2),
             mount=False,
         )
         self.keys = kvfs.block_keys(range(self.count), 1, salt=b"bench-gpu")
