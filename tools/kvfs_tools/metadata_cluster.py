@@ -111,15 +111,25 @@ class Heart:
     def __init__(self, socket: str) -> None:
         self._client = BlockingMetadataClient(os_env(), Address.unix(socket))
         self._removed = 0
+        self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self.beat()
         self._thread.start()
 
-    def beat(self) -> None:
-        report = TargetReport("bench", CAPACITY_BYTES, CAPACITY_BYTES, True, self._removed)
-        reply = self._client.call(Heartbeat("bench", "bench", None, None, (report,)))
-        self._removed = max([self._removed] + [r.seq for r in reply.targets[0].removals])
+    def beat(self) -> bool:
+        """Whether there was something to remove."""
+        with self._lock:
+            report = TargetReport("bench", CAPACITY_BYTES, CAPACITY_BYTES, True, self._removed)
+            reply = self._client.call(Heartbeat("bench", "bench", None, None, (report,)))
+            removals = reply.targets[0].removals
+            self._removed = max([self._removed] + [removal.seq for removal in removals])
+            return bool(removals)
+
+    def remove_everything(self) -> None:
+        """Until the service has nothing more to be removed."""
+        while self.beat():
+            pass
 
     def _run(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS):
