@@ -13,7 +13,9 @@ import lmdb
 from kvfs_base.os_env import os_env
 from kvfs_base.types import ROOT_INODE
 from kvfs_metadata import records
+from kvfs_metadata.fsck import MetadataCheck
 from kvfs_metadata.inodes import charged_bytes
+from kvfs_metadata.memory_engine import MemoryStore
 from kvfs_metadata.records import InodeRecord
 
 Dump = dict[bytes, bytes]
@@ -21,8 +23,16 @@ Dump = dict[bytes, bytes]
 
 def assert_consistent(location: str) -> None:
     """``location`` is the directory of an LMDB store that no service uses, or a database's URL."""
-    found = problems(dump(location))
+    stored = dump(location)
+    found = problems(stored) + fsck_findings(stored)
     assert found == [], "\n".join(found)
+
+
+def fsck_findings(stored: Dump) -> list[str]:
+    """What `kvfs fsck` finds wrong in the records; it was written without the checks below."""
+    state = MemoryStore().state
+    state.apply(dict(stored))
+    return [f"fsck: {finding}" for finding in MetadataCheck(state).run()]
 
 
 def dump(location: str) -> Dump:
