@@ -36,13 +36,6 @@ SETTINGS = {
 }
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 class PostgresServer:
     """Started by the constructor; ``close`` leaves nothing behind."""
 
@@ -116,7 +109,9 @@ class PostgresServer:
     def kill(self) -> None:
         """As if the machine's memory were lost: every process, at once."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)  # so that nobody tidies up
+        # Stopped first, so that nobody tidies up and no backend is started meanwhile.
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
         backends = self._backends()
         for pid in backends:
             with contextlib.suppress(ProcessLookupError):
@@ -124,9 +119,11 @@ class PostgresServer:
         self._process.kill()
         self._process.wait()
         self._process = None
-        # The next one refuses to start while somebody still has the shared memory.
+        # A new server refuses to start while somebody has the shared memory of this one.
+        deadline = time.monotonic() + START_SECONDS
         while any(map(_lives, backends)):
-            time.sleep(0.01)
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
     def _backends(self) -> list[int]:
         assert self._process is not None
@@ -189,3 +186,12 @@ class PostgresServer:
             self._process.wait()
             self._process = None
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _lives(pid: int) -> bool:
+    """Neither gone nor dead and not waited for."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
