@@ -126,6 +126,13 @@ class BlockCache:
                 stale=self._stale,
             )
 
+    def resident(self, namespace: int, keys: Iterable[bytes]) -> int:
+        """How many of ``keys`` have a block here, of whatever generation. It may be gone, or come,
+        the next moment."""
+        index = self._index
+        with self._lock:
+            return sum((namespace, key) in index for key in keys)
+
     def acquire(
         self, namespace: int, keys: Sequence[bytes], infos: Sequence[BlockInfo | None]
     ) -> Grant:

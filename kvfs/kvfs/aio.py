@@ -89,6 +89,10 @@ class Namespace:
         """As kvfs.Namespace.match."""
         return await self._client._run(self._sync.match, keys)
 
+    async def resident(self, keys: Sequence[bytes]) -> int:
+        """As kvfs.Namespace.resident."""
+        return await self._client._run(self._sync.resident, keys)
+
     async def get(self, keys: Sequence[bytes]) -> Blocks:
         """As kvfs.Namespace.get; releasing the blocks waits for nothing."""
         return await self._client._run(self._sync.get, keys)

@@ -30,6 +30,7 @@ from kvfs.agent.messages import (
     STAGED,
     AbortPut,
     AgentStatistics,
+    CountResident,
     DropBlocks,
     GetBlocks,
     Granted,
@@ -240,6 +241,14 @@ class Namespace:
             if found * BLOCK_KEY_BYTES < len(batch):
                 break
         return total
+
+    def resident(self, keys: Sequence[bytes]) -> int:
+        """How many of ``keys`` have their block in the arena, where a get finds it without a disk.
+        A hint: blocks come and go, and one that was removed elsewhere is still counted."""
+        return sum(
+            self._client._call(CountResident(self._inode, batch))
+            for batch in _batches(_packed(keys))
+        )
 
     def get(self, keys: Sequence[bytes]) -> Blocks:
         """Leases the blocks that are stored, bringing them into the arena as needed. Use as a

@@ -42,6 +42,19 @@ def test_what_was_put_is_what_is_got(namespace: Namespace, cluster: ApiCluster) 
     assert cluster.statistics()["blocks_loaded"] == 20
 
 
+def test_blocks_in_the_arena_are_counted(namespace: Namespace, cluster: ApiCluster) -> None:
+    keys, data = make_blocks(6)
+    assert namespace.resident(keys) == 0
+    namespace.put(keys, data)
+    assert namespace.resident([*keys, bytes(32)]) == 6
+    cluster.restart_agent()
+    assert namespace.resident(keys) == 0
+    assert found(namespace, keys[:2]) == data[:2]
+    assert namespace.resident(keys) == 2
+    namespace.remove(keys[:1])
+    assert namespace.resident(keys) == 1
+
+
 def test_without_keeping_puts_the_bytes_come_from_disk(
     start_cluster: Callable[..., ApiCluster],
 ) -> None:

@@ -72,6 +72,15 @@ class GetBlocks(Request, tag="get_blocks"):
     keys: Keys
 
 
+class CountResident(Request, tag="count_resident"):
+    """Answers with the number of these blocks that lie in the arena: getting them reads no disk.
+    A hint, given without asking the metadata service."""
+
+    Reply: ClassVar = int
+    namespace: U64
+    keys: Keys
+
+
 class PutPlan(msgspec.Struct, array_like=True, frozen=True):
     put: U64
     """0 if every key is stored already."""
@@ -139,6 +148,7 @@ AgentRequest = (
     | OpenNamespace
     | MatchBlocks
     | GetBlocks
+    | CountResident
     | PreparePut
     | StageBlocks
     | AbortPut

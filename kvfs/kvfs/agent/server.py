@@ -22,6 +22,7 @@ from kvfs.agent.messages import (
     AbortPut,
     AgentRequest,
     AgentStatistics,
+    CountResident,
     DropBlocks,
     GetBlocks,
     Hello,
@@ -265,6 +266,8 @@ class _ClientConnection:
         match request:
             case GetBlocks():
                 return agent._reader.get(metadata, session, request)
+            case CountResident():
+                return agent._cache.resident(request.namespace, split_keys(request.keys))
             case OpenNamespace() | MatchBlocks():
                 return metadata.call(request)
             case PreparePut():

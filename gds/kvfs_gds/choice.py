@@ -1,0 +1,134 @@
+"""Load a stored prefix, or compute it again? Whichever is expected to be over sooner.
+
+A disk can be slower than a GPU: users of file caches see hits that cost more than misses. What both
+ways take is learned from what they took before:
+
+    compute(n tokens behind a context of c)  =  a + b n + d n (c + n / 2)      attention is the last
+    load(bytes from the arena, from disk)    =  fixed + bytes / rate           a rate for each
+
+From the arena, layer after layer is copied while earlier ones compute; from disk, the last layer is
+there as soon as the first one. So for ``n`` tokens of which ``c`` are stored:
+
+    load from the arena  =  first layer + max(the other layers, compute(n - c, c))
+    load from disk       =  load + compute(n - c, c)
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+
+import numpy as np
+
+KEPT_OBSERVATIONS = 128
+"""Of each kind; older ones are forgotten: clocks, neighbours and batch sizes change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds until the first token."""
+
+    load: float
+    compute: float
+
+    @property
+    def load_is_faster(self) -> bool:
+        return self.load < self.compute
+
+
+class LoadOrCompute:
+    """The rule for one model on one device. Thread-safe. Without observations it loads: the first
+    loads and prefills teach it."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = max(1, layers)
+        self._lock = threading.Lock()
+        self._computed: collections.deque[tuple[int, int, float]]
+        self._computed = collections.deque(maxlen=KEPT_OBSERVATIONS)
+        self._loaded: dict[bool, collections.deque[tuple[int, float]]] = {
+            disk: collections.deque(maxlen=KEPT_OBSERVATIONS) for disk in (False, True)
+        }
+
+    def observe_compute(self, tokens: int, context: int, seconds: float) -> None:
+        """A prefill of ``tokens`` behind ``context`` tokens of KV took this long."""
+        with self._lock:
+            self._computed.append((tokens, context, seconds))
+
+    def observe_load(self, nbytes: int, seconds: float, *, from_disk: bool) -> None:
+        """A load, of the arena or of the disk alone, took this long by itself."""
+        with self._lock:
+            self._loaded[from_disk].append((nbytes, seconds))
+
+    def estimate(
+        self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
+    ) -> Estimate | None:
+        """For a prompt of ``tokens`` of which the first ``stored_tokens`` could be loaded, from the
+        arena and from disk. None as long as nothing is known of what it needs."""
+        with self._lock:
+            computed = list(self._computed)
+            loaded = {disk: list(taken) for disk, taken in self._loaded.items()}
+        needed = [disk for disk, size in ((False, arena_bytes), (True, disk_bytes)) if size]
+        if not computed or any(not loaded[disk] for disk in needed):
+            return None
+        model = _fit_compute(computed)
+        rest = _compute_seconds(model, max(1, tokens - stored_tokens), stored_tokens)
+        whole = _compute_seconds(model, tokens, 0)
+        arena = _line(loaded[False], arena_bytes) if arena_bytes else 0.0
+        if disk_bytes:
+            return Estimate(arena + _line(loaded[True], disk_bytes) + rest, whole)
+        first = arena / self._layers
+        return Estimate(first + max(arena - first, rest), whole)
+
+    def should_load(
+        self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
+    ) -> bool:
+        """Whether the stored prefix is worth loading. Arguments as for ``estimate``."""
+        if not stored_tokens:
+            return False
+        found = self.estimate(tokens, stored_tokens, arena_bytes, disk_bytes)
+        return found is None or found.load_is_faster
+
+
+def _fit_compute(
+    taken: list[tuple[int, int, float]],
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Coefficients (a, b, d), none below zero: least squares of the relative error, without the
+    terms that would come out negative."""
+    rows = np.array([(1.0, n, n * (c + n / 2)) for n, c, _ in taken])
+    seconds = np.array([s for _, _, s in taken])
+    scaled, ones = rows / seconds[:, None], np.ones(len(taken))
+    used = [1, 0, 2] if len({n for n, _, _ in taken}) > 2 else [1]
+    found = np.zeros(3)
+    while used:
+        norms = np.linalg.norm(scaled[:, used], axis=0)
+        some = np.linalg.lstsq(scaled[:, used] / norms, ones, rcond=None)[0] / norms
+        if (some >= 0).all():
+            found[used] = some
+            break
+        used = [column for column, value in zip(used, some, strict=True) if value >= 0]
+    return found
+
+
+def _compute_seconds(
+    model: np.ndarray[tuple[int], np.dtype[np.float64]], tokens: int, context: int
+) -> float:
+    return float(model @ np.array([1.0, tokens, tokens * (context + tokens / 2)]))
+
+
+def _line(taken: list[tuple[int, float]], nbytes: int) -> float:
+    """Seconds for ``nbytes``: fixed + bytes / rate, through the medians of what was seen of small
+    and of large loads."""
+    ordered = sorted(taken)
+    half = (len(ordered) + 1) // 2
+    low, high = (np.median(np.array(part), axis=0) for part in (ordered[:half], ordered[-half:]))
+    if high[0] < 2 * low[0]:  # loads of one size: all of it is rate
+        return float(nbytes * np.median([s / n for n, s in taken]))
+    rate = (high[1] - low[1]) / (high[0] - low[0])
+    if rate <= 0:
+        return float(high[1])
+    fixed = max(0.0, float(low[1] - rate * low[0]))
+    return fixed + float(rate) * nbytes
+
+
+__all__ = ["Estimate", "LoadOrCompute"]

@@ -1,0 +1,98 @@
+"""The rule that loads or computes, against machines whose times follow the model with noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvfs_gds.choice import LoadOrCompute
+
+LAYERS = 32
+TOKEN_BYTES = 131072
+
+
+class Machine:
+    """An H100 with an 8B model, about; ``disk`` in bytes a second."""
+
+    def __init__(self, disk: float) -> None:
+        self.disk = disk
+
+    def compute(self, tokens: int, context: int) -> float:
+        return 0.012 + tokens * 2.4e-5 + tokens * (context + tokens / 2) * 1.1e-9
+
+    def load(self, nbytes: int, *, from_disk: bool) -> float:
+        return 0.002 + nbytes / (self.disk if from_disk else 50e9)
+
+    def first_token(self, tokens: int, stored: int, *, from_disk: bool) -> float:
+        rest = self.compute(max(1, tokens - stored), stored)
+        load = self.load(stored * TOKEN_BYTES, from_disk=from_disk)
+        if from_disk:
+            return load + rest
+        return load / LAYERS + max(load * (LAYERS - 1) / LAYERS, rest)
+
+
+def taught(machine: Machine) -> LoadOrCompute:
+    rule = LoadOrCompute(LAYERS)
+    rng = np.random.default_rng(1)
+    for tokens in (1024, 4096, 16384):
+        for _ in range(3):
+            noise = float(rng.uniform(0.98, 1.02))
+            rule.observe_compute(tokens, 0, machine.compute(tokens, 0) * noise)
+            rule.observe_compute(64, tokens, machine.compute(64, tokens) * noise)
+            for from_disk in (False, True):
+                nbytes = tokens * TOKEN_BYTES
+                taken = machine.load(nbytes, from_disk=from_disk) * noise
+                rule.observe_load(nbytes, taken, from_disk=from_disk)
+    return rule
+
+
+@pytest.mark.parametrize("disk", [0.5e9, 2e9, 4e9, 7e9, 14e9])
+def test_the_rule_never_loses_more_than_five_percent(disk: float) -> None:
+    machine = Machine(disk)
+    rule = taught(machine)
+    decisions = set()
+    for tokens in (1024, 2048, 8192, 32768):
+        for share in (0.25, 0.5, 0.9, 1.0):
+            for from_disk in (False, True):
+                stored = int(tokens * share) // 64 * 64
+                sizes = (0, stored * TOKEN_BYTES) if from_disk else (stored * TOKEN_BYTES, 0)
+                load = rule.should_load(tokens, stored, *sizes)
+                decisions.add((from_disk, load))
+                compute = machine.compute(tokens, 0)
+                loaded = machine.first_token(tokens, stored, from_disk=from_disk)
+                assert (loaded if load else compute) <= 1.05 * min(loaded, compute)
+    assert (False, True) in decisions  # the arena is always worth it
+    assert (True, disk > 6e9) in decisions
+
+
+def test_without_observations_it_loads() -> None:
+    rule = LoadOrCompute(LAYERS)
+    assert rule.estimate(100, 50, 10, 0) is None
+    assert rule.should_load(100, 50, 10, 0)
+    assert not rule.should_load(100, 0, 0, 0)
+    rule.observe_compute(100, 0, 1.0)
+    assert rule.estimate(100, 50, 10, 10) is None
+    rule.observe_load(10, 0.1, from_disk=False)
+    found = rule.estimate(100, 50, 10, 0)
+    assert found is not None and found.load_is_faster
+
+
+def test_estimates_meet_what_was_seen() -> None:
+    machine = Machine(3e9)
+    found = taught(machine).estimate(32768, 16384, 0, 16384 * TOKEN_BYTES)
+    assert found is not None
+    assert found.compute == pytest.approx(machine.compute(32768, 0), rel=0.1)
+    assert found.load == pytest.approx(machine.first_token(32768, 16384, from_disk=True), rel=0.1)
+
+
+def test_loads_of_one_size_and_odd_times_do_not_upset_it() -> None:
+    rule = LoadOrCompute(1)
+    for _ in range(3):
+        rule.observe_compute(1000, 0, 0.5)
+        rule.observe_load(10**9, 0.25, from_disk=True)
+    found = rule.estimate(1000, 500, 0, 2 * 10**9)
+    assert found is not None
+    assert (found.load, found.compute) == (pytest.approx(0.75), pytest.approx(0.5))
+    rule.observe_load(8 * 10**9, 0.2, from_disk=True)  # a large one that was faster
+    found = rule.estimate(1000, 500, 0, 2 * 10**9)
+    assert found is not None and found.load > 0
