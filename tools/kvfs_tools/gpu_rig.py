@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -92,7 +93,6 @@ class Rig:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.register_seconds_per_gib = 0.0
         self.notes: list[str] = []
-        self._sockets = ""
         self.started = time.time()
 
     def __enter__(self) -> Rig:
@@ -122,8 +122,6 @@ class Rig:
         if hasattr(self, "client"):
             self.client.close()
         self.cluster.stop()
-        if self._sockets:
-            shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _put(self) -> None:
         rng = np.random.default_rng(1)
@@ -231,25 +229,9 @@ class Rig:
 
     # --- other processes
 
-    def small_agent(self, arena_bytes: int) -> kvfs.Client:
-        """A client of a further agent, whose arena holds little: what is loaded through it in turn
-        always comes from disk."""
-        # A directory of its own: a socket's path is at most 107 bytes long.
-        self._sockets = self._sockets or tempfile.mkdtemp(prefix="kvfs-")
-        socket = f"{self._sockets}/{len(self.processes)}"
-        metadata = self.cluster.endpoint("metadata")
-        argv = [sys.executable, "-m", "kvfs", "serve", "agent", "--unix", f"unix:{socket}"]
-        argv += ["--metadata", metadata, "--arena-bytes", str(arena_bytes)]
-        with (self.folder / "agent.log").open("ab") as log:
-            self.processes.append(subprocess.Popen(argv, stdout=log, stderr=log))
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                return kvfs.connect(f"unix:{socket}")
-            except kvfs.ConnectionLost:
-                if self.processes[-1].poll() is not None or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+    def small_agent(self, arena_bytes: int) -> AbstractContextManager[kvfs.Client]:
+        """As the function of that name, its processor time counted."""
+        return small_agent(self.cluster, self.folder / "agent.log", arena_bytes, self.processes)
 
     def chunk_folders(self) -> list[Path]:
         """Where the chunk servers keep the blocks."""
@@ -282,6 +264,46 @@ class Rig:
             "notes": self.notes,
             "failed": list(failed),
         }
+
+
+@contextmanager
+def small_agent(
+    cluster: LocalCluster,
+    log_path: Path,
+    arena_bytes: int,
+    processes: list[subprocess.Popen[bytes]] | None = None,
+) -> Iterator[kvfs.Client]:
+    """A client of a further agent, whose arena holds little: what is loaded through it in turn
+    always comes from disk. The agent is among ``processes`` while it runs."""
+    # A directory of its own: a socket's path is at most 107 bytes long.
+    folder = tempfile.mkdtemp(prefix="kvfs-")
+    address = f"unix:{folder}/agent"
+    argv = [sys.executable, "-m", "kvfs", "serve", "agent", "--unix", address]
+    argv += ["--metadata", cluster.endpoint("metadata"), "--arena-bytes", str(arena_bytes)]
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log)
+    if processes is not None:
+        processes.append(process)
+    try:
+        with _connect(address, process) as client:
+            yield client
+    finally:
+        if processes is not None:
+            processes.remove(process)
+        process.terminate()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(address: str, process: subprocess.Popen[bytes]) -> kvfs.Client:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            return kvfs.connect(address)
+        except kvfs.ConnectionLost:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def device_name() -> str:

@@ -1,0 +1,435 @@
+"""``kvfs bench-ttft``: the time to the first token with a prefix from kvfs, or without.
+
+A model of a real shape with random weights runs prompts of several lengths, of which none, a part
+or all is stored. Measured is everything between the token ids and the next token: keys, look-up,
+load, and the forward pass of what is left, whose layers wait for theirs. ``arena`` finds the blocks
+in the arena of the node agent, ``disk`` through an agent whose arena holds something else.
+
+Rows are {model, path, tokens, stored_fraction, ttft_s, recompute_s, speedup, load_s, rule, ...}.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+import kvfs
+from kvfs_base.limits import MIB
+from kvfs_gds.choice import LoadOrCompute
+from kvfs_gds.device import Device, open_device
+from kvfs_gds.load import Pages
+from kvfs_gds.loader import Loader
+from kvfs_gds.paged import PagedLayout
+from kvfs_tools import gpu_plot
+from kvfs_tools.bench_gpu import write
+from kvfs_tools.cluster import LocalCluster
+from kvfs_tools.gpu_rig import device_name, small_agent
+
+FRACTIONS = (0.5, 0.9, 1.0)
+BLOCK_TOKENS = 64
+CALIBRATION = (1024, 4096, 16384)
+"""Lengths from which the rule learns; other ones than those it is tested with."""
+
+NEXT_TOKENS = 4
+
+DISK_ROUNDS = 3
+"""Each takes seconds, and another load in between, which makes it cold."""
+
+
+@dataclasses.dataclass
+class Place:
+    """Where blocks come from: a namespace of some agent, its loader, and how it is made cold."""
+
+    name: str
+    namespace: kvfs.Namespace
+    loader: Loader
+    before: Callable[[], object]
+
+
+class Bench:
+    """One model, its cache, and its blocks in kvfs."""
+
+    def __init__(
+        self, name: str, tokens: int, device: Device, shape: dict[str, Any] | None
+    ) -> None:
+        import torch
+
+        from kvfs_tools.gpu_models import RoomyCache, make_model
+
+        self.torch = torch
+        self.name = name
+        self.device = device
+        self.on_gpu = device.name != "cpu"
+        if self.on_gpu:
+            torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
+        self.model = make_model(name, "cuda" if self.on_gpu else "cpu", shape)
+        self.cache = RoomyCache(self.model, tokens)
+        self.ids = np.random.default_rng(5).integers(0, self.model.config.vocab_size, tokens)
+        self.device_ids = torch.from_numpy(self.ids).to(self.model.device)
+        self.layout = PagedLayout.heads_first(self.cache.pairs, BLOCK_TOKENS)
+        self.block_bytes = self.layout.block_bytes(1)
+        self.keys = kvfs.block_keys(self.ids, BLOCK_TOKENS)
+        self.rule = LoadOrCompute(self.layout.layers)
+        self.waiting: Any = None
+        for number, layer in enumerate(self.model.model.layers):
+            layer.register_forward_pre_hook(lambda *_, n=number: self._wait_layer(n))
+
+    def _wait_layer(self, number: int) -> None:
+        if self.waiting is not None:
+            self.waiting.wait_layer(number, self._stream())
+
+    def _stream(self) -> Any:
+        return self.torch.cuda.current_stream() if self.on_gpu else None
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            self.torch.cuda.synchronize()
+
+    def pages(self, blocks: int) -> Pages:
+        return Pages(self.layout, np.arange(blocks, dtype=np.int32).reshape(-1, 1))
+
+    def logits(self, start: int, end: int) -> Any:
+        """Computes tokens ``start`` to ``end`` behind what the cache holds before them."""
+        from kvfs_tools.gpu_models import first_token
+
+        self.cache.crop_to(start)
+        return first_token(self.model, self.cache, self.device_ids[start:end])
+
+    def compute(self, tokens: int) -> int:
+        """The first token without kvfs."""
+        return int(self.logits(0, tokens).argmax())
+
+    def load(self, place: Place, tokens: int, stored: int, *, overlap: bool = True) -> int:
+        """The first token of a prompt of ``tokens`` whose first ``stored`` are in kvfs."""
+        keys = kvfs.block_keys(self.ids[:stored], BLOCK_TOKENS)
+        count = place.namespace.match(keys)
+        load = place.loader.load(keys[:count], self.pages(count), after=self._stream())
+        start = min(count * BLOCK_TOKENS, tokens - 1)
+        if count * BLOCK_TOKENS != stored or not all(load.found()):
+            raise RuntimeError("a block was missing")
+        if not overlap:
+            load.result()
+        self.waiting = load if overlap else None
+        try:
+            token = int(self.logits(start, tokens).argmax())
+        finally:
+            self.waiting = None
+        load.result()
+        return token
+
+    # --- figures
+
+    def median(
+        self, rounds: int, body: Callable[[], object], before: Callable[[], object]
+    ) -> float:
+        """Seconds of ``body``, after one run that is not counted."""
+        taken = []
+        for _ in range(rounds + 1):
+            before()
+            self.synchronize()
+            start = time.perf_counter()
+            body()
+            self.synchronize()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken[1:])
+
+    def load_alone(self, place: Place, stored: int) -> None:
+        blocks = stored // BLOCK_TOKENS
+        place.loader.load(self.keys[:blocks], self.pages(blocks)).result()
+
+    def teach(self, places: list[Place], tokens_max: int) -> None:
+        """Lets the rule see prefills and loads."""
+        for tokens in (t for t in CALIBRATION if t <= tokens_max):
+            seconds = self.median(2, partial(self.compute, tokens), nothing)
+            self.rule.observe_compute(tokens, 0, seconds)
+            seconds = self.median(2, partial(self._tail, tokens), nothing)
+            self.rule.observe_compute(1, tokens - 1, seconds)
+            for place in places:
+                seconds = self.median(2, partial(self.load_alone, place, tokens), place.before)
+                nbytes = tokens // BLOCK_TOKENS * self.block_bytes
+                self.rule.observe_load(nbytes, seconds, from_disk=place.name == "disk")
+
+    def _tail(self, tokens: int) -> int:
+        return int(self.logits(tokens - 1, tokens).argmax())
+
+    def row(
+        self, place: Place, tokens: int, fraction: float, recompute: float, rounds: int
+    ) -> dict[str, Any]:
+        stored = int(tokens * fraction) // BLOCK_TOKENS * BLOCK_TOKENS
+        checks = self.check(place, tokens, stored)
+        if place.name == "disk":
+            rounds = min(rounds, DISK_ROUNDS)
+        ttft = self.median(rounds, lambda: self.load(place, tokens, stored), place.before)
+        overlap = {} if place.name == "disk" else self._overlap(place, tokens, stored, ttft, rounds)
+        nbytes = stored // BLOCK_TOKENS * self.block_bytes
+        sizes = (0, nbytes) if place.name == "disk" else (nbytes, 0)
+        loads = self.rule.should_load(tokens, stored, *sizes)
+        chosen = ttft if loads else recompute
+        return {
+            **self.head(place.name, tokens, fraction, ttft, recompute),
+            "rounds": rounds,
+            "loaded_bytes": nbytes,
+            **overlap,
+            "rule": "load" if loads else "compute",
+            "rule_loses": round(chosen / min(ttft, recompute) - 1, 4),
+            **checks,
+        }
+
+    def _overlap(
+        self, place: Place, tokens: int, stored: int, ttft: float, rounds: int
+    ) -> dict[str, float]:
+        """How much of the load's time the forward pass hides."""
+        alone = self.median(rounds, lambda: self.load_alone(place, stored), place.before)
+        rest = self.median(rounds, lambda: self._suffix(place, tokens, stored), nothing)
+        return {
+            "load_s": round(alone, 5),
+            "compute_rest_s": round(rest, 5),
+            "hidden": round(1 - (ttft - rest) / alone, 3),
+        }
+
+    def _suffix(self, place: Place, tokens: int, stored: int) -> int:
+        """As ``load``, with the prefix in the cache already: keys and look-up are counted."""
+        keys = kvfs.block_keys(self.ids[:stored], BLOCK_TOKENS)
+        place.namespace.match(keys)
+        return int(self.logits(min(stored, tokens - 1), tokens).argmax())
+
+    def head(
+        self, path: str, tokens: int, fraction: float, ttft: float, recompute: float
+    ) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "path": path,
+            "tokens": tokens,
+            "stored_fraction": fraction,
+            "ttft_s": round(ttft, 5),
+            "recompute_s": round(recompute, 5),
+            "speedup": round(recompute / ttft, 2),
+        }
+
+    def check(self, place: Place, tokens: int, stored: int) -> dict[str, bool]:
+        """Loaded K and V against the computed ones, bit for bit; what follows from either, too."""
+        torch = self.torch
+        start = min(stored, tokens - 1)
+        whole = self.logits(0, tokens)
+        kept = [tuple(t[:, :, :stored].clone() for t in pair) for pair in self.cache.pairs]
+        computed = self._next_tokens(start, tokens)
+        self.cache.fill(float("nan"))
+        self.synchronize()
+        place.before()
+        self.load(place, tokens, stored)
+        # The last token of a prompt that is stored whole is computed again, over its own K and V.
+        same = all(
+            torch.equal(t[:, :, :start].view(torch.int16), k[:, :, :start].view(torch.int16))
+            for pair, kept_pair in zip(self.cache.pairs, kept, strict=True)
+            for t, k in zip(pair, kept_pair, strict=True)
+        )
+        loaded = self._next_tokens(start, tokens)
+        return {
+            "kv_bit_equal": same,
+            "logits_bit_equal": bool(torch.equal(computed[0], loaded[0])),
+            "next_tokens_equal": computed[1] == loaded[1],
+            "first_token_as_in_one_pass": int(whole.argmax()) == loaded[1][0],
+        }
+
+    def _next_tokens(self, start: int, tokens: int) -> tuple[Any, list[int]]:
+        """Logits behind the prompt, and the tokens that a greedy decoder goes on with, from the K
+        and V that the cache holds of the first ``start`` tokens."""
+        from kvfs_tools.gpu_models import first_token
+
+        logits = self.logits(start, tokens)
+        found = [int(logits.argmax())]
+        room = self.cache.layers[0].all_keys.shape[2] - tokens
+        for _ in range(min(NEXT_TOKENS - 1, room)):
+            ids = self.device_ids.new_tensor(found[-1:])
+            found.append(int(first_token(self.model, self.cache, ids).argmax()))
+        return logits, found
+
+
+def nothing() -> None:
+    pass
+
+
+def run_model(
+    name: str,
+    directory: Path,
+    cluster: LocalCluster,
+    *,
+    device: Device,
+    lengths: tuple[int, ...],
+    rounds: int,
+    shape: dict[str, Any] | None,
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """All rows of one model; ``report`` is called with each."""
+    bench = Bench(name, max(lengths), device, shape)
+    layout = kvfs.KVLayout(block_tokens=BLOCK_TOKENS, block_bytes=bench.block_bytes)
+    arena_bytes = 512 * MIB if bench.on_gpu else 64 * MIB
+    with (
+        kvfs.connect(cluster.directory) as client,
+        small_agent(cluster, directory / "agent.log", arena_bytes) as cold_client,
+    ):
+        namespace = client.namespace(f"ttft/{name}", layout, create=True)
+        filler = Filler(client, cold_client, bench.block_bytes, arena_bytes)
+        cold_namespace = cold_client.namespace(f"ttft/{name}")
+        with (
+            Loader.open(namespace, device) as loader,
+            Loader.open(cold_namespace, device) as cold_loader,
+        ):
+            bench.compute(max(lengths))
+            stored = loader.store(bench.keys, bench.pages(len(bench.keys)), after=bench._stream())
+            if stored.result() != len(bench.keys):
+                raise RuntimeError("not everything was stored")
+            places = [
+                Place("arena", namespace, loader, nothing),
+                Place("disk", cold_namespace, cold_loader, filler.flush),
+            ]
+            bench.teach(places, max(lengths))
+            for tokens in lengths:
+                recompute = bench.median(rounds, partial(bench.compute, tokens), nothing)
+                report(bench.head("compute", tokens, 0.0, recompute, recompute))
+                for place in places:
+                    for fraction in FRACTIONS:
+                        report(bench.row(place, tokens, fraction, recompute, rounds))
+
+
+class Filler:
+    """Blocks that nobody wants: got through an agent, they drive all others out of its arena."""
+
+    def __init__(
+        self, client: kvfs.Client, cold: kvfs.Client, block_bytes: int, arena_bytes: int
+    ) -> None:
+        size = max(block_bytes, 4 * MIB)
+        count = arena_bytes // size + 2
+        self._keys = kvfs.block_keys(range(count), 1, salt=b"filler")
+        layout = kvfs.KVLayout(block_tokens=1)
+        namespace = client.namespace("ttft/filler", layout, create=True)
+        data = np.random.default_rng(2).integers(0, 256, size, dtype=np.uint8)
+        for key in self._keys:
+            namespace.put([key], [data])
+        self._namespace = cold.namespace("ttft/filler")
+        self._step = max(1, min(64 * MIB, arena_bytes // 4) // size)
+
+    def flush(self) -> None:
+        for start in range(0, len(self._keys), self._step):
+            with self._namespace.get(self._keys[start : start + self._step]) as blocks:
+                if blocks.hits == 0:
+                    raise RuntimeError("the filler is gone")
+
+
+def show(row: dict[str, Any]) -> None:
+    hidden = f" hidden {row['hidden']:5.2f} rule {row['rule']}" if "hidden" in row else ""
+    click.echo(
+        f"{row['model']:20s} {row['path']:8s} {row['tokens']:6d} {row['stored_fraction']:4.0%}"
+        f" {row['ttft_s']:8.4f} s, compute {row['recompute_s']:8.4f} s x{row['speedup']:5.1f}"
+        f"{hidden}"
+    )
+
+
+@click.command("bench-ttft")
+@click.option("--dir", "directory", help="Where the cluster lives.")
+@click.option("--model", "models", multiple=True, help="Some of the models alone.")
+@click.option("--tokens", "lengths", multiple=True, type=int, default=(2048, 8192, 32768))
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--device", default="cuda", show_default=True, help="cuda, or cpu to try it out.")
+@click.option("--arena-mib", type=click.IntRange(64), default=8192, show_default=True)
+@click.option("--json", "json_path", help="Write the rows here too, after each.")
+@click.option("--plot", "plot_path", help="Draw them into this file (needs matplotlib).")
+@click.option("--commit", default="", help="Recorded in the file: what was measured.")
+@click.option("--tiny", is_flag=True, help="Two layers of a few heads: to try it out.")
+def bench_ttft(
+    *,
+    directory: str | None,
+    models: tuple[str, ...],
+    lengths: tuple[int, ...],
+    rounds: int,
+    device: str,
+    arena_mib: int,
+    json_path: str | None,
+    plot_path: str | None,
+    commit: str,
+    tiny: bool,
+) -> None:
+    """Measure the time to the first token with stored prefixes (needs torch and transformers)."""
+    from kvfs_tools.gpu_models import SHAPES
+
+    opened = open_device(device)
+    folder = Path(tempfile.mkdtemp(prefix="kvfs-ttft-", dir=directory))
+    found: dict[str, Any] = {
+        "commit": commit,
+        "device": device_name() if opened.name != "cpu" else "cpu",
+        "rounds": rounds,
+        "block_tokens": BLOCK_TOKENS,
+        "rows": [],
+    }
+
+    def report(row: dict[str, Any]) -> None:
+        found["rows"].append(row)
+        show(row)
+        if json_path:
+            write(Path(json_path), found)
+
+    try:
+        with LocalCluster(folder, arena_bytes=arena_mib * MIB, mount=False) as cluster:
+            for name in models or SHAPES:
+                shape = TINY[SHAPES[name][0]] if tiny else None
+                run_model(
+                    name,
+                    folder,
+                    cluster,
+                    device=opened,
+                    lengths=lengths,
+                    rounds=rounds,
+                    shape=shape,
+                    report=report,
+                )
+                free_memory()
+        if plot_path:
+            gpu_plot.first_token(Path(plot_path), found["rows"])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_memory() -> None:
+    """Gives the memory of a model that is no more back to the device."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+_TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+}
+TINY: dict[str, dict[str, Any]] = {
+    "Llama": {**_TINY, "num_key_value_heads": 2},
+    "DeepseekV3": {
+        **_TINY,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 2,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+}
+
+
+if __name__ == "__main__":
+    bench_ttft()
