@@ -11,6 +11,9 @@ there as soon as the first one. So for ``n`` tokens of which ``c`` are stored:
 
     load from the arena  =  first layer + max(the other layers, compute(n - c, c))
     load from disk       =  load + compute(n - c, c)
+
+What neither sees (keys, look-ups, threads that take turns with the one that queues the model) is
+learned from first tokens that came after a load: how much later they came than was expected.
 """
 
 from __future__ import annotations
@@ -49,6 +52,7 @@ class LoadOrCompute:
         self._loaded: dict[bool, collections.deque[tuple[int, float]]] = {
             disk: collections.deque(maxlen=KEPT_OBSERVATIONS) for disk in (False, True)
         }
+        self._late: collections.deque[float] = collections.deque(maxlen=KEPT_OBSERVATIONS)
 
     def observe_compute(self, tokens: int, context: int, seconds: float) -> None:
         """A prefill of ``tokens`` behind ``context`` tokens of KV took this long."""
@@ -60,11 +64,29 @@ class LoadOrCompute:
         with self._lock:
             self._loaded[from_disk].append((nbytes, seconds))
 
+    def observe_first_token(
+        self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int, seconds: float
+    ) -> None:
+        """A first token came this long after its prompt, with a load as ``estimate`` describes."""
+        found = self._expect(tokens, stored_tokens, arena_bytes, disk_bytes)
+        if found is not None:
+            with self._lock:
+                self._late.append(seconds - found.load)
+
     def estimate(
         self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
     ) -> Estimate | None:
         """For a prompt of ``tokens`` of which the first ``stored_tokens`` could be loaded, from the
         arena and from disk. None as long as nothing is known of what it needs."""
+        found = self._expect(tokens, stored_tokens, arena_bytes, disk_bytes)
+        with self._lock:
+            late = float(np.median(self._late)) if self._late else 0.0
+        return found and Estimate(found.load + max(0.0, late), found.compute)
+
+    def _expect(
+        self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
+    ) -> Estimate | None:
+        """As ``estimate``, of transfers and arithmetic alone."""
         with self._lock:
             computed = list(self._computed)
             loaded = {disk: list(taken) for disk, taken in self._loaded.items()}

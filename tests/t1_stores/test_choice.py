@@ -77,6 +77,24 @@ def test_without_observations_it_loads() -> None:
     assert found is not None and found.load_is_faster
 
 
+def test_what_comes_late_is_learned() -> None:
+    """Launches that the processor cannot keep up with: a small model gains nothing by a load."""
+    machine = Machine(3e9)
+    rule = taught(machine)
+    stored = 1024
+    sizes = (stored * 4096, 0)
+    assert rule.should_load(2048, stored, *sizes)
+    before = rule.estimate(2048, stored, *sizes)
+    assert before is not None
+    for _ in range(3):
+        rule.observe_first_token(2048, stored, *sizes, before.load + 0.050)
+    found = rule.estimate(2048, stored, *sizes)
+    assert found is not None and found.load == pytest.approx(before.load + 0.050)
+    assert not rule.should_load(2048, stored, *sizes)
+    assert rule.should_load(32768, 16384, 16384 * TOKEN_BYTES, 0)
+    LoadOrCompute(LAYERS).observe_first_token(10, 5, 5, 0, 1.0)  # knows too little to learn
+
+
 def test_estimates_meet_what_was_seen() -> None:
     machine = Machine(3e9)
     found = taught(machine).estimate(32768, 16384, 0, 16384 * TOKEN_BYTES)

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from kvfs_tools import gpu_disk
 from kvfs_tools.bench_gpu import bench_gpu
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
-def test_every_row_is_measured_against_its_limit(tmp_path: Path) -> None:
+def test_every_row_is_measured_against_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_disk, "READ_THREADS", (8, 16))
     out = tmp_path / "rows.json"
     options = ["--dir", str(tmp_path), "--device", "cpu", "--total-mib", "64", "--rounds", "1"]
     options += ["--json", str(out), "--commit", "abc"]

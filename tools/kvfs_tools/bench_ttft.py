@@ -158,6 +158,12 @@ class Bench:
                 seconds = self.median(2, partial(self.load_alone, place, tokens), place.before)
                 nbytes = tokens // BLOCK_TOKENS * self.block_bytes
                 self.rule.observe_load(nbytes, seconds, from_disk=place.name == "disk")
+        arena = places[0]
+        for tokens in (t for t in CALIBRATION if t <= tokens_max):
+            stored = tokens // 2 // BLOCK_TOKENS * BLOCK_TOKENS
+            nbytes = stored // BLOCK_TOKENS * self.block_bytes
+            seconds = self.median(2, partial(self.load, arena, tokens, stored), arena.before)
+            self.rule.observe_first_token(tokens, stored, nbytes, 0, seconds)
 
     def _tail(self, tokens: int) -> int:
         return int(self.logits(tokens - 1, tokens).argmax())
