@@ -50,6 +50,7 @@ class MetadataService:
         self._unsynced = False
         self._sync_lock = trio.Lock()
         self._syncs_begun = 0
+        self._sync_failed = False
         self._heard: set[int] = set()
         self._gone: set[int] = set()
 
@@ -129,14 +130,16 @@ class MetadataService:
             return
         begun = self._syncs_begun
         async with self._sync_lock:
-            if self._syncs_begun > begun:
-                return  # one that began after this was asked for has ended
+            if self._syncs_begun > begun and not self._sync_failed:
+                return  # one that began after this was asked for has ended well
             self._syncs_begun += 1
+            self._sync_failed = True
             self._unsynced = False
             if self._shared:
                 await self._turns.ask(self.core.sync)
             else:
                 await trio.to_thread.run_sync(self.core.sync)
+            self._sync_failed = False
 
     async def _sync_now_and_then(self) -> None:
         while True:
@@ -145,10 +148,11 @@ class MetadataService:
                 continue
             try:
                 await self._sync()
-            except DiskFull as exc:
-                self._unsynced = True
-                log.warning("metadata is not synced: %s", exc)
             except KvfsError as exc:
+                self._unsynced = True
+                if isinstance(exc, DiskFull) or exc.temporary:
+                    log.warning("metadata is not synced yet: %s", exc)
+                    continue
                 # The engine refuses every further write itself; reads go on.
                 log.error("metadata cannot be synced: %s", exc)
                 return

@@ -473,7 +473,38 @@ def test_a_sync_that_fails_is_told() -> None:
 
 
 @pytest.mark.logs_warnings
-def test_a_sync_without_room_is_repeated() -> None:
+def test_nobody_is_told_that_a_sync_was_done_which_failed() -> None:
+    """Who asks while others wait shares their sync only if it ends well."""
+    world = memory_world("cache")
+    world.engine = engine = CountingSyncs()
+    outcomes: list[object] = []
+
+    async def ask(client: MetadataClient) -> None:
+        try:
+            outcomes.append(await client.call(m.Sync()))
+        except e.StoreUnavailable as exc:
+            outcomes.append(exc)
+
+    async def test() -> None:
+        async with world.serving() as addresses, contextlib.AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(
+                    MetadataClient(world.env, addresses[0], retry_seconds=0)
+                )
+                for _ in range(4)
+            ]
+            engine.error = e.StoreUnavailable(detail="away")
+            async with trio.open_nursery() as nursery:
+                for client in clients:
+                    nursery.start_soon(ask, client)
+
+    run_under_mock_clock(test)
+    assert [type(outcome) for outcome in outcomes] == 4 * [e.StoreUnavailable]
+
+
+@pytest.mark.logs_warnings
+@pytest.mark.parametrize("error", [e.DiskFull(path="store"), e.StoreUnavailable(detail="away")])
+def test_a_sync_that_may_go_well_later_is_repeated(error: e.KvfsError) -> None:
     world = memory_world("cache")
     world.engine = engine = CountingSyncs()
 
@@ -482,7 +513,7 @@ def test_a_sync_without_room_is_repeated() -> None:
             world.serving() as addresses,
             MetadataClient(world.env, addresses[0]) as client,
         ):
-            engine.error = e.DiskFull(path="store")
+            engine.error = error
             await client.call(HEARTBEAT)
             await trio.sleep(limits.SYNC_SECONDS * 3.5)
             assert engine.syncs == 3
