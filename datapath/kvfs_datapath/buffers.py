@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import threading
 from collections.abc import Iterator
 
+from kvfs_base import threads
 from kvfs_base.errors import ServerBusy
 from kvfs_base.limits import PAGE_BYTES
 
@@ -25,7 +25,7 @@ class BufferPool:
 
     def __init__(self, count: int, size: int) -> None:
         self._size = size
-        self._slots = threading.BoundedSemaphore(count)
+        self._slots = threads.semaphore(count)
         self._free: list[mmap.mmap] = []
 
     @contextlib.contextmanager

@@ -13,9 +13,9 @@ import collections
 import functools
 import resource
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from kvfs_base import threads
 from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ChunkNotFound,
@@ -78,7 +78,7 @@ class ChunkClient:
         self.pool = ConnectionPool(env.blocking_network)
         open_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.descriptors = DescriptorCache(min(FILE_DESCRIPTORS_MAX, open_max // 4))
-        self._threads = ThreadPoolExecutor(CLIENT_THREADS, "kvfs-chunks")
+        self._threads = threads.pool(CLIENT_THREADS, "kvfs-chunks")
         self._counters = Counters(
             "bad_chunks",
             "chunks_read",
@@ -161,7 +161,7 @@ class ChunkClient:
         first error."""
         if not jobs:
             return
-        others: list[Future[None]] = []
+        others: list[threads.Future] = []
         error: BaseException | None = None
         try:
             others.extend(self._threads.submit(job) for job in jobs[1:])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from kvfs_base import frames
+from kvfs_base import frames, threads
 from kvfs_base.errors import ConnectionLost, ProtocolError
 from kvfs_base.frames import Kind
 from kvfs_base.limits import CALL_SECONDS, CLIENT_IDLE_CONNECTIONS, CONNECT_SECONDS
@@ -95,7 +94,7 @@ class ConnectionPool:
 
     def __init__(self, network: BlockingNetwork) -> None:
         self._network = network
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
         self._idle: dict[Address, list[DataConnection]] = {}
         self._busy: set[DataConnection] = set()
         self._closed = False

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import collections
 import os
-import threading
 
+from kvfs_base import threads
 from kvfs_base.types import ChunkId
 
 
@@ -31,7 +31,7 @@ class DescriptorCache:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
         self._kept: collections.OrderedDict[ChunkId, Descriptor] = collections.OrderedDict()
 
     def __len__(self) -> int:

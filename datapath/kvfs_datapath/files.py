@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
+from kvfs_base import threads
 from kvfs_base.errors import (
     ChunkNotFound,
     ConnectionLost,
@@ -72,8 +72,8 @@ class StripedFile:
         self._inode = inode
         self._layout = layout
         self._tries = 1 + int(retry_seconds / FILE_RETRY_PAUSE_SECONDS)
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
+        self._closed = threads.event()
+        self._lock = threads.lock()
         self._unsealed: set[int] = set()
         self._unsynced: set[int] = set()
 

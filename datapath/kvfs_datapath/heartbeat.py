@@ -8,8 +8,8 @@ passes it, and removing twice does no harm, so nothing is remembered across a re
 from __future__ import annotations
 
 import logging
-import threading
 
+from kvfs_base import threads
 from kvfs_base.cluster import Heartbeat, HeartbeatReply, Removal, TargetOrders, TargetReport
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError, TargetRemoved
@@ -40,16 +40,16 @@ class Housekeeping:
         self._deadline = TARGET_LEASE_SECONDS / (1 if len(config.metadata) == 1 else 3)
         self._unix: Address | None = None
         self._tcp: Address | None = None
-        self._stopping = threading.Event()
-        self._work = threading.Condition()
+        self._stopping = threads.event()
+        self._work = threads.condition()
         self._orders: dict[str, tuple[Removal, ...]] = {}
         self._removed: dict[str, int] = {}
         self._refused: frozenset[str] = frozenset()
         self._usage: dict[str, DiskUsage] = {}
         self._connected = True
         self._threads = [
-            threading.Thread(target=self._beat, name="kvfs-heartbeat", daemon=True),
-            threading.Thread(target=self._remove, name="kvfs-remover", daemon=True),
+            threads.thread(self._beat, name="kvfs-heartbeat"),
+            threads.thread(self._remove, name="kvfs-remover"),
         ]
 
     def start(self, unix: Address | None, tcp: Address | None) -> None:
@@ -64,7 +64,7 @@ class Housekeeping:
         with self._work:
             self._work.notify_all()
         for thread in self._threads:
-            if thread.ident is not None:
+            if thread.is_alive():
                 thread.join()
 
     # --- heartbeats

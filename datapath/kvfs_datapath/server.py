@@ -7,9 +7,9 @@ GIL, and a blocking call costs 23 us a side where a trio task costs 160 us (meas
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 
+from kvfs_base import threads
 from kvfs_base.counters import Counters
 from kvfs_base.errors import ConnectionLost, KvfsError
 from kvfs_base.limits import (
@@ -60,10 +60,10 @@ class ChunkServer:
         self._targets = Targets(self._open_stores())
         self._housekeeping = Housekeeping(env, config, self._targets, self._counters)
         self._listeners: list[Listener] = []
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._connections: dict[Connection, threading.Thread] = {}
-        self._acceptors: list[threading.Thread] = []
+        self._stopping = threads.event()
+        self._lock = threads.lock()
+        self._connections: dict[Connection, threads.Thread] = {}
+        self._acceptors: list[threads.Thread] = []
 
     def _open_stores(self) -> list[ChunkStore]:
         stores: list[ChunkStore] = []
@@ -99,9 +99,7 @@ class ChunkServer:
             self.stop()
             raise
         for listener in self._listeners:
-            thread = threading.Thread(
-                target=self._accept, args=(listener,), name="kvfs-accept", daemon=True
-            )
+            thread = threads.thread(self._accept, listener, name="kvfs-accept")
             self._acceptors.append(thread)
             thread.start()
         by_kind = {address.kind: address for address in self.addresses}
@@ -142,9 +140,7 @@ class ChunkServer:
                     self._stopping.wait(ACCEPT_PAUSE_SECONDS)
 
     def _welcome(self, connection: Connection) -> None:
-        thread = threading.Thread(
-            target=self._serve, args=(connection,), name="kvfs-data", daemon=True
-        )
+        thread = threads.thread(self._serve, connection, name="kvfs-data")
         with self._lock:
             full = len(self._connections) >= CONNECTIONS_MAX or self._stopping.is_set()
             if not full:

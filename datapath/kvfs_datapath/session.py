@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -167,7 +166,7 @@ class DataSession:
         )
         try:
             for file, offset, length in answer.pieces:
-                self._connection.send_file(file.fileno(), offset, length)
+                self._connection.send_file(file, offset, length)
         except TargetFailed as exc:
             # The answer is under way: only breaking off can still say that it went wrong.
             answer.store.fail(exc)
@@ -222,7 +221,7 @@ class DataSession:
                 detail = f"{info.length} bytes, {item.size} expected"
                 raise ChunkMismatch(*item.chunk, detail=detail)
             # The whole batch is on its way from the disk before the first byte is sent.
-            os.posix_fadvise(file.fileno(), 0, info.length, os.POSIX_FADV_WILLNEED)
+            file.will_need(0, info.length)
             answer.pieces.append((file, 0, info.length))
             return info
 

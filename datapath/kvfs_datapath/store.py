@@ -24,11 +24,11 @@ import collections
 import contextlib
 import itertools
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from kvfs_base import threads
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
@@ -101,10 +101,10 @@ class ChunkStore:
             raise
         self._failure: TargetFailed | None = None
         self._staging_names = itertools.count(1)
-        self._staging_slots = threading.BoundedSemaphore(STAGED_CHUNKS_MAX)
-        self._locks = [threading.Lock() for _ in range(LOCKS)]
+        self._staging_slots = threads.semaphore(STAGED_CHUNKS_MAX)
+        self._locks = [threads.lock() for _ in range(LOCKS)]
         self._verified: collections.OrderedDict[ChunkId, int] = collections.OrderedDict()
-        self._verified_lock = threading.Lock()
+        self._verified_lock = threads.lock()
 
     # --- the target itself
 
@@ -162,7 +162,7 @@ class ChunkStore:
             assert self._failure is not None
             raise self._failure from exc
 
-    def _lock(self, chunk: ChunkId) -> threading.Lock:
+    def _lock(self, chunk: ChunkId) -> threads.Lock:
         return self._locks[hash(chunk) % LOCKS]
 
     # --- chunks that are created whole

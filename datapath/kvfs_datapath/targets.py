@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
+from kvfs_base import threads
 from kvfs_base.errors import KvfsError, NoTarget
 from kvfs_base.limits import HEARTBEAT_SECONDS, UNSEALED_CHUNKS_MAX
 from kvfs_base.types import ChunkId
@@ -15,8 +15,8 @@ class Targets:
     def __init__(self, stores: Sequence[ChunkStore]) -> None:
         self.stores = tuple(stores)
         self._unsettled: dict[tuple[ChunkStore, ChunkId], None] = {}
-        self._lock = threading.Lock()
-        self._numbered = threading.Condition()
+        self._lock = threads.lock()
+        self._numbered = threads.condition()
 
     def find(self, target_id: int) -> ChunkStore:
         """Raises NoTarget. A client may hear of a new target before this server hears what its

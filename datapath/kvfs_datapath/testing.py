@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
-from kvfs_base import frames
+from kvfs_base import frames, threads
 from kvfs_base.cluster import (
     Chain,
     ClusterMap,
@@ -35,7 +35,7 @@ class FakeMetadata:
 
     def __init__(self, env: Env, address: Address) -> None:
         self._env = env
-        self._condition = threading.Condition()
+        self._condition = threads.condition()
         self._beats: dict[str, tuple[Heartbeat, TargetReport]] = {}
         self._numbers: dict[str, int] = {}
         self._removals: dict[str, list[Removal]] = {}
@@ -47,7 +47,7 @@ class FakeMetadata:
         self.address = address
         self._listener: Listener | None = None
         self._connections: list[Connection] = []
-        self._threads: list[threading.Thread] = []
+        self._threads: list[threads.Thread] = []
 
     # --- life
 
@@ -62,14 +62,14 @@ class FakeMetadata:
         self._listener.close()
         with self._condition:
             connections, self._connections = self._connections, []
-            threads, self._threads = self._threads, []
+            running, self._threads = self._threads, []
         for connection in connections:
             connection.shutdown()
-        for thread in threads:
+        for thread in running:
             thread.join()
 
-    def _spawn(self, target: object, argument: object) -> None:
-        thread = threading.Thread(target=target, args=(argument,), daemon=True)  # type: ignore[arg-type]
+    def _spawn(self, target: Callable[[Any], None], argument: object) -> None:
+        thread = threads.thread(target, argument, name="kvfs-fake")
         with self._condition:
             self._threads.append(thread)
         thread.start()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+from kvfs_base import threads
 
 
 class Counters:
     """Every name is declared at the start, so that a statistics page never lacks one."""
 
     def __init__(self, *names: str) -> None:
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
         self._values = dict.fromkeys(names, 0)
 
     def add(self, **amounts: int) -> None:

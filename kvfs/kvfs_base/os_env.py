@@ -4,6 +4,7 @@ that imports them."""
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import os
@@ -93,6 +94,10 @@ class OsDiskFile:
         except OSError as exc:
             raise _disk_error(exc, self._path) from exc
         return done
+
+    def will_need(self, offset: int, length: int) -> None:
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def truncate(self, size: int) -> None:
         try:
@@ -370,8 +375,8 @@ class OsConnection:
         except OSError as exc:
             raise self._lost(exc) from exc
 
-    def send_file(self, descriptor: int, offset: int, count: int) -> None:
-        out = self._sock.fileno()
+    def send_file(self, file: DiskFile, offset: int, count: int) -> None:
+        out, descriptor = self._sock.fileno(), file.fileno()
         end = offset + count
         try:
             while offset < end:

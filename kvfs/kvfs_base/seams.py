@@ -47,6 +47,9 @@ class DiskFile(Protocol):
     def pwritev(self, buffers: Sequence[Buffer], offset: int) -> int:
         """Always writes everything."""
 
+    def will_need(self, offset: int, length: int) -> None:
+        """These bytes will be read soon. A hint: nothing is raised."""
+
     def truncate(self, size: int) -> None: ...
 
     def size(self) -> int: ...
@@ -128,7 +131,7 @@ class Connection(Protocol):
     def send(self, parts: Sequence[Buffer], descriptors: Sequence[int] = ()) -> None:
         """Everything, or ConnectionLost / DeadlineExceeded."""
 
-    def send_file(self, descriptor: int, offset: int, count: int) -> None:
+    def send_file(self, file: DiskFile, offset: int, count: int) -> None:
         """``count`` bytes of an open file, without bringing them to user space. Raises
         ConnectionLost also if the file is shorter, TargetFailed if its disk fails."""
 

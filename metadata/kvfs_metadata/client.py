@@ -16,7 +16,6 @@ session has one count for each answer that its client got, whatever was carried 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import msgspec
 import trio
 
+from kvfs_base import threads
 from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat
 from kvfs_base.errors import ConnectionLost, KvfsError, StoreUnavailable
 from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GRACE_SECONDS
@@ -223,7 +223,7 @@ class BlockingMetadataClient:
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self._retry_seconds = retry_seconds
-        self._closed = threading.Event()
+        self._closed = threads.event()
         self._numbers = _Numbers(env.rng.randbytes(CLIENT_BYTES))
         self._rpc = BlockingRpcClient(env.blocking_network, address)
 
@@ -281,7 +281,7 @@ class ClusterView:
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self._client = BlockingMetadataClient(env, address, retry_seconds=retry_seconds)
-        self._lock = threading.Lock()
+        self._lock = threads.lock()
         self._map: ClusterMap | None = None
         self._fetched = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import socket
 import tempfile
@@ -16,7 +17,7 @@ from kvfs_base.errors import ConnectionLost, DeadlineExceeded, NotLoopback
 from kvfs_base.limits import FDS_PER_MESSAGE_MAX
 from kvfs_base.os_env import OsBlockingNetwork
 from kvfs_base.seams import BlockingNetwork, Connection, Listener
-from kvfs_base.testing import MemoryBlockingNetwork
+from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import Address
 
 SECONDS = 20.0
@@ -83,15 +84,15 @@ def test_many_small_parts_and_views(pair: Pair) -> None:
 
 def test_files_are_sent_from_their_middle(pair: Pair) -> None:
     data = os.urandom(3 << 20)
-    with tempfile.TemporaryFile() as file:
-        file.write(data)
-        file.flush()
+    disk = MemoryDisk()
+    with contextlib.closing(disk.open("sent", write=True, create=True)) as file:
+        file.pwritev([data], 0)
         received = pair.threads.submit(receive, pair.far, (2 << 20) + 4)
         pair.near.send([b"head"])
-        pair.near.send_file(file.fileno(), 1000, 2 << 20)
+        pair.near.send_file(file, 1000, 2 << 20)
         assert received.result(SECONDS) == b"head" + data[1000 : 1000 + (2 << 20)]
         with pytest.raises(ConnectionLost):
-            pair.near.send_file(file.fileno(), len(data), 1)
+            pair.near.send_file(file, len(data), 1)
 
 
 def test_a_closed_peer_is_connection_lost(pair: Pair) -> None:
@@ -155,7 +156,7 @@ def test_descriptors_pass_where_they_can(pair: Pair) -> None:
     assert pair.near.can_pass_descriptors == (pair.listener.address.kind == "unix")
     if not pair.near.can_pass_descriptors:
         return
-    files = [tempfile.TemporaryFile() for _ in range(FDS_PER_MESSAGE_MAX)]  # noqa: SIM115
+    files = [tempfile.TemporaryFile() for _ in range(FDS_PER_MESSAGE_MAX)]
     for number, file in enumerate(files):
         file.write(b"%d" % number)
         file.flush()
