@@ -156,7 +156,7 @@ def test_descriptors_pass_where_they_can(pair: Pair) -> None:
     assert pair.near.can_pass_descriptors == (pair.listener.address.kind == "unix")
     if not pair.near.can_pass_descriptors:
         return
-    files = [tempfile.TemporaryFile() for _ in range(FDS_PER_MESSAGE_MAX)]
+    files = [tempfile.TemporaryFile() for _ in range(FDS_PER_MESSAGE_MAX)]  # noqa: SIM115
     for number, file in enumerate(files):
         file.write(b"%d" % number)
         file.flush()
