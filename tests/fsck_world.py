@@ -106,7 +106,7 @@ class World:
         if not sparse:
             for number in range(-(-size // CHUNK)):
                 length = min(CHUNK, size - number * CHUNK)
-                info = ChunkInfo(attr.inode, number, ChunkState.SEALED, length, 1)
+                info = ChunkInfo(attr.inode, number, 0, ChunkState.SEALED, length, 1)
                 self.targets.put(self.target_of(attr.layout.chain_of(number)), info)
         return self._made(path, attr.inode)
 
@@ -118,7 +118,7 @@ class World:
         found = []
         for place, (name, block) in enumerate(zip(names, batch.blocks, strict=True)):
             assert block is not None
-            info = ChunkInfo(block.inode, 0, ChunkState.SEALED, size, place, key(name))
+            info = ChunkInfo(block.inode, 0, 0, ChunkState.SEALED, size, place, key(name))
             self.targets.put(self.target_of(block.chain), info)
             found.append(self._made(f"{namespace}/{name}", block.inode))
         return found

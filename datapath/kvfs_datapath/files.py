@@ -370,7 +370,7 @@ class StripedFile:
         return ChunkId(self._inode, number)
 
     def _refs(self, numbers: Iterable[int]) -> tuple[m.ChunkRef, ...]:
-        return tuple(m.ChunkRef(self._inode, number) for number in numbers)
+        return tuple(m.ChunkRef(*self._chunk(number)) for number in numbers)
 
     def _segments(self, offset: int, length: int) -> list[_Segment]:
         chunk_bytes = self._layout.chunk_bytes

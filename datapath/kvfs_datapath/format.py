@@ -40,6 +40,7 @@ _SUM = struct.Struct("<I")
 ATTRIBUTE_BYTES = _BODY.size + _SUM.size
 
 CHUNKS = "chunks"
+CHAINS = "chains"
 STAGING = "staging"
 DIRECTORIES = 256
 
@@ -53,23 +54,30 @@ BlockKey = Annotated[bytes, msgspec.Meta(max_length=BLOCK_KEY_BYTES)]
 class ChunkState(enum.IntEnum):
     OPEN = 1
     SEALED = 2
+    PENDING = 3
+    """The next version of a chunk of a chain, which is not committed yet."""
 
 
 class ChunkInfo(msgspec.Struct, array_like=True, frozen=True):
     """What a chunk's attribute says; it travels in replies. ``length`` of an OPEN chunk is the size
-    that its file had when it was looked at."""
+    that its file had when it was looked at. ``version`` is 0 but for file chunks of chains."""
 
     inode: U64
     number: U32
+    chain: U32
     state: ChunkState
     length: U64 = 0
     crc32c: U32 = 0
     key: BlockKey = b""
     durable: bool = False
+    version: U32 = 0
+    writer: U32 = 0
+    """Who made this version, and under which number of his."""
+    sequence: U32 = 0
 
     @property
     def chunk(self) -> ChunkId:
-        return ChunkId(self.inode, self.number)
+        return ChunkId(self.inode, self.number, self.chain)
 
     @property
     def is_sealed(self) -> bool:
@@ -106,11 +114,12 @@ def unpack(data: bytes | None, chunk: ChunkId) -> ChunkInfo:
     if len(data) != ATTRIBUTE_BYTES or _SUM.unpack_from(data, 64)[0] != crc32c(data[:64]):
         raise ChunkMismatch(*chunk, detail="chunk attribute is damaged")
     _, _, state, flags, inode, number, checksum, length, key = _BODY.unpack_from(data)
-    if (inode, number) != chunk or state not in (ChunkState.OPEN, ChunkState.SEALED):
+    if (inode, number) != chunk[:2] or state not in (ChunkState.OPEN, ChunkState.SEALED):
         raise ChunkMismatch(*chunk, detail=f"the file holds chunk {inode}.{number} state {state}")
     return ChunkInfo(
         inode=inode,
         number=number,
+        chain=chunk.chain,
         state=ChunkState(state),
         length=length,
         crc32c=checksum,
@@ -119,22 +128,28 @@ def unpack(data: bytes | None, chunk: ChunkId) -> ChunkInfo:
     )
 
 
-def directory_of(inode: int) -> str:
+def root_of(chain: int) -> str:
+    """The tree of a chain's chunks, or of those that belong to none."""
+    return f"{CHAINS}/{chain:08x}" if chain else CHUNKS
+
+
+def directory_of(inode: int, chain: int = 0) -> str:
     """All chunks that one target holds of one inode share a directory, so that removing a file
     needs no index: small ranges by name, large ones by listing it."""
-    return f"{CHUNKS}/{crc32c(inode.to_bytes(8, 'little')) & 0xFF:02x}"
+    return f"{root_of(chain)}/{crc32c(inode.to_bytes(8, 'little')) & 0xFF:02x}"
 
 
 def path_of(chunk: ChunkId) -> str:
-    return f"{directory_of(chunk.inode)}/{chunk.inode:016x}.{chunk.number:08x}"
+    directory = directory_of(chunk.inode, chunk.chain)
+    return f"{directory}/{chunk.inode:016x}.{chunk.number:08x}"
 
 
-def chunk_of(name: str) -> ChunkId | None:
+def chunk_of(name: str, chain: int = 0) -> ChunkId | None:
     """The chunk that a file name stands for, or None for a name that is not ours."""
     inode, dot, number = name.partition(".")
     if not dot or len(inode) != 16 or len(number) != 8:
         return None
     try:
-        return ChunkId(int(inode, 16), int(number, 16))
+        return ChunkId(int(inode, 16), int(number, 16), chain)
     except ValueError:
         return None

@@ -21,8 +21,10 @@ from kvfs_base.frames import ErrorBody
 from kvfs_base.limits import (
     BLOCK_BYTES_MAX,
     CHECK_CHUNKS_PER_REQUEST,
+    HOPS_MAX,
     ITEMS_PER_REQUEST_MAX,
     LIST_CHUNKS_MAX,
+    SYNC_PAGE_CHUNKS,
     TRANSFER_BYTES,
 )
 from kvfs_base.rpc import Request
@@ -35,12 +37,15 @@ _ITEMS = msgspec.Meta(min_length=1, max_length=ITEMS_PER_REQUEST_MAX)
 
 
 class ChunkRef(msgspec.Struct, array_like=True, frozen=True):
+    """As ChunkId."""
+
     inode: U64
     number: U32
+    chain: U32
 
     @property
     def chunk(self) -> ChunkId:
-        return ChunkId(self.inode, self.number)
+        return ChunkId(self.inode, self.number, self.chain)
 
 
 class SizedChunk(ChunkRef, frozen=True):
@@ -88,7 +93,8 @@ class Outcomes(msgspec.Struct, array_like=True, frozen=True):
 
 class ChunkRequest(Request):
     """Base of all: raises NoTarget unless this server has ``target_id``, TargetFailed once its disk
-    has failed."""
+    has failed. Where chunks of chains are concerned TargetFenced if it may not answer for one, and
+    StaleChain if the request names another version of the chain than the server knows."""
 
     Reply: ClassVar[Any] = Outcomes
     target_id: U32
@@ -115,10 +121,23 @@ class OpenChunks(ChunkRequest, tag="open"):
     seal: bool = False
 
 
+class Passing(msgspec.Struct, array_like=True, frozen=True):
+    """How a write goes along a chain: what every member compares with the chain as it knows it.
+    All chunks of a request that has one are of this chain."""
+
+    chain: U32
+    version: U32
+    hops: Annotated[tuple[U32, ...], msgspec.Meta(max_length=HOPS_MAX)] = ()
+    """Targets that have yet to get it, in order, after the one that is asked."""
+
+
 class WriteChunks(ChunkRequest, tag="write"):
-    """Payload: the chunks. Each is checked against its checksum and published on its own."""
+    """Payload: the chunks. Each is checked against its checksum and published on its own.
+    ``passing``: on a chain of several copies the bytes are passed on to ``hops`` while they come
+    in; a chunk without error is published there, too. Any member may be the first to get it."""
 
     chunks: Annotated[tuple[NewChunk, ...], _ITEMS]
+    passing: Passing | None = None
 
 
 class Staged(msgspec.Struct, array_like=True, frozen=True):
@@ -139,6 +158,8 @@ class PublishChunks(ChunkRequest, tag="publish"):
 
     chunks: Annotated[tuple[StagedItem, ...], msgspec.Meta(max_length=ITEMS_PER_REQUEST_MAX)]
     discard: Annotated[tuple[U64, ...], msgspec.Meta(max_length=ITEMS_PER_REQUEST_MAX)] = ()
+    passing: Passing | None = None
+    """Without hops: the caller sends the chunks to the other members itself."""
 
 
 # --- chunks of ordinary files
@@ -179,20 +200,113 @@ class TruncateChunks(ChunkRequest, tag="truncate"):
 
 
 class SyncChunks(ChunkRequest, tag="sync"):
-    """Answered once everything written to the chunks is on stable storage."""
+    """Answered once everything written to the chunks is on stable storage, of every member of
+    ``passing``: it goes to the head."""
 
     chunks: ChunkRefs
+    passing: Passing | None = None
 
 
 class RemoveRange(ChunkRequest, tag="remove"):
-    """Removes the chunks ``first <= number < end`` of an inode that this target has."""
+    """Removes the chunks ``first <= number < end`` of an inode that this target has. With
+    ``passing`` it goes to the head, and they are cut to nothing on every member."""
 
     inode: U64
     first: U32
     end: U32
+    writer: U32 = 0
+    passing: Passing | None = None
 
 
 class StatChunks(ChunkRequest, tag="stat"):
+    chunks: ChunkRefs
+
+
+# --- chunks of ordinary files on chains of several copies
+
+
+class Update(msgspec.Struct, array_like=True, frozen=True):
+    """``length`` bytes at ``offset``, or with ``cut`` nothing but an end at ``offset``. A chunk
+    that is cut to nothing keeps its version. ``writer`` and ``sequence`` make it known when it
+    comes again (``again``); ``base`` is then the version that the chunk had, as far as the writer
+    knows, when he tried for the first time, or None."""
+
+    inode: U64
+    number: U32
+    offset: ChunkBytes
+    length: TransferBytes
+    crc32c: U32
+    """Of the bytes."""
+    writer: U32
+    sequence: U32
+    cut: bool = False
+    again: bool = False
+    base: U32 | None = None
+
+
+class UpdateChunks(ChunkRequest, tag="update"):
+    """To the head of a chain. Payload: the bytes of the updates. Each is answered, by the chunk as
+    it is afterwards, once every member has it. ``passing`` has no hops: the head knows them. Also
+    raises WriteUncertain, DiskFull (then it is nowhere), Conflict (temporary)."""
+
+    passing: Passing
+    updates: Annotated[tuple[Update, ...], _ITEMS]
+
+
+class PassUpdate(ChunkRequest, tag="pass_update"):
+    """From a member to the next. Payload: the bytes of ``update``. The chunk has ``version`` and
+    ``crc32c`` and ``length`` afterwards. With ``whole`` the payload is the whole chunk (``offset``
+    is 0) and what the next has is replaced; else it must have ``version`` - 1, or answers with
+    what it has (an info, no error) and wants the whole chunk. Answered when every member after
+    the sender has it. The same version may come again."""
+
+    passing: Passing
+    update: Update
+    version: U32
+    crc32c: U32
+    length: ChunkBytes
+    whole: bool = False
+
+
+class SyncChain(ChunkRequest, tag="sync_chain"):
+    """From the last serving member to one that is syncing: forget what is pending, a comparison
+    begins."""
+
+    passing: Passing
+
+
+class Held(msgspec.Struct, array_like=True, frozen=True):
+    """What the serving member has."""
+
+    inode: U64
+    number: U32
+    length: U64
+    crc32c: U32
+    version: U32
+    """0 for a block."""
+
+
+class Wanted(msgspec.Struct, array_like=True, frozen=True):
+    places: tuple[U32, ...]
+    """Indexes of the chunks that the syncing member lacks, or has otherwise."""
+
+
+class CompareChunks(ChunkRequest, tag="compare"):
+    """One page, in the order of (inode, number): all chunks of the chain that the serving member
+    has from ``start`` up to, not including, ``end`` (None: to the last). File chunks that only the
+    other has are removed there, unless they came during this comparison."""
+
+    Reply: ClassVar[Any] = Wanted
+    passing: Passing
+    start: ChunkRef
+    end: ChunkRef | None
+    held: Annotated[tuple[Held, ...], msgspec.Meta(max_length=SYNC_PAGE_CHUNKS)]
+
+
+class RepairChunks(ChunkRequest, tag="repair"):
+    """A reader could not use these chunks of a chain, another member had them: look, and get them
+    from there. Infos are of chunks that are whole again, or were."""
+
     chunks: ChunkRefs
 
 
@@ -219,6 +333,7 @@ class ListChunks(ChunkRequest, tag="list"):
 
     Reply: ClassVar[Any] = ChunkPage
     start: ChunkRef
+    """Its chain is the one that is listed, 0 for the chunks that belong to none."""
     limit: Annotated[int, msgspec.Meta(ge=1, le=LIST_CHUNKS_MAX)] = LIST_CHUNKS_MAX
 
 
@@ -245,6 +360,11 @@ DataRequest = (
     | SyncChunks
     | RemoveRange
     | StatChunks
+    | UpdateChunks
+    | PassUpdate
+    | SyncChain
+    | CompareChunks
+    | RepairChunks
     | ListChunks
     | CheckChunks
 )

@@ -417,9 +417,7 @@ class DataSession:
 
 
 def _info_of(new: m.NewChunk) -> ChunkInfo:
-    return ChunkInfo(
-        new.inode, new.number, ChunkState.SEALED, length=new.size, crc32c=new.crc32c, key=new.key
-    )
+    return ChunkInfo(*new.chunk, ChunkState.SEALED, length=new.size, crc32c=new.crc32c, key=new.key)
 
 
 @contextlib.contextmanager

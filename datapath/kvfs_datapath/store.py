@@ -222,7 +222,7 @@ class ChunkStore:
         try:
             self._disk.rename(path, path_of(chunk))
         except FileNotFoundError:  # the first chunk in its directory
-            self._disk.make_directory(directory_of(chunk.inode))
+            self._disk.make_directory(directory_of(chunk.inode, chunk.chain))
             if self._strict:
                 self._disk.sync_directory(CHUNKS)
             self._disk.rename(path, path_of(chunk))
@@ -231,7 +231,7 @@ class ChunkStore:
         if not self._strict:
             return
         try:
-            self._disk.sync_directory(directory_of(chunk.inode))
+            self._disk.sync_directory(directory_of(chunk.inode, chunk.chain))
         except KvfsError:
             # The writer will be told that it failed: nobody may find it.
             with contextlib.suppress(TargetFailed, FileNotFoundError):
@@ -462,7 +462,7 @@ class ChunkStore:
             finally:
                 file.close()
             if not info.durable:
-                self._disk.sync_directory(directory_of(chunk.inode))
+                self._disk.sync_directory(directory_of(chunk.inode, chunk.chain))
                 self._disk.sync_directory(CHUNKS)
 
     # --- removing and listing
@@ -483,7 +483,7 @@ class ChunkStore:
             numbers: Sequence[int] = range(first, end)
         else:
             found = self.list_directory(directory_of(inode))
-            numbers = [n for i, n in found if i == inode and first <= n < end]
+            numbers = [c.number for c in found if c.inode == inode and first <= c.number < end]
         return sum(self.remove(ChunkId(inode, number)) for number in numbers)
 
     def sync_removals(self, inodes: Sequence[int]) -> None:

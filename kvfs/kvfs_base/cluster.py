@@ -11,7 +11,12 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from kvfs_base.limits import REMOVALS_PER_HEARTBEAT
+from kvfs_base.limits import (
+    REMOVALS_PER_HEARTBEAT,
+    SUSPECTS_MAX,
+    SYNCED_MAX,
+    UNWANTED_INODES_MAX,
+)
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, Address, ShortText
 
@@ -40,11 +45,29 @@ class Target(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Chain(msgspec.Struct, array_like=True, frozen=True):
-    """Replicas in write order, head first. One target a chain until replication arrives."""
+    """Who has the chunks of a chain (docs/design/0004-chains.md). ``version`` grows with every
+    change of the members."""
 
     chain_id: U32
     version: U32
     targets: tuple[U32, ...]
+    """Members that serve, in write order, head first."""
+    copies: U32 = 1
+    """How many there should be. Chains of one copy know no versions of chunks."""
+    syncing: tuple[U32, ...] = ()
+    """Members that are being brought in step: writes pass them after those that serve."""
+    offline: tuple[U32, ...] = ()
+    """Members that are away and may come back."""
+
+    @property
+    def is_replicated(self) -> bool:
+        """Also while one copy is left."""
+        return self.copies > 1
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Those that writes pass, in order."""
+        return self.targets + self.syncing
 
 
 class ClusterMap(msgspec.Struct, array_like=True, frozen=True):
@@ -66,21 +89,31 @@ class TargetReport(msgspec.Struct, array_like=True, frozen=True):
     volume: ShortText = ""
     """Targets of one host with the same volume share its space, which counts once; empty where the
     target has a share of its own."""
+    incarnation: U64 = 0
+    """Drawn when the server opened the target. Another one means that it may have lost what was not
+    synced: it must be brought in step again."""
+    fenced: bool = False
+    """It does not answer for any chain of several copies until it sees a newer map."""
 
 
 class Removal(msgspec.Struct, array_like=True, frozen=True):
-    """Remove the chunks ``first <= index < end`` of ``inode`` that this target may hold."""
+    """Remove the chunks ``first <= index < end`` of ``inode`` that this target may hold; as a
+    member of ``chain`` if that has several copies, else 0."""
 
     seq: U64
     inode: U64
     first: U32
     end: U32
+    chain: U32 = 0
 
 
 class TargetOrders(msgspec.Struct, array_like=True, frozen=True):
     uuid: ShortText
     target_id: U32
     removals: Annotated[tuple[Removal, ...], msgspec.Meta(max_length=REMOVALS_PER_HEARTBEAT)]
+    fence: bool = False
+    """The target is to stop answering for its chains, and to say so: it is about to be taken out of
+    them. The lease is not renewed."""
 
 
 class HeartbeatReply(msgspec.Struct, array_like=True, frozen=True):
@@ -90,14 +123,42 @@ class HeartbeatReply(msgspec.Struct, array_like=True, frozen=True):
     """Uuids of targets that were removed from the cluster. The server's others are not affected."""
 
 
+class Synced(msgspec.Struct, array_like=True, frozen=True):
+    """The chain's last serving member has brought ``target_id`` in step under ``version``."""
+
+    chain_id: U32
+    version: U32
+    target_id: U32
+
+
 class Heartbeat(Request, tag="heartbeat"):
+    """A server lives by its replies: from the moment at which it sent the heartbeat that was
+    answered, and once it knows the map that the answer names, it has FENCE_SECONDS."""
+
     Reply: ClassVar = HeartbeatReply
     server_id: ShortText
     host_id: ShortText
     unix: Address | None
     tcp: Address | None
     targets: Annotated[tuple[TargetReport, ...], msgspec.Meta(max_length=64)]
+    suspects: Annotated[tuple[U32, ...], msgspec.Meta(max_length=SUSPECTS_MAX)] = ()
+    """Targets that could not be reached for SUSPECT_SECONDS to pass a write or a copy on."""
+    synced: Annotated[tuple[Synced, ...], msgspec.Meta(max_length=SYNCED_MAX)] = ()
+    host: ShortText = ""
+    """Failure domain: copies of a chain are on different hosts. Empty: ``host_id``."""
+    rack: ShortText = ""
+    """Failure domain above: copies are in different racks where there are enough of them."""
 
 
 class GetClusterMap(Request, tag="get_cluster_map"):
     Reply: ClassVar = ClusterMap
+
+
+class FindUnwanted(Request, tag="find_unwanted"):
+    """Which chunks of a target nothing refers to, and nothing ever will: indexes into ``inodes``.
+    ``chain`` 0: chunks of its chains of one copy."""
+
+    Reply: ClassVar = tuple[U32, ...]
+    target_id: U32
+    chain: U32
+    inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=UNWANTED_INODES_MAX)]

@@ -49,6 +49,10 @@
         ├── NoTarget               EIO        temporary (no chunk server is serving)
         ├── TargetFailed           EIO        (its disk failed; it is out of service)
         ├── ServerBusy             EBUSY      temporary (a bound of the server is reached)
+        ├── StaleChain             EIO        temporary (asker and server know other chain versions)
+        ├── TargetFenced           EIO        temporary (it lost its lease, or is not in step)
+        ├── ChunkPending           EAGAIN     temporary (a write is on its way: ask the tail)
+        ├── WriteUncertain         EIO        (whether a repeated write was carried out is unknown)
         ├── ProtocolError          EPROTO
         └── InternalError          EIO        (a bug; the server's log has the traceback)
 
@@ -303,6 +307,7 @@ class IntegrityError(KvfsError):
 class ChunkCorrupt(IntegrityError):
     inode: int = 0
     number: int = 0
+    chain: int = 0
     expected_crc32c: int = 0
     found_crc32c: int = 0
     wire_code = "chunk_corrupt"
@@ -312,6 +317,7 @@ class ChunkCorrupt(IntegrityError):
 class ChunkMismatch(IntegrityError):
     inode: int = 0
     number: int = 0
+    chain: int = 0
     detail: str = ""
     wire_code = "chunk_mismatch"
 
@@ -407,6 +413,7 @@ class ServiceError(KvfsError):
 class ChunkNotFound(ServiceError, LookupError):
     inode: int = 0
     number: int = 0
+    chain: int = 0
     wire_code = "chunk_not_found"
 
 
@@ -472,6 +479,49 @@ class ServerBusy(ServiceError):
     posix_errno = errno.EBUSY
     wire_code = "server_busy"
     temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class StaleChain(ServiceError):
+    """``version`` is the server's; whoever knows a lower one asks for the map again."""
+
+    chain: int = 0
+    version: int = 0
+    wire_code = "stale_chain"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class TargetFenced(ServiceError):
+    """The target may not answer for a chain: its lease is over, or it is no serving member."""
+
+    target_id: int = 0
+    detail: str = ""
+    wire_code = "target_fenced"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class ChunkPending(ServiceError):
+    """A write has come this far along the chain and is not committed here yet."""
+
+    inode: int = 0
+    number: int = 0
+    chain: int = 0
+    posix_errno = errno.EAGAIN
+    wire_code = "chunk_pending"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class WriteUncertain(ServiceError):
+    """Others have written since, and nobody remembers whether the first attempt was carried out:
+    doing it now could bring old bytes back."""
+
+    inode: int = 0
+    number: int = 0
+    chain: int = 0
+    wire_code = "write_uncertain"
 
 
 @dataclasses.dataclass(eq=False)

@@ -57,8 +57,43 @@ CALL_SECONDS = 30.0
 """A call without an answer by then fails with DeadlineExceeded: the mount never hangs."""
 
 HEARTBEAT_SECONDS = 0.5
-TARGET_LEASE_SECONDS = 3.0
-"""A target that missed six heartbeats is offline: its blocks miss, new chunks go elsewhere."""
+TARGET_LEASE_SECONDS = 5.0
+"""A target that missed ten heartbeats is offline: its blocks miss, new chunks go elsewhere."""
+
+FENCE_SECONDS = TARGET_LEASE_SECONDS / 2
+"""A server that was not answered for so long stops serving chains of several copies: well before
+others may take its place, whatever the clocks' rates."""
+
+COPIES_MAX = 3
+HOPS_MAX = 8
+"""Members that a write passes: the copies, and those that are being brought in step."""
+
+CHAIN_CHUNK_BYTES = 1 * MIB
+"""Chunks of files with several copies: an overwrite copies its chunk (0.3 ms a copy)."""
+
+SUSPECT_SECONDS = 2.0
+"""A successor that cannot be reached for so long is reported."""
+
+REJOIN_SECONDS = 5.0
+"""A suspected target waits for so long before it is brought in step again; twice as long each
+time, up to REJOIN_SECONDS_MAX."""
+
+REJOIN_SECONDS_MAX = 160.0
+REPLACE_SECONDS = 300.0
+"""A member that is away for so long is replaced, if there is a target for that."""
+
+SUSPECTS_MAX = 64
+SYNCED_MAX = 256
+
+UPDATES_REMEMBERED_MAX = 65_536
+"""Numbers of updates that a target keeps in memory to recognise repetitions, 100 bytes each: ten
+minutes at 100 writes a second."""
+
+UNWANTED_INODES_MAX = 4096
+"""Chunks that a server asks about at once: 9 bytes each."""
+
+SYNC_PAGE_CHUNKS = 1024
+"""Chunks of one page of a comparison between two members, 40 bytes each."""
 
 PREPARE_SECONDS_MAX = 120.0
 """A batch that was prepared and neither committed nor aborted by then belongs to a dead writer.

@@ -27,10 +27,12 @@ ShortText = Annotated[str, msgspec.Meta(max_length=1024)]
 class ChunkId(NamedTuple):
     """Names a chunk everywhere. ``number`` counts the chunks of a
     file from 0. A block is chunk 0 of its own inode number, which is never used
-    again: the inode number of a block is also its generation."""
+    again: the inode number of a block is also its generation. ``chain`` names the chain whose copy
+    is meant; it is 0 on chains of one copy, which keep their chunks in the target's own tree."""
 
     inode: int
     number: int
+    chain: int = 0
 
 
 class Layout(msgspec.Struct, array_like=True, frozen=True):

@@ -26,7 +26,7 @@ from kvfs_datapath.format import (
     unpack,
 )
 
-SEALED = ChunkInfo(7, 3, ChunkState.SEALED, length=1000, crc32c=0xDEADBEEF, key=b"k" * 32)
+SEALED = ChunkInfo(7, 3, 0, ChunkState.SEALED, length=1000, crc32c=0xDEADBEEF, key=b"k" * 32)
 
 
 def test_the_checksum_is_crc32c() -> None:
@@ -47,13 +47,13 @@ def test_the_checksum_is_crc32c() -> None:
 def test_attributes_come_back(
     inode: int, number: int, length: int, checksum: int, key: bytes, durable: bool
 ) -> None:
-    info = ChunkInfo(inode, number, ChunkState.SEALED, length, checksum, key, durable)
+    info = ChunkInfo(inode, number, 0, ChunkState.SEALED, length, checksum, key, durable)
     assert unpack(pack(info), info.chunk) == info
 
 
 def test_an_open_chunk_promises_nothing() -> None:
-    info = ChunkInfo(7, 3, ChunkState.OPEN, length=1000, crc32c=5)
-    assert unpack(pack(info), info.chunk) == ChunkInfo(7, 3, ChunkState.OPEN)
+    info = ChunkInfo(7, 3, 0, ChunkState.OPEN, length=1000, crc32c=5)
+    assert unpack(pack(info), info.chunk) == ChunkInfo(7, 3, 0, ChunkState.OPEN)
 
 
 def test_the_layout_on_disk_is_the_documented_one() -> None:
@@ -92,7 +92,7 @@ def test_a_newer_format_is_not_damage() -> None:
 
 def test_keys_have_one_length() -> None:
     with pytest.raises(InvalidRequest):
-        pack(ChunkInfo(1, 0, ChunkState.SEALED, key=b"short"))
+        pack(ChunkInfo(1, 0, 0, ChunkState.SEALED, key=b"short"))
 
 
 def test_names() -> None:

@@ -162,7 +162,7 @@ def test_staged_chunks_are_bounded(disk: Disk, monkeypatch: pytest.MonkeyPatch) 
 def test_missing_chunks(store: ChunkStore) -> None:
     with pytest.raises(ChunkNotFound) as caught:
         store.open(CHUNK)
-    assert (caught.value.inode, caught.value.number) == CHUNK
+    assert (caught.value.inode, caught.value.number, caught.value.chain) == CHUNK
     with pytest.raises(ChunkNotFound):
         store.stat(CHUNK)
     with pytest.raises(ChunkNotFound):

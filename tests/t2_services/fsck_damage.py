@@ -189,7 +189,7 @@ def duplicate_block(world: World) -> Found:
     world.put(records.block_key(second), records.pack_block(changed))
     world.targets.put(
         world.target_of(block.chain),
-        ChunkInfo(second, 0, ChunkState.SEALED, block.size, block.crc32c, changed.key),
+        ChunkInfo(second, 0, 0, ChunkState.SEALED, block.size, block.crc32c, changed.key),
     )
     return {(Kind.BLOCK_DUPLICATE, second)}
 
@@ -265,7 +265,7 @@ def block_on_another_target(world: World) -> Found:
 
 def second_chunk_of_a_block(world: World) -> Found:
     chunks, chunk = held(world, "t/m/0")
-    chunks[ChunkId(chunk.inode, 1)] = ChunkInfo(chunk.inode, 1, ChunkState.OPEN)
+    chunks[ChunkId(chunk.inode, 1)] = ChunkInfo(chunk.inode, 1, 0, ChunkState.OPEN)
     return {(Kind.CHUNK_MISPLACED, chunk.inode)}
 
 
@@ -286,7 +286,7 @@ def orphans(world: World) -> Found:
     world.settle()
     wanted = [given.blocks[0].inode, NOBODY, future, world.inodes["a"]]
     for inode in wanted:
-        world.targets.put(2, ChunkInfo(inode, 0, ChunkState.SEALED, 10, 1, key(1)))
+        world.targets.put(2, ChunkInfo(inode, 0, 0, ChunkState.SEALED, 10, 1, key(1)))
     world.targets.chunks[3][ChunkId(NOBODY, 7)] = "no chunk attribute"
     return {(Kind.CHUNK_ORPHAN, inode) for inode in wanted}
 
@@ -296,7 +296,7 @@ def tail(world: World) -> Found:
     layout = world.rig.attr(inode).layout
     assert layout is not None
     target = world.target_of(layout.chain_of(1000))
-    world.targets.put(target, ChunkInfo(inode, 1000, ChunkState.OPEN, 1))
+    world.targets.put(target, ChunkInfo(inode, 1000, 0, ChunkState.OPEN, 1))
     return {(Kind.FILE_TAIL, inode)}
 
 

@@ -280,7 +280,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.connections import DataConnection
 
 connection = os_env().blocking_network.connect(Address.unix(sys.argv[1]), 10)
-request = m.OpenForWrite(1, (m.ChunkRef(7, 0),))
+request = m.OpenForWrite(1, (m.ChunkRef(7, 0, 0),))
 _, (fd,) = DataConnection(connection).call_for_descriptors(request, lambda _: 1)
 os.pwrite(fd, b"first", 0)
 if sys.argv[2] == "keep":

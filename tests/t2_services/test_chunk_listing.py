@@ -36,7 +36,7 @@ def put(cluster: Cluster, sizes: list[int], first_inode: int = 1000) -> list[Chu
 
 
 def pages(connection: DataConnection, limit: int) -> Iterator[m.ChunkPage]:
-    start: m.ChunkRef | None = m.ChunkRef(0, 0)
+    start: m.ChunkRef | None = m.ChunkRef(0, 0, 0)
     while start is not None:
         page: m.ChunkPage = connection.call(m.ListChunks(1, start, limit))
         yield page
@@ -86,8 +86,8 @@ def test_two_listings_on_one_connection_begin_anew(
     cluster: Cluster, connection: DataConnection
 ) -> None:
     chunks = put(cluster, [10] * 6)
-    first = connection.call(m.ListChunks(1, m.ChunkRef(0, 0), 2))
-    again = connection.call(m.ListChunks(1, m.ChunkRef(0, 0), 2))
+    first = connection.call(m.ListChunks(1, m.ChunkRef(0, 0, 0), 2))
+    again = connection.call(m.ListChunks(1, m.ChunkRef(0, 0, 0), 2))
     assert first == again
     middle = connection.call(m.ListChunks(1, m.ChunkRef(*chunks[4]), 2))
     assert [chunk.chunk for chunk in middle.chunks] == chunks[4:]
@@ -139,6 +139,6 @@ def test_an_open_chunk_has_nothing_to_compare_with(
     cluster: Cluster, connection: DataConnection
 ) -> None:
     patch(connection, ChunkId(7, 0), b"half of")
-    outcomes = connection.call(m.CheckChunks(1, (m.ChunkRef(7, 0),)))
+    outcomes = connection.call(m.CheckChunks(1, (m.ChunkRef(7, 0, 0),)))
     assert outcomes.errors == {}
     assert not outcomes.infos[0].is_sealed

@@ -243,7 +243,7 @@ def test_another_checksum_or_size_is_a_mismatch(cluster: Cluster) -> None:
 
 def test_an_open_chunk_is_a_mismatch(cluster: Cluster) -> None:
     connection = DataConnection(cluster.connection(1, "tcp"))
-    piece = m.Piece(1000, 0, 0, 100)
+    piece = m.Piece(1000, 0, 0, 0, 100)
     connection.call(m.WritePieces(1, (piece,)), [bytes(100)])
     read = ChunkRead(ChunkId(1000, 0), 1, 100, crc32c(bytes(100)), b"", pages(100))
     expect(cluster, read, ChunkMismatch)
@@ -535,7 +535,7 @@ def test_open_sealed_seals_what_nobody_writes(tmp_path: Path) -> None:
     with running("os", "local", tmp_path) as cluster:
         client = cluster.client()
         connection = DataConnection(cluster.connection(1))
-        refs = (m.ChunkRef(5, 0),)
+        refs = (m.ChunkRef(5, 0, 0),)
         _, (writable,) = connection.call_for_descriptors(m.OpenForWrite(1, refs), lambda _: 1)
         os.pwrite(writable, b"bytes", 0)
         with pytest.raises(Conflict):
@@ -570,18 +570,18 @@ def test_descriptors_do_not_leak(real: Cluster) -> None:
 
 def test_requests_that_make_no_sense(cluster: Cluster) -> None:
     connection = DataConnection(cluster.connection(1))
-    new = m.NewChunk(1, 0, 10, 0, b"")
+    new = m.NewChunk(1, 0, 0, 10, 0, b"")
     with pytest.raises(NoTarget):
-        connection.call(m.StatChunks(99, (m.ChunkRef(1, 0),)))
+        connection.call(m.StatChunks(99, (m.ChunkRef(1, 0, 0),)))
     with pytest.raises(InvalidRequest):
         connection.call(m.WriteChunks(1, (new,)), [b"x" * 5 + bytes(100_000)])
     with pytest.raises(InvalidRequest):
         connection.call(m.WriteChunks(1, (new,)), [b"short"])
     with pytest.raises(InvalidRequest):
-        connection.call(m.StatChunks(1, (m.ChunkRef(1, 0),)), [b"nobody asked"])
+        connection.call(m.StatChunks(1, (m.ChunkRef(1, 0, 0),)), [b"nobody asked"])
     outcomes = connection.call(m.PublishChunks(1, (m.StagedItem(77, new),), (78,)))
     assert isinstance(outcomes.error(0), InvalidRequest)
-    outcomes = connection.call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
+    outcomes = connection.call(m.StatChunks(1, (m.ChunkRef(1, 0, 0),)))
     assert isinstance(outcomes.error(0), ChunkNotFound)
     connection.close()
 
@@ -589,7 +589,7 @@ def test_requests_that_make_no_sense(cluster: Cluster) -> None:
 def test_descriptors_are_for_unix_sockets(tmp_path: Path) -> None:
     with running("os", "tcp", tmp_path) as cluster:
         connection = DataConnection(cluster.connection(1, "tcp"))
-        refs = (m.ChunkRef(1, 0),)
+        refs = (m.ChunkRef(1, 0, 0),)
         for request in (m.OpenChunks(1, refs), m.StageChunks(1, 1), m.OpenForWrite(1, refs)):
             with pytest.raises(InvalidRequest):
                 connection.call(request)
@@ -666,7 +666,7 @@ def test_stalled_writers_cost_bounded_memory(
     with running("memory", "tcp", tmp_path) as cluster:
         write = stored(cluster)
         monkeypatch.setattr("kvfs_datapath.buffers.mmap.mmap", counting)
-        new = m.NewChunk(1, 0, 64 * MIB, 0, b"")
+        new = m.NewChunk(1, 0, 0, 64 * MIB, 0, b"")
         head = frames.encode(Kind.REQUEST, 1, m.WriteChunks(1, (new,)), payload_bytes=64 * MIB)
         stalled = [cluster.connection(1) for _ in range(40)]
         for connection in stalled:
@@ -699,11 +699,11 @@ def test_connections_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with running("memory", "tcp", tmp_path) as cluster:
         kept = [DataConnection(cluster.connection(1)) for _ in range(2)]
         for connection in kept:
-            connection.call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
+            connection.call(m.StatChunks(1, (m.ChunkRef(1, 0, 0),)))
         refused = DataConnection(cluster.connection(1))
         with pytest.raises(ConnectionLost):
-            refused.call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
-        kept[0].call(m.StatChunks(1, (m.ChunkRef(1, 0),)))
+            refused.call(m.StatChunks(1, (m.ChunkRef(1, 0, 0),)))
+        kept[0].call(m.StatChunks(1, (m.ChunkRef(1, 0, 0),)))
         assert cluster.servers[1].statistics()["connections_refused"] == 1
         assert isinstance(cluster.env.blocking_network, MemoryBlockingNetwork)
         for connection in (*kept, refused):

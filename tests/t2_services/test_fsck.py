@@ -268,7 +268,7 @@ def test_removals_and_batches_are_not_orphans() -> None:
     batch = world.rig.prepare(world.inodes["t/m"], [300, 301])
     for block in batch.blocks:
         assert block is not None
-        info = ChunkInfo(block.inode, 0, ChunkState.SEALED, 1000, 1, key(300))
+        info = ChunkInfo(block.inode, 0, 0, ChunkState.SEALED, 1000, 1, key(300))
         world.targets.put(world.target_of(block.chain), info)
     world.rig.call(m.RemoveBlocks(world.inodes["t/m"], key(0)))
     assert world.findings() == []
@@ -404,7 +404,7 @@ def test_a_removal_never_meets_a_number_that_is_given_out_later() -> None:
     world = World("service")
     world.fill()
     future = world.rig.make(ROOT, b"now", FILE).inode + 5
-    world.targets.put(1, ChunkInfo(future, 0, ChunkState.SEALED, 10, 1, key(9)))
+    world.targets.put(1, ChunkInfo(future, 0, 0, ChunkState.SEALED, 10, 1, key(9)))
     assert found_in(world) == {(Kind.CHUNK_ORPHAN, future)}
     world.repair()
     inodes = {world.rig.make(ROOT, b"later %d" % n, FILE).inode for n in range(20)}
@@ -415,7 +415,7 @@ def test_a_removal_never_meets_a_number_that_is_given_out_later() -> None:
 def test_a_number_that_cannot_come_for_ages_is_left_to_people() -> None:
     world = World("service")
     world.fill()
-    world.targets.put(1, ChunkInfo(1 << 62, 0, ChunkState.SEALED, 10, 1, key(9)))
+    world.targets.put(1, ChunkInfo(1 << 62, 0, 0, ChunkState.SEALED, 10, 1, key(9)))
     report = world.repair()
     assert [one.state for one in report.outcomes] == [State.BLOCKED]
     assert world.rig.make(ROOT, b"file", FILE).inode < 1 << 40

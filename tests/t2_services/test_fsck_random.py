@@ -172,7 +172,7 @@ class Vandal:
     def _plant_chunk(self) -> None:
         inode = self.rng.choice([3, 9000, records.number_at(self._record(records.INODE))])
         number = self.rng.choice([0, 0, 1, 500])
-        info = ChunkInfo(inode, number, ChunkState.SEALED, 10, 1, key(1))
+        info = ChunkInfo(inode, number, 0, ChunkState.SEALED, 10, 1, key(1))
         held = self.world.targets.chunks[self.rng.choice([1, 2, 3])]
         held.setdefault(info.chunk, info)
 

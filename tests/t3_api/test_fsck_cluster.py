@@ -319,7 +319,7 @@ def test_a_listing_goes_on_over_another_connection(cluster: ApiCluster) -> None:
     listed = {}
     for fresh in (False, True):
         found: list[tuple[int, int]] = []
-        start: m.ChunkRef | None = m.ChunkRef(0, 0)
+        start: m.ChunkRef | None = m.ChunkRef(0, 0, 0)
         pool = ConnectionPool(os_env().blocking_network)
         while start is not None:
             request = m.ListChunks(target, start, 3)
