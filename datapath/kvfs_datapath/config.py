@@ -24,6 +24,8 @@ class ChunkServerConfig:
     capacity_bytes: int = 0
     """Of each target; 0 is what its file system holds."""
     durability: str = "cache"
+    secret_file: str | None = None
+    """The cluster's secret; without one only addresses of this machine may be used."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.directories) <= TARGETS_PER_SERVER_MAX:

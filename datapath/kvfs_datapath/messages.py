@@ -5,9 +5,9 @@ bytes of the request's items end to end, in order, without padding. A connection
 its way at a time; clients open several. Every request names a target and a batch of items, and one
 item's failure is its own: it stands in ``errors`` and contributes no payload to the answer.
 
-Whoever may connect is trusted as far as the target goes (Unix sockets are 0600, TCP is loopback
-only until authentication exists): the requests are bounded so that no mistake exhausts the server.
-Names of files are made by the server from numbers.
+Whoever may connect is trusted as far as the target goes (Unix sockets are 0600, TCP is loopback or
+takes the cluster's secret): the requests are bounded so that no mistake exhausts the server. Names
+of files are made by the server from numbers.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@
     │   ├── MountFailed            ENODEV     (no FUSE here, or the mount point is not usable)
     │   │   ├── MountPointBusy     EBUSY      (something is mounted there, or lies in the directory)
     │   │   └── FuseMissing        ENODEV     (no /dev/fuse, no fusermount3 or no pyfuse3)
+    │   ├── SecretUnusable         EACCES     (the secret file may be read by others, or is short)
     │   └── NotLoopback            EACCES     (no authentication is configured)
     ├── CapacityError              there is no room
     │   ├── CacheFull              ENOSPC
@@ -53,6 +54,7 @@
         ├── TargetFenced           EIO        temporary (it lost its lease, or is not in step)
         ├── ChunkPending           EAGAIN     temporary (a write is on its way: ask the tail)
         ├── WriteUncertain         EIO        (whether a repeated write was carried out is unknown)
+        ├── AuthenticationFailed   EACCES     (the peer has another secret, or none)
         ├── ProtocolError          EPROTO
         └── InternalError          EIO        (a bug; the server's log has the traceback)
 
@@ -256,6 +258,15 @@ class MountPointBusy(MountFailed):
 class FuseMissing(MountFailed):
     posix_errno = errno.ENODEV
     wire_code = "fuse_missing"
+
+
+@dataclasses.dataclass(eq=False)
+class SecretUnusable(InvalidRequest):
+    """``detail`` is for people: what is wrong with the file at ``path``."""
+
+    path: str = ""
+    posix_errno = errno.EACCES
+    wire_code = "secret_unusable"
 
 
 @dataclasses.dataclass(eq=False)
@@ -522,6 +533,16 @@ class WriteUncertain(ServiceError):
     number: int = 0
     chain: int = 0
     wire_code = "write_uncertain"
+
+
+@dataclasses.dataclass(eq=False)
+class AuthenticationFailed(ServiceError):
+    """Which side lacks the right secret: ``detail`` says it as far as it can be known."""
+
+    address: str = ""
+    detail: str = ""
+    posix_errno = errno.EACCES
+    wire_code = "authentication_failed"
 
 
 @dataclasses.dataclass(eq=False)

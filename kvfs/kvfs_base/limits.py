@@ -56,6 +56,15 @@ CONNECT_SECONDS = 5.0
 CALL_SECONDS = 30.0
 """A call without an answer by then fails with DeadlineExceeded: the mount never hangs."""
 
+SECRET_BYTES_MIN = 32
+SECRET_BYTES_MAX = 4096
+"""A cluster's secret: 256 bits at least, and no file that was meant to be something else."""
+
+HANDSHAKE_SECONDS = CONNECT_SECONDS
+HANDSHAKES_MAX = 64
+"""Peers of one listener that have not proved themselves yet, a descriptor and about 1 KiB each. An
+honest one needs a round trip, so with one more the oldest is given up."""
+
 HEARTBEAT_SECONDS = 0.5
 TARGET_LEASE_SECONDS = 5.0
 """A target that missed ten heartbeats is offline: its blocks miss, new chunks go elsewhere."""

@@ -1,5 +1,5 @@
-"""The real seams: the operating system's clock, sockets and files. The only module of kvfs_base
-that imports them."""
+"""The real seams: the operating system's clock, sockets and files. Of kvfs_base only this module
+and ``os_handshake`` import them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from kvfs_base.errors import (
     ServerBusy,
     TargetFailed,
 )
-from kvfs_base.limits import CONNECTIONS_MAX, FDS_PER_MESSAGE_MAX, MIB
+from kvfs_base.handshake import Secret
+from kvfs_base.limits import CONNECTIONS_MAX, FDS_PER_MESSAGE_MAX, HANDSHAKE_SECONDS, MIB
+from kvfs_base.os_handshake import SocketGate, StreamGate, prove, prove_stream, read_secret
 from kvfs_base.seams import (
-    BlockingNetwork,
     Buffer,
     Connection,
     Disk,
@@ -272,8 +273,9 @@ def _remove_stale_socket(path: str) -> None:
             return
 
 
-def _listening_socket(address: Address) -> tuple[socket.socket, Address]:
-    address.require_loopback()
+def _listening_socket(address: Address, secret: Secret | None) -> tuple[socket.socket, Address]:
+    if secret is None:
+        address.require_loopback()
     if address.kind == "unix":
         family = socket.AF_UNIX
     else:
@@ -300,15 +302,28 @@ def _listening_socket(address: Address) -> tuple[socket.socket, Address]:
 
 
 class OsNetwork:
+    """With a ``secret`` every TCP connection begins with ``kvfs_base.handshake``, and any address
+    may be used; without one, those of this machine. Raises what ``prove_stream`` does as well."""
+
+    def __init__(
+        self, secret: Secret | None = None, *, handshake_seconds: float = HANDSHAKE_SECONDS
+    ) -> None:
+        self._secret = secret
+        self._handshake_seconds = handshake_seconds
+
     async def connect(self, address: Address) -> trio.abc.Stream:
-        address.require_loopback()
+        if self._secret is None:
+            address.require_loopback()
         try:
             if address.kind == "unix":
                 return await trio.open_unix_socket(address.path)
-            return await trio.open_tcp_stream(address.host, address.port)
+            stream = await trio.open_tcp_stream(address.host, address.port)
         except OSError as exc:
             detail = exc.strerror or str(exc)
             raise ConnectionLost(address=str(address), detail=detail) from exc
+        if self._secret is not None:
+            await prove_stream(stream, self._secret, address)
+        return stream
 
     async def serve(
         self,
@@ -317,8 +332,10 @@ class OsNetwork:
         *,
         task_status: trio.TaskStatus[Address] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        sock, bound = _listening_socket(address)
+        sock, bound = _listening_socket(address, self._secret)
         sock.setblocking(False)
+        if self._secret is not None and address.kind == "tcp":
+            handler = StreamGate(self._secret, bound, handler, self._handshake_seconds)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
         try:
             async with trio.open_nursery() as nursery:
@@ -447,12 +464,15 @@ class OsConnection:
 
 
 class OsListener:
-    def __init__(self, address: Address) -> None:
-        self._sock, self.address = _listening_socket(address)
+    def __init__(self, address: Address, secret: Secret | None, handshake_seconds: float) -> None:
+        self._sock, self.address = _listening_socket(address, secret)
+        self._gate: SocketGate | None = None
+        if secret is not None and address.kind == "tcp":
+            self._gate = SocketGate(self._sock, self.address, secret, handshake_seconds)
 
     def accept(self) -> Connection:
         try:
-            sock, _ = self._sock.accept()
+            sock = self._sock.accept()[0] if self._gate is None else self._gate.accept()
         except OSError as exc:
             raise ConnectionLost(address=str(self.address), detail=str(exc.strerror)) from exc
         return OsConnection(sock, self.address)
@@ -462,6 +482,8 @@ class OsListener:
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes a thread blocked in accept
         except OSError:
             pass
+        if self._gate is not None:
+            self._gate.close()
         self._sock.close()
         if self.address.kind == "unix":
             try:
@@ -471,27 +493,48 @@ class OsListener:
 
 
 class OsBlockingNetwork:
+    """As OsNetwork. Raises what ``prove`` does as well."""
+
+    def __init__(
+        self, secret: Secret | None = None, *, handshake_seconds: float = HANDSHAKE_SECONDS
+    ) -> None:
+        self._secret = secret
+        self._handshake_seconds = handshake_seconds
+
     def connect(self, address: Address, timeout: float) -> Connection:
-        address.require_loopback()
-        family = socket.AF_UNIX
-        if address.kind == "tcp":
-            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(timeout)
+        if self._secret is None:
+            address.require_loopback()
+        started = time.monotonic()
         try:
-            target = address.path if address.kind == "unix" else (address.host, address.port)
-            sock.connect(target)
+            sock = _dialled(address, timeout)
         except TimeoutError:
-            sock.close()
             raise DeadlineExceeded(operation=f"connect {address}", seconds=timeout) from None
         except OSError as exc:
-            sock.close()
             detail = exc.strerror or str(exc)
             raise ConnectionLost(address=str(address), detail=detail) from exc
+        if self._secret is not None and address.kind == "tcp":
+            try:
+                prove(sock, self._secret, address, timeout - (time.monotonic() - started))
+            except BaseException:
+                sock.close()
+                raise
         return OsConnection(sock, address)
 
     def listen(self, address: Address) -> Listener:
-        return OsListener(address)
+        return OsListener(address, self._secret, self._handshake_seconds)
+
+
+def _dialled(address: Address, timeout: float) -> socket.socket:
+    if address.kind == "tcp":
+        return socket.create_connection((address.host, address.port), timeout)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(address.path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def host_id() -> str:
@@ -501,15 +544,16 @@ def host_id() -> str:
     return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
 
 
-def os_env(seed: int | None = None) -> Env:
-    """The real world. ``seed`` makes chance repeatable."""
-    blocking: BlockingNetwork = OsBlockingNetwork()
+def os_env(seed: int | None = None, *, secret_file: str | None = None) -> Env:
+    """The real world. ``seed`` makes chance repeatable. ``secret_file`` opens it beyond this
+    machine: raises SecretUnusable."""
+    secret = None if secret_file is None else read_secret(secret_file)
     disk: Callable[[str], Disk] = OsDisk
     return Env(
         clock=SystemClock(),
         rng=random.Random(seed),
-        network=OsNetwork(),
-        blocking_network=blocking,
+        network=OsNetwork(secret),
+        blocking_network=OsBlockingNetwork(secret),
         host_id=host_id(),
         open_disk=disk,
     )

@@ -334,8 +334,9 @@ class RpcClient:
         self._stream = None
         self._outbox.clear()
         for waiter in self._waiting.values():
-            waiter.error = error
-            waiter.event.set()
+            if waiter.frame is None:  # an answer that came just before the end is one
+                waiter.error = error
+                waiter.event.set()
 
 
 class BlockingRpcClient:

@@ -118,8 +118,16 @@ class Address(msgspec.Struct, array_like=True, frozen=True):
         """Addresses with commas between. Raises InvalidRequest."""
         return tuple(cls.parse(part) for part in text.split(","))
 
+    @property
+    def is_wildcard(self) -> bool:
+        """Stands for all addresses of a machine: good to listen on, not to connect to."""
+        try:
+            return self.kind == "tcp" and ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return not self.host and self.kind == "tcp"
+
     def require_loopback(self) -> None:
-        """Raises NotLoopback: until authentication exists, no port is reachable from outside."""
+        """Raises NotLoopback: without a secret no port is reachable from outside."""
         if self.kind == "unix" or self.host == "localhost":
             return
         try:
@@ -127,7 +135,9 @@ class Address(msgspec.Struct, array_like=True, frozen=True):
                 return
         except ValueError:
             pass
-        raise NotLoopback(detail="no authentication is configured", address=str(self))
+        raise NotLoopback(
+            detail=f"{self} is not on this machine, which takes a secret_file", address=str(self)
+        )
 
     def __str__(self) -> str:
         return f"unix:{self.path}" if self.kind == "unix" else f"tcp:{self.host}:{self.port}"

@@ -27,6 +27,8 @@ class MetadataConfig:
     durability: str = "cache"
     store: str = ""
     """A postgresql:// URL that several servers may share, or a directory; empty: ``directory``."""
+    secret_file: str | None = None
+    """The cluster's secret; without one only addresses of this machine may be used."""
 
     def __post_init__(self) -> None:
         if self.durability not in DURABILITIES:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvfs_base.errors import ConnectionLost, DeadlineExceeded, NotLoopback
+from kvfs_base.handshake import Secret
 from kvfs_base.limits import FDS_PER_MESSAGE_MAX
 from kvfs_base.os_env import OsBlockingNetwork
 from kvfs_base.seams import BlockingNetwork, Connection, Listener
@@ -43,10 +44,14 @@ class Pair:
         self.threads.shutdown()
 
 
-@pytest.fixture(params=["os-unix", "os-tcp", "memory-unix", "memory-tcp"])
+@pytest.fixture(
+    params=["os-unix", "os-tcp", "secret-unix", "secret-tcp", "memory-unix", "memory-tcp"]
+)
 def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
     kind, _, family = request.param.partition("-")
-    network: BlockingNetwork = OsBlockingNetwork() if kind == "os" else MemoryBlockingNetwork()
+    secret = Secret(bytes(range(32))) if kind == "secret" else None
+    network: BlockingNetwork
+    network = MemoryBlockingNetwork() if kind == "memory" else OsBlockingNetwork(secret)
     unix = Address.unix(str(tmp_path / "s"))
     pair = Pair(network, unix if family == "unix" else Address.tcp("127.0.0.1", 0))
     yield pair

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from kvfs_base.errors import ConnectionLost, NotLoopback
+from kvfs_base.handshake import Secret
 from kvfs_base.os_env import OsNetwork
 from kvfs_base.seams import Network
 from kvfs_base.testing import MemoryNetwork
@@ -17,10 +18,13 @@ from kvfs_base.types import Address
 World = tuple[Network, Address]
 
 
-@pytest.fixture(params=["os-unix", "os-tcp", "memory-unix", "memory-tcp"])
+@pytest.fixture(
+    params=["os-unix", "os-tcp", "secret-unix", "secret-tcp", "memory-unix", "memory-tcp"]
+)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     kind, _, family = request.param.partition("-")
-    network: Network = OsNetwork() if kind == "os" else MemoryNetwork()
+    secret = Secret(bytes(range(32))) if kind == "secret" else None
+    network: Network = MemoryNetwork() if kind == "memory" else OsNetwork(secret)
     unix = Address.unix(str(tmp_path / "s"))
     return network, unix if family == "unix" else Address.tcp("127.0.0.1", 0)
 

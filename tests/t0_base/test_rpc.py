@@ -219,6 +219,40 @@ def test_calls_in_flight_fail_when_the_server_goes_and_later_ones_dial_again() -
     trio.run(main)
 
 
+class LastWords(trio.abc.Stream):
+    """Answers the first request, and has ended by the time that anybody looks."""
+
+    def __init__(self) -> None:
+        self._asked = trio.Event()
+        self._pieces = [frames.encode(Kind.REPLY, 1, 42), b""]
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self._asked.set()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        raise NotImplementedError
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        await self._asked.wait()
+        return self._pieces.pop(0)
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def test_an_answer_that_came_with_the_end_of_the_connection_counts() -> None:
+    class Network(MemoryNetwork):
+        async def connect(self, address: Address) -> trio.abc.Stream:
+            return LastWords()
+
+    async def main() -> None:
+        async with RpcClient(Network(), ADDRESS) as client:
+            assert await client.call(Double(21)) == 42
+
+    for _ in range(20):  # trio runs what is ready in any order
+        trio.run(main)
+
+
 class Unable(Calculator):
     """A server that is there and cannot reach its store."""
 

@@ -234,6 +234,62 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
     assert run("serve", "metadata", *flags).returncode == ExitCode.USAGE
 
 
+def test_a_secret_is_made_once_and_checked(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    assert run("secret", secret).returncode == ExitCode.OK
+    made = secret.read_bytes()
+    assert len(bytes.fromhex(made.decode())) == 32
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    check(run("secret", secret), ExitCode.FAILED, "File exists")
+    assert secret.read_bytes() == made
+    flags = [f"--directory={tmp_path}/m", f"--unix=unix:{tmp_path}/m.sock"]
+    secret.chmod(0o640)
+    for command in (
+        ("serve", "metadata", *flags, f"--secret-file={secret}"),
+        ("ls", "tcp:192.0.2.1:1", f"--secret-file={secret}"),
+        ("up", tmp_path / "kv", f"--secret-file={secret}"),
+    ):
+        check(run(*command), ExitCode.USAGE, str(secret), "chmod 600")
+    secret.chmod(0o600)
+    wildcard = (
+        "serve",
+        "chunks",
+        "--server-id=x",
+        f"--directories={tmp_path}",
+        "--metadata=unix:/m",
+    )
+    check(
+        run(*wildcard, "--tcp=tcp:0.0.0.0:0", f"--secret-file={secret}"),
+        ExitCode.USAGE,
+        "name one that they can reach",
+    )
+
+
+def test_a_cluster_with_a_secret(own: Cluster, tmp_path: Path) -> None:
+    """Over TCP only who has it gets in; by the directory it is found, sockets need none."""
+    for name in ("secret", "other"):
+        assert run("secret", tmp_path / name).returncode == ExitCode.OK
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        tcp = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+    own.directory.mkdir()
+    (own.directory / "kvfs.toml").write_text(f'[metadata]\ntcp = "{tcp}"\n')
+    own.up(f"--secret-file={tmp_path}/secret")
+    assert own.endpoints()["secret_file"] == str(tmp_path / "secret")
+    with kvfs.connect(own.directory) as client:
+        own.put(client, [1])
+    own.check_mount([1])
+    assert run("ls", own.directory).stdout == b"kv\n"
+    right = f"--secret-file={tmp_path}/secret"
+    assert run("ls", tcp, right).stdout == b"kv\n"
+    environment = {**os.environ, "KVFS_SECRET_FILE": f"{tmp_path}/secret"}
+    assert run("cluster", "targets", tcp, "--json", env=environment).returncode == ExitCode.OK
+    assert run("fsck", tcp, right).returncode == ExitCode.OK
+    check(run("ls", tcp, f"--secret-file={tmp_path}/other"), ExitCode.REFUSED, "another secret")
+    check(run("ls", tcp), ExitCode.REFUSED, "asks for a secret", "--secret-file")
+    own.down()
+    own.assert_gone()
+
+
 def test_debug_shows_a_traceback(tmp_path: Path) -> None:
     done = run("down", tmp_path, "--debug")
     assert b"Traceback" in done.stderr

@@ -28,6 +28,8 @@ class AgentConfig:
     """Whether blocks that a client puts are kept in the arena, where room can be made: a copy, made
     while the disk writes (no loss of rate measured), saves the first read from disk."""
     connections_max: int = AGENT_CONNECTIONS_MAX
+    secret_file: str | None = None
+    """The cluster's secret; without one only addresses of this machine may be used."""
 
     def __post_init__(self) -> None:
         if self.unix.kind != "unix":

@@ -34,6 +34,7 @@ COMMANDS = {
     "stat": ("kvfs.cli.files:stat_", "Show the attributes of a file or a block."),
     "cluster": ("kvfs.cli.administration:cluster", "Look after servers and disks."),
     "metadata": ("kvfs.cli.metadata:metadata", "Back up, restore, copy, inspect the metadata."),
+    "secret": ("kvfs.cli.secret:secret", "Make the secret of a cluster."),
     "version": ("kvfs.cli.version:version", "Show versions."),
 }
 

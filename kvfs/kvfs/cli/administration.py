@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from kvfs.cli.targets import metadata_addresses
+from kvfs.cli.targets import env_of, metadata_addresses, target_argument
 from kvfs.settings import format_size
 from kvfs_base.errors import EntryNotFound, InodeStale, TargetInUse, TargetUnknown
-from kvfs_base.os_env import os_env
 from kvfs_base.types import ROOT_INODE, Attr
 from kvfs_metadata.admin_messages import (
     AdmitTarget,
@@ -35,7 +34,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 PIPE_COLUMNS = 1000
 """Only terminals have a width for which lines are broken."""
 
-target_argument = click.argument("target")
 names_argument = click.argument("names", nargs=-1, required=True, metavar="NAME...")
 json_option = click.option("--json", "as_json", is_flag=True, help="For programs; see docs/cli.md.")
 quick_option = click.option("--quick", is_flag=True, help="Without counting blocks and files.")
@@ -52,7 +50,7 @@ def cluster() -> None:
 
 @contextlib.contextmanager
 def _connected(target: str) -> Iterator[BlockingMetadataClient]:
-    client = BlockingMetadataClient(os_env(), metadata_addresses(target))
+    client = BlockingMetadataClient(env_of(target), metadata_addresses(target))
     try:
         yield client
     finally:

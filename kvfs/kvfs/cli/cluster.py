@@ -22,6 +22,7 @@ from kvfs.supervisor.home import Endpoints, Home
 from kvfs.supervisor.supervise import Supervisor
 from kvfs_base.errors import AlreadyRunning, DeadlineExceeded, NotRunning
 from kvfs_base.limits import PAGE_BYTES
+from kvfs_base.os_handshake import read_secret
 
 Overrides = dict[str, dict[str, str]]
 
@@ -42,6 +43,11 @@ KILL_SECONDS = 15.0
     type=click.Choice(["cache", "strict"]),
     help="strict: acknowledged means on stable storage. [default: cache]",
 )
+@click.option(
+    "--secret-file",
+    metavar="FILE",
+    help="The cluster's secret, for addresses that other machines reach.",
+)
 @click.option("--detach", is_flag=True, help="Return once it serves; stop it with kvfs down.")
 @click.option("--ready-fd", type=int, hidden=True)
 def up(
@@ -52,6 +58,7 @@ def up(
     capacity: int | None,
     arena: int | None,
     durability: str | None,
+    secret_file: str | None,
     detach: bool,
     ready_fd: int | None,
 ) -> int | None:
@@ -74,8 +81,11 @@ def up(
             "directory": str(home.directory),
             "mountpoint": None if mountpoint is None else os.path.abspath(mountpoint),
             "chunk_servers": chunk_servers,
+            "secret_file": None if secret_file is None else os.path.abspath(secret_file),
         },
     )
+    if config.secret_file is not None:
+        read_secret(config.secret_file)  # told here, and not by the first role that fails
     overrides = _overrides(capacity, arena, durability)
     _run(home, config, overrides, ready_fd)
     return None

@@ -8,6 +8,7 @@ import os
 
 from kvfs_base.errors import (
     AlreadyRunning,
+    AuthenticationFailed,
     BackupDamaged,
     CapacityError,
     Conflict,
@@ -66,6 +67,8 @@ class ExitCode(enum.IntEnum):
     """`kvfs fsck` found something and repaired all of it."""
     IN_USE = 17
     """A target cannot be removed: something is left on it."""
+    REFUSED = 18
+    """A service and this command do not have the same secret."""
     BUG = 70
     """An error that should not happen; --debug shows where."""
     INTERRUPTED = 130
@@ -87,6 +90,7 @@ _CODES: list[tuple[type[BaseException], ExitCode]] = [
     (DeadlineExceeded, ExitCode.UNREACHABLE),
     (NoTarget, ExitCode.UNREACHABLE),
     (StoreUnavailable, ExitCode.UNREACHABLE),
+    (AuthenticationFailed, ExitCode.REFUSED),
     (CapacityError, ExitCode.NO_ROOM),
     (IntegrityError, ExitCode.DAMAGED),
     (KvfsError, ExitCode.FAILED),
@@ -178,6 +182,9 @@ def explain(error: BaseException) -> str:
             return f"no such file or block: {name}"
         case ConnectionLost():
             return f"cannot reach {error.address}: {error.detail}; is kvfs running there?"
+        case AuthenticationFailed():
+            where = f"{error.address}: " if error.address else ""
+            return f"{where}{error.detail}: give --secret-file the file that the servers have"
         case StoreUnavailable():
             return f"the metadata store cannot be reached: {error.detail}"
         case BackupDamaged():

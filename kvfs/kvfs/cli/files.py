@@ -18,21 +18,20 @@ import click
 import msgspec
 import trio
 
-from kvfs.cli.targets import metadata_addresses
+from kvfs.cli.targets import env_of, metadata_addresses, target_argument
 from kvfs.cli.tree import Tree, open_tree
 from kvfs.client import connect
 from kvfs_base.errors import EntryNotFound, InvalidRequest
 from kvfs_base.limits import BLOCK_BYTES_MAX, BLOCK_KEY_BYTES
 from kvfs_base.types import KV_DIRECTORY, Attr, KVLayout
 
-target_argument = click.argument("target")
-
 
 def _run(target: str, operation: Callable[[Tree], Awaitable[None]]) -> None:
     addresses = metadata_addresses(target)
+    env = env_of(target)
 
     async def main() -> None:
-        async with open_tree(addresses) as tree:
+        async with open_tree(env, addresses) as tree:
             await operation(tree)
 
     trio.run(main)

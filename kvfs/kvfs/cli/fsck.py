@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from kvfs.cli.exits import ExitCode
-from kvfs.cli.targets import metadata_addresses
+from kvfs.cli.targets import env_of, metadata_addresses, target_argument
 from kvfs.fsck import Fsck, Report, State, offline, online
 from kvfs.fsck.paths import paths_of
 from kvfs.fsck.sources import Store, Targets
@@ -53,7 +53,7 @@ class Result(msgspec.Struct, kw_only=True):
 
 
 @click.command()
-@click.argument("target")
+@target_argument
 @click.option("--repair", is_flag=True, help="Repair what can be repaired.")
 @click.option(
     "--zero-holes",
@@ -84,7 +84,9 @@ def fsck(
     """
     if zero_holes and not repair:
         raise click.UsageError("--zero-holes goes with --repair")
-    opened = _offline(Home(target)) if is_offline else online(os_env(), metadata_addresses(target))
+    opened = (
+        _offline(Home(target)) if is_offline else online(env_of(target), metadata_addresses(target))
+    )
     progress = _Progress()
     with opened as (store, targets):
         run = Fsck(

@@ -12,10 +12,12 @@ import click
 from kvfs.agent.config import AgentConfig
 from kvfs.cli.options import config_option, load_settings, setting_options
 from kvfs.cli.process import begin_service, run_threaded, run_trio
-from kvfs.cli.targets import metadata_addresses
+from kvfs.cli.targets import SECRET_VARIABLE, env_of, metadata_addresses
 from kvfs.mount.config import MountConfig
 from kvfs.supervisor.home import Home
+from kvfs_base.errors import InvalidRequest
 from kvfs_base.os_env import os_env
+from kvfs_base.seams import Env
 from kvfs_base.types import Address
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_metadata.config import MetadataConfig
@@ -38,10 +40,10 @@ def metadata(config_path: Path | None, **flags: Any) -> None:
     """Serve the namespace: names, attributes, blocks, eviction, the cluster map."""
     begin_service()
     config = load_settings(MetadataConfig, "metadata", flags, config_path)
-    _require_loopback(config.tcp)
+    env = _env(config.secret_file, config.tcp)
     from kvfs_metadata.service import serve_metadata
 
-    run_trio("metadata", functools.partial(serve_metadata, os_env(), config))
+    run_trio("metadata", functools.partial(serve_metadata, env, config))
 
 
 @serve.command()
@@ -54,10 +56,14 @@ def chunks(config_path: Path | None, **flags: Any) -> None:
     """
     begin_service()
     config = load_settings(ChunkServerConfig, "chunks", flags, config_path)
-    _require_loopback(config.tcp)
+    env = _env(config.secret_file, config.tcp)
+    if config.tcp is not None and config.tcp.is_wildcard:
+        raise InvalidRequest(
+            detail=f"{config.tcp}: clients are told this address: name one that they can reach"
+        )
     from kvfs_datapath.server import ChunkServer
 
-    server = ChunkServer(os_env(), config)
+    server = ChunkServer(env, config)
     run_threaded("chunks", server, lambda: server.addresses)
 
 
@@ -68,9 +74,10 @@ def agent(config_path: Path | None, **flags: Any) -> None:
     """Serve the Python clients of this machine from one shared arena."""
     begin_service()
     config = load_settings(AgentConfig, "agent", flags, config_path)
+    env = _env(config.secret_file)
     from kvfs.agent.server import Agent
 
-    run_threaded("agent", Agent(os_env(), config), lambda: [config.unix])
+    run_threaded("agent", Agent(env, config), lambda: [config.unix])
 
 
 @click.command()
@@ -89,11 +96,15 @@ def mount(target: str, mountpoint: str, config_path: Path | None, **flags: Any) 
         config_path = Home(target).settings_path
     flags |= {"mountpoint": os.path.abspath(mountpoint), "metadata": metadata_addresses(target)}
     config = load_settings(MountConfig, "mount", flags, config_path)
+    env = env_of(target, config.secret_file)
     from kvfs.mount.main import run_mount
 
-    run_trio("mount", functools.partial(run_mount, os_env(), config))
+    run_trio("mount", functools.partial(run_mount, env, config))
 
 
-def _require_loopback(address: Address | None) -> None:
-    if address is not None:
-        address.require_loopback()
+def _env(secret_file: str | None, tcp: Address | None = None) -> Env:
+    """Raises SecretUnusable, and NotLoopback before anything is made or opened."""
+    secret_file = secret_file or os.environ.get(SECRET_VARIABLE) or None
+    if tcp is not None and secret_file is None:
+        tcp.require_loopback()
+    return os_env(secret_file=secret_file)

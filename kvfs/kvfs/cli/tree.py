@@ -22,7 +22,7 @@ from kvfs_base.errors import (
     NotPermitted,
 )
 from kvfs_base.limits import MOUNT_IO_BYTES
-from kvfs_base.os_env import os_env
+from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address, Attr
 from kvfs_datapath.client import ChunkClient
 from kvfs_metadata.client import ClusterView, MetadataClient
@@ -34,9 +34,8 @@ SESSION_BYTES = 16
 
 
 @contextlib.asynccontextmanager
-async def open_tree(metadata: Sequence[Address]) -> AsyncIterator[Tree]:
+async def open_tree(env: Env, metadata: Sequence[Address]) -> AsyncIterator[Tree]:
     """Raises ConnectionLost if no metadata service listens there."""
-    env = os_env()
     async with MetadataClient(env, metadata, session=os.urandom(SESSION_BYTES)) as client:
         cluster = ClusterView(env, metadata)
         chunks = ChunkClient(env, cluster)

@@ -31,6 +31,8 @@ class MountConfig:
     """How long an orderly unmount may wait for busy users before the mount is detached."""
     transport: str = "auto"
     """How chunks are read: ``auto``, ``local`` or ``tcp`` (see ChunkClient)."""
+    secret_file: str | None = None
+    """The cluster's secret; without one only addresses of this machine may be used."""
 
     def __post_init__(self) -> None:
         if not self.mountpoint.startswith("/"):

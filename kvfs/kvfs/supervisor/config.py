@@ -25,12 +25,17 @@ class UpConfig:
     """How long each role may take to stop before it is killed."""
     log_bytes: int = 8 * MIB
     """A log file over this size becomes ``.log.1``, the one before is dropped."""
+    secret_file: str | None = None
+    """The cluster's secret, for all of them; without one only addresses of this machine may be
+    used."""
 
     def __post_init__(self) -> None:
         if not self.directory.startswith("/"):
             raise InvalidRequest(detail=f"directory must be absolute: {self.directory!r}")
         if self.mountpoint is not None and not self.mountpoint.startswith("/"):
             raise InvalidRequest(detail=f"mountpoint must be absolute: {self.mountpoint!r}")
+        if self.secret_file is not None and not self.secret_file.startswith("/"):
+            raise InvalidRequest(detail=f"secret_file must be absolute: {self.secret_file!r}")
         if not 0 <= self.chunk_servers <= CHUNK_SERVERS_MAX:
             raise InvalidRequest(detail=f"chunk_servers must be between 0 and {CHUNK_SERVERS_MAX}")
         for name in ("ready_seconds", "stop_seconds"):

@@ -71,6 +71,7 @@ class Endpoints(msgspec.Struct, kw_only=True):
     started_ns: int
     pids: dict[str, int]
     roles: dict[str, RoleState]
+    secret_file: str | None = None
 
 
 class Home:

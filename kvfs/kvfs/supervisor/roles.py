@@ -53,6 +53,8 @@ def plan(
     metadata = Address.unix(str(sockets / "metadata.sock"))
 
     def role(name: str, section: str, *words: str, address: Address | None, **flags: str) -> Role:
+        if config.secret_file is not None:
+            flags["secret_file"] = config.secret_file
         flags |= overrides.get(section, {})
         options = [f"--{key.replace('_', '-')}={value}" for key, value in flags.items()]
         if home.settings_path.exists():

@@ -286,6 +286,7 @@ class Supervisor:
             started_ns=self._started_ns,
             pids={"supervisor": os.getpid(), **pids},
             roles=states,
+            secret_file=self._config.secret_file,
         )
 
 
