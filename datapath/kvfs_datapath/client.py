@@ -4,7 +4,8 @@ A batch is grouped by target and cut into portions of about ``limits.TRANSFER_BY
 one target go over several connections, from threads that give up the GIL in every call that takes
 time (preadv, sendmsg, recvmsg_into, CRC32C). While one thread computes a checksum the others keep
 the disk busy. A target that fails costs its own items only: the first failure is the answer for
-everything that this batch still wanted from it.
+everything that this batch still wanted from it. What lies on chains of several copies is read and
+written by ``chain_reads`` and ``chain_writes``, which know what to do then.
 """
 
 from __future__ import annotations
@@ -20,28 +21,23 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ChunkNotFound,
     Conflict,
-    ConnectionLost,
-    DeadlineExceeded,
     IntegrityError,
     InternalError,
     InvalidRequest,
     KvfsError,
     NoTarget,
 )
-from kvfs_base.limits import (
-    CLIENT_SPLIT_BYTES,
-    CLIENT_THREADS,
-    CLIENT_THREADS_PER_TARGET,
-    FILE_DESCRIPTORS_MAX,
-    ITEMS_PER_REQUEST_MAX,
-    TRANSFER_BYTES,
-)
+from kvfs_base.limits import CLIENT_THREADS_PER_TARGET, FILE_DESCRIPTORS_MAX
 from kvfs_base.seams import Env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
+from kvfs_datapath.chain_reads import UNREACHABLE, ChainReader
+from kvfs_datapath.chain_writes import ChainWriter
 from kvfs_datapath.connections import ConnectionPool
 from kvfs_datapath.descriptors import DescriptorCache
-from kvfs_datapath.routes import ClusterSource, Route, Router
+from kvfs_datapath.health import Health
+from kvfs_datapath.routes import ChainRoutes, ClusterSource, Route, Router
+from kvfs_datapath.shared import Shared
 from kvfs_datapath.transfers import (
     ChunkRead,
     ChunkWrite,
@@ -51,10 +47,26 @@ from kvfs_datapath.transfers import (
     write_portion,
 )
 from kvfs_datapath.wire import close_all
+from kvfs_datapath.workers import Workers, cut, portion_bytes
 
 _Chunk = TypeVar("_Chunk", ChunkRead, ChunkWrite)
 _Transfer = Callable[[ConnectionPool, Route, Sequence[_Chunk]], Results]
-_UNREACHABLE = (ConnectionLost, DeadlineExceeded, NoTarget)
+
+
+COUNTERS = (
+    "bad_chunks",
+    "chunks_read",
+    "chunks_written",
+    "failed_reads",
+    "failed_writes",
+    "hedged_reads",
+    "hedges_won",
+    "missing_chunks",
+    "read_bytes",
+    "repairs_asked",
+    "replica_retries",
+    "written_bytes",
+)
 
 
 class _Lane:
@@ -78,23 +90,28 @@ class ChunkClient:
         self.pool = ConnectionPool(env.blocking_network)
         open_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.descriptors = DescriptorCache(min(FILE_DESCRIPTORS_MAX, open_max // 4))
-        self._threads = threads.pool(CLIENT_THREADS, "kvfs-chunks")
-        self._counters = Counters(
-            "bad_chunks",
-            "chunks_read",
-            "chunks_written",
-            "failed_reads",
-            "failed_writes",
-            "missing_chunks",
-            "read_bytes",
-            "written_bytes",
+        self._workers = Workers()
+        self.parallel = self._workers.parallel
+        self._counters = Counters(*COUNTERS)
+        self.shared = Shared(
+            env=env,
+            router=self.router,
+            pool=self.pool,
+            health=Health(env.clock),
+            workers=self._workers,
+            counters=self._counters,
+            closed=threads.event(),
         )
+        self.chain_reader = ChainReader(self.shared)
+        self._chain_writer = ChainWriter(self.shared)
 
     def read_chunks(self, reads: Sequence[ChunkRead]) -> list[KvfsError | None]:
         """Reads sealed chunks into the callers' views. One result an item: None, and its bytes are
         the ones that were stored; or ChunkNotFound, ChunkCorrupt, ChunkMismatch, NoTarget,
-        ConnectionLost, DeadlineExceeded, TargetFailed, InvalidRequest."""
-        results = self._transfer(reads, read_portion)
+        ConnectionLost, DeadlineExceeded, TargetFailed, InvalidRequest. Of chains of several copies
+        any replica will do: a chunk is ChunkNotFound, ChunkCorrupt or ChunkMismatch only if all
+        that serve were asked and none has it."""
+        results = self._transfer(reads, read_portion, self.chain_reader.read_chunks)
         self._count_reads(reads, results)
         return results
 
@@ -102,8 +119,10 @@ class ChunkClient:
         """Publishes whole sealed chunks; one result an item. A chunk with a result of None is
         there, the others are not (unless the answer was lost on its way: ConnectionLost,
         DeadlineExceeded). ``crc32c`` is the caller's word for the bytes: local servers take it,
-        remote ones check it, readers always do. Also DiskFull, Conflict."""
-        results = self._transfer(writes, write_portion)
+        remote ones check it, readers always do. Also DiskFull, Conflict. On a chain of several
+        copies all members have a chunk whose result is None, under the chain's version that the
+        item then names; StaleChain and TargetFenced are further failures."""
+        results = self._transfer(writes, write_portion, self._chain_writer.write_chunks)
         good = [w for w, error in zip(writes, results, strict=True) if error is None]
         self._counters.add(
             chunks_written=len(good),
@@ -116,10 +135,20 @@ class ChunkClient:
         """A read-only descriptor of a chunk of this host, verified once since its server started;
         the caller closes it. An open chunk without a writer is sealed first. Raises NoTarget (also
         for a chunk of another host), TargetFailed, ChunkNotFound, ChunkCorrupt, ChunkMismatch,
-        Conflict (somebody is writing to it)."""
-        route = self.router.route(chain)
-        if not route.local:
+        Conflict (somebody is writing to it). If the chain has several copies, this host's is not
+        the only one: all failures are NoTarget, and ``read_chunks`` knows how to go on."""
+        routes = self.router.chain(chain)
+        route = next((r for r in routes.serving if r.local), None)
+        if route is None:
             raise NoTarget(detail=f"chain {chain} is not on this host")
+        if not routes.is_replicated:
+            return self._open_sealed(route, chunk)
+        try:
+            return self._open_sealed(route, ChunkId(chunk.inode, chunk.number, chain))
+        except KvfsError as exc:
+            raise NoTarget(detail=f"chain {chain}: {exc}") from exc
+
+    def _open_sealed(self, route: Route, chunk: ChunkId) -> int:
         request = m.OpenChunks(route.target_id, (m.ChunkRef(*chunk),), verify=True, seal=True)
         outcomes, descriptors = self.pool.run(
             route.address, lambda c: c.call_for_descriptors(request, descriptor_count)
@@ -137,16 +166,24 @@ class ChunkClient:
 
     def close(self) -> None:
         """Breaks off what is under way in other threads; their items fail with ConnectionLost."""
+        self.shared.closed.set()
         self.pool.close()
-        self._threads.shutdown(wait=True)
+        self._workers.close()
+        self.chain_reader.close()
         self.descriptors.clear()
 
     # --- batches
 
-    def _transfer(self, chunks: Sequence[_Chunk], transfer: _Transfer[_Chunk]) -> Results:
+    def _transfer(
+        self,
+        chunks: Sequence[_Chunk],
+        transfer: _Transfer[_Chunk],
+        replicated: Callable[[Sequence[_Chunk]], Results],
+    ) -> Results:
         results: Results = [chunk.problem() for chunk in chunks]
-        lanes = self._lanes(chunks, results)
-
+        chains = {chunk.chain for chunk, e in zip(chunks, results, strict=True) if e is None}
+        routes = self.router.chains(chains)
+        lanes = self._lanes(chunks, routes, results)
         self.parallel(
             [
                 functools.partial(self._drive, lane, chunks, results, transfer)
@@ -154,43 +191,26 @@ class ChunkClient:
                 for _ in range(min(len(lane.portions), CLIENT_THREADS_PER_TARGET))
             ]
         )
+        if any(routes.is_replicated for routes in routes.values()):
+            several = [i for i, c in enumerate(chunks) if _is_replicated(routes, c, results[i])]
+            answers = replicated([chunks[i] for i in several])
+            for index, answer in zip(several, answers, strict=True):
+                results[index] = answer
         return results
 
-    def parallel(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Runs all jobs and returns when all have ended; the caller's thread takes one. Raises the
-        first error."""
-        if not jobs:
-            return
-        others: list[threads.Future] = []
-        error: BaseException | None = None
-        try:
-            others.extend(self._threads.submit(job) for job in jobs[1:])
-            jobs[0]()
-        except RuntimeError:
-            error = ConnectionLost(detail="the client is closed")
-        except BaseException as exc:
-            error = exc
-        for future in others:
-            error = future.exception() or error
-        if error is not None:
-            raise error
-
-    def _lanes(self, chunks: Sequence[_Chunk], results: Results) -> list[_Lane]:
-        chains = {chunk.chain for chunk, e in zip(chunks, results, strict=True) if e is None}
-        routes = self.router.routes(chains)
+    def _lanes(
+        self, chunks: Sequence[_Chunk], routes: dict[int, ChainRoutes], results: Results
+    ) -> list[_Lane]:
         by_route: dict[Route, list[int]] = {}
         for index, chunk in enumerate(chunks):
             if results[index] is not None:
                 continue
-            route = routes.get(chunk.chain)
-            if route is None:
+            found = routes.get(chunk.chain)
+            if found is None:
                 results[index] = NoTarget(detail=f"chain {chunk.chain}")
-            else:
-                by_route.setdefault(route, []).append(index)
-        return [
-            _Lane(route, _portions(indexes, [chunks[i].size for i in indexes]))
-            for route, indexes in by_route.items()
-        ]
+            elif not found.is_replicated:
+                by_route.setdefault(found.serving[0], []).append(index)
+        return [_Lane(route, _portions(chunks, indexes)) for route, indexes in by_route.items()]
 
     def _drive(
         self,
@@ -213,7 +233,7 @@ class ChunkClient:
                 try:
                     answers = transfer(self.pool, lane.route, portion)
                 except KvfsError as exc:
-                    if isinstance(exc, _UNREACHABLE):
+                    if isinstance(exc, UNREACHABLE):
                         lane.failure = exc
                         self.router.doubt()
                     answers = [exc] * len(portion)
@@ -232,20 +252,18 @@ class ChunkClient:
         )
 
 
-def _portions(indexes: Sequence[int], sizes: Sequence[int]) -> collections.deque[list[int]]:
-    """Cuts one target's items: large enough that a request's cost does not show, small enough that
-    all threads get something."""
-    share = sum(sizes) // CLIENT_THREADS_PER_TARGET
-    limit = max(CLIENT_SPLIT_BYTES, min(share, TRANSFER_BYTES))
-    portions: collections.deque[list[int]] = collections.deque()
-    room = 0
-    for index, size in zip(indexes, sizes, strict=True):
-        if room <= 0 or len(portions[-1]) == ITEMS_PER_REQUEST_MAX:
-            portions.append([])
-            room = limit
-        portions[-1].append(index)
-        room -= max(size, 1)
-    return portions
+def _is_replicated(
+    routes: dict[int, ChainRoutes], chunk: ChunkRead | ChunkWrite, problem: KvfsError | None
+) -> bool:
+    found = routes.get(chunk.chain)
+    return problem is None and found is not None and found.is_replicated
+
+
+def _portions(
+    chunks: Sequence[ChunkRead] | Sequence[ChunkWrite], indexes: Sequence[int]
+) -> collections.deque[list[int]]:
+    sizes = [chunks[i].size for i in indexes]
+    return collections.deque(cut(indexes, sizes, portion_bytes(sum(sizes))))
 
 
 __all__ = ["ChunkClient", "ChunkRead", "ChunkWrite", "ClusterSource"]

@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 from kvfs_base import frames, threads
 from kvfs_base.errors import ConnectionLost, ProtocolError
 from kvfs_base.frames import Kind
-from kvfs_base.limits import CALL_SECONDS, CLIENT_IDLE_CONNECTIONS, CONNECT_SECONDS
+from kvfs_base.limits import (
+    CALL_SECONDS,
+    CHAIN_CONNECT_SECONDS,
+    CLIENT_IDLE_CONNECTIONS,
+    CONNECT_SECONDS,
+    DATA_BYTES_PER_SECOND,
+    DATA_SECONDS,
+)
 from kvfs_base.rpc import Request
 from kvfs_base.seams import BlockingNetwork, Buffer, Connection
 from kvfs_base.types import Address
@@ -24,14 +31,27 @@ from kvfs_datapath.wire import (
 _Result = TypeVar("_Result")
 
 
+def seconds_for(size: int) -> float:
+    """How long a request with ``size`` bytes of payload may take. Whole seconds: the timeout of a
+    connection is seldom set."""
+    return DATA_SECONDS + size // DATA_BYTES_PER_SECOND
+
+
 class DataConnection:
     """Asks one question at a time. ``broken`` is set while an answer is outstanding: if the caller
     gives up then, the next answer on this connection would not be its own."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._timeout = 0.0
         self._next_id = 1
         self.broken = False
+
+    def set_timeout(self, seconds: float) -> None:
+        """For each step of the calls that follow."""
+        if seconds != self._timeout:
+            self._connection.set_timeout(seconds)
+            self._timeout = seconds
 
     def call(
         self,
@@ -48,6 +68,7 @@ class DataConnection:
         if sum(len(v) for v in views) != header.payload_bytes:
             raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")
         if header.payload_bytes:
+            self.set_timeout(max(self._timeout, seconds_for(header.payload_bytes)))
             self._connection.receive_into(views)
         self.broken = False
         return reply
@@ -89,6 +110,42 @@ class DataConnection:
         self._connection.close()
 
 
+class Attempt:
+    """A try that another thread may break off: it then fails with ConnectionLost, at once where it
+    waits for a server, and after the current call where it reads a disk."""
+
+    def __init__(self) -> None:
+        self._lock = threads.lock()
+        self._connection: DataConnection | None = None
+        self._cancelled = False
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def check(self) -> None:
+        """Raises ConnectionLost once it was broken off."""
+        if self._cancelled:
+            raise ConnectionLost(detail="broken off")
+
+    def begin(self, connection: DataConnection) -> None:
+        """From now on the try waits for ``connection``. Raises as ``check``."""
+        with self._lock:
+            self.check()
+            self._connection = connection
+
+    def end(self) -> None:
+        """The connection may be somebody else's from now on."""
+        with self._lock:
+            self._connection = None
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            if self._connection is not None:
+                self._connection.shutdown()
+
+
 class ConnectionPool:
     """Connections by address, dialled when needed and kept for a while. Thread-safe."""
 
@@ -99,19 +156,31 @@ class ConnectionPool:
         self._busy: set[DataConnection] = set()
         self._closed = False
 
-    def run(self, address: Address, action: Callable[[DataConnection], _Result]) -> _Result:
-        """Does ``action`` on a connection. If one that was kept turns out to be dead (the server
-        was restarted), does it once more on a fresh one: every request of the data path may be
-        repeated."""
+    def run(
+        self,
+        address: Address,
+        action: Callable[[DataConnection], _Result],
+        *,
+        seconds: float | None = None,
+        connect_seconds: float = CONNECT_SECONDS,
+        attempt: Attempt | None = None,
+    ) -> _Result:
+        """Does ``action`` on a connection, each step of which may take ``seconds`` (CALL_SECONDS).
+        If one that was kept turns out to be dead (the server was restarted), does it once more on a
+        fresh one: every request of the data path may be repeated. ``attempt``: who may break it
+        off."""
         connection = self._take(address)
         if connection is not None:
             try:
-                return self._use(address, connection, action)
+                return self._use(address, connection, action, seconds, attempt)
             except ConnectionLost:
+                if attempt is not None:
+                    attempt.check()
                 self._drop_idle(address)
-        dialled = self._network.connect(address, CONNECT_SECONDS)
-        dialled.set_timeout(CALL_SECONDS)
-        return self._use(address, DataConnection(dialled), action)
+        if attempt is not None:
+            connect_seconds = CHAIN_CONNECT_SECONDS  # dialling cannot be broken off
+        dialled = DataConnection(self._network.connect(address, connect_seconds))
+        return self._use(address, dialled, action, seconds, attempt)
 
     def _take(self, address: Address) -> DataConnection | None:
         with self._lock:
@@ -123,6 +192,8 @@ class ConnectionPool:
         address: Address,
         connection: DataConnection,
         action: Callable[[DataConnection], _Result],
+        seconds: float | None,
+        attempt: Attempt | None,
     ) -> _Result:
         with self._lock:
             closed = self._closed
@@ -132,7 +203,14 @@ class ConnectionPool:
             connection.close()
             raise ConnectionLost(address=str(address), detail="the client is closed")
         try:
-            return action(connection)
+            connection.set_timeout(CALL_SECONDS if seconds is None else seconds)
+            if attempt is None:
+                return action(connection)
+            attempt.begin(connection)
+            try:
+                return action(connection)
+            finally:
+                attempt.end()
         finally:
             with self._lock:
                 self._busy.discard(connection)

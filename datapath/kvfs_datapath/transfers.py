@@ -22,12 +22,17 @@ from kvfs_base.errors import (
     KvfsError,
     TargetFailed,
 )
-from kvfs_base.limits import BLOCK_BYTES_MAX, BLOCK_KEY_BYTES
+from kvfs_base.limits import (
+    BLOCK_BYTES_MAX,
+    BLOCK_KEY_BYTES,
+    CHAIN_CONNECT_SECONDS,
+    CONNECT_SECONDS,
+)
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.connections import ConnectionPool, DataConnection
+from kvfs_datapath.connections import Attempt, ConnectionPool, DataConnection, seconds_for
 from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.routes import Route
 from kvfs_datapath.wire import close_all
@@ -67,6 +72,10 @@ class ChunkRead(_WholeChunk):
 class ChunkWrite(_WholeChunk):
     """Bytes after ``size`` may be anything."""
 
+    version: int = 0
+    """Set by the client: the version of the chain under which every member got it; 0 on chains of
+    one copy."""
+
     def message(self) -> m.NewChunk:
         return m.NewChunk(*self.chunk, self.size, self.crc32c, self.key)
 
@@ -74,15 +83,34 @@ class ChunkWrite(_WholeChunk):
 Results = list[KvfsError | None]
 
 
-def read_portion(pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead]) -> Results:
-    """One result a chunk. Raises if the server could not be asked."""
-    return (_read_local if route.local else _read_remote)(pool, route, reads)
+def read_portion(
+    pool: ConnectionPool,
+    route: Route,
+    reads: Sequence[ChunkRead],
+    attempt: Attempt | None = None,
+) -> Results:
+    """One result a chunk. Raises if the server could not be asked, or if ``attempt`` was broken
+    off. Nothing is written to the views afterwards."""
+    return (_read_local if route.local else _read_remote)(pool, route, reads, attempt)
 
 
-def write_portion(pool: ConnectionPool, route: Route, writes: Sequence[ChunkWrite]) -> Results:
-    """As read_portion; chunks without error are published."""
-    write = _write_local if route.local else _write_remote
-    return pool.run(route.address, lambda connection: write(connection, route, writes))
+def write_portion(
+    pool: ConnectionPool,
+    route: Route,
+    writes: Sequence[ChunkWrite],
+    passing: m.Passing | None = None,
+) -> Results:
+    """As read_portion; chunks without error are published. With ``passing`` all are of one chain,
+    and are published at its hops, too; by descriptors there are none."""
+    members = 1 if passing is None else 1 + len(passing.hops)
+    size = members * sum(write.size for write in writes)
+    write = _write_local if route.local and members == 1 else _write_remote
+    return pool.run(
+        route.address,
+        lambda c: write(c, route, writes, passing),
+        seconds=seconds_for(size),
+        connect_seconds=CONNECT_SECONDS if passing is None else CHAIN_CONNECT_SECONDS,
+    )
 
 
 # --- checking
@@ -122,10 +150,15 @@ def _refs(reads: Sequence[ChunkRead]) -> tuple[m.ChunkRef, ...]:
     return tuple(m.ChunkRef(*read.chunk) for read in reads)
 
 
-def _read_local(pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead]) -> Results:
+def _read_local(
+    pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead], attempt: Attempt | None
+) -> Results:
     request = m.OpenChunks(route.target_id, _refs(reads), direct=True)
     outcomes, descriptors = pool.run(
-        route.address, lambda c: c.call_for_descriptors(request, descriptor_count)
+        route.address,
+        lambda c: c.call_for_descriptors(request, descriptor_count),
+        seconds=seconds_for(0),
+        attempt=attempt,
     )
     results: Results = []
     try:
@@ -134,6 +167,8 @@ def _read_local(pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead]) 
             if info is None:
                 results.append(outcomes.error(index))
                 continue
+            if attempt is not None:
+                attempt.check()
             results.append(_read_descriptor(next(remaining), read, info, route))
     finally:
         close_all(descriptors)
@@ -183,7 +218,12 @@ def _report(pool: ConnectionPool, route: Route, failed: Sequence[ChunkRead]) -> 
     close_all(descriptors)
 
 
-def _write_local(connection: DataConnection, route: Route, writes: Sequence[ChunkWrite]) -> Results:
+def _write_local(
+    connection: DataConnection,
+    route: Route,
+    writes: Sequence[ChunkWrite],
+    passing: m.Passing | None,
+) -> Results:
     request = m.StageChunks(route.target_id, len(writes))
     staged, descriptors = connection.call_for_descriptors(request, lambda s: len(s.tokens))
     try:
@@ -200,6 +240,7 @@ def _write_local(connection: DataConnection, route: Route, writes: Sequence[Chun
             route.target_id,
             tuple(m.StagedItem(staged.tokens[i], writes[i].message()) for i in filled),
             tuple(staged.tokens[i] for i, error in enumerate(results) if error is not None),
+            passing,
         )
     )
     for place, index in enumerate(filled):
@@ -221,7 +262,9 @@ def _fill_descriptor(fd: int, write: ChunkWrite, route: Route) -> KvfsError | No
 # --- remote
 
 
-def _read_remote(pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead]) -> Results:
+def _read_remote(
+    pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead], attempt: Attempt | None
+) -> Results:
     request = m.ReadChunks(
         route.target_id, tuple(m.SizedChunk(*read.chunk, read.size) for read in reads)
     )
@@ -233,7 +276,12 @@ def _read_remote(pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead])
             if info is not None and read.size
         ]
 
-    outcomes = pool.run(route.address, lambda c: c.call(request, into=into))
+    outcomes = pool.run(
+        route.address,
+        lambda c: c.call(request, into=into),
+        seconds=seconds_for(0),
+        attempt=attempt,
+    )
     results: Results = []
     for index, (read, info) in enumerate(zip(reads, outcomes.infos, strict=True)):
         if info is None:
@@ -244,8 +292,12 @@ def _read_remote(pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead])
 
 
 def _write_remote(
-    connection: DataConnection, route: Route, writes: Sequence[ChunkWrite]
+    connection: DataConnection,
+    route: Route,
+    writes: Sequence[ChunkWrite],
+    passing: m.Passing | None,
 ) -> Results:
-    request = m.WriteChunks(route.target_id, tuple(write.message() for write in writes))
+    messages = tuple(write.message() for write in writes)
+    request = m.WriteChunks(route.target_id, messages, passing)
     outcomes = connection.call(request, [write.view[: write.size] for write in writes])
     return [outcomes.error(index) for index in range(len(writes))]

@@ -373,6 +373,76 @@ CLIENT_SPLIT_BYTES = 1 * MIB
 """A batch is spread over threads in portions of at least this: below, the cost of a request (about
 50 us) is more than what a further thread gains."""
 
+DATA_SECONDS = 10.0
+DATA_BYTES_PER_SECOND = 1 * MIB
+"""A data request has DATA_SECONDS, and as long as its bytes take at this rate: 18 s for
+TRANSFER_BYTES. A disk that does not reach it is as good as none."""
+
+CHAIN_CONNECT_SECONDS = 1.0
+"""A connection to one of several replicas: a host that is gone does not even refuse."""
+
+CHAIN_READ_SECONDS = 2.0
+"""How long a reader goes round the replicas of a chain while all of them only fail for now: a
+change of the chain takes a heartbeat. Who reads files waits longer (FILE_RETRY_SECONDS)."""
+
+CHAIN_WRITE_SECONDS = 15.0
+"""How long a writer waits for a chain that has lost a member: TARGET_LEASE_SECONDS until it is left
+out, two heartbeats until the others know, and as much again."""
+
+CHAIN_PAUSE_SECONDS = 0.02
+CHAIN_PAUSE_SECONDS_MAX = 0.5
+"""Pauses between rounds through a chain: each is up to twice as long as the one before. Half of a
+pause is drawn, so that clients do not come all at once."""
+
+COMMIT_ATTEMPTS_MAX = 5
+"""Commits of one put whose chains changed while it was written."""
+
+AVOID_SECONDS = 1.0
+AVOID_SECONDS_MAX = 16.0
+"""A target that failed is asked last for so long; twice as long each time, until it answers."""
+
+LATENCIES_KEPT = 64
+LATENCIES_NEEDED = 8
+"""Recent times of each target, from which the bound of the next read is learned."""
+
+HEDGE_QUANTILE = 0.95
+HEDGE_FACTOR = 2.0
+HEDGE_SECONDS_MIN = 0.01
+HEDGE_SECONDS_FIRST = 0.25
+"""A portion that takes HEDGE_FACTOR times as long as this share of the recent ones did, by bytes,
+is asked of another replica, too: seldom sooner than needed, and never before HEDGE_SECONDS_MIN. As
+long as too few times are known: HEDGE_SECONDS_FIRST, and its bytes at HEDGE_BYTES_PER_SECOND."""
+
+HEDGE_SECONDS_MAX = 1.0
+HEDGE_BYTES_PER_SECOND = 32 * MIB
+"""No bound is longer than HEDGE_SECONDS_MAX and the bytes at this rate: a target that is always
+slow must not make that its measure."""
+
+HEDGE_UNIT_BYTES = 256 * KIB
+"""Smaller portions count as this: what they take does not depend on their bytes."""
+
+HEDGES_AT_ONCE = 4
+"""Each has a buffer of TRANSFER_BYTES: 32 MiB at worst. Larger portions are not asked twice."""
+
+HEDGE_SHARE = 0.1
+HEDGES_SAVED_MAX = 16.0
+"""Every portion read earns this much of a hedge: all replicas being slow, a tenth more load. So
+many may be saved up for the moment at which one target stops."""
+
+REPAIRS_QUEUED_MAX = 256
+REPAIRS_REMEMBERED_MAX = 4096
+REPAIR_AGAIN_SECONDS = 60.0
+"""A bad replica is reported once in this long, by a thread of its own; what does not fit into the
+queue is found again by the next reader, or by the scrubber."""
+
+STAT_AHEAD_CHUNKS = 16
+"""Versions that a writer asks for when he comes to a chunk that he knows nothing of: a stream asks
+once in so many chunks of a chain."""
+
+CUT_CHUNKS_MAX = 4096
+"""A shorter file's chunks are cut to nothing one by one, which can be repeated without harm, up to
+this many; of a longer tail the heads remove what they have."""
+
 FILE_DESCRIPTORS_MAX = 512
 """Chunk descriptors one client keeps open for its files; half of the usual limit of 1,024."""
 

@@ -420,7 +420,7 @@ def test_stopping_breaks_off_transfers(real: Cluster) -> None:
 
 
 def test_a_server_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_datapath.connections.CALL_SECONDS", 1.0)
+    monkeypatch.setattr("kvfs_datapath.connections.DATA_SECONDS", 1.0)
     with running("memory", "tcp", tmp_path) as cluster:
         (address,) = (a for a in cluster.servers[2].addresses if a.kind == "tcp")
         cluster.servers[2].stop()
