@@ -78,6 +78,12 @@ class CpuEvent:
     def __init__(self) -> None:
         self._happened = threading.Event()
 
+    @classmethod
+    def happened(cls) -> CpuEvent:
+        event = cls()
+        event.happen()
+        return event
+
     def happen(self) -> None:
         self._happened.set()
 

@@ -10,7 +10,8 @@ Invariants, guarded by the load's lock:
   without one.
 - After ``stopping`` nothing more is queued. The load settles when what was queued has happened and
   no fetch is under way: from then on nobody writes to its pages.
-- ``events`` are set, one a layer, before the load counts as issued.
+- The last copies are queued by one thread (``issuing``), without the lock: who waits for the first
+  layer does not wait until the last one is queued. ``events`` grows meanwhile, one a layer.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import logging
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -31,7 +33,7 @@ from kvfs_base.limits import (
     LOADER_GROUP_GROWTH,
     LOADER_QUEUED_BYTES,
 )
-from kvfs_gds.device import Event
+from kvfs_gds.device import CpuEvent, Event
 from kvfs_gds.lanes import Lane
 from kvfs_gds.paged import HostMemory, Int32s, Int64s, PagedLayout, Transfer
 from kvfs_gds.sources import Fetched
@@ -39,9 +41,7 @@ from kvfs_gds.sources import Fetched
 if TYPE_CHECKING:
     from kvfs_gds.loader import Loader
 
-
-GROWTH_MAX = 4
-"""64 MiB x 4 x 4 x 4 x 4 is more than a window ever is."""
+log = logging.getLogger(__name__)
 
 PREFETCH_BLOCKS = 64
 """Blocks of unknown size that one fetch brings."""
@@ -132,7 +132,6 @@ class Load:
         self._next = 0
         self._fetching = 0
         self._listed = False
-        self._growth = 0
         self._gathered: list[_Group] = []
         self._held_bytes = 0
         self._asked_bytes = 0
@@ -141,6 +140,8 @@ class Load:
         self._copies = 0
         """Steps that the lane has yet to take."""
         self._events: list[Event] = []
+        self._fetched = False
+        self._issuing = False
         self._issued = False
         self._found = np.zeros(len(keys), dtype=bool)
         self._hits = np.zeros(len(keys), dtype=bool)
@@ -154,12 +155,15 @@ class Load:
         """What is queued on ``stream`` from here on sees layer ``layer`` of every block; without a
         stream this thread waits. Blocks the thread until all blocks are fetched, not until they are
         copied. Raises what the load failed with, InvalidRequest if it was cancelled."""
-        self._wait_issued()
-        if self._cancelled:
-            raise InvalidRequest(detail="the load was cancelled")
-        if not self._events:
-            return
-        event = self._events[layer]
+        with self._lock:
+            self._lock.wait_for(lambda: len(self._events) > layer or self._issued or self._settled)
+            if self._error is not None:
+                raise self._error
+            if self._cancelled:
+                raise InvalidRequest(detail="the load was cancelled")
+            if not self._events:
+                return
+            event = self._events[layer]
         if stream is None:
             event.wait()
         else:
@@ -169,14 +173,17 @@ class Load:
     def layer_done(self, layer: int) -> bool:
         """Whether all copies of the layer have happened."""
         with self._lock:
-            if not (self._issued or self._settled):
-                return False
-            return not self._events or self._events[layer].done()
+            if len(self._events) > layer:
+                return self._events[layer].done()
+            return (self._issued or self._settled) and not self._events
 
     def found(self) -> list[bool]:
         """For each key, whether its block was found: known once all are fetched, before the copies
         are done. Raises as ``wait_layer``."""
-        self._wait_issued()
+        with self._lock:
+            self._lock.wait_for(lambda: self._fetched or self._settled)
+            if self._error is not None:
+                raise self._error
         return [bool(f) for f in self._found]
 
     def result(self) -> list[bool]:
@@ -196,7 +203,7 @@ class Load:
         """Fetches and queues nothing more; what is queued already still happens (``wait``). False
         if everything was queued: then the load is as good as done."""
         with self._lock:
-            if self._settled or self._issued:
+            if self._settled or self._fetched:
                 return False
             self._cancelled = True
             self._lock.notify_all()
@@ -206,12 +213,6 @@ class Load:
     @property
     def cancelled(self) -> bool:
         return self._cancelled
-
-    def _wait_issued(self) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._issued or self._settled)
-            if self._error is not None:
-                raise self._error
 
     # --- what the loader calls
 
@@ -242,7 +243,9 @@ class Load:
         """How many blocks the next fetch is for; 0 if it has to wait for room."""
         if not self._block_bytes:
             return PREFETCH_BLOCKS
-        wanted = LOADER_GROUP_BYTES * int(LOADER_GROUP_GROWTH**self._growth)
+        # The first one is small also when all is in memory: it is what the link waits for.
+        growth = self._loader.growth if self._next else 0
+        wanted = LOADER_GROUP_BYTES * int(LOADER_GROUP_GROWTH**growth)
         used = self._held_bytes + self._asked_bytes
         blocks = min(wanted, self._loader.window_bytes - used) // self._block_bytes
         return min(max(blocks, 0 if used else 1), BATCH_BLOCKS_MAX)
@@ -261,8 +264,6 @@ class Load:
                     self._hits[group.places] = True
                 fetched.release()
             else:
-                # Blocks that come while the link is still busy come faster than it takes them.
-                self._growth = min(self._growth + 1, GROWTH_MAX) if self._queued_bytes else 0
                 self._gathered.append(group)
                 self._hold(group.nbytes)
 
@@ -302,25 +303,33 @@ class Load:
 
     def pump(self) -> None:
         """Queues what can be queued now."""
+        parts: list[_Part] | None = None
         with self._lock:
-            if self._settled or self._issued:
+            if self._settled or self._fetched:
                 return
             if not self.stopping:
                 try:
-                    self._queue()
+                    parts = self._queue()
                 except Exception as exc:
                     self._error = exc
             if self.stopping:
                 self._drop_gathered()
                 if not self._fetching and not self._copies:
                     self._settle()
+        if parts is not None:
+            self._issue(parts)
 
-    def _queue(self) -> None:
+    def _queue(self) -> list[_Part] | None:
+        """Queues whole blocks; once all are fetched, gives those that ``_issue`` is to queue."""
         if self._next == len(self.keys) and not self._fetching:
-            self._queue_layers()
-            return
+            parts = [self._part(group, group.left) for group in self._gathered]
+            self._gathered.clear()
+            self._fetched = True
+            self._lock.notify_all()
+            return parts
         while self._gathered and self._queued_bytes < LOADER_QUEUED_BYTES:
             self._queue_whole(self._gathered[0])
+        return None
 
     def _queue_whole(self, group: _Group) -> None:
         """All layers of some blocks."""
@@ -335,29 +344,53 @@ class Load:
         if not group.left:
             self._gathered.remove(group)
 
-    def _queue_layers(self) -> None:
-        """Everything that is left, layer by layer, with an event behind each."""
-        parts = [self._part(group, group.left) for group in self._gathered]
-        plans = []
-        for some in _by_memory(parts):
-            offsets = np.concatenate([part.offsets for part in some])
-            places = np.concatenate([part.places for part in some])
-            plans.append(self._plan(some[0].group.memory, offsets, places))
-        self._gathered.clear()
+    def _issue(self, parts: list[_Part]) -> None:
+        """Queues everything that is left, layer by layer, with an event behind each."""
+        plans: list[Any] = []
+        error: Exception | None = None
+        try:
+            for some in _by_memory(parts):
+                offsets = np.concatenate([part.offsets for part in some])
+                places = np.concatenate([part.places for part in some])
+                plans.append(self._plan(some[0].group.memory, offsets, places))
+            self._queue_layers(plans)
+        except Exception as exc:
+            error = exc
+        with self._lock:
+            self._error = self._error or error
+            if parts:
+                self._then(self._last(error), parts, plans, 0)
+            self._issued = True
+            if not self._copies:
+                self._settle()
+            self._lock.notify_all()
+
+    def _last(self, error: Exception | None) -> Event:
+        """Behind everything that was queued."""
+        if error is None:
+            return self._events[-1]
+        try:
+            return cast(Event, self._device.record(self._lane.stream))
+        except Exception:
+            log.exception("a device failed")
+            return CpuEvent.happened()
+
+    def _queue_layers(self, plans: list[Any]) -> None:
         stream = self._lane.stream
-        if self._pages is not None and (plans or self._copies):
-            layers = self._pages.layout.layers
-            if not plans:
-                self._events = [self._device.record(stream)] * layers
-            for layer in range(layers if plans else 0):
-                for plan in plans:
-                    self._device.copy(plan, layer, layer + 1, stream, store=False)
-                self._events.append(self._device.record(stream))
-            self._then(self._events[-1], parts, plans, 0)
-        self._issued = True
-        if not self._copies:
-            self._settle()
-        self._lock.notify_all()
+        layers = 0 if self._pages is None else self._pages.layout.layers
+        if not plans:
+            # Everything went as whole blocks, or nothing was found.
+            with self._lock:
+                if self._copies:
+                    self._events = [self._device.record(stream)] * layers
+            return
+        for layer in range(layers):
+            for plan in plans:
+                self._device.copy(plan, layer, layer + 1, stream, store=False)
+            event = self._device.record(stream)
+            with self._lock:
+                self._events.append(event)
+                self._lock.notify_all()
 
     def _plan(self, memory: HostMemory, offsets: Int64s, places: Int64s) -> Any:
         assert self._pages is not None

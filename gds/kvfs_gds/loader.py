@@ -30,12 +30,17 @@ import numpy as np
 
 from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
 from kvfs_base.limits import (
+    LOADER_FAST_BYTES_PER_SECOND,
+    LOADER_FAST_SECONDS,
     LOADER_FETCH_THREADS,
     LOADER_GROUP_BYTES,
+    LOADER_GROUP_GROWTH_MAX,
     LOADER_JOBS_MAX,
     LOADER_WINDOW_SHARE,
     RING_BYTES,
 )
+from kvfs_base.os_env import os_env
+from kvfs_base.seams import Clock
 from kvfs_gds.device import Device, open_device
 from kvfs_gds.lanes import Lane
 from kvfs_gds.load import Load, Pages, Priority
@@ -59,10 +64,14 @@ class Loader:
         store: BlockStore | None = None,
         stream: Any = None,
         ring_bytes: int = RING_BYTES,
+        clock: Clock | None = None,
     ) -> None:
         """``stream``, of the caller's, is what demand loads are copied on instead of one of the
         loader's own. ``ring_bytes`` of pinned memory are taken at the first store."""
         self.device = device
+        self.growth = 0
+        """The next fetch is LOADER_GROUP_GROWTH to this power times as large as the first one."""
+        self._clock = clock or os_env().clock
         self._source = source
         self._lock = threading.Condition()
         self._held_bytes = 0
@@ -250,6 +259,7 @@ class Loader:
         while not load.stopping:
             with self._lock:
                 held, releases = self._held_bytes, self._releases
+            start = self._clock.monotonic()
             try:
                 fetched: Fetched = self._source.fetch(load.keys[first:end])
             except ArenaFull:
@@ -259,6 +269,7 @@ class Loader:
                 if end - first == 1:
                     raise
                 break
+            self._grow(fetched, self._clock.monotonic() - start)
             load.arrived(np.arange(first, end), fetched)
             return
         if load.stopping:
@@ -267,6 +278,14 @@ class Loader:
         self._fetch(load, first, middle)
         load.pump()
         self._fetch(load, middle, end)
+
+    def _grow(self, fetched: Fetched, seconds: float) -> None:
+        """Blocks that come faster than a disk gives them were in memory: then a round trip costs
+        more than what is hidden behind the next one, and this load's later fetches, and later
+        loads, ask for more at once."""
+        nbytes = sum(extent[1] for extent in fetched.extents if extent is not None)
+        fast = seconds < max(LOADER_FAST_SECONDS, nbytes / LOADER_FAST_BYTES_PER_SECOND)
+        self.growth = min(self.growth + 1, LOADER_GROUP_GROWTH_MAX) if fast else 0
 
     def _wait_release(self, load: Load, releases: int) -> None:
         with self._lock:

@@ -497,9 +497,17 @@ CALL_SECONDS."""
 
 LOADER_GROUP_BYTES = 64 * MIB
 """What a load asks its source for at first: about 1 ms of the link, 10 ms of a fast disk. While
-groups come faster than the link takes them the next one is four times as large."""
+groups come faster than from a disk the next one is four times as large."""
 
 LOADER_GROUP_GROWTH = 4
+
+LOADER_GROUP_GROWTH_MAX = 4
+"""64 MiB x 4 x 4 x 4 x 4 is more than a window ever is."""
+
+LOADER_FAST_BYTES_PER_SECOND = 20_000_000_000
+LOADER_FAST_SECONDS = 0.002
+"""A fetch of this rate, or this short, came from memory: an answer of the agent takes 0.5 to 1 ms,
+whatever its size; the fastest disks read 14 GB/s."""
 
 LOADER_QUEUED_BYTES = 128 * MIB
 """Copies of whole blocks that a load queues ahead (2.4 ms at 55 GB/s): enough to keep the link busy

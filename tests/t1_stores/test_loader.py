@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 from kvfs_base.errors import ArenaFull, CacheFull, ConnectionLost, InvalidRequest
 from kvfs_base.os_env import os_env
 from kvfs_gds import load as load_module
+from kvfs_gds import loader as loader_module
 from kvfs_gds.device import CpuDevice, CpuStream, open_device
 from kvfs_gds.load import Pages, Priority
 from kvfs_gds.loader import Loader
@@ -133,6 +134,76 @@ def test_layers_come_one_after_the_other(rig: Rig) -> None:
     assert seen == [expected[layer, 0].tobytes() for layer in range(LAYERS)]
 
 
+class Device(CpuDevice):
+    """Calls ``before`` with the first layer of each copy, before it is queued."""
+
+    def __init__(self, before: Callable[[int], None]) -> None:
+        self.before = before
+
+    def copy(
+        self, plan: Any, first_layer: int, end_layer: int, stream: Any, *, store: bool
+    ) -> None:
+        self.before(first_layer)
+        super().copy(plan, first_layer, end_layer, stream, store=store)
+
+
+def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) -> None:
+    gate = threading.Event()
+    device = Device(lambda layer: void(layer == 0 or gate.wait(WAIT_SECONDS)))
+    with Loader.open(rig.namespace, device) as loader:
+        load = loader.load(rig.keys[:4], rig.pages(range(4)))
+        assert load.found() == [True] * 4
+        load.wait_layer(0)
+        assert load.layer_done(0)
+        assert not load.layer_done(1)
+        assert not load.cancel()  # nothing is left to be dropped
+        gate.set()
+        load.wait_layer(LAYERS - 1)
+        assert load.result() == [True] * 4
+
+
+def test_a_device_that_fails_half_way_fails_the_load_and_keeps_no_lease(rig: Rig) -> None:
+    def fail(layer: int) -> None:
+        if layer == 1:
+            raise InvalidRequest(detail="no more")
+
+    with Loader.open(rig.namespace, Device(fail)) as loader:
+        load = loader.load(rig.keys[:4], rig.pages(range(4)))
+        with pytest.raises(InvalidRequest, match="no more"):
+            load.result()
+        with pytest.raises(InvalidRequest):
+            load.wait_layer(2)
+        assert rig.namespace.leased_bytes == loader.statistics()["held_bytes"] == 0
+
+
+class SlowClock:
+    """Each look at it is a second later than the one before."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time_ns(self) -> int:
+        return 0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize("clock", [None, SlowClock()], ids=["memory", "disk"])
+def test_what_comes_from_memory_is_asked_for_at_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, clock: SlowClock | None
+) -> None:
+    """The second load of a warm source is two requests; one of a disk is many small ones."""
+    monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", 0.5)
+    with Loader.open(rig.namespace, rig.device, clock=clock) as loader:
+        loader.load(rig.keys, rig.pages(range(PAGES))).result()
+        before = rig.namespace.gets
+        loader.load(rig.keys, rig.pages(range(PAGES))).result()
+        assert rig.namespace.gets - before == (2 if clock is None else PAGES)
+
+
 def test_a_lease_lasts_until_its_copies_have_happened(rig: Rig) -> None:
     gate = rig.hold()
     load = rig.loader.load(rig.keys[:8], rig.pages(range(8)))
@@ -151,6 +222,7 @@ def test_whole_blocks_are_copied_while_others_are_fetched(
 ) -> None:
     """Groups of four blocks; the third get is held up, and what came before is copied by then."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", 4 * BLOCK_BYTES)
+    monkeypatch.setattr(load_module, "LOADER_GROUP_GROWTH", 1)
     gets, release = threading.Semaphore(2), threading.Event()
     plain = rig.namespace.get
 
@@ -240,6 +312,7 @@ def test_a_cancelled_load_writes_nothing_more(rig: Rig, monkeypatch: pytest.Monk
 
 def test_demand_goes_before_prefetch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(load_module, "LOADER_GROUP_GROWTH", 1)
     order: list[int] = []
     plain = rig.namespace.get
 
