@@ -5,15 +5,19 @@ Whatever a copy reads after its lease was given back is therefore wrong, and see
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from kvfs_base.errors import ArenaFull
+from kvfs_base.errors import ArenaFull, TargetFailed
+from kvfs_datapath.checksum import crc32c
 from kvfs_gds.arena import Arena, ArenaView
 from kvfs_gds.extents import ExtentAllocator, pages_of
+from kvfs_gds.paged import HostMemory
+from kvfs_gds.sources import FileExtent
 
 FREED = 0xDD
 
@@ -36,8 +40,6 @@ class MemoryNamespace:
 
     def __init__(self, arena_bytes: int) -> None:
         self.arena = Arena.create(arena_bytes)
-        import os
-
         self.reader = ArenaView.open(os.dup(self.arena.fd))
         self.stored: dict[bytes, bytes] = {}
         self.lock = threading.Lock()
@@ -102,3 +104,38 @@ class MemoryNamespace:
     def close(self) -> None:
         self.reader.close()
         self.arena.close()
+
+
+class MemoryReader:
+    """A DirectReader of the CPU: its device memory is memory."""
+
+    name = "a fake"
+
+    def __init__(self) -> None:
+        self.reads = 0
+        self.closed = False
+        self._memory = np.zeros(0, dtype=np.uint8)
+
+    def allocate(self, nbytes: int) -> HostMemory:
+        self._memory = np.zeros(nbytes, dtype=np.uint8)
+        return HostMemory.of(self._memory)
+
+    def read(
+        self, extents: Sequence[FileExtent], memory: HostMemory, at: Sequence[int]
+    ) -> list[int]:
+        self.reads += 1
+        done = []
+        for extent, offset in zip(extents, at, strict=True):
+            try:
+                data = os.pread(extent.descriptor, extent.size, extent.offset)
+            except OSError as exc:
+                raise TargetFailed(detail=str(exc)) from exc
+            self._memory[offset : offset + len(data)] = np.frombuffer(data, dtype=np.uint8)
+            done.append(len(data))
+        return done
+
+    def checksums(self, memory: HostMemory, at: Sequence[int], size: int) -> list[int]:
+        return [crc32c(self._memory[offset : offset + size].tobytes()) for offset in at]
+
+    def close(self) -> None:
+        self.closed = True

@@ -2,9 +2,11 @@
 
 Host memory is registered (cudaHostRegister) and read by a kernel over PCIe: every warp keeps
 8 x 512 bytes in flight, so few multiprocessors fill the link (55 GB/s x 2 us latency is 110 KB) and
-the rest go on computing. A loop of cudaMemcpyAsync reaches a third of the link at 64 KiB pieces;
-this kernel does not care about the size of a piece from 4 KiB up. Large contiguous pieces go
-through the copy engine, which costs no multiprocessor at all.
+the rest go on computing. This kernel does not care about the size of a piece from 4 KiB up; what it
+gets of the link is 0.92, with 4 multiprocessors or 64 (an H100: reads of 128 bytes are the cause).
+
+Longer runs go through the copy engine, which costs no multiprocessor: a loop of cudaMemcpyAsync
+reaches a third of the link at 64 KiB, cudaMemcpyBatchAsync (``kvfs_gds.cuda_batch``) all of it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import numpy as np
 
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import KIB, MIB
+from kvfs_gds.cuda_batch import MemcpyBatch
 from kvfs_gds.device import Event
-from kvfs_gds.paged import HostMemory, Int64s, Transfer
+from kvfs_gds.paged import HostMemory, Transfer
 
 REGISTER_SLICE_BYTES = 256 * MIB
 """One cudaHostRegister call pins this much: 0.05-0.2 s/GiB, in steps that do not stall for long."""
@@ -31,14 +34,18 @@ REGISTER_READ_ONLY = 8
 UNIT_BYTES = 4096
 """What one warp copies at a time: 8 vectors of 16 bytes a lane."""
 
-ENGINE_PIECE_BYTES = 256 * KIB
+ENGINE_PIECE_BYTES = 16 * KIB
 """Pieces below this are never looked at for runs: there would be too many to look at."""
 
-ENGINE_RUN_BYTES = 4 * MIB
-"""Contiguous runs of this size and more go through the copy engine: from there on a loop of
-cudaMemcpyAsync reaches more of the link than the kernel (docs/results/h100-loader.json)."""
+BATCH_RUN_BYTES = 64 * KIB
+"""Contiguous runs of this size and more go through the copy engine in batches. At 32 KiB queueing
+one (0.5 us each) takes longer than copying it; at 64 KiB 0.4 of that."""
 
-GRID_BLOCKS = 16
+LOOP_RUN_BYTES = 4 * MIB
+"""The same, one by one, where the runtime has no batches: from there on a loop of cudaMemcpyAsync
+reaches more of the link than the kernel (docs/results/h100-loader.json)."""
+
+GRID_BLOCKS = 8
 GRID_THREADS = 512
 
 _SOURCE = r"""
@@ -190,6 +197,8 @@ class Plan:
     """A transfer and its tables on the device: offsets, bases, strides, pages."""
 
     transfer: Transfer
+    by_engine: bool
+    """Its runs are long enough for the copy engine."""
     tables: Any
     """Owns the memory that the four addresses point into."""
     offsets: int
@@ -226,7 +235,7 @@ class CudaEvent:
 
 class CudaDevice:
     """One GPU. ``blocks`` x ``threads`` is the persistent grid of the copy kernel: the default
-    fills the link and leaves seven eighths of an H100's multiprocessors alone."""
+    fills the link and leaves fifteen sixteenths of an H100's multiprocessors alone."""
 
     def __init__(
         self, number: int = 0, *, blocks: int = GRID_BLOCKS, threads: int = GRID_THREADS
@@ -236,6 +245,8 @@ class CudaDevice:
         self._grid = (blocks,)
         self._threads = (threads,)
         self._upload_lock = threading.Lock()
+        self._batch = MemcpyBatch.find()
+        self._run_bytes = LOOP_RUN_BYTES if self._batch is None else BATCH_RUN_BYTES
         with self.device:
             self._kernel = cupy.RawKernel(_SOURCE, "paged_copy")
             self._uploads = cupy.cuda.Stream(non_blocking=True)
@@ -272,7 +283,13 @@ class CudaDevice:
             self._uploads.synchronize()
         starts = np.cumsum([0, *(part.nbytes for part in parts[:-1])])
         addresses = [int(tables.data.ptr) + int(start) for start in starts]
-        return Plan(transfer, tables, *addresses)
+        return Plan(transfer, self._by_engine(transfer), tables, *addresses)
+
+    def _by_engine(self, transfer: Transfer) -> bool:
+        piece = transfer.layout.piece_bytes
+        if piece < ENGINE_PIECE_BYTES or not len(transfer.offsets):
+            return False
+        return piece >= self._run_bytes or transfer.run_bytes() >= self._run_bytes
 
     def copy(
         self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool = False
@@ -281,36 +298,28 @@ class CudaDevice:
         transfer = plan.transfer
         if not len(transfer.offsets) or first_layer == end_layer:
             return
-        if transfer.layout.piece_bytes >= ENGINE_PIECE_BYTES:
-            near, far, sizes = transfer.runs(first_layer, end_layer)
-            if int(sizes.mean()) >= ENGINE_RUN_BYTES:
-                self._copy_runs(transfer.host, near, far, sizes, stream, store=store)
-                return
-        self._copy_pieces(plan, first_layer, end_layer, stream, store=store)
+        if plan.by_engine:
+            self._copy_runs(transfer, first_layer, end_layer, stream, store=store)
+        else:
+            self._copy_pieces(plan, first_layer, end_layer, stream, store=store)
 
     def _copy_runs(
-        self,
-        host: HostMemory,
-        near: Int64s,
-        far: Int64s,
-        sizes: Int64s,
-        stream: Any,
-        *,
-        store: bool,
+        self, transfer: Transfer, first_layer: int, end_layer: int, stream: Any, *, store: bool
     ) -> None:
-        """By the copy engine, a call for each run, and none across two registrations: the engine
-        takes no copy that begins in one and ends in another."""
-        memcpy = cupy.cuda.runtime.memcpyAsync
-        kind = 3 if host.on_device else 2 if store else 1  # cudaMemcpyKind
+        """By the copy engine, and no copy across two registrations: it takes none that begins in
+        one and ends in another."""
+        host = transfer.host
+        near, far, sizes = transfer.runs(first_layer, end_layer, seam_bytes=REGISTER_SLICE_BYTES)
+        to, source = (near, far) if store else (far, near)
         with self.device:
-            for a, b, size in zip(near.tolist(), far.tolist(), sizes.tolist(), strict=True):
-                done = 0
-                while done < size:
-                    seam = REGISTER_SLICE_BYTES - (a + done - host.address) % REGISTER_SLICE_BYTES
-                    step = min(size - done, seam)
-                    pair = (a + done, b + done) if store else (b + done, a + done)
-                    memcpy(*pair, step, kind, stream.ptr)
-                    done += step
+            if self._batch is not None:
+                # Pages are read when earlier work on the stream is done; leased blocks any time.
+                self._batch.copy(to, source, sizes, stream.ptr, in_order=store or host.on_device)
+                return
+            memcpy = cupy.cuda.runtime.memcpyAsync
+            kind = 3 if host.on_device else 2 if store else 1  # cudaMemcpyKind
+            for a, b, size in zip(to.tolist(), source.tolist(), sizes.tolist(), strict=True):
+                memcpy(a, b, size, kind, stream.ptr)
 
     def _copy_pieces(
         self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool

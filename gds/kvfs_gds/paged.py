@@ -282,14 +282,44 @@ class Transfer:
         far = bases[:, None] + self.pages[:, None, :].astype(np.int64) * strides[:, None]
         return near.ravel(), far.ravel()
 
-    def runs(self, first_layer: int, end_layer: int) -> tuple[Int64s, Int64s, Int64s]:
-        """(host address, device address, bytes) of what is contiguous on both sides."""
+    def runs(
+        self, first_layer: int, end_layer: int, *, seam_bytes: int = 0
+    ) -> tuple[Int64s, Int64s, Int64s]:
+        """(host address, device address, bytes) of what is contiguous on both sides. With
+        ``seam_bytes`` none of them lies across a multiple of it in the host memory."""
         near, far = self.addresses(first_layer, end_layer)
         piece = self.layout.piece_bytes
         breaks = np.flatnonzero((np.diff(near) != piece) | (np.diff(far) != piece)) + 1
         starts = np.concatenate([[0], breaks]).astype(np.int64)
         ends = np.concatenate([breaks, [len(near)]]).astype(np.int64)
-        return near[starts], far[starts], (ends - starts) * piece
+        runs = near[starts], far[starts], (ends - starts) * piece
+        return _cut(*runs, self.host.address, seam_bytes) if seam_bytes else runs
+
+    def run_bytes(self) -> int:
+        """About how long the runs of a layer are: the mean of the first blocks'."""
+        some = slice(0, _SAMPLE_BLOCKS)
+        sample = Transfer(self.host, self.offsets[some], self.layout, self.pages[some])
+        return int(sample.runs(0, 1)[2].mean())
+
+
+_SAMPLE_BLOCKS = 64
+
+
+def _cut(
+    near: Int64s, far: Int64s, sizes: Int64s, base: int, step: int
+) -> tuple[Int64s, Int64s, Int64s]:
+    """Runs, cut where their host address passes a multiple of ``step`` behind ``base``."""
+    start = near - base
+    parts = (start + sizes - 1) // step - start // step + 1
+    if parts.max() == 1:
+        return near, far, sizes
+    run = np.repeat(np.arange(len(near)), parts)
+    number = np.arange(len(run)) - np.repeat(np.cumsum(parts) - parts, parts)
+    slices = start[run] // step + number
+    first = np.maximum(slices * step, start[run])
+    end = np.minimum((slices + 1) * step, start[run] + sizes[run])
+    skipped = first - start[run]
+    return near[run] + skipped, far[run] + skipped, end - first
 
 
 def copy_on_cpu(transfer: Transfer, first_layer: int, end_layer: int, *, store: bool) -> None:

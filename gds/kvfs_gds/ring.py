@@ -1,4 +1,4 @@
-"""Pinned memory with slots: what stores gather into, and what files are read into without an agent.
+"""Memory with slots: what stores gather into, and what files are read into without an agent.
 
 A slot is page-aligned (O_DIRECT), counted, and given back *after an event*: the copy that was
 queued from it may still be under way when its user lets go. The ring never grows: who
@@ -21,17 +21,12 @@ from kvfs_gds.paged import HostMemory
 class Slot:
     """``nbytes`` at ``offset`` of a ring. Starts with one reference."""
 
-    def __init__(self, ring: PinnedRing, offset: int, nbytes: int) -> None:
+    def __init__(self, ring: Ring, offset: int, nbytes: int) -> None:
         self.offset = offset
         self.nbytes = nbytes
         self._ring = ring
         self._references = 1
         self._events: list[Event] = []
-
-    @property
-    def view(self) -> memoryview:
-        """Its bytes, writable, to the end of the last page. Not to be kept beyond ``release``."""
-        return self._ring.view(self.offset, pages_of(self.nbytes))
 
     def retain(self) -> None:
         with self._ring.lock:
@@ -50,26 +45,18 @@ class Slot:
                 self._ring._give_back(self, self._events)
 
 
-class PinnedRing:
-    """Thread-safe. ``memory`` is anonymous, page-aligned, and usable by ``device``."""
+class Ring:
+    """Thread-safe. Slots of ``memory``, which is page-aligned and usable by ``device``."""
 
-    def __init__(self, device: Device, nbytes: int) -> None:
-        """Whole pages. Raises ArenaFull if the system does not give them."""
-        self.nbytes = nbytes
+    def __init__(self, device: Device, memory: HostMemory) -> None:
+        """``memory`` is whole pages."""
+        self.nbytes = memory.nbytes
+        self.memory = memory
         self.lock = threading.Condition()
-        self._extents = ExtentAllocator(nbytes)
-        try:
-            self._mapping = mmap.mmap(-1, nbytes)
-        except OSError as exc:
-            raise ArenaFull(needed_bytes=nbytes) from exc
-        self._view = memoryview(self._mapping)
-        self.memory = HostMemory(address_of(self._view), nbytes, owner=self._view)
-        self.registered = device.register(self.memory)
+        self._extents = ExtentAllocator(memory.nbytes)
+        self.registered = device.register(memory)
         self._leaving: list[tuple[Slot, list[Event]]] = []
         """Without references, and perhaps still read or written by the device; oldest first."""
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        return self._view[offset : offset + nbytes]
 
     @property
     def used_bytes(self) -> int:
@@ -119,14 +106,35 @@ class PinnedRing:
             for event in events:
                 event.wait()
         self.registered.close()
+
+    def statistics(self) -> dict[str, int]:
+        return {"ring_bytes": self.nbytes, "ring_used_bytes": self.used_bytes}
+
+
+class PinnedRing(Ring):
+    """A ring of anonymous memory, pinned."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        """Whole pages. Raises ArenaFull if the system does not give them."""
+        try:
+            self._mapping = mmap.mmap(-1, nbytes)
+        except OSError as exc:
+            raise ArenaFull(needed_bytes=nbytes) from exc
+        self._view = memoryview(self._mapping)
+        super().__init__(device, HostMemory(address_of(self._view), nbytes, owner=self._view))
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes of a slot, writable. Not to be kept beyond its ``release``."""
+        return self._view[offset : offset + nbytes]
+
+    def close(self) -> None:
+        """As Ring.close."""
+        super().close()
         try:
             self._view.release()
             self._mapping.close()
         except BufferError:
             pass  # views exist (of an error's traceback, say): unmapped with the last one
 
-    def statistics(self) -> dict[str, int]:
-        return {"ring_bytes": self.nbytes, "ring_used_bytes": self.used_bytes}
 
-
-__all__: list[Any] = ["PinnedRing", "Slot"]
+__all__: list[Any] = ["PinnedRing", "Ring", "Slot"]

@@ -7,16 +7,14 @@ A source answers a batch of keys with extents of some memory that the device can
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
-from kvfs_base.errors import TargetFailed
-from kvfs_base.limits import READ_BYTES, READ_THREADS
-from kvfs_datapath.checksum import crc32c
+from kvfs_base.limits import CHECK_THREADS, READ_THREADS
 from kvfs_gds.arena import ArenaView
 from kvfs_gds.extents import pages_of
+from kvfs_gds.file_reads import Batch, Block
 from kvfs_gds.paged import HostMemory
 from kvfs_gds.ring import PinnedRing, Slot
 
@@ -115,7 +113,9 @@ class FileExtent:
     crc32c: int | None = None
 
 
-class _FromRing:
+class FromRing:
+    """Blocks in a slot of a ring, which is given back with them."""
+
     def __init__(self, memory: HostMemory, slot: Slot | None, extents: Extents) -> None:
         self.memory = memory
         self.extents = extents
@@ -128,8 +128,8 @@ class _FromRing:
 
 
 class FileSource:
-    """Blocks that lie in files, read into a pinned ring by threads that take whole batches. One
-    reads up to READ_BYTES a call; neighbours in a file are one call."""
+    """Blocks that lie in files, read into a pinned ring (``kvfs_gds.file_reads``). The reads of one
+    fetch follow those of the one before without a gap."""
 
     def __init__(
         self,
@@ -137,25 +137,32 @@ class FileSource:
         locate: Callable[[Sequence[bytes]], Sequence[FileExtent | None]],
         *,
         threads: int = READ_THREADS,
+        owns_ring: bool = False,
     ) -> None:
-        """``locate`` says where blocks lie; it must leave the descriptors open."""
+        """``locate`` says where blocks lie; it must leave the descriptors open. With ``owns_ring``
+        the ring is closed with the source."""
         self._ring = ring
+        self._owns_ring = owns_ring
         self._locate = locate
         self._threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvfs-read")
+        self._checks = ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="kvfs-check")
 
     def room_bytes(self) -> int:
         return self._ring.nbytes
 
     def close(self) -> None:
         self._pool.shutdown()
+        self._checks.shutdown()
+        if self._owns_ring:
+            self._ring.close()
 
     def fetch(self, keys: Sequence[bytes]) -> Fetched:
         found = list(self._locate(keys))
         sizes = [pages_of(extent.size) if extent is not None else 0 for extent in found]
         total = sum(sizes)
         if not total:
-            return _FromRing(self._ring.memory, None, [None] * len(keys))
+            return FromRing(self._ring.memory, None, [None] * len(keys))
         slot = self._ring.take(total)
         assert slot is not None
         try:
@@ -166,88 +173,31 @@ class FileSource:
 
     def _fill(self, slot: Slot, found: list[FileExtent | None], sizes: list[int]) -> Fetched:
         extents: Extents = []
-        reads: list[_Read] = []
+        blocks: dict[int, Block] = {}
         at = slot.offset
         for place, (extent, size) in enumerate(zip(found, sizes, strict=True)):
             extents.append(None if extent is None else (at, extent.size))
             if extent is not None:
-                reads.append(_Read(place, extent, self._ring.view(at, size)))
+                view = self._ring.view(at, size)
+                blocks[place] = Block(
+                    extent.descriptor, extent.offset, extent.size, extent.crc32c, view
+                )
             at += size
-        portions = _portions(reads, min(self._threads, -(-sum(sizes) // READ_BYTES)))
-        for failed in self._pool.map(_read_portion, portions):
-            for place in failed:
+        self._read(list(blocks.values()))
+        for place, block in blocks.items():
+            if not block.good:
                 extents[place] = None
-        return _FromRing(self._ring.memory, slot, extents)
+        return FromRing(self._ring.memory, slot, extents)
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Read:
-    place: int
-    extent: FileExtent
-    view: memoryview
-
-
-def _portions(reads: list[_Read], count: int) -> list[list[_Read]]:
-    """Runs of neighbours: a thread gets what lies together."""
-    step = -(-len(reads) // max(count, 1))
-    return [reads[i : i + step] for i in range(0, len(reads), step)]
-
-
-def _read_portion(reads: list[_Read]) -> list[int]:
-    """Places of the blocks that are not what they should be."""
-    failed = []
-    for run in _neighbours(reads):
-        first = run[0].extent
-        done = _read_fully(first.descriptor, [read.view for read in run], first.offset)
-        for read in run:
-            if done < read.extent.size:
-                failed.append(read.place)
-            elif read.extent.crc32c is not None:
-                found = crc32c(read.view[: read.extent.size])
-                if found != read.extent.crc32c:
-                    failed.append(read.place)
-            done -= read.view.nbytes
-    return failed
-
-
-def _neighbours(reads: list[_Read]) -> list[list[_Read]]:
-    """Reads that follow each other in one file and together stay below READ_BYTES."""
-    runs: list[list[_Read]] = []
-    end, room = (-1, -1), 0
-    for read in reads:
-        here = (read.extent.descriptor, read.extent.offset)
-        if here != end or read.view.nbytes > room:
-            runs.append([])
-            room = READ_BYTES
-        runs[-1].append(read)
-        room -= read.view.nbytes
-        end = (read.extent.descriptor, read.extent.offset + read.view.nbytes)
-    return runs
-
-
-def _read_fully(fd: int, views: list[memoryview], offset: int) -> int:
-    """Bytes read; fewer than the views hold at the end of the file. The descriptor is the
-    caller's. Raises TargetFailed."""
-    total = sum(view.nbytes for view in views)
-    done = 0
-    try:
-        while done < total:
-            count = os.preadv(fd, _rest(views, done), offset + done)
-            if count == 0:
-                break
-            done += count
-    except OSError as exc:
-        raise TargetFailed(detail=os.strerror(exc.errno or 0)) from exc
-    return done
-
-
-def _rest(views: list[memoryview], done: int) -> list[memoryview]:
-    left = []
-    for view in views:
-        if done < view.nbytes:
-            left.append(view[done:])
-        done = max(0, done - view.nbytes)
-    return left
+    def _read(self, blocks: list[Block]) -> None:
+        """Nothing writes to the blocks' memory any more afterwards, also if it raises."""
+        checks: list[Future[None]] = []
+        batch = Batch(blocks, lambda block: checks.append(self._checks.submit(block.verify)))
+        reads = [self._pool.submit(batch.read) for _ in range(min(self._threads, len(batch)))]
+        wait(reads)
+        wait(checks)
+        for future in (*reads, *checks):
+            future.result()
 
 
 __all__ = [
@@ -258,4 +208,5 @@ __all__ = [
     "Fetched",
     "FileExtent",
     "FileSource",
+    "FromRing",
 ]

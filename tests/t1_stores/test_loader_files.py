@@ -1,4 +1,5 @@
-"""Pinned rings, and blocks that are read from files without an agent."""
+"""Pinned rings, and blocks that are read from files without an agent: into pinned memory, or by a
+device's own reader."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ import pytest
 
 from kvfs_base.errors import InvalidRequest, TargetFailed
 from kvfs_datapath.checksum import crc32c
+from kvfs_gds import file_reads
 from kvfs_gds.device import CpuDevice, CpuEvent
+from kvfs_gds.direct import DirectSource, file_source
 from kvfs_gds.load import Pages
 from kvfs_gds.loader import Loader
 from kvfs_gds.paged import PagedLayout
 from kvfs_gds.ring import PinnedRing
 from kvfs_gds.sources import FileExtent, FileSource
+from loader_fakes import MemoryReader
 
 PAGE = 4096
 BLOCKS, BLOCK_BYTES = 24, 3 * PAGE - 512
@@ -37,7 +41,8 @@ def test_slots_are_whole_pages_and_bounded(ring: PinnedRing) -> None:
     assert ring.take(1, wait=False) is None
     assert ring.statistics() == {"ring_bytes": 8 * PAGE, "ring_used_bytes": 8 * PAGE}
     for slot in slots:
-        assert slot is not None and len(slot.view) == 2 * PAGE
+        assert slot is not None and slot.nbytes == PAGE + 1
+        assert len(ring.view(slot.offset, 2 * PAGE)) == 2 * PAGE
         slot.release()
     assert ring.used_bytes == 0
     with pytest.raises(InvalidRequest):
@@ -107,10 +112,22 @@ def files(tmp_path: Path) -> Iterator[Files]:
     made.close()
 
 
-def load(files: Files, keys: list[bytes], ring_pages: int = 32) -> tuple[list[bool], Any]:
+@pytest.fixture(params=["off", "on"], ids=["staged", "direct"])
+def setting(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def load(
+    files: Files, setting: str, keys: list[bytes], ring_pages: int = 32
+) -> tuple[list[bool], Any]:
     device = CpuDevice()
-    ring = PinnedRing(device, ring_pages * PAGE)
-    source = FileSource(ring, lambda names: [files.extents.get(name) for name in names])
+    source = file_source(
+        lambda names: [files.extents.get(name) for name in names],
+        device=device,
+        ring_bytes=ring_pages * PAGE,
+        setting=setting,
+        reader=MemoryReader(),
+    )
     rows = np.zeros((len(keys), BLOCK_BYTES), dtype=np.uint8)
     table = np.arange(len(keys), dtype=np.int32).reshape(-1, 1)
     try:
@@ -118,29 +135,106 @@ def load(files: Files, keys: list[bytes], ring_pages: int = 32) -> tuple[list[bo
             hits = loader.load(keys, Pages(PagedLayout.rows(rows), table)).result()
     finally:
         source.close()
-        ring.close()
     return hits, rows
 
 
 @pytest.mark.parametrize("ring_pages", [1024, 8])
-def test_files_are_read_into_their_rows(files: Files, ring_pages: int) -> None:
-    hits, rows = load(files, [*files.keys, bytes(32)[:31] + b"\1"], ring_pages)
+@pytest.mark.parametrize("read_bytes", [1 << 20, 2 * PAGE], ids=["neighbours", "parts"])
+def test_files_are_read_into_their_rows(
+    files: Files, setting: str, ring_pages: int, read_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(file_reads, "READ_BYTES", read_bytes)
+    hits, rows = load(files, setting, [*files.keys, bytes(32)[:31] + b"\1"], ring_pages)
     assert hits == [True] * BLOCKS + [False]
     assert (rows[:BLOCKS] == files.blocks).all()
 
 
-def test_wrong_or_missing_bytes_are_a_miss(files: Files) -> None:
+def test_wrong_or_missing_bytes_are_a_miss(files: Files, setting: str) -> None:
     good = files.extents[files.keys[3]]
     files.extents[files.keys[3]] = FileExtent(good.descriptor, good.offset, good.size, 1)
     files.extents[files.keys[4]] = FileExtent(good.descriptor, 1 << 30, good.size)
-    hits, rows = load(files, files.keys)
+    hits, rows = load(files, setting, files.keys)
     assert [n for n, hit in enumerate(hits) if not hit] == [3, 4]
     assert not rows[3].any()
 
 
-def test_a_failing_disk_fails_the_load(files: Files, tmp_path: Path) -> None:
+def test_a_failing_disk_fails_the_load(files: Files, setting: str, tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)  # a directory: reads fail
     files.extents[files.keys[0]] = FileExtent(fd, 0, BLOCK_BYTES)
     with pytest.raises(TargetFailed):
-        load(files, files.keys[:4])
+        load(files, setting, files.keys[:4])
     os.close(fd)
+
+
+class TickingClock:
+    """A second goes by from one look to the next, and what a reader says on top."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def time_ns(self) -> int:
+        return 0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+class TimedReader(MemoryReader):
+    def __init__(self, clock: TickingClock, seconds: float) -> None:
+        super().__init__()
+        self.clock, self.seconds = clock, seconds
+
+    def read(self, *arguments: Any) -> list[int]:
+        self.clock.now += self.seconds
+        return super().read(*arguments)
+
+
+@pytest.mark.parametrize("seconds", [-0.5, 0.5], ids=["faster", "slower"])
+def test_auto_takes_what_is_faster_and_says_why(
+    files: Files, seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kvfs_gds.direct")
+    clock = TickingClock()
+    reader = TimedReader(clock, seconds)
+    source = file_source(
+        lambda names: [files.extents[name] for name in names],
+        device=CpuDevice(),
+        ring_bytes=128 * PAGE,
+        sample=files.keys,
+        reader=reader,
+        clock=clock,
+    )
+    assert isinstance(source, DirectSource if seconds < 0 else FileSource)
+    assert reader.closed == (seconds > 0)
+    word = "directly" if seconds < 0 else "through pinned memory"
+    assert f"files are read {word}: " in caplog.text and "by a fake" in caplog.text
+    source.close()
+
+
+def test_devices_without_a_reader_are_read_for_and_say_so(
+    files: Files, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "kvfs_gds.direct")
+
+    def open_source(setting: str, **settings: Any) -> FileSource | DirectSource:
+        return file_source(
+            lambda names: [files.extents[name] for name in names],
+            device=CpuDevice(),
+            ring_bytes=64 * PAGE,
+            setting=setting,
+            **settings,
+        )
+
+    source = open_source("auto")
+    assert isinstance(source, FileSource)
+    assert "cpu has none" in caplog.text
+    source.close()
+    unmeasured = open_source("auto", reader=MemoryReader())
+    assert isinstance(unmeasured, FileSource)
+    assert "no sample" in caplog.text
+    unmeasured.close()
+    with pytest.raises(InvalidRequest, match="cpu has none"):
+        open_source("on")
+    with pytest.raises(InvalidRequest):
+        open_source("perhaps")

@@ -137,6 +137,30 @@ def test_runs_cover_every_piece_once(kind: str) -> None:
     assert int(near.min()) == expected.ctypes.data
 
 
+@pytest.mark.parametrize("seam", [48, 100, 1 << 20])
+def test_runs_are_cut_at_seams(seam: int) -> None:
+    """Two neighbours of 64 bytes, and one that lies apart."""
+    pages = np.array([[0], [1], [3]], dtype=np.int32)
+    layout = PagedLayout.rows(np.zeros((4, 64), dtype=np.uint8))
+    host = HostMemory.of(np.zeros(512, dtype=np.uint8))
+    transfer = Transfer(host, np.array([16, 80, 304], dtype=np.int64), layout, pages)
+    assert transfer.run_bytes() == 96
+    whole = transfer.runs(0, 1)
+    assert whole[2].tolist() == [128, 64]
+    cut = transfer.runs(0, 1, seam_bytes=seam)
+    start = cut[0] - host.address
+    assert (start // seam == (start + cut[2] - 1) // seam).all()
+    bytes_of = [
+        [
+            (a + i, b + i)
+            for a, b, n in zip(*(r.tolist() for r in runs), strict=True)
+            for i in range(n)
+        ]
+        for runs in (whole, cut)
+    ]
+    assert bytes_of[0] == bytes_of[1]
+
+
 def test_tokens_of_pages_are_counted_out() -> None:
     table = token_table(np.array([[2, 0], [5, 1]], dtype=np.int32), 3)
     assert table.tolist() == [[6, 7, 8, 0, 1, 2], [15, 16, 17, 3, 4, 5]]

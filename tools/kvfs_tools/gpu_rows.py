@@ -131,49 +131,19 @@ def _loops(rig: Rig, cache: PagedCache, limit: Callable[[], float]) -> list[Row]
 
 
 def _memcpy_batch(near: Any, far: Any, size: int, stream: Any) -> Callable[[], None] | None:
-    """The runtime's own batch of copies (CUDA 12.8; what vLLM's swap_blocks uses where it can), or
-    None where it does not work."""
-    import ctypes
+    """The runtime's batch of copies, all in one call as engines make it (vLLM's swap_blocks), or
+    None where there is none."""
+    from kvfs_gds import cuda_batch
 
-    class Location(ctypes.Structure):
-        _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
-
-    class Attributes(ctypes.Structure):
-        _fields_ = [
-            ("order", ctypes.c_int),
-            ("source", Location),
-            ("destination", Location),
-            ("flags", ctypes.c_uint),
-        ]
-
-    try:
-        runtime = ctypes.CDLL("libcudart.so.13")
-        call = runtime.cudaMemcpyBatchAsync
-    except (OSError, AttributeError):
+    found = cuda_batch.MemcpyBatch.find()
+    if found is None:
         return None
-    count = len(near)
-    to = far.astype(np.uint64)
-    source = near.astype(np.uint64)
-    sizes = np.full(count, size, dtype=np.uint64)
-    attributes, index = Attributes(order=3), ctypes.c_size_t(0)  # any order
+    sizes = np.full(len(near), size, dtype=np.int64)
 
     def batch() -> None:
-        error = call(
-            *(ctypes.c_void_p(a.ctypes.data) for a in (to, source, sizes)),
-            ctypes.c_size_t(count),
-            ctypes.byref(attributes),
-            ctypes.byref(index),
-            ctypes.c_size_t(1),
-            ctypes.c_void_p(stream.ptr),
-        )
-        if error:
-            raise RuntimeError(f"cudaMemcpyBatchAsync: error {error}")
+        found.copy(far, near, sizes, stream.ptr, in_order=False, call_copies=len(near))
         stream.synchronize()
 
-    try:
-        batch()
-    except RuntimeError:
-        return None
     return batch
 
 
