@@ -4,7 +4,11 @@ A disk can be slower than a GPU: users of file caches see hits that cost more th
 ways take is learned from what they took before:
 
     compute(n tokens behind a context of c)  =  a + b n + d n (c + n / 2)      attention is the last
+                                            or  max(a, b n + d n (c + n / 2))
     load(bytes from the arena, from disk)    =  fixed + bytes / rate           a rate for each
+
+The second form is that of models whose kernels are queued more slowly than short prompts compute:
+then half a prompt takes as long as all of it. Whichever is closer to what was seen counts.
 
 From the arena, layer after layer is copied while earlier ones compute; from disk, the last layer is
 there as soon as the first one. So for ``n`` tokens of which ``c`` are stored:
@@ -13,7 +17,8 @@ there as soon as the first one. So for ``n`` tokens of which ``c`` are stored:
     load from disk       =  load + compute(n - c, c)
 
 What neither sees (keys, look-ups, threads that take turns with the one that queues the model) is
-learned from first tokens that came after a load: how much later they came than was expected.
+learned from first tokens that came after a load: how much later they came than was expected, for
+prompts of about that length.
 """
 
 from __future__ import annotations
@@ -26,6 +31,10 @@ import numpy as np
 
 KEPT_OBSERVATIONS = 128
 """Of each kind; older ones are forgotten: clocks, neighbours and batch sizes change."""
+
+
+LATE_FACTOR = 4
+"""How late a first token comes says something of prompts up to four times as long or short."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +61,16 @@ class LoadOrCompute:
         self._loaded: dict[bool, collections.deque[tuple[int, float]]] = {
             disk: collections.deque(maxlen=KEPT_OBSERVATIONS) for disk in (False, True)
         }
-        self._late: collections.deque[float] = collections.deque(maxlen=KEPT_OBSERVATIONS)
+        self._late: collections.deque[tuple[int, float]]
+        self._late = collections.deque(maxlen=KEPT_OBSERVATIONS)
+        self._fit: _Compute | None = None
+        """Of ``_computed``, until there is more of it."""
 
     def observe_compute(self, tokens: int, context: int, seconds: float) -> None:
         """A prefill of ``tokens`` behind ``context`` tokens of KV took this long."""
         with self._lock:
             self._computed.append((tokens, context, seconds))
+            self._fit = None
 
     def observe_load(self, nbytes: int, seconds: float, *, from_disk: bool) -> None:
         """A load, of the arena or of the disk alone, took this long by itself."""
@@ -71,7 +84,7 @@ class LoadOrCompute:
         found = self._expect(tokens, stored_tokens, arena_bytes, disk_bytes)
         if found is not None:
             with self._lock:
-                self._late.append(seconds - found.load)
+                self._late.append((tokens, seconds - found.load))
 
     def estimate(
         self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
@@ -80,7 +93,7 @@ class LoadOrCompute:
         arena and from disk. None as long as nothing is known of what it needs."""
         found = self._expect(tokens, stored_tokens, arena_bytes, disk_bytes)
         with self._lock:
-            late = float(np.median(self._late)) if self._late else 0.0
+            late = _late(list(self._late), tokens)
         return found and Estimate(found.load + max(0.0, late), found.compute)
 
     def _expect(
@@ -88,14 +101,15 @@ class LoadOrCompute:
     ) -> Estimate | None:
         """As ``estimate``, of transfers and arithmetic alone."""
         with self._lock:
-            computed = list(self._computed)
+            if self._fit is None and self._computed:
+                self._fit = _fit_compute(list(self._computed))
+            model = self._fit
             loaded = {disk: list(taken) for disk, taken in self._loaded.items()}
         needed = [disk for disk, size in ((False, arena_bytes), (True, disk_bytes)) if size]
-        if not computed or any(not loaded[disk] for disk in needed):
+        if model is None or any(not loaded[disk] for disk in needed):
             return None
-        model = _fit_compute(computed)
-        rest = _compute_seconds(model, max(1, tokens - stored_tokens), stored_tokens)
-        whole = _compute_seconds(model, tokens, 0)
+        rest = model.seconds(max(1, tokens - stored_tokens), stored_tokens)
+        whole = model.seconds(tokens, 0)
         arena = _line(loaded[False], arena_bytes) if arena_bytes else 0.0
         if disk_bytes:
             return Estimate(arena + _line(loaded[True], disk_bytes) + rest, whole)
@@ -112,15 +126,46 @@ class LoadOrCompute:
         return found is None or found.load_is_faster
 
 
-def _fit_compute(
-    taken: list[tuple[int, int, float]],
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+@dataclasses.dataclass(frozen=True)
+class _Compute:
+    """What a prefill takes: the coefficients a, b and d, and whether a is a floor or a summand."""
+
+    a: float
+    b: float
+    d: float
+    floor: bool
+
+    def seconds(self, tokens: int, context: int) -> float:
+        work = self.b * tokens + self.d * tokens * (context + tokens / 2)
+        return max(self.a, work) if self.floor else self.a + work
+
+    def error(self, taken: list[tuple[int, int, float]]) -> float:
+        """The sum of the squared relative errors."""
+        return sum((self.seconds(n, c) / s - 1) ** 2 for n, c, s in taken)
+
+
+def _fit_compute(taken: list[tuple[int, int, float]]) -> _Compute:
+    fits = [_Compute(*_least_squares(taken, (1, 0, 2)), floor=False)]
+    ordered = sorted(s for _, _, s in taken)
+    # Where the floor ends is tried out: at the smallest time, at a quarter of them, at a half.
+    for share in (0, 4, 2):
+        floor = float(np.median(ordered[: max(1, len(ordered) // share if share else 1)]))
+        above = [row for row in taken if row[2] > 1.2 * floor]
+        if above:
+            _, b, d = _least_squares(above, (1, 2))
+            fits.append(_Compute(floor, b, d, floor=True))
+    return min(fits, key=lambda fit: fit.error(taken))
+
+
+def _least_squares(
+    taken: list[tuple[int, int, float]], columns: tuple[int, ...]
+) -> tuple[float, float, float]:
     """Coefficients (a, b, d), none below zero: least squares of the relative error, without the
-    terms that would come out negative."""
+    terms that are not among ``columns`` or would come out negative."""
     rows = np.array([(1.0, n, n * (c + n / 2)) for n, c, _ in taken])
     seconds = np.array([s for _, _, s in taken])
     scaled, ones = rows / seconds[:, None], np.ones(len(taken))
-    used = [1, 0, 2] if len({n for n, _, _ in taken}) > 2 else [1]
+    used = list(columns) if len({n for n, _, _ in taken}) >= len(columns) else [1]
     found = np.zeros(3)
     while used:
         norms = np.linalg.norm(scaled[:, used], axis=0)
@@ -129,13 +174,15 @@ def _fit_compute(
             found[used] = some
             break
         used = [column for column, value in zip(used, some, strict=True) if value >= 0]
-    return found
+    a, b, d = found.tolist()
+    return a, b, d
 
 
-def _compute_seconds(
-    model: np.ndarray[tuple[int], np.dtype[np.float64]], tokens: int, context: int
-) -> float:
-    return float(model @ np.array([1.0, tokens, tokens * (context + tokens / 2)]))
+def _late(seen: list[tuple[int, float]], tokens: int) -> float:
+    """How much later than expected a first token comes behind a prompt of ``tokens``."""
+    near = [s for n, s in seen if n / LATE_FACTOR <= tokens <= n * LATE_FACTOR]
+    some = near or [s for _, s in seen]
+    return float(np.median(some)) if some else 0.0
 
 
 def _line(taken: list[tuple[int, float]], nbytes: int) -> float:

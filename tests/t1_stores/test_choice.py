@@ -95,6 +95,36 @@ def test_what_comes_late_is_learned() -> None:
     LoadOrCompute(LAYERS).observe_first_token(10, 5, 5, 0, 1.0)  # knows too little to learn
 
 
+class Queued(Machine):
+    """An eager model whose kernels take 32 ms to queue, however short the prompt is. Loading costs
+    a few milliseconds that nothing hides."""
+
+    def compute(self, tokens: int, context: int) -> float:
+        return max(0.032, tokens * 1.0e-5 + tokens * (context + tokens / 2) * 0.7e-9)
+
+    def first_token(self, tokens: int, stored: int, *, from_disk: bool) -> float:
+        return 0.002 + super().first_token(tokens, stored, from_disk=from_disk)
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096, 8192, 16384, 32768])
+def test_a_floor_under_short_prompts_is_seen(tokens: int) -> None:
+    """Where half a prompt takes as long as all of it, there is nothing to be gained."""
+    machine = Queued(2e9)
+    rule = taught(machine)
+    for length in (1024, 4096, 16384):
+        for share in (2, 1):
+            stored = length // share
+            took = machine.first_token(length, stored, from_disk=False)
+            rule.observe_first_token(length, stored, stored * 4096, 0, took)
+    for share in (0.5, 0.9, 1.0):
+        stored = int(tokens * share) // 64 * 64
+        load = rule.should_load(tokens, stored, stored * 4096, 0)
+        compute = machine.compute(tokens, 0)
+        loaded = machine.first_token(tokens, stored, from_disk=False)
+        assert (loaded if load else compute) <= 1.05 * min(loaded, compute)
+    assert rule.should_load(tokens, tokens, tokens * 4096, 0) == (tokens > 2048)
+
+
 def test_estimates_meet_what_was_seen() -> None:
     machine = Machine(3e9)
     found = taught(machine).estimate(32768, 16384, 0, 16384 * TOKEN_BYTES)

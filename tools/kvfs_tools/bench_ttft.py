@@ -11,6 +11,7 @@ Rows are {model, path, tokens, stored_fraction, ttft_s, recompute_s, speedup, lo
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import statistics
 import tempfile
@@ -41,6 +42,12 @@ CALIBRATION = (1024, 4096, 16384)
 """Lengths from which the rule learns; other ones than those it is tested with."""
 
 NEXT_TOKENS = 4
+
+OVERLAP_ROUNDS = 9
+"""Where half is stored: what is hidden is the difference of two forward passes."""
+
+PAIRED_TOKENS_MAX = 8192
+"""Up to this length each round of a row computes the prompt once more: short times drift."""
 
 DISK_ROUNDS = 3
 """Each takes seconds, and another load in between, which makes it cold."""
@@ -81,6 +88,8 @@ class Bench:
         self.keys = kvfs.block_keys(self.ids, BLOCK_TOKENS)
         self.rule = LoadOrCompute(self.layout.layers)
         self.waiting: Any = None
+        gc.collect()
+        gc.freeze()  # as engines do: a collection takes longer than a short forward pass
         for number, layer in enumerate(self.model.model.layers):
             layer.register_forward_pre_hook(lambda *_, n=number: self._wait_layer(n))
 
@@ -129,19 +138,30 @@ class Bench:
 
     # --- figures
 
+    def seconds(
+        self,
+        rounds: int,
+        bodies: dict[str, Callable[[], object]],
+        before: Callable[[], object],
+    ) -> dict[str, list[float]]:
+        """Seconds of each body, which take turns, after one turn that is not counted: what drifts
+        meanwhile changes them all."""
+        taken: dict[str, list[float]] = {name: [] for name in bodies}
+        for _ in range(rounds + 1):
+            for name, body in bodies.items():
+                before()
+                self.synchronize()
+                start = time.perf_counter()
+                body()
+                self.synchronize()
+                taken[name].append(time.perf_counter() - start)
+        return {name: found[1:] for name, found in taken.items()}
+
     def median(
         self, rounds: int, body: Callable[[], object], before: Callable[[], object]
     ) -> float:
         """Seconds of ``body``, after one run that is not counted."""
-        taken = []
-        for _ in range(rounds + 1):
-            before()
-            self.synchronize()
-            start = time.perf_counter()
-            body()
-            self.synchronize()
-            taken.append(time.perf_counter() - start)
-        return statistics.median(taken[1:])
+        return statistics.median(self.seconds(rounds, {"body": body}, before)["body"])
 
     def load_alone(self, place: Place, stored: int) -> None:
         blocks = stored // BLOCK_TOKENS
@@ -160,10 +180,11 @@ class Bench:
                 self.rule.observe_load(nbytes, seconds, from_disk=place.name == "disk")
         arena = places[0]
         for tokens in (t for t in CALIBRATION if t <= tokens_max):
-            stored = tokens // 2 // BLOCK_TOKENS * BLOCK_TOKENS
-            nbytes = stored // BLOCK_TOKENS * self.block_bytes
-            seconds = self.median(2, partial(self.load, arena, tokens, stored), arena.before)
-            self.rule.observe_first_token(tokens, stored, nbytes, 0, seconds)
+            for share in (2, 1):
+                stored = tokens // share // BLOCK_TOKENS * BLOCK_TOKENS
+                nbytes = stored // BLOCK_TOKENS * self.block_bytes
+                seconds = self.median(2, partial(self.load, arena, tokens, stored), arena.before)
+                self.rule.observe_first_token(tokens, stored, nbytes, 0, seconds)
 
     def _tail(self, tokens: int) -> int:
         return int(self.logits(tokens - 1, tokens).argmax())
@@ -173,10 +194,19 @@ class Bench:
     ) -> dict[str, Any]:
         stored = int(tokens * fraction) // BLOCK_TOKENS * BLOCK_TOKENS
         checks = self.check(place, tokens, stored)
+        bodies: dict[str, Callable[[], object]]
+        bodies = {"ttft": partial(self.load, place, tokens, stored)}
+        if tokens <= PAIRED_TOKENS_MAX:
+            bodies["compute"] = partial(self.compute, tokens)
         if place.name == "disk":
             rounds = min(rounds, DISK_ROUNDS)
-        ttft = self.median(rounds, lambda: self.load(place, tokens, stored), place.before)
-        overlap = {} if place.name == "disk" else self._overlap(place, tokens, stored, ttft, rounds)
+        else:
+            rounds = max(rounds, OVERLAP_ROUNDS) if fraction == FRACTIONS[0] else rounds
+            bodies["alone"] = partial(self.load_alone, place, stored)
+            bodies["rest"] = partial(self._suffix, place, tokens, stored)
+        taken = self.seconds(rounds, bodies, place.before)
+        ttft = statistics.median(taken["ttft"])
+        recompute = statistics.median(taken.get("compute", [recompute]))
         nbytes = stored // BLOCK_TOKENS * self.block_bytes
         sizes = (0, nbytes) if place.name == "disk" else (nbytes, 0)
         loads = self.rule.should_load(tokens, stored, *sizes)
@@ -185,23 +215,19 @@ class Bench:
             **self.head(place.name, tokens, fraction, ttft, recompute),
             "rounds": rounds,
             "loaded_bytes": nbytes,
-            **overlap,
+            **_overlap(taken),
+            **self._estimate(tokens, stored, *sizes),
             "rule": "load" if loads else "compute",
             "rule_loses": round(chosen / min(ttft, recompute) - 1, 4),
             **checks,
         }
 
-    def _overlap(
-        self, place: Place, tokens: int, stored: int, ttft: float, rounds: int
-    ) -> dict[str, float]:
-        """How much of the load's time the forward pass hides."""
-        alone = self.median(rounds, lambda: self.load_alone(place, stored), place.before)
-        rest = self.median(rounds, lambda: self._suffix(place, tokens, stored), nothing)
-        return {
-            "load_s": round(alone, 5),
-            "compute_rest_s": round(rest, 5),
-            "hidden": round(1 - (ttft - rest) / alone, 3),
-        }
+    def _estimate(self, *prompt: int) -> dict[str, float]:
+        """What the rule expected."""
+        found = self.rule.estimate(*prompt)
+        if found is None:
+            return {}
+        return {"expected_s": round(found.load, 5), "expected_compute_s": round(found.compute, 5)}
 
     def _suffix(self, place: Place, tokens: int, stored: int) -> int:
         """As ``load``, with the prefix in the cache already: keys and look-up are counted."""
@@ -259,6 +285,21 @@ class Bench:
             ids = self.device_ids.new_tensor(found[-1:])
             found.append(int(first_token(self.model, self.cache, ids).argmax()))
         return logits, found
+
+
+def _overlap(taken: dict[str, list[float]]) -> dict[str, float]:
+    """How much of the load's time the forward pass hides: each first token against the forward pass
+    of the same turn."""
+    if "alone" not in taken:
+        return {}
+    alone = statistics.median(taken["alone"])
+    late = [t - rest for t, rest in zip(taken["ttft"], taken["rest"], strict=True)]
+    return {
+        "load_s": round(alone, 5),
+        "compute_rest_s": round(statistics.median(taken["rest"]), 5),
+        "exposed_s": round(statistics.median(late), 5),
+        "hidden": round(1 - statistics.median(late) / alone, 3),
+    }
 
 
 def nothing() -> None:
@@ -402,15 +443,15 @@ def bench_ttft(
         if plot_path:
             gpu_plot.first_token(Path(plot_path), found["rows"])
     finally:
+        free_memory()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_memory() -> None:
     """Gives the memory of a model that is no more back to the device."""
-    import gc
-
     import torch
 
+    gc.unfreeze()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
