@@ -89,6 +89,70 @@ extern "C" __global__ void paged_copy(
 """.replace("UNIT", str(UNIT_BYTES))
 
 
+_CONVERT_SOURCE = r"""
+// As paged_copy, with eight values a lane: E4M3 in host memory, bf16 in the pages.
+__device__ float2 decode2(unsigned short e4m3x2)
+{
+    unsigned int halves;
+    float2 v;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(e4m3x2));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
+        : "=f"(v.x), "=f"(v.y) : "r"(halves));
+    return v;
+}
+__device__ unsigned int bf16(float v)
+{
+    const unsigned int bits = __float_as_uint(v);
+    return v != v ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+}
+extern "C" __global__ void paged_convert(
+    char* __restrict__ host, const long long* __restrict__ offsets,
+    const long long* __restrict__ bases, const long long* __restrict__ strides,
+    const int* __restrict__ pages, const float* __restrict__ scales, long long pieces,
+    int pages_per_block, int first_fragment, int fragments, long long stored_bytes, int store)
+{
+    const int lane = threadIdx.x & 31;
+    const long long warps = (long long)gridDim.x * (blockDim.x >> 5);
+    long long number = (long long)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    for (; number < pieces; number += warps) {
+        const int page_index = (int)(number % pages_per_block);
+        const long long rest = number / pages_per_block;
+        const int fragment = first_fragment + (int)(rest % fragments);
+        const long long block = rest / fragments;
+        const float scale = scales[fragment];
+        uint2* near = (uint2*)(host + offsets[block]
+            + ((long long)fragment * pages_per_block + page_index) * stored_bytes);
+        uint4* far = (uint4*)((char*)bases[fragment]
+            + (long long)pages[block * pages_per_block + page_index] * strides[fragment]);
+        for (long long i = lane; i < stored_bytes / 8; i += 32) {
+            if (store) {
+                const uint4 v = far[i];
+                const unsigned int in[4] = {v.x, v.y, v.z, v.w};
+                unsigned short out[4];
+                for (int k = 0; k < 4; k++) {
+                    const float low = __uint_as_float(in[k] << 16) / scale;
+                    const float high = __uint_as_float(in[k] & 0xFFFF0000u) / scale;
+                    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
+                        : "=h"(out[k]) : "f"(high), "f"(low));
+                }
+                near[i] = make_uint2(out[0] | (unsigned int)out[1] << 16,
+                                     out[2] | (unsigned int)out[3] << 16);
+            } else {
+                const uint2 v = __ldcs(near + i);
+                const unsigned int in[2] = {v.x, v.y};
+                unsigned int out[4];
+                for (int k = 0; k < 4; k++) {
+                    const float2 f = decode2((unsigned short)(in[k / 2] >> 16 * (k % 2)));
+                    out[k] = bf16(f.x * scale) | bf16(f.y * scale) << 16;
+                }
+                far[i] = make_uint4(out[0], out[1], out[2], out[3]);
+            }
+        }
+    }
+}
+"""
+
+
 class Registration:
     """Host memory that every CUDA context of this process may use, until ``close``: portable,
     mapped, and registered in slices as copies touch them. Nothing waits for an arena of hundreds of
@@ -194,17 +258,18 @@ class DeviceMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A transfer and its tables on the device: offsets, bases, strides, pages."""
+    """A transfer and its tables on the device: offsets, bases, strides, pages, scales."""
 
     transfer: Transfer
     by_engine: bool
     """Its runs are long enough for the copy engine."""
     tables: Any
-    """Owns the memory that the four addresses point into."""
+    """Owns the memory that the addresses point into."""
     offsets: int
     bases: int
     strides: int
     pages: int
+    scales: int
 
 
 class _Stream:
@@ -249,6 +314,7 @@ class CudaDevice:
         self._run_bytes = LOOP_RUN_BYTES if self._batch is None else BATCH_RUN_BYTES
         with self.device:
             self._kernel = cupy.RawKernel(_SOURCE, "paged_copy")
+            self._convert = cupy.RawKernel(_CONVERT_SOURCE, "paged_convert")
             self._uploads = cupy.cuda.Stream(non_blocking=True)
 
     def register(self, memory: HostMemory) -> SharedRegistration | DeviceMemory:
@@ -276,6 +342,7 @@ class CudaDevice:
             np.array(layout.bases, dtype=np.int64),
             np.array(layout.strides, dtype=np.int64),
             np.ascontiguousarray(transfer.pages, dtype=np.int32),
+            np.array(() if transfer.convert is None else transfer.convert.scales, dtype=np.float32),
         ]
         packed = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
         with self._upload_lock, self.device, self._uploads:
@@ -287,7 +354,7 @@ class CudaDevice:
 
     def _by_engine(self, transfer: Transfer) -> bool:
         piece = transfer.layout.piece_bytes
-        if piece < ENGINE_PIECE_BYTES or not len(transfer.offsets):
+        if transfer.convert is not None or piece < ENGINE_PIECE_BYTES or not len(transfer.offsets):
             return False
         return piece >= self._run_bytes or transfer.run_bytes() >= self._run_bytes
 
@@ -298,7 +365,9 @@ class CudaDevice:
         transfer = plan.transfer
         if not len(transfer.offsets) or first_layer == end_layer:
             return
-        if plan.by_engine:
+        if transfer.convert is not None:
+            self._convert_pieces(plan, first_layer, end_layer, stream, store=store)
+        elif plan.by_engine:
             self._copy_runs(transfer, first_layer, end_layer, stream, store=store)
         else:
             self._copy_pieces(plan, first_layer, end_layer, stream, store=store)
@@ -348,6 +417,33 @@ class CudaDevice:
                     np.int32(store),
                 ),
             )
+
+    def _convert_pieces(
+        self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool
+    ) -> None:
+        """A warp a piece. Needs a GPU that knows E4M3 (Ada, Hopper): raises InvalidRequest else."""
+        transfer = plan.transfer
+        per_layer = transfer.layout.fragments_per_layer
+        fragments = (end_layer - first_layer) * per_layer
+        arguments = (
+            np.uint64(transfer.host.address),
+            np.uint64(plan.offsets),
+            np.uint64(plan.bases),
+            np.uint64(plan.strides),
+            np.uint64(plan.pages),
+            np.uint64(plan.scales),
+            np.int64(len(transfer.offsets) * fragments * transfer.pages_per_block),
+            np.int32(transfer.pages_per_block),
+            np.int32(first_layer * per_layer),
+            np.int32(fragments),
+            np.int64(transfer.piece_bytes),
+            np.int32(store),
+        )
+        try:
+            with self.device, stream:
+                self._convert(self._grid, self._threads, arguments)
+        except cupy.cuda.compiler.CompileException as exc:
+            raise InvalidRequest(detail=f"this GPU does not know fp8: {exc}") from exc
 
     def record(self, stream: Any) -> CudaEvent:
         return CudaEvent(self.device, stream)

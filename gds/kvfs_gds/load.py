@@ -33,6 +33,7 @@ from kvfs_base.limits import (
     LOADER_GROUP_GROWTH,
     LOADER_QUEUED_BYTES,
 )
+from kvfs_gds.convert import Fp8
 from kvfs_gds.device import CpuEvent, Event
 from kvfs_gds.lanes import Lane
 from kvfs_gds.paged import HostMemory, Int32s, Int64s, PagedLayout, Transfer
@@ -55,10 +56,11 @@ class Priority(enum.IntEnum):
 @dataclasses.dataclass(frozen=True)
 class Pages:
     """Where blocks go, or come from: ``table`` [blocks, pages of one block] are page numbers of
-    ``layout``. Raises InvalidRequest."""
+    ``layout``. With ``convert`` blocks are stored in another type. Raises InvalidRequest."""
 
     layout: PagedLayout
     table: Int32s
+    convert: Fp8 | None = None
 
     def __post_init__(self) -> None:
         if self.table.ndim != 2:
@@ -71,7 +73,13 @@ class Pages:
 
     @property
     def block_bytes(self) -> int:
-        return self.layout.block_bytes(int(self.table.shape[1]))
+        """As it is stored."""
+        page_bytes = self.layout.block_bytes(int(self.table.shape[1]))
+        return page_bytes if self.convert is None else self.convert.stored_bytes(page_bytes)
+
+    def transfer(self, memory: HostMemory, offsets: Int64s, places: Any) -> Transfer:
+        """Of some blocks (an index of ``table``), which lie at ``offsets``."""
+        return Transfer(memory, offsets, self.layout, self.table[places], self.convert)
 
 
 class _Group:
@@ -394,7 +402,7 @@ class Load:
 
     def _plan(self, memory: HostMemory, offsets: Int64s, places: Int64s) -> Any:
         assert self._pages is not None
-        transfer = Transfer(memory, offsets, self._pages.layout, self._pages.table[places])
+        transfer = self._pages.transfer(memory, offsets, places)
         self._loader.registered(memory).ensure(transfer)
         if self._after is not None:
             self._device.wait_for(self._lane.stream, self._after)

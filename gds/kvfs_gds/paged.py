@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs_base.errors import InvalidRequest
+from kvfs_gds.convert import Fp8
 
 VECTOR_BYTES = 16
 """The GPU copies 16-byte vectors: pieces and addresses are multiples of it."""
@@ -241,9 +242,12 @@ class Transfer:
     offsets: Int64s
     layout: PagedLayout
     pages: Int32s
+    convert: Fp8 | None = None
 
     def __post_init__(self) -> None:
         blocks = len(self.offsets)
+        if self.convert is not None and len(self.convert.scales) != len(self.layout.bases):
+            raise InvalidRequest(detail="one scale a fragment")
         if self.pages.ndim != 2 or len(self.pages) != blocks:
             raise InvalidRequest(detail=f"pages {self.pages.shape} for {blocks} blocks")
         if not blocks:
@@ -261,8 +265,14 @@ class Transfer:
         return int(self.pages.shape[1])
 
     @property
+    def piece_bytes(self) -> int:
+        """Of a piece as it is stored."""
+        piece = self.layout.piece_bytes
+        return piece if self.convert is None else self.convert.stored_bytes(piece)
+
+    @property
     def block_bytes(self) -> int:
-        return self.layout.block_bytes(self.pages_per_block)
+        return len(self.layout.bases) * self.pages_per_block * self.piece_bytes
 
     @property
     def nbytes(self) -> int:
@@ -276,7 +286,7 @@ class Transfer:
             first_layer * layout.fragments_per_layer, end_layer * layout.fragments_per_layer
         )
         places = fragments[:, None] * self.pages_per_block + np.arange(self.pages_per_block)
-        near = self.host.address + self.offsets[:, None, None] + places * layout.piece_bytes
+        near = self.host.address + self.offsets[:, None, None] + places * self.piece_bytes
         bases = np.array(layout.bases, dtype=np.int64)[fragments]
         strides = np.array(layout.strides, dtype=np.int64)[fragments]
         far = bases[:, None] + self.pages[:, None, :].astype(np.int64) * strides[:, None]
@@ -326,7 +336,7 @@ def copy_on_cpu(transfer: Transfer, first_layer: int, end_layer: int, *, store: 
     """The same copies as the GPU kernel's, by memmove: for engines on the CPU and for tests.
     ``store`` copies pages to host memory, otherwise host memory to pages."""
     layout = transfer.layout
-    piece = layout.piece_bytes
+    piece, page_piece = transfer.piece_bytes, layout.piece_bytes
     fragments = range(
         first_layer * layout.fragments_per_layer, end_layer * layout.fragments_per_layer
     )
@@ -337,5 +347,18 @@ def copy_on_cpu(transfer: Transfer, first_layer: int, end_layer: int, *, store: 
             near = block + fragment * fragment_bytes
             for page in pages:
                 far = layout.bases[fragment] + page * layout.strides[fragment]
-                ctypes.memmove(near if store else far, far if store else near, piece)
+                if transfer.convert is None:
+                    ctypes.memmove(near if store else far, far if store else near, piece)
+                elif store:
+                    _memory(near, piece)[:] = transfer.convert.encode(
+                        _memory(far, page_piece), fragment
+                    )
+                else:
+                    _memory(far, page_piece)[:] = transfer.convert.decode(
+                        _memory(near, piece), fragment
+                    )
                 near += piece
+
+
+def _memory(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))

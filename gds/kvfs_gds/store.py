@@ -20,7 +20,6 @@ from kvfs_base.limits import BATCH_BLOCKS_MAX, LOADER_GROUP_BYTES, LOADER_JOBS_M
 from kvfs_gds.device import Device, Event
 from kvfs_gds.extents import pages_of
 from kvfs_gds.load import Pages
-from kvfs_gds.paged import Transfer
 from kvfs_gds.ring import PinnedRing, Slot
 from kvfs_gds.sources import BlockStore
 
@@ -200,8 +199,7 @@ class StoreWorker:
             return None
         try:
             offsets = slot.offset + size * np.arange(end - first, dtype=np.int64)
-            table = job.pages.table[first:end]
-            transfer = Transfer(ring.memory, offsets, job.pages.layout, table)
+            transfer = job.pages.transfer(ring.memory, offsets, slice(first, end))
             ring.registered.ensure(transfer)
             plan = self._device.plan(transfer)
             if job.after is not None:

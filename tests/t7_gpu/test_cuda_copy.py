@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvfs_base.errors import InvalidRequest
+from kvfs_gds.convert import Fp8
 from kvfs_gds.paged import HostMemory, PagedLayout, Transfer, copy_on_cpu
 
 cupy = pytest.importorskip("cupy")
@@ -150,6 +151,46 @@ def test_long_runs_go_through_the_copy_engine(copier: CudaDevice, arena: Any, st
     else:
         untouched = sorted(set(range(rows)) - set(pages[:, 0].tolist()))
         assert (after[untouched] == before[untouched]).all()
+
+
+@pytest.mark.parametrize("per_block", [1, 3])
+def test_conversions_are_those_of_the_cpu(copier: CudaDevice, per_block: int) -> None:
+    """All kinds of bf16, NaN and infinities too, to fp8 in host memory and back."""
+    if int(cupy.cuda.Device().compute_capability) < 89:
+        pytest.skip("this GPU does not know fp8")
+    rng = np.random.default_rng(3)
+    blocks, values = 12 // per_block, 8 * 77
+    shape = (2, 12, values)
+    tensors = [rng.integers(0, 1 << 16, shape, dtype=np.uint16) for _ in range(LAYERS)]
+    for tensor in tensors:  # half of them of a size that fp8 can hold
+        small = rng.uniform(-500, 500, (2, 6, values)).astype(np.float32)
+        tensor[:, :6] = small.view(np.uint32) >> 16
+    on_gpu = [cupy.asarray(tensor) for tensor in tensors]
+    convert = Fp8((1.0, 0.5, 3.0, 0.01, 1.7, 2.0))
+    pages = rng.permutation(12).astype(np.int32).reshape(blocks, per_block)
+    size = LAYERS * 2 * per_block * values
+    offsets = np.arange(blocks, dtype=np.int64) * size
+    hosts = [np.full(size * blocks, POISON, dtype=np.uint8) for _ in range(2)]
+    cpu, gpu = (
+        Transfer(HostMemory.of(host), offsets, PagedLayout.vllm(ts), pages, convert)
+        for host, ts in zip(hosts, (tensors, on_gpu), strict=True)
+    )
+    registration = Registration(gpu.host)
+    registration.register_all()
+    stream, plan = copier.stream(urgent=True), copier.plan(gpu)
+    for store in (True, False):
+        for tensor, there in zip(tensors, on_gpu, strict=True):
+            if not store:
+                tensor.fill(POISON)
+                there.fill(POISON)
+        cupy.cuda.Device().synchronize()
+        copier.copy(plan, 0, LAYERS, stream, store=store)
+        copy_on_cpu(cpu, 0, LAYERS, store=store)
+        stream.synchronize()
+        assert (hosts[0] == hosts[1]).all()
+        for tensor, there in zip(tensors, on_gpu, strict=True):
+            assert (tensor == there.get()).all()
+    registration.close()
 
 
 def test_one_registration_serves_everybody(copier: CudaDevice, arena: Any) -> None:
