@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PAGED = ("arena, paged", "loop of cudaMemcpyAsync", "cudaMemcpyBatchAsync")
+PAGED = (
+    "arena, paged",
+    "kernel alone",
+    "loop of cudaMemcpyAsync",
+    "cudaMemcpyBatchAsync",
+    "cudaMemcpyBatchAsync, 256 a call",
+)
 
 
 def _axes(count: int, width: float = 6.0) -> tuple[Any, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,7 +105,8 @@ def _load_row(
 
 
 def _loops(rig: Rig, cache: PagedCache, limit: Callable[[], float]) -> list[Row]:
-    """What engines do without a kernel: a copy call a piece, one by one or as a batch."""
+    """What engines do without a kernel: a copy call a piece, one by one or as a batch; and the
+    kernel, without a loader around it."""
     if not rig.on_gpu:
         return []
     offsets = np.array([offset for offset, _ in rig.extents], dtype=np.int64)
@@ -121,30 +124,47 @@ def _loops(rig: Rig, cache: PagedCache, limit: Callable[[], float]) -> list[Row]
             memcpy(to, source, size, 1, pointer)
         stream.synchronize()
 
-    taken = rig.rounds_of(loop, rig.total_bytes, limit)
-    rows = [make_row("loop of cudaMemcpyAsync", cache.fragment, LINK, taken)]
-    batch = _memcpy_batch(near, far, cache.fragment, stream)
-    if batch is not None:
-        taken = rig.rounds_of(batch, rig.total_bytes, limit)
-        rows.append(make_row("cudaMemcpyBatchAsync", cache.fragment, LINK, taken))
-    return rows
+    bodies = {"loop of cudaMemcpyAsync": loop}
+    bodies |= _batches(near, far, cache.fragment, stream)
+    bodies["kernel alone"] = _kernel(rig, cache, offsets, stream)
+    return [
+        make_row(name, cache.fragment, LINK, rig.rounds_of(body, rig.total_bytes, limit))
+        for name, body in bodies.items()
+    ]
 
 
-def _memcpy_batch(near: Any, far: Any, size: int, stream: Any) -> Callable[[], None] | None:
-    """The runtime's batch of copies, all in one call as engines make it (vLLM's swap_blocks), or
-    None where there is none."""
-    from kvfs_gds import cuda_batch
+def _batches(near: Any, far: Any, size: int, stream: Any) -> dict[str, Callable[[], None]]:
+    """The runtime's batches of copies, where there are any: all in one call, as engines make it
+    (vLLM's swap_blocks), and as the loader does."""
+    from kvfs_gds.cuda_batch import CALL_COPIES, MemcpyBatch
 
-    found = cuda_batch.MemcpyBatch.find()
+    found = MemcpyBatch.find()
     if found is None:
-        return None
+        return {}
     sizes = np.full(len(near), size, dtype=np.int64)
 
-    def batch() -> None:
-        found.copy(far, near, sizes, stream.ptr, in_order=False, call_copies=len(near))
+    def batch(call_copies: int) -> None:
+        found.copy(far, near, sizes, stream.ptr, in_order=False, call_copies=call_copies)
         stream.synchronize()
 
-    return batch
+    return {
+        "cudaMemcpyBatchAsync": partial(batch, len(near)),
+        f"cudaMemcpyBatchAsync, {CALL_COPIES} a call": partial(batch, CALL_COPIES),
+    }
+
+
+def _kernel(rig: Rig, cache: PagedCache, offsets: Any, stream: Any) -> Callable[[], None]:
+    """The copy kernel, also where the loader would take the engine."""
+    device: Any = rig.device
+    plan = dataclasses.replace(
+        device.plan(Transfer(rig.arena, offsets, cache.layout, cache.table)), by_engine=False
+    )
+
+    def copy() -> None:
+        device.copy(plan, 0, cache.layers, stream)
+        stream.synchronize()
+
+    return copy
 
 
 def store(rig: Rig) -> list[Row]:
