@@ -24,7 +24,8 @@ class BufferPool:
     """Buffers are made when first needed and then kept: page faults cost more than a copy."""
 
     def __init__(self, count: int, size: int) -> None:
-        self._size = size
+        self.size = size
+        """Of each buffer."""
         self._slots = threads.semaphore(count)
         self._free: list[mmap.mmap] = []
 
@@ -38,7 +39,7 @@ class BufferPool:
             try:
                 buffer = self._free.pop()
             except IndexError:
-                buffer = mmap.mmap(-1, self._size)
+                buffer = mmap.mmap(-1, self.size)
             view = memoryview(buffer)
             try:
                 yield view

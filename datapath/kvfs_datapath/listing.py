@@ -19,12 +19,13 @@ from kvfs_datapath.store import ChunkStore
 
 
 class ChunkListing:
-    """A listing of one target that begins at the chunk ``start``."""
+    """A listing of one target that begins at the chunk ``start``, of its chain."""
 
     def __init__(self, store: ChunkStore, start: ChunkId) -> None:
         self.store = store
+        self._chain = start.chain
         inodes, numbers = array("Q"), array("I")
-        for chunk in store.list():
+        for chunk in store.list(start.chain):
             if chunk >= start:
                 inodes.append(chunk.inode)
                 numbers.append(chunk.number)
@@ -38,15 +39,15 @@ class ChunkListing:
     def _next(self) -> ChunkId | None:
         if self._place >= len(self._inodes):
             return None
-        return ChunkId(int(self._inodes[self._place]), int(self._numbers[self._place]))
+        return self._chunk(self._place)
+
+    def _chunk(self, place: int) -> ChunkId:
+        return ChunkId(int(self._inodes[place]), int(self._numbers[place]), self._chain)
 
     def page(self, limit: int) -> m.ChunkPage:
         """The next ``limit`` chunks, without those that are gone."""
         end = min(self._place + limit, len(self._inodes))
-        chunks = [
-            ChunkId(int(self._inodes[place]), int(self._numbers[place]))
-            for place in range(self._place, end)
-        ]
+        chunks = [self._chunk(place) for place in range(self._place, end)]
         self._place = end
         self.next = self._next()
         after = None if self.next is None else m.ChunkRef(*self.next)

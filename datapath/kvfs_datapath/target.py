@@ -11,7 +11,9 @@ from kvfs_base.errors import Conflict, TargetFailed, VersionMismatch
 from kvfs_base.seams import Disk, DiskFile
 from kvfs_base.types import U32
 
-FORMAT = 1
+FORMAT = 2
+FORMATS_READ = (1, 2)
+"""Directories of format 1 have no chains of several copies."""
 IDENTITY = "target.json"
 LOCK = "lock"
 IDENTITY_BYTES_MAX = 4096
@@ -60,11 +62,16 @@ def load_identity(disk: Disk, uuid: str) -> TargetIdentity:
         file.close()
     try:
         found = msgspec.json.decode(data, type=_Format).format
-        if found != FORMAT:
+        if found not in FORMATS_READ:
             raise VersionMismatch(detail="target directory", found=str(found), expected=str(FORMAT))
-        return msgspec.json.decode(data, type=TargetIdentity)
+        identity = msgspec.json.decode(data, type=TargetIdentity)
     except (msgspec.MsgspecError, UnicodeDecodeError) as exc:
         raise TargetFailed(detail=f"{IDENTITY}: {exc}") from exc
+    if identity.format != FORMAT:
+        # An older server would take no notice of what this one will write.
+        identity = msgspec.structs.replace(identity, format=FORMAT)
+        save_identity(disk, identity)
+    return identity
 
 
 def save_identity(disk: Disk, identity: TargetIdentity) -> None:

@@ -226,6 +226,15 @@ class OsDisk:
         except OSError as exc:
             raise _disk_error(exc, path) from exc
 
+    def remove_directory(self, path: str) -> bool:
+        try:
+            os.rmdir(self._path(path))
+        except OSError as exc:
+            if exc.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                return False
+            raise _disk_error(exc, path) from exc
+        return True
+
     def list(self, path: str) -> list[str]:
         try:
             return os.listdir(self._path(path))

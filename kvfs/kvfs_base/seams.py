@@ -98,6 +98,9 @@ class Disk(Protocol):
     def make_directory(self, path: str) -> None:
         """With parents; fine if it exists."""
 
+    def remove_directory(self, path: str) -> bool:
+        """An empty one. False if it is not empty, or missing."""
+
     def list(self, path: str) -> list[str]: ...
 
     def exists(self, path: str) -> bool: ...

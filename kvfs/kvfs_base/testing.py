@@ -137,6 +137,15 @@ class MemoryDisk:
         parts = path.split("/")
         self._directories.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
 
+    def remove_directory(self, path: str) -> bool:
+        self.before("remove_directory", path)
+        if path not in self._directories:
+            return False
+        if any(name.startswith(f"{path}/") for name in (*self._files, *self._directories)):
+            return False
+        self._directories.discard(path)
+        return True
+
     def list(self, path: str) -> list[str]:
         self.before("list", path)
         if path not in self._directories:

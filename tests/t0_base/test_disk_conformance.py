@@ -188,6 +188,16 @@ def test_unlinked_files_stay_readable(disk: Disk) -> None:
         disk.unlink("a")
 
 
+def test_only_empty_directories_are_removed(disk: Disk) -> None:
+    disk.make_directory("x/y")
+    assert not disk.remove_directory("x")
+    make(disk, "x/y/1").close()
+    assert not disk.remove_directory("x/y")
+    disk.unlink("x/y/1")
+    assert disk.remove_directory("x/y") and disk.remove_directory("x")
+    assert not disk.remove_directory("x") and not disk.exists("x")
+
+
 def test_directories(disk: Disk) -> None:
     disk.make_directory("x/y/z")
     disk.make_directory("x/y")

@@ -6,6 +6,7 @@ import os
 import struct
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,13 +18,17 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import (
     ATTRIBUTE_BYTES,
     DIRECTORIES,
+    Append,
     ChunkInfo,
     ChunkState,
+    chain_of,
     chunk_of,
     directory_of,
     pack,
     path_of,
+    pending_path_of,
     unpack,
+    unpack_versioned,
 )
 
 SEALED = ChunkInfo(7, 3, 0, ChunkState.SEALED, length=1000, crc32c=0xDEADBEEF, key=b"k" * 32)
@@ -84,10 +89,55 @@ def test_an_attribute_belongs_to_one_chunk() -> None:
 
 def test_a_newer_format_is_not_damage() -> None:
     data = bytearray(pack(SEALED))
-    data[4] = 2
+    data[4] = 3
     with pytest.raises(VersionMismatch) as caught:
         unpack(bytes(data), SEALED.chunk)
-    assert (caught.value.found, caught.value.expected) == ("2", "1")
+    assert (caught.value.found, caught.value.expected) == ("3", "2")
+
+
+U32 = st.integers(0, (1 << 32) - 1)
+
+
+@given(
+    info=st.builds(
+        ChunkInfo,
+        inode=st.integers(0, (1 << 63) - 1),
+        number=U32,
+        chain=st.integers(1, (1 << 32) - 1),
+        state=st.sampled_from([ChunkState.SEALED, ChunkState.PENDING]),
+        length=st.integers(0, 1 << 28),
+        crc32c=U32,
+        durable=st.booleans(),
+        version=st.integers(1, (1 << 32) - 1),
+        writer=U32,
+        sequence=U32,
+    ),
+    append=st.none() | st.builds(Append, st.integers(1, 1 << 28), U32, U32, U32),
+)
+def test_versions_come_back(info: ChunkInfo, append: Append | None) -> None:
+    data = pack(info, append)
+    assert len(data) == ATTRIBUTE_BYTES
+    assert unpack_versioned(data, info.chunk) == (info, append)
+
+
+def test_the_layout_of_a_version_is_the_documented_one() -> None:
+    info = ChunkInfo(7, 3, 9, ChunkState.SEALED, 1000, 5, b"", True, 12, 13, 14)
+    data = pack(info, Append(1100, 6, 15, 16))
+    assert struct.unpack_from("<HBBQIIQ", data, 4) == (2, 2, 1, 7, 3, 5, 1000)
+    assert struct.unpack_from("<8I", data, 32) == (12, 13, 14, 1100, 6, 15, 16, 0)
+    assert struct.unpack_from("<I", data, 64) == (crc32c(data[:64]),)
+    assert struct.unpack_from("<8I", pack(info), 32) == (12, 13, 14, 0, 0, 0, 0, 0)
+
+
+def test_versions_are_for_chains_of_several_copies() -> None:
+    info = ChunkInfo(7, 3, 9, ChunkState.SEALED, 1000, 5, b"", False, 1)
+    for chain, state in ((0, ChunkState.SEALED), (9, ChunkState.OPEN)):
+        wrong = msgspec.structs.replace(info, chain=chain, state=state)
+        with pytest.raises(ChunkMismatch):
+            unpack(pack(wrong), wrong.chunk)
+    with pytest.raises(ChunkMismatch):  # a block that is not whole
+        pending = ChunkInfo(7, 3, 9, ChunkState.PENDING, 1000, 5, b"k" * 32)
+        unpack(pack(pending), pending.chunk)
 
 
 def test_keys_have_one_length() -> None:
@@ -101,6 +151,17 @@ def test_names() -> None:
     assert chunk_of("0000000000001234.00000056") == chunk
     for foreign in ("", "lost+found", "0000000000001234", "000000000000123x.00000056", "a.b"):
         assert chunk_of(foreign) is None
+
+
+def test_names_on_chains() -> None:
+    chunk = ChunkId(0x1234, 0x56, 0xAB)
+    assert path_of(chunk) == f"{directory_of(0x1234, 0xAB)}/0000000000001234.00000056"
+    assert directory_of(0x1234, 0xAB).startswith("chains/000000ab/")
+    assert pending_path_of(chunk) == "chains/000000ab/pending/0000000000001234.00000056"
+    assert chunk_of("0000000000001234.00000056", 0xAB) == chunk
+    assert chain_of("000000ab") == 0xAB
+    for foreign in ("", "ab", "000000AB", "00000000", "pending", "0x0000ab", "000000zz"):
+        assert chain_of(foreign) is None
 
 
 def test_inodes_spread_over_the_directories() -> None:

@@ -32,6 +32,7 @@ from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath import store as store_module
+from kvfs_datapath import tree as tree_module
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import (
@@ -560,13 +561,25 @@ def write_identity(disk: Disk, text: str) -> None:
 
 
 def test_another_format_is_refused(disk: Disk) -> None:
-    newer = {"format": 2, "uuid": UUID, "shards": []}
+    newer = {"format": 3, "uuid": UUID, "shards": []}
     write_identity(disk, json.dumps(newer))
     with pytest.raises(VersionMismatch) as caught:
         open_store(disk)
-    assert (caught.value.found, caught.value.expected) == ("2", "1")
+    assert (caught.value.found, caught.value.expected) == ("3", "2")
     with pytest.raises(VersionMismatch):
         open_store(disk)  # and the lock was given back, else this were Conflict
+
+
+def test_a_directory_of_format_1_becomes_one_of_format_2(disk: Disk) -> None:
+    write_identity(disk, json.dumps({"format": 1, "uuid": UUID, "target_id": 4}))
+    store = open_store(disk)
+    assert (store.uuid, store.target_id) == (UUID, 4)
+    store.close()
+    file = disk.open("target.json")
+    view = memoryview(bytearray(file.size()))
+    file.preadv([view], 0)
+    file.close()
+    assert json.loads(bytes(view)) == {"format": 2, "uuid": UUID, "target_id": 4}
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"format": 1}', '{"format": "x"}', "[]"])
@@ -577,7 +590,7 @@ def test_a_damaged_identity_is_refused(disk: Disk, text: str) -> None:
 
 
 def test_the_verified_set_is_bounded(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "VERIFIED_CHUNKS_MAX", 2)
+    monkeypatch.setattr(tree_module, "VERIFIED_CHUNKS_MAX", 2)
     store = open_store(disk)
     for number in range(4):
         put(store, b"%d" % number, ChunkId(1, number))
