@@ -54,6 +54,7 @@ from kvfs_datapath.format import (
     pending_path_of,
     unpack,
 )
+from kvfs_datapath.locks import ChunkLocks
 from kvfs_datapath.patching import Change
 from kvfs_datapath.tree import ChunkTree
 
@@ -66,20 +67,13 @@ class _Pending:
     is_copy: bool
 
 
-@dataclasses.dataclass(slots=True)
-class _Lock:
-    lock: threads.Lock
-    users: int = 0
-
-
 class Versions:
     """The file chunks of one target. Every operation raises TargetFailed once the disk has failed;
     those that write raise DiskFull, and have then changed nothing that anybody can see."""
 
     def __init__(self, tree: ChunkTree) -> None:
         self._tree = tree
-        self._locks: dict[ChunkId, _Lock] = {}
-        self._locks_lock = threads.lock()
+        self.locks = ChunkLocks()
         self._pending: dict[ChunkId, _Pending] = {}
         """What was made pending, or found to be whole, since the start."""
         self._left: set[ChunkId] = set()
@@ -92,26 +86,11 @@ class Versions:
 
     # --- locks and numbers
 
-    @contextlib.contextmanager
-    def lock(self, chunk: ChunkId, seconds: float | None = None) -> Iterator[None]:
-        """Whoever changes a chunk holds its lock, while others of the chain are asked as well: it
-        is the chunk's own, else two servers could wait for each other. Raises Conflict after
-        ``seconds``."""
-        with self._locks_lock:
-            entry = self._locks.setdefault(chunk, _Lock(threads.lock()))
-            entry.users += 1
-        try:
-            if not entry.lock.acquire(timeout=-1 if seconds is None else seconds):
-                raise Conflict(detail=f"chunk {tuple(chunk)} is being written")
-            try:
-                yield
-            finally:
-                entry.lock.release()
-        finally:
-            with self._locks_lock:
-                entry.users -= 1
-                if not entry.users:
-                    del self._locks[chunk]
+    def lock(
+        self, chunk: ChunkId, seconds: float | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Held by whoever changes a chunk. Raises Conflict after ``seconds`` of waiting."""
+        return self.locks.hold(chunk, seconds)
 
     def seen(self, chunk: ChunkId, writer: int, sequence: int) -> int | None:
         """Which version of the chunk this update made, as far as that is remembered: the last
@@ -529,6 +508,7 @@ class Versions:
         """What is committed is durable from here on, and later versions are synced before they can
         take its place. A missing chunk (a hole) is fine."""
         tree = self._tree
+        self.pending(chunk)  # a former process may have left one
         try:
             file, info, append = self._open(chunk)
         except ChunkNotFound:
@@ -543,6 +523,23 @@ class Versions:
                 file.close()
             tree.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
             tree.make_last(chunk.chain)
+            self._sync_pending(chunk)
+
+    def _sync_pending(self, chunk: ChunkId) -> None:
+        """It was prepared when nobody had asked for durability, and is not to take that away. An
+        append is in the file that was synced."""
+        found = self._pending.get(chunk)
+        if found is None or found.info.durable:
+            return
+        info = msgspec.structs.replace(found.info, durable=True)
+        if found.is_copy:
+            file = self._tree.disk.open(pending_path_of(chunk), write=True)
+            try:
+                file.set_attribute(ATTRIBUTE, pack(info))
+                file.sync(attributes=True)
+            finally:
+                file.close()
+        found.info = info
 
 
 def _number(info: ChunkInfo) -> tuple[int, int, int]:
