@@ -5,7 +5,9 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable
 
+from kvfs_base.errors import KvfsError
 from kvfs_base.seams import Disk
+from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool
@@ -79,3 +81,37 @@ def damage(disk: Disk, change: Callable[[int], object], path: str = path_of(CHUN
     file = disk.open(path, write=True)
     change(file.fileno())
     file.close()
+
+
+class Faults:
+    """Makes an operation of a MemoryDisk fail."""
+
+    def __init__(self, disk: MemoryDisk) -> None:
+        self._disk = disk
+        self.last = ""
+        """The operation that failed."""
+
+    def arm(self, fail_at: int, error: KvfsError) -> None:
+        """The ``fail_at``-th from now on."""
+        seen = 0
+
+        def before(operation: str, path: str) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == fail_at:
+                self.last = operation
+                raise error
+
+        self._disk.before = before
+
+    def arm_operation(self, name: str, error: KvfsError) -> None:
+        """All of one kind."""
+
+        def before(operation: str, path: str) -> None:
+            if operation == name:
+                raise error
+
+        self._disk.before = before
+
+    def disarm(self) -> None:
+        self._disk.before = lambda operation, path: None
