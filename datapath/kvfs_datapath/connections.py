@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from kvfs_base import frames, threads
@@ -89,6 +90,25 @@ class DataConnection:
             raise
         self.broken = False
         return reply, descriptors
+
+    def begin(self, request: Request, payload_bytes: int) -> None:
+        """Asks, with a payload that follows piece by piece (``send``); ``finish`` is the reply."""
+        self.broken = True
+        self._next_id += 1
+        send_message(
+            self._connection, Kind.REQUEST, self._next_id, request, payload_bytes=payload_bytes
+        )
+
+    def send(self, piece: Buffer) -> None:
+        self._connection.send([piece])
+
+    def finish(self, request: Request) -> Any:
+        header = receive_header(self._connection)
+        reply = self._reply(header, request)
+        if header.payload_bytes:
+            raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")
+        self.broken = False
+        return reply
 
     def _ask(self, request: Request, payload: Sequence[Buffer]) -> None:
         self.broken = True
@@ -182,6 +202,20 @@ class ConnectionPool:
         dialled = DataConnection(self._network.connect(address, connect_seconds))
         return self._use(address, dialled, action, seconds, attempt)
 
+    @contextlib.contextmanager
+    def lend(self, address: Address) -> Iterator[DataConnection]:
+        """A connection for what must not be done twice: nothing is repeated, so whoever finds one
+        that was kept dead fails with ConnectionLost. The next one is dialled."""
+        connection = self._take(address)
+        if connection is None:
+            connection = DataConnection(self._network.connect(address, CONNECT_SECONDS))
+        try:
+            with self._in_use(address, connection):
+                yield connection
+        finally:
+            if connection.broken:
+                self._drop_idle(address)
+
     def _take(self, address: Address) -> DataConnection | None:
         with self._lock:
             idle = self._idle.get(address)
@@ -195,14 +229,7 @@ class ConnectionPool:
         seconds: float | None,
         attempt: Attempt | None,
     ) -> _Result:
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                self._busy.add(connection)
-        if closed:
-            connection.close()
-            raise ConnectionLost(address=str(address), detail="the client is closed")
-        try:
+        with self._in_use(address, connection):
             connection.set_timeout(CALL_SECONDS if seconds is None else seconds)
             if attempt is None:
                 return action(connection)
@@ -211,6 +238,18 @@ class ConnectionPool:
                 return action(connection)
             finally:
                 attempt.end()
+
+    @contextlib.contextmanager
+    def _in_use(self, address: Address, connection: DataConnection) -> Iterator[None]:
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._busy.add(connection)
+        if closed:
+            connection.close()
+            raise ConnectionLost(address=str(address), detail="the client is closed")
+        try:
+            yield
         finally:
             with self._lock:
                 self._busy.discard(connection)

@@ -73,6 +73,31 @@ FENCE_SECONDS = TARGET_LEASE_SECONDS / 2
 """A server that was not answered for so long stops serving chains of several copies: well before
 others may take its place, whatever the clocks' rates."""
 
+VIEW_WAIT_SECONDS = 1.0
+"""A request that names a newer chain version than the server knows waits this long for it: two
+heartbeats."""
+
+BEAT_PAUSE_SECONDS = 0.05
+"""Heartbeats that requests ask for come no closer than this."""
+
+PASS_SECONDS = 4.0
+"""What a member gives the next one to answer, and as much again for each one behind that. A lease
+is over by then, so the answer to a longer silence comes from the metadata service."""
+
+CHUNK_LOCK_SECONDS = 5.0
+"""An update waits this long for another one of its chunk, which may wait for a member that died."""
+
+PASS_CONNECTIONS = 8
+"""Requests that a server has on their way to one address, for each number of members that have yet
+to get them: those with more behind them wait only for those with fewer, never in a circle."""
+
+PASS_BUFFERS = 8
+"""Receive buffers for what is passed on, again for each number of members behind: 64 MiB each, made
+when first used."""
+
+PASS_PIECE_BYTES = 1 * MIB
+"""A block goes on in pieces of this size: while one is sent the next one comes in."""
+
 COPIES_MAX = 3
 HOPS_MAX = 8
 """Members that a write passes: the copies, and those that are being brought in step."""
