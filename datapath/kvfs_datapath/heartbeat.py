@@ -8,15 +8,24 @@ passes it, and removing twice does no harm, so nothing is remembered across a re
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from kvfs_base import threads
-from kvfs_base.cluster import Heartbeat, HeartbeatReply, Removal, TargetOrders, TargetReport
+from kvfs_base.cluster import (
+    GetClusterMap,
+    Heartbeat,
+    HeartbeatReply,
+    Removal,
+    TargetOrders,
+    TargetReport,
+)
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError, TargetRemoved
-from kvfs_base.limits import HEARTBEAT_SECONDS, TARGET_LEASE_SECONDS
+from kvfs_base.limits import BEAT_PAUSE_SECONDS, HEARTBEAT_SECONDS, TARGET_LEASE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient
 from kvfs_base.seams import DiskUsage, Env
 from kvfs_base.types import Address
+from kvfs_datapath.chain_service import ChainService
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.targets import Targets
@@ -29,11 +38,18 @@ class Housekeeping:
     there are several servers, each heartbeat that fails goes to the next one."""
 
     def __init__(
-        self, env: Env, config: ChunkServerConfig, targets: Targets, counters: Counters
+        self,
+        env: Env,
+        config: ChunkServerConfig,
+        targets: Targets,
+        chains: ChainService,
+        counters: Counters,
     ) -> None:
         self._env = env
         self._config = config
         self._targets = targets
+        self._chains = chains
+        self._views = chains.views
         self._counters = counters
         self._rpc = BlockingRpcClient(env.blocking_network, config.metadata)
         # Where there are others, the next one is to hear of us before the lease is over.
@@ -41,6 +57,8 @@ class Housekeeping:
         self._unix: Address | None = None
         self._tcp: Address | None = None
         self._stopping = threads.event()
+        self._due = threads.event()
+        self._views.wake = self._due.set
         self._work = threads.condition()
         self._orders: dict[str, tuple[Removal, ...]] = {}
         self._removed: dict[str, int] = {}
@@ -61,6 +79,7 @@ class Housekeeping:
     def stop(self) -> None:
         """Returns once both threads have ended: at most one heartbeat's deadline."""
         self._stopping.set()
+        self._due.set()
         with self._work:
             self._work.notify_all()
         for thread in self._threads:
@@ -73,17 +92,29 @@ class Housekeeping:
         try:
             while not self._stopping.is_set():
                 try:
-                    reply = self._rpc.call(self._heartbeat(), self._deadline)
-                    self._obey(reply)
+                    self._ask()
                     self._note(connected=True)
                 except KvfsError as exc:
                     self._note(connected=False, reason=str(exc))
                 self._targets.retry()
-                self._stopping.wait(HEARTBEAT_SECONDS)
+                self._stopping.wait(BEAT_PAUSE_SECONDS)
+                self._due.wait(HEARTBEAT_SECONDS - BEAT_PAUSE_SECONDS)
         except Exception:
             log.exception("the heartbeat thread failed")
         finally:
             self._rpc.close()
+
+    def _ask(self) -> None:
+        self._due.clear()
+        # The lease counts from here: whatever happens on the way makes it shorter.
+        sent_at = self._env.clock.monotonic()
+        named = self._views.incarnations()
+        reply = self._rpc.call(self._heartbeat(named), self._deadline)
+        self._obey(reply)
+        cluster = None
+        if reply.map_version != self._views.map_version:
+            cluster = self._rpc.call(GetClusterMap(), self._deadline)
+        self._views.learn(sent_at, named, reply, cluster)
 
     def _note(self, *, connected: bool, reason: str = "") -> None:
         if connected != self._connected:
@@ -91,16 +122,21 @@ class Housekeeping:
             log.info("metadata service %s %s", "is back" if connected else "is lost:", reason)
         self._counters.add(**{"heartbeats" if connected else "heartbeats_failed": 1})
 
-    def _heartbeat(self) -> Heartbeat:
+    def _heartbeat(self, incarnations: Mapping[str, int]) -> Heartbeat:
         return Heartbeat(
             server_id=self._config.server_id,
             host_id=self._env.host_id,
             unix=self._unix,
             tcp=self._tcp,
-            targets=tuple(self._report(store) for store in self._targets.stores),
+            targets=tuple(
+                self._report(store, incarnations[store.uuid]) for store in self._targets.stores
+            ),
+            suspects=self._chains.suspects(),
+            synced=self._chains.synced(),
+            map_version=self._views.map_version,
         )
 
-    def _report(self, store: ChunkStore) -> TargetReport:
+    def _report(self, store: ChunkStore, incarnation: int) -> TargetReport:
         try:
             usage = self._usage[store.uuid] = store.usage()
         except KvfsError:
@@ -115,6 +151,8 @@ class Housekeeping:
             healthy=store.healthy,
             removed_seq=removed,
             volume="" if self._config.capacity_bytes else usage.volume,
+            incarnation=incarnation,
+            fenced=self._views.fenced(store.uuid),
         )
 
     def _obey(self, reply: HeartbeatReply) -> None:
@@ -171,10 +209,13 @@ class Housekeeping:
             for removal in due:
                 if self._stopping.is_set():
                     return
-                removed += store.remove_range(removal.inode, removal.first, removal.end)
+                removed += store.remove_range(
+                    removal.inode, removal.first, removal.end, removal.chain
+                )
                 if self._env_is_lazy():
                     self._acknowledge(store, removal.seq)
-            store.sync_removals([r.inode for r in due])
+            for chain in sorted({r.chain for r in due}):
+                store.sync_removals([r.inode for r in due if r.chain == chain], chain)
         except KvfsError as exc:
             log.info("removals on target %d wait: %s", store.target_id, exc)
             return

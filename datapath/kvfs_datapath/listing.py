@@ -7,6 +7,7 @@ by page. Chunks that come later are not in it, chunks that went are left out.
 
 from __future__ import annotations
 
+import bisect
 from array import array
 from collections.abc import Iterator
 
@@ -43,6 +44,16 @@ class ChunkListing:
 
     def _chunk(self, place: int) -> ChunkId:
         return ChunkId(int(self._inodes[place]), int(self._numbers[place]), self._chain)
+
+    def names(self, start: ChunkId, end: ChunkId | None) -> Iterator[ChunkId]:
+        """The chunks from ``start`` up to, not including, ``end``, or to the last one."""
+        places = range(len(self._inodes))
+        first = bisect.bisect_left(places, start, key=self._chunk)
+        for place in places[first:]:
+            chunk = self._chunk(place)
+            if end is not None and chunk >= end:
+                return
+            yield chunk
 
     def page(self, limit: int) -> m.ChunkPage:
         """The next ``limit`` chunks, without those that are gone."""

@@ -216,6 +216,8 @@ class RemoveRange(ChunkRequest, tag="remove"):
     end: U32
     writer: U32 = 0
     passing: Passing | None = None
+    sequence: U32 = 0
+    """With ``writer``: as in Update. One that comes late would take away what was written since."""
 
 
 class StatChunks(ChunkRequest, tag="stat"):
@@ -266,6 +268,8 @@ class PassUpdate(ChunkRequest, tag="pass_update"):
     crc32c: U32
     length: ChunkBytes
     whole: bool = False
+    durable: bool = False
+    """Of a whole chunk: somebody asked for that, and the next one may never have been asked."""
 
 
 class SyncChain(ChunkRequest, tag="sync_chain"):

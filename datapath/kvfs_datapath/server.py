@@ -14,14 +14,13 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import ConnectionLost, KvfsError
 from kvfs_base.limits import (
     CONNECTIONS_MAX,
-    SERVER_BUFFERS,
     SERVER_CHECK_BUFFERS,
     SERVER_CHECK_BYTES,
-    TRANSFER_BYTES,
 )
 from kvfs_base.seams import Connection, Env, Listener
 from kvfs_base.types import Address
 from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.chain_service import ChainService
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.heartbeat import Housekeeping
 from kvfs_datapath.session import DataSession
@@ -53,12 +52,14 @@ class ChunkServer:
             "heartbeats_failed",
             "read_bytes",
             "requests",
+            "updates",
             "written_bytes",
         )
-        self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
         self._targets = Targets(self._open_stores())
-        self._housekeeping = Housekeeping(env, config, self._targets, self._counters)
+        self._chains = ChainService(env, self._targets.stores, self._counters)
+        self._buffers = self._chains.buffers(0)
+        self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
         self._listeners: list[Listener] = []
         self._stopping = threads.event()
         self._lock = threads.lock()
@@ -102,6 +103,7 @@ class ChunkServer:
             thread = threads.thread(self._accept, listener, name="kvfs-accept")
             self._acceptors.append(thread)
             thread.start()
+        self._chains.start()
         by_kind = {address.kind: address for address in self.addresses}
         self._housekeeping.start(by_kind.get("unix"), by_kind.get("tcp"))
 
@@ -114,6 +116,7 @@ class ChunkServer:
             thread.join()
         with self._lock:
             open_connections = dict(self._connections)
+        self._chains.stop()
         for connection in open_connections:
             connection.shutdown()
         for thread in open_connections.values():
@@ -153,7 +156,9 @@ class ChunkServer:
 
     def _serve(self, connection: Connection) -> None:
         try:
-            DataSession(connection, self._targets, self._buffers, self._counters).run()
+            DataSession(
+                connection, self._targets, self._buffers, self._counters, self._chains
+            ).run()
         except KvfsError:
             log.exception("a connection failed")
         finally:

@@ -29,9 +29,11 @@ from kvfs_base.limits import KIB, STALL_SECONDS, UNSEALED_CHUNKS_MAX
 from kvfs_base.seams import Connection, DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath.buffers import BufferPool, round_up
-from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_datapath.block_writes import BlockWriter, info_of
+from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.chain_service import ChainService
+from kvfs_datapath.chain_session import ChainSession, refuse_versioned
+from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.listing import ChunkListing
 from kvfs_datapath.store import ChunkStore, StagedChunk
 from kvfs_datapath.targets import Targets
@@ -69,6 +71,7 @@ class DataSession:
         targets: Targets,
         buffers: BufferPool,
         counters: Counters,
+        chains: ChainService,
     ) -> None:
         self._connection = connection
         self._targets = targets
@@ -79,6 +82,7 @@ class DataSession:
         self._next_token = 1
         self._unsealed: dict[tuple[ChunkStore, ChunkId], None] = {}
         self._listing: ChunkListing | None = None
+        self._chains = ChainSession(chains, self._receive)
         self._handlers: dict[type[Any], Callable[[ChunkStore, Any], _Answer]] = {
             m.ReadChunks: self._read_chunks,
             m.OpenChunks: self._open_chunks,
@@ -148,7 +152,11 @@ class DataSession:
         except frames.UNDECODABLE as exc:
             raise ProtocolError(detail=str(exc)) from exc
         store = self._targets.find(request.target_id)
-        answer = self._handlers[type(request)](store, request)
+        handler = self._handlers.get(type(request))
+        if handler is not None:
+            answer = handler(store, request)
+        else:
+            answer = _Answer(self._chains.handlers[type(request)](store, request), store)
         if self._unread:
             answer.close()
             raise InvalidRequest(detail=f"{self._unread} bytes of payload too many")
@@ -213,7 +221,7 @@ class DataSession:
         answer = _Answer(None, store)
 
         def read(item: m.SizedChunk) -> ChunkInfo:
-            file, info = store.open(item.chunk)
+            file, info = self._chains.open(store, item.chunk)
             answer.files.append(file)
             if not info.is_sealed:
                 raise ChunkMismatch(*item.chunk, detail="the chunk is open for writing")
@@ -237,7 +245,7 @@ class DataSession:
         def open_one(item: m.ChunkRef) -> ChunkInfo:
             if request.verify:
                 self._verify(store, item.chunk, request.seal)
-            file, info = store.open(item.chunk, direct=request.direct)
+            file, info = self._chains.open(store, item.chunk, direct=request.direct)
             answer.files.append(file)
             return info
 
@@ -247,55 +255,22 @@ class DataSession:
         return answer
 
     def _verify(self, store: ChunkStore, chunk: ChunkId, seal: bool) -> None:
-        if seal:
+        if seal and not chunk.chain:
             store.seal(chunk)
-        file, info = store.open(chunk)
+        file, info = self._chains.open(store, chunk)
         try:
             store.verify(file, info)
         finally:
             file.close()
 
     def _write_chunks(self, store: ChunkStore, request: m.WriteChunks) -> _Answer:
+        if request.passing is not None:
+            return _Answer(self._chains.write_chunks(store, request), store)
+        self._chains.check_block(store, request.chunks, None)
+        writer = BlockWriter(self._counters, self._receive)
         with self._buffers.lend(STALL_SECONDS) as buffer:
-            outcomes = self._each(request.chunks, lambda c: self._write_chunk(store, c, buffer))
+            outcomes = self._each(request.chunks, lambda c: writer.write(store, c, buffer))
         return _Answer(outcomes, store)
-
-    def _write_chunk(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> None:
-        try:
-            staged = store.stage()
-        except KvfsError:
-            self._receive_chunk(store, new, None, buffer)
-            raise
-        try:
-            self._receive_chunk(store, new, staged, buffer)
-        except BaseException:
-            store.discard(staged)
-            raise
-        store.publish(staged, _info_of(new))
-        self._counters.add(chunks_written=1, written_bytes=new.size)
-
-    def _receive_chunk(
-        self, store: ChunkStore, new: m.NewChunk, staged: StagedChunk | None, buffer: memoryview
-    ) -> None:
-        """Receives a chunk to its end even if it cannot be kept: the next one's bytes follow.
-        Raises what went wrong."""
-        error: KvfsError | None = None
-        checksum = 0
-        for offset in range(0, new.size, len(buffer)):
-            piece = buffer[: min(len(buffer), new.size - offset)]
-            self._receive(piece)
-            if staged is None or error is not None:
-                continue
-            checksum = crc32c(piece, checksum)
-            try:
-                # Whole pages, for O_DIRECT; publishing cuts the file to its length.
-                store.fill(staged, buffer[: round_up(len(piece))], offset)
-            except KvfsError as exc:
-                error = exc
-        if error is not None:
-            raise error
-        if staged is not None and checksum != new.crc32c:
-            raise ChunkCorrupt(*new.chunk, expected_crc32c=new.crc32c, found_crc32c=checksum)
 
     def _stage_chunks(self, store: ChunkStore, request: m.StageChunks) -> _Answer:
         self._require_descriptors()
@@ -312,11 +287,13 @@ class DataSession:
         return _Answer(m.Staged(tokens), store, passed=[one.file.fileno() for one in staged])
 
     def _publish_chunks(self, store: ChunkStore, request: m.PublishChunks) -> _Answer:
+        self._chains.check_block(store, [i.chunk for i in request.chunks], request.passing)
+
         def publish(item: m.StagedItem) -> None:
             found = self._staged.pop(item.token, None)
             if found is None or found[0] is not store:
                 raise InvalidRequest(detail=f"nothing is staged as {item.token}")
-            store.publish(found[1], _info_of(item.chunk))
+            store.publish(found[1], info_of(item.chunk))
             self._counters.add(chunks_written=1, written_bytes=item.chunk.size)
 
         for token in request.discard:
@@ -335,6 +312,7 @@ class DataSession:
             self._targets.settle(*oldest)
 
     def _open_for_write(self, store: ChunkStore, request: m.OpenForWrite) -> _Answer:
+        refuse_versioned(request.chunks)
         self._require_descriptors()
         answer = _Answer(None, store)
 
@@ -353,7 +331,7 @@ class DataSession:
         answer = _Answer(None, store)
 
         def read(item: m.Piece) -> ChunkInfo:
-            file, info = store.open(item.chunk)
+            file, info = self._chains.open(store, item.chunk)
             answer.files.append(file)
             store.verify(file, info)
             length = max(0, min(item.length, info.length - item.offset))
@@ -365,6 +343,8 @@ class DataSession:
         return answer
 
     def _write_pieces(self, store: ChunkStore, request: m.WritePieces) -> _Answer:
+        refuse_versioned(request.pieces)
+
         def write(item: m.Piece) -> None:
             self._receive(buffer[: item.length])
             self._writes_to(store, item.chunk)
@@ -375,6 +355,8 @@ class DataSession:
             return _Answer(self._each(request.pieces, write), store)
 
     def _seal_chunks(self, store: ChunkStore, request: m.SealChunks) -> _Answer:
+        refuse_versioned(request.chunks)
+
         def seal(item: m.ChunkRef) -> ChunkInfo:
             info = store.seal(item.chunk)
             if info.is_sealed:
@@ -384,6 +366,8 @@ class DataSession:
         return _Answer(self._each(request.chunks, seal), store)
 
     def _truncate_chunks(self, store: ChunkStore, request: m.TruncateChunks) -> _Answer:
+        refuse_versioned(request.chunks)
+
         def truncate(item: m.SizedChunk) -> None:
             self._writes_to(store, item.chunk)
             store.truncate(item.chunk, item.size)
@@ -391,15 +375,22 @@ class DataSession:
         return _Answer(self._each(request.chunks, truncate), store)
 
     def _sync_chunks(self, store: ChunkStore, request: m.SyncChunks) -> _Answer:
-        return _Answer(self._each(request.chunks, lambda item: store.sync(item.chunk)), store)
+        return _Answer(self._chains.sync_chunks(store, request), store)
 
     def _remove_range(self, store: ChunkStore, request: m.RemoveRange) -> _Answer:
+        if request.passing is not None:
+            return _Answer(self._chains.remove_range(store, request), store)
         removed = store.remove_range(request.inode, request.first, request.end)
         self._counters.add(chunks_removed=removed)
         return _Answer(m.Outcomes((), {}), store)
 
     def _stat_chunks(self, store: ChunkStore, request: m.StatChunks) -> _Answer:
-        return _Answer(self._each(request.chunks, lambda item: store.stat(item.chunk)), store)
+        def stat(item: m.ChunkRef) -> ChunkInfo:
+            file, info = self._chains.open(store, item.chunk)
+            file.close()
+            return info
+
+        return _Answer(self._each(request.chunks, stat), store)
 
     # --- checking
 
@@ -414,10 +405,6 @@ class DataSession:
 
     def _check_chunks(self, store: ChunkStore, request: m.CheckChunks) -> _Answer:
         return _Answer(self._each(request.chunks, lambda item: store.recheck(item.chunk)), store)
-
-
-def _info_of(new: m.NewChunk) -> ChunkInfo:
-    return ChunkInfo(*new.chunk, ChunkState.SEALED, length=new.size, crc32c=new.crc32c, key=new.key)
 
 
 @contextlib.contextmanager

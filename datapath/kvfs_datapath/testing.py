@@ -11,10 +11,12 @@ from kvfs_base import frames, threads
 from kvfs_base.cluster import (
     Chain,
     ClusterMap,
+    FindUnwanted,
     GetClusterMap,
     Heartbeat,
     HeartbeatReply,
     Removal,
+    Synced,
     Target,
     TargetOrders,
     TargetReport,
@@ -31,7 +33,8 @@ WAIT_SECONDS = 20.0
 
 class FakeMetadata:
     """Answers heartbeats, numbers targets from 1 and gives each a chain of its own (of the same
-    number), and is the ClusterSource of clients in the same process."""
+    number), and is the ClusterSource of clients in the same process. Chains of several copies are
+    as tests set them: nobody is taken out of one, or in, by itself."""
 
     def __init__(self, env: Env, address: Address) -> None:
         self._env = env
@@ -41,6 +44,9 @@ class FakeMetadata:
         self._removals: dict[str, list[Removal]] = {}
         self._offline: set[int] = set()
         self._removed: set[str] = set()
+        self._fences: set[int] = set()
+        self._replicated: dict[int, Chain] = {}
+        self._unwanted: set[tuple[int, int]] = set()
         self._version = 1
         self._map = ClusterMap(1, (), ())
         self.refreshes = 0
@@ -85,15 +91,26 @@ class FakeMetadata:
             self._spawn(self._serve, connection)
 
     def _serve(self, connection: Connection) -> None:
-        decoder = msgspec.msgpack.Decoder(Heartbeat | GetClusterMap)
+        decoder = msgspec.msgpack.Decoder(Heartbeat | GetClusterMap | FindUnwanted)
         try:
             while True:
                 frame = receive_frame(connection)
-                request = decoder.decode(frame.body)
-                reply = self._beat(request) if isinstance(request, Heartbeat) else self.current()
+                reply = self._answer(decoder.decode(frame.body))
                 connection.send([frames.encode(Kind.REPLY, frame.request_id, reply)])
         except KvfsError:
             connection.close()
+
+    def _answer(self, request: Heartbeat | GetClusterMap | FindUnwanted) -> Any:
+        if isinstance(request, Heartbeat):
+            return self._beat(request)
+        if isinstance(request, GetClusterMap):
+            return self.current()
+        with self._condition:
+            return tuple(
+                index
+                for index, inode in enumerate(request.inodes)
+                if (request.chain, inode) in self._unwanted
+            )
 
     def _beat(self, beat: Heartbeat) -> HeartbeatReply:
         with self._condition:
@@ -105,7 +122,8 @@ class FakeMetadata:
                 self._beats[report.uuid] = (beat, report)
                 queue = self._removals.setdefault(report.uuid, [])
                 queue[:] = [r for r in queue if r.seq > report.removed_seq]
-                orders.append(TargetOrders(report.uuid, number, tuple(queue)))
+                fence = number in self._fences
+                orders.append(TargetOrders(report.uuid, number, tuple(queue), fence))
             self._rebuild()
             self._condition.notify_all()
             refused = tuple(r.uuid for r in beat.targets if r.uuid in self._removed)
@@ -130,9 +148,10 @@ class FakeMetadata:
                     free_bytes=0,
                 )
             )
-        if tuple(targets) != self._map.targets:
+        chains = tuple(Chain(t.target_id, 1, (t.target_id,)) for t in targets)
+        chains += tuple(self._replicated.values())
+        if (tuple(targets), chains) != (self._map.targets, self._map.chains):
             self._version += 1
-            chains = tuple(Chain(t.target_id, 1, (t.target_id,)) for t in targets)
             self._map = ClusterMap(self._version, tuple(targets), chains)
 
     # --- what clients ask
@@ -145,6 +164,57 @@ class FakeMetadata:
         with self._condition:
             self.refreshes += 1
             return self._map
+
+    # --- chains of several copies
+
+    def set_chain(
+        self,
+        chain_id: int,
+        targets: Sequence[int],
+        syncing: Sequence[int] = (),
+        offline: Sequence[int] = (),
+    ) -> Chain:
+        """Makes a chain, or gives one other members, under the next version."""
+        with self._condition:
+            known = self._replicated.get(chain_id)
+            chain = self._replicated[chain_id] = Chain(
+                chain_id,
+                known.version + 1 if known is not None else 1,
+                tuple(targets),
+                copies=max(2, len(targets) + len(syncing) + len(offline)),
+                syncing=tuple(syncing),
+                offline=tuple(offline),
+            )
+            self._rebuild()
+            return chain
+
+    def order_fences(self, *numbers: int) -> None:
+        """Answers to heartbeats tell these targets to stop, from now on; the others not."""
+        with self._condition:
+            self._fences = set(numbers)
+
+    def call_unwanted(self, chain_id: int, *inodes: int) -> None:
+        """Nothing refers to these any more."""
+        with self._condition:
+            self._unwanted.update((chain_id, inode) for inode in inodes)
+
+    def suspects(self) -> set[int]:
+        """Whom the servers named in their last heartbeats."""
+        with self._condition:
+            return {number for beat, _ in self._beats.values() for number in beat.suspects}
+
+    def synced(self) -> set[Synced]:
+        with self._condition:
+            return {synced for beat, _ in self._beats.values() for synced in beat.synced}
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        """Until it is true, looked at after every heartbeat."""
+        self._wait(condition)
+
+    def beat(self, number: int) -> Heartbeat:
+        """The last one of a target's server."""
+        with self._condition:
+            return next(self._beats[u][0] for u, n in self._numbers.items() if n == number)
 
     # --- what tests ask
 
@@ -185,7 +255,9 @@ class FakeMetadata:
         with self._condition:
             return next(self._beats[u][1] for u, n in self._numbers.items() if n == number)
 
-    def order_removals(self, number: int, ranges: Sequence[tuple[int, int, int]]) -> int:
+    def order_removals(
+        self, number: int, ranges: Sequence[tuple[int, int, int]], chain: int = 0
+    ) -> int:
         """Queues (inode, first, end); answers the last sequence number."""
         with self._condition:
             uuid = next(u for u, n in self._numbers.items() if n == number)
@@ -193,7 +265,7 @@ class FakeMetadata:
             seq = max([self._beats[uuid][1].removed_seq, *(r.seq for r in queue)])
             for inode, first, end in ranges:
                 seq += 1
-                queue.append(Removal(seq, inode, first, end))
+                queue.append(Removal(seq, inode, first, end, chain))
             return seq
 
     def wait_for_removals(self, number: int, seq: int) -> None:

@@ -153,6 +153,17 @@ class Versions:
             found = self._find_append(chunk)
         return None if found is None else found.info
 
+    def open_pending(self, chunk: ChunkId) -> tuple[DiskFile, ChunkInfo]:
+        """The file that has the pending version, read-only: its first ``length`` bytes. Raises
+        ChunkNotFound if none is pending, and as ``pending``."""
+        info = self.pending(chunk)
+        found = self._pending.get(chunk)
+        if info is None or found is None:
+            raise ChunkNotFound(*chunk)
+        with self._tree.io(chunk):
+            path = pending_path_of(chunk) if found.is_copy else path_of(chunk)
+            return self._tree.disk.open(path), info
+
     def pendings(self, chain: int, *, scan: bool = False) -> Iterator[ChunkId]:
         """Chunks that may have a pending version: what this process made and what it knows of.
         Appends of a former one are among them if their chunk was touched since, or with ``scan``,

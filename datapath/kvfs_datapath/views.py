@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from kvfs_base import threads
@@ -22,8 +21,6 @@ from kvfs_base.limits import FENCE_SECONDS, VIEW_WAIT_SECONDS
 from kvfs_base.seams import Clock
 from kvfs_datapath.messages import Passing
 from kvfs_datapath.store import ChunkStore
-
-INCARNATION_BITS = 62
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,9 +66,10 @@ class _Standing:
 class Views:
     """One a server. ``wake`` asks for a heartbeat soon."""
 
-    def __init__(self, clock: Clock, rng: random.Random, uuids: Collection[str]) -> None:
+    def __init__(self, clock: Clock, draw: Callable[[], int], uuids: Collection[str]) -> None:
+        """``draw`` answers another number each time: the incarnation of a target."""
         self._clock = clock
-        self._rng = rng
+        self._draw = draw
         self._map = ClusterMap(0, (), ())
         self._chains: dict[int, Chain] = {}
         self._targets: dict[int, Target] = {}
@@ -81,9 +79,6 @@ class Views:
         self._active: dict[tuple[int, int], dict[int, int]] = {}
         self._listeners: list[Callable[[], None]] = []
         self.wake: Callable[[], None] = lambda: None
-
-    def _draw(self) -> int:
-        return self._rng.getrandbits(INCARNATION_BITS) + 1
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """Called after every new map, from the heartbeat thread: it must not block."""
@@ -279,3 +274,10 @@ def require_block(place: Place, passing: Passing) -> None:
     others = set(place.chain.members) - {place.target_id}
     if len(set(passing.hops)) != len(passing.hops) or not others.issuperset(passing.hops):
         raise InvalidRequest(detail=f"hops {passing.hops} of members {place.chain.members}")
+
+
+def require_syncing(place: Place, passing: Passing) -> None:
+    """Between the source and who is brought in step. Raises StaleChain."""
+    require_hops(place, passing)
+    if place.serving:
+        raise StaleChain(chain=passing.chain, version=place.chain.version)

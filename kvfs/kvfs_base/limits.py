@@ -126,6 +126,28 @@ minutes at 100 writes a second."""
 UNWANTED_INODES_MAX = 4096
 """Chunks that a server asks about at once: 9 bytes each."""
 
+SYNC_CAME_MAX = 262_144
+"""Chunks that are updated behind the place that a comparison has come to, 100 bytes each: further
+updates wait for it."""
+
+SYNC_THREADS = 4
+"""Chains that one server brings in step at the same time, a chunk on its way each."""
+
+SYNC_BUFFERS = 8
+"""Whole chunks that a server reads to send them: for those threads, and for updates that could not
+be passed on as they came."""
+
+SYNC_RETRY_SECONDS = 1.0
+"""Pause before a comparison that failed begins again."""
+
+SYNC_CALL_SECONDS = 60.0
+"""What a member gets to begin a comparison: it reads the attributes of a chain's chunks, 20 us
+each, and all their names."""
+
+RESOLVE_SECONDS = 0.5
+"""How often updates that stayed pending are tried again, and members that did not answer asked,
+while nothing else says that it is time."""
+
 SYNC_PAGE_CHUNKS = 1024
 """Chunks of one page of a comparison between two members, 40 bytes each."""
 

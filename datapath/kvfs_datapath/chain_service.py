@@ -1,0 +1,65 @@
+"""A chunk server's side of chains of several copies: what its connections and threads share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvfs_base.cluster import Synced
+from kvfs_base.counters import Counters
+from kvfs_base.limits import (
+    HOPS_MAX,
+    PASS_BUFFERS,
+    SERVER_BUFFERS,
+    SYNC_BUFFERS,
+    TRANSFER_BYTES,
+)
+from kvfs_base.seams import Env
+from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.maintenance import Maintenance
+from kvfs_datapath.peers import Peers
+from kvfs_datapath.replication import Replicator
+from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.sync_sink import SyncSinks
+from kvfs_datapath.views import Views
+
+INCARNATION_BITS = 62
+
+
+class ChainService:
+    """Works from ``start`` to ``stop``."""
+
+    def __init__(self, env: Env, stores: Sequence[ChunkStore], counters: Counters) -> None:
+        self.counters = counters
+        self._clock = env.clock
+        self.views = Views(
+            env.clock,
+            lambda: env.rng.getrandbits(INCARNATION_BITS) + 1,
+            [store.uuid for store in stores],
+        )
+        self.peers = Peers(env, self.views)
+        self.sinks = SyncSinks(self.views)
+        self._buffers = [BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)]
+        self._buffers += [BufferPool(PASS_BUFFERS, TRANSFER_BYTES) for _ in range(HOPS_MAX)]
+        sending = BufferPool(SYNC_BUFFERS, TRANSFER_BYTES)
+        self.replicator = Replicator(self.views, self.peers, self.sinks, sending, counters)
+        self._maintenance = Maintenance(env, stores, self.views, self.peers, self.replicator)
+
+    def buffers(self, hops: int) -> BufferPool:
+        """Receive buffers for what ``hops`` members get after this one. Who waits for one waits
+        for requests with as many hops, and these for others with fewer: never in a circle."""
+        return self._buffers[min(hops, HOPS_MAX)]
+
+    def suspects(self) -> tuple[int, ...]:
+        """Targets that could not be reached for a while."""
+        return self.peers.reach.suspects(self._clock.monotonic())
+
+    def synced(self) -> tuple[Synced, ...]:
+        return ()
+
+    def start(self) -> None:
+        self._maintenance.start()
+
+    def stop(self) -> None:
+        """Breaks off what is under way to other servers, and waits for the threads."""
+        self.peers.close()
+        self._maintenance.stop()
