@@ -9,7 +9,6 @@ from kvfs_base.counters import Counters
 from kvfs_base.limits import (
     HOPS_MAX,
     PASS_BUFFERS,
-    SERVER_BUFFERS,
     SYNC_BUFFERS,
     TRANSFER_BYTES,
 )
@@ -28,7 +27,10 @@ INCARNATION_BITS = 62
 class ChainService:
     """Works from ``start`` to ``stop``."""
 
-    def __init__(self, env: Env, stores: Sequence[ChunkStore], counters: Counters) -> None:
+    def __init__(
+        self, env: Env, stores: Sequence[ChunkStore], receiving: BufferPool, counters: Counters
+    ) -> None:
+        """``receiving``: buffers of the server for what nobody gets after it."""
         self.counters = counters
         self._clock = env.clock
         self.views = Views(
@@ -38,7 +40,7 @@ class ChainService:
         )
         self.peers = Peers(env, self.views)
         self.sinks = SyncSinks(self.views)
-        self._buffers = [BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)]
+        self._buffers = [receiving]
         self._buffers += [BufferPool(PASS_BUFFERS, TRANSFER_BYTES) for _ in range(HOPS_MAX)]
         sending = BufferPool(SYNC_BUFFERS, TRANSFER_BYTES)
         self.replicator = Replicator(self.views, self.peers, self.sinks, sending, counters)

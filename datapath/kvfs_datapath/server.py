@@ -14,8 +14,10 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import ConnectionLost, KvfsError
 from kvfs_base.limits import (
     CONNECTIONS_MAX,
+    SERVER_BUFFERS,
     SERVER_CHECK_BUFFERS,
     SERVER_CHECK_BYTES,
+    TRANSFER_BYTES,
 )
 from kvfs_base.seams import Connection, Env, Listener
 from kvfs_base.types import Address
@@ -55,10 +57,10 @@ class ChunkServer:
             "updates",
             "written_bytes",
         )
+        self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
         self._targets = Targets(self._open_stores())
-        self._chains = ChainService(env, self._targets.stores, self._counters)
-        self._buffers = self._chains.buffers(0)
+        self._chains = ChainService(env, self._targets.stores, self._buffers, self._counters)
         self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
         self._listeners: list[Listener] = []
         self._stopping = threads.event()

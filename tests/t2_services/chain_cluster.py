@@ -35,11 +35,11 @@ class ChainCluster(Cluster):
     def set_chain(
         self, targets: Sequence[int], syncing: Sequence[int] = (), offline: Sequence[int] = ()
     ) -> Chain:
-        """And waits until every server that is one of its members knows it."""
+        """And waits until every server knows it, those that are out of it now included: in truth
+        they are waited for as well, or for the end of their lease."""
         chain = self.metadata.set_chain(CHAIN, targets, syncing, offline)
-        for number in (*targets, *syncing):
-            if number in self.servers:
-                wait_until(lambda n=number: self.knows(n, chain.version))
+        for number in self.servers:
+            wait_until(lambda n=number: self.knows(n, chain.version))
         return chain
 
     def knows(self, number: int, version: int) -> bool:
@@ -47,6 +47,14 @@ class ChainCluster(Cluster):
         server._chains.views.wake()
         chain = server._chains.views.chain(CHAIN)
         return chain is not None and chain.version >= version
+
+    def may_act(self, number: int) -> bool:
+        """The server has a lease."""
+        try:
+            self.servers[number]._chains.views.place(self.store(number), CHAIN)
+        except KvfsError:
+            return False
+        return True
 
     def chain(self) -> Chain:
         (chain,) = (c for c in self.metadata.current().chains if c.chain_id == CHAIN)

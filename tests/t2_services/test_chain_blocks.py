@@ -151,7 +151,7 @@ def test_without_a_lease_nothing_is_served(cluster: ChainCluster) -> None:
     with pytest.raises(TargetFenced):
         cluster.put_blocks(1, [2, 3], {51: b"bytes"})
     cluster.metadata.start()
-    cluster.metadata.wait_for_beats(1)
+    wait_until(lambda: cluster.may_act(1))
     assert cluster.get_block(1, 50, 5) == b"bytes"
 
 

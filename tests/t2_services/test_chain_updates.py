@@ -1,0 +1,452 @@
+"""Updates of files along a chain: order, failures at every hop, repetitions."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvfs_base.errors import (
+    ChunkCorrupt,
+    ChunkNotFound,
+    ChunkPending,
+    Conflict,
+    ConnectionLost,
+    DiskFull,
+    InvalidRequest,
+    KvfsError,
+    StaleChain,
+    TargetFenced,
+    WriteUncertain,
+)
+from kvfs_base.limits import FENCE_SECONDS, SUSPECT_SECONDS, TRANSFER_BYTES
+from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.format import path_of
+from kvfs_datapath.peers import Unreached
+from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload
+from t2_services.chunk_cluster import wait_until
+
+CHUNK = ChunkId(7, 0, CHAIN)
+
+
+@pytest.fixture(params=["cache", "strict"])
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChainCluster]:
+    with chains(tmp_path, durability=request.param) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def lazy(tmp_path: Path) -> Iterator[ChainCluster]:
+    with chains(tmp_path) as cluster:
+        yield cluster
+
+
+def quiet(cluster: ChainCluster, *members: int) -> Callable[[], bool]:
+    return lambda: all(cluster.pending(n) is None for n in members)
+
+
+def everywhere(cluster: ChainCluster, *members: int) -> set[bytes]:
+    return {cluster.read(number) for number in members}
+
+
+@contextlib.contextmanager
+def answers_get_lost(cluster: ChainCluster, number: int) -> Iterator[None]:
+    """What this server passes on arrives, but it does not hear of it."""
+    peers = cluster.servers[number]._chains.peers
+    call = peers.call
+
+    def lose(target_id: int, request: Any, *args: Any, **named: Any) -> Any:
+        answer = call(target_id, request, *args, **named)
+        if isinstance(request, m.PassUpdate):
+            raise Unreached(target_id, ConnectionLost(detail="lost by the test"))
+        return answer
+
+    peers.call = lose  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        peers.call = call  # type: ignore[method-assign]
+
+
+# --- the usual
+
+
+def test_every_member_has_every_version(cluster: ChainCluster) -> None:
+    cluster.set_chain([1, 2, 3])
+    expected = bytearray()
+    steps = [(0, payload(5000)), (5000, payload(3000)), (100, b"in the middle"), (9000, b"gap")]
+    for sequence, (offset, data) in enumerate(steps, start=1):
+        expected.extend(bytes(max(0, offset + len(data) - len(expected))))
+        expected[offset : offset + len(data)] = data
+        info = cluster.write(1, data, offset=offset, sequence=sequence)
+        assert (info.version, info.length, info.crc32c) == (
+            sequence,
+            len(expected),
+            crc32c(expected),
+        )
+        assert everywhere(cluster, 1, 2, 3) == {bytes(expected)}
+    cut = m.Update(7, 0, 10, 0, 0, 1, 9, cut=True)
+    assert only(cluster.update(1, cut, data=[])).length == 10
+    assert everywhere(cluster, 1, 2, 3) == {bytes(expected[:10])}
+    assert {cluster.stat(n, CHUNK).version for n in (1, 2, 3)} == {5}
+
+
+def test_several_updates_in_one_request(cluster: ChainCluster) -> None:
+    cluster.set_chain([1, 2])
+    pieces = [b"first", b"second", b"third"]
+    updates = [
+        m.Update(7, place, 0, len(data), crc32c(data), 1, place)
+        for place, data in enumerate(pieces)
+    ]
+    outcomes = cluster.update(1, *updates, data=pieces)
+    assert outcomes.errors == {} and [i.version for i in outcomes.infos if i] == [1, 1, 1]
+    assert [cluster.read(2, chunk=place) for place in range(3)] == pieces
+
+
+def test_one_bad_update_is_its_own(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    good, bad = b"good", b"bad!"
+    updates = [m.Update(7, 0, 0, 4, 0, 1, 1), m.Update(7, 1, 0, 4, crc32c(good), 1, 2)]
+    outcomes = lazy.update(1, *updates, data=[bad, good])
+    assert isinstance(outcomes.error(0), ChunkCorrupt) and outcomes.error(1) is None
+    far = m.Update(7, 2, TRANSFER_BYTES, 1, crc32c(b"x"), 1, 3)
+    assert isinstance(lazy.update(1, far, data=[b"x"]).error(0), InvalidRequest)
+
+
+def test_the_last_copy_is_written_alone(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"both", sequence=1)
+    lazy.set_chain([1], offline=[2])
+    assert lazy.write(1, b"alone", sequence=2).version == 2
+    assert lazy.read(1) == b"alone"
+    with pytest.raises(TargetFenced):
+        lazy.read(2)
+
+
+def test_only_the_head_takes_updates_and_only_from_the_one_before(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    with pytest.raises(StaleChain):
+        lazy.write(2, b"x")
+    with pytest.raises(StaleChain):
+        lazy.write(1, b"x", version=8)
+    update = m.Update(7, 0, 0, 1, crc32c(b"x"), 1, 1)
+    for number, hops in ((2, ()), (2, (1,)), (3, (2,))):
+        passing = lazy.passing(*hops)
+        request = m.PassUpdate(number, passing, update, 1, crc32c(b"x"), 1)
+        with pytest.raises(StaleChain):
+            lazy.call(number, request, [b"x"])
+    assert all(lazy.committed(n) is None for n in (1, 2, 3))
+
+
+def test_many_writers_of_one_chunk(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    errors: list[KvfsError] = []
+
+    def work(writer: int) -> None:
+        for sequence in range(1, 6):
+            try:
+                lazy.write(1, b"%d" % writer, offset=writer, writer=writer, sequence=sequence)
+            except KvfsError as exc:
+                errors.append(exc)
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(1, 5)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert errors == []
+    assert everywhere(lazy, 1, 2, 3) == {b"\x001234"}
+    assert lazy.stat(2, CHUNK).version == 20
+
+
+# --- repetitions
+
+
+def test_an_update_that_comes_again_is_answered(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    lazy.write(1, b"a", sequence=1)
+    assert lazy.write(1, b"a", sequence=1, again=True, base=0).version == 1
+    lazy.write(1, b"b", writer=2, sequence=1)
+    # The first attempt, from a connection that was given up, is the last to arrive.
+    assert lazy.write(1, b"a", sequence=1).version == 2
+    assert everywhere(lazy, 1, 2, 3) == {b"b"}
+
+
+def test_a_new_head_knows_what_the_old_one_did(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    lazy.write(1, b"a", sequence=1)
+    lazy.write(1, b"b", writer=2, sequence=1)
+    lazy.set_chain([2, 3], offline=[1])
+    assert lazy.write(2, b"a", sequence=1, again=True, base=0).version == 2
+    assert everywhere(lazy, 2, 3) == {b"b"}
+
+
+def test_an_unknown_repetition_is_done_only_over_what_its_writer_knew(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    assert lazy.write(1, b"a", sequence=1, again=True).version == 1, "there was nothing"
+    assert lazy.write(1, b"b", sequence=2, again=True, base=1).version == 2
+    for base in (None, 0, 1, 3):
+        with pytest.raises(WriteUncertain):
+            lazy.write(1, b"c", sequence=3, again=True, base=base)
+    assert lazy.read(1) == b"b"
+
+
+# --- nowhere
+
+
+@pytest.mark.parametrize("full", [1, 2, 3])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_a_full_disk_anywhere_leaves_the_update_nowhere(
+    cluster: ChainCluster, full: int, offset: int
+) -> None:
+    cluster.set_chain([1, 2, 3])
+    cluster.write(1, b"four", sequence=1)
+
+    def refuse(operation: str, path: str) -> None:
+        if operation == "pwritev":
+            raise DiskFull(path=path)
+
+    disk = cluster.memory_disk(full)
+    disk.before = refuse
+    with pytest.raises(DiskFull):
+        cluster.write(1, b"more", offset=offset, sequence=2)
+    assert quiet(cluster, 1, 2, 3)()
+    assert everywhere(cluster, 1, 2, 3) == {b"four"}
+    disk.before = lambda operation, path: None
+    assert cluster.write(1, b"more", offset=offset, sequence=2).version == 2
+    assert len(everywhere(cluster, 1, 2, 3)) == 1
+
+
+def test_a_hop_without_a_lease_leaves_the_update_nowhere(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    lazy.write(1, b"a", sequence=1)
+    views = lazy.servers[3]._chains.views
+    learn, views.learn = views.learn, lambda *args: None  # type: ignore[method-assign]
+    lazy.clock.advance(FENCE_SECONDS + 0.1)
+    for number in (1, 2):
+        wait_until(lambda n=number: lazy.may_act(n))
+    with pytest.raises(TargetFenced):
+        lazy.write(1, b"b", sequence=2)
+    assert quiet(lazy, 1, 2, 3)()
+    views.learn = learn  # type: ignore[method-assign]
+    wait_until(lambda: lazy.may_act(3))
+    assert lazy.write(1, b"b", sequence=2).version == 2
+
+
+@pytest.mark.parametrize("ahead", [2, 3])
+def test_a_hop_with_a_newer_map_leaves_the_update_nowhere(lazy: ChainCluster, ahead: int) -> None:
+    lazy.set_chain([1, 2, 3])
+    lazy.write(1, b"a", sequence=1)
+    held = [lazy.servers[n]._chains.views for n in (1, 2, 3) if n != ahead]
+    before = [views.learn for views in held]
+    for views in held:
+        views.learn = lambda *args: None  # type: ignore[method-assign]
+    chain = lazy.metadata.set_chain(CHAIN, [1, 2, 3])
+    wait_until(lambda: lazy.knows(ahead, chain.version))
+    with pytest.raises(StaleChain):
+        lazy.write(1, b"b", sequence=2, version=1)
+    assert quiet(lazy, 1, 2, 3)()
+    for views, learn in zip(held, before, strict=True):
+        views.learn = learn  # type: ignore[method-assign]
+    assert lazy.write(1, b"b", sequence=2).version == 2
+    assert everywhere(lazy, 1, 2, 3) == {b"b"}
+
+
+# --- pending
+
+
+def test_a_reader_never_sees_what_is_not_committed_everywhere_behind(
+    cluster: ChainCluster,
+) -> None:
+    cluster.set_chain([1, 2, 3])
+    cluster.write(1, b"old", sequence=1)
+    with answers_get_lost(cluster, 1):
+        with pytest.raises(ConnectionLost):
+            cluster.write(1, b"new", sequence=2)
+        assert cluster.read(2) == cluster.read(3) == b"new"
+        with pytest.raises(ChunkPending):
+            cluster.read(1)
+        with pytest.raises(ChunkPending):
+            cluster.stat(1, CHUNK)
+        # It stays pending however often it is tried, and holds up others of this chunk only.
+        with pytest.raises(ConnectionLost):
+            cluster.write(1, b"other", writer=2, sequence=1)
+    wait_until(quiet(cluster, 1, 2, 3))
+    assert everywhere(cluster, 1, 2, 3) == {b"new"}
+    assert cluster.write(1, b"new", sequence=2, again=True, base=1).version == 2
+
+
+def test_the_first_version_of_a_chunk_is_pending_too(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    with answers_get_lost(lazy, 1):
+        with pytest.raises(ConnectionLost):
+            lazy.write(1, b"new", sequence=1)
+        with pytest.raises(ChunkPending):
+            lazy.read(1)
+    wait_until(quiet(lazy, 1, 2))
+    assert lazy.read(1) == b"new"
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("gone", [2, 3])
+def test_a_member_that_is_lost_behind(cluster: ChainCluster, gone: int, offset: int) -> None:
+    cluster.set_chain([1, 2, 3])
+    cluster.write(1, b"old", sequence=1)
+    cluster.stop_server(gone)
+    with pytest.raises(ConnectionLost):
+        cluster.write(1, b"new", offset=offset, sequence=2)
+    rest = [n for n in (1, 2, 3) if n != gone]
+    with pytest.raises(ChunkPending):
+        cluster.read(1)
+    cluster.set_chain(rest, offline=[gone])
+    wait_until(quiet(cluster, *rest))
+    expected = b"new" if offset == 0 else b"oldnew"
+    assert everywhere(cluster, *rest) == {expected}
+    assert cluster.write(1, b"new", offset=offset, sequence=2, again=True, base=1).version == 2
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_the_head_is_lost_before_it_hears_that_the_others_have_it(
+    cluster: ChainCluster, lost: int
+) -> None:
+    """``lost``: whose answers from behind get lost, too."""
+    cluster.set_chain([1, 2, 3])
+    cluster.write(1, b"old", sequence=1)
+    with answers_get_lost(cluster, lost), pytest.raises(ConnectionLost):
+        cluster.write(1, b"new", sequence=2)
+    cluster.stop_server(1)
+    cluster.set_chain([2, 3], offline=[1])
+    wait_until(quiet(cluster, 2, 3))
+    assert everywhere(cluster, 2, 3) == {b"new"}
+    assert cluster.write(2, b"new", sequence=2, again=True, base=1).version == 2
+
+
+def test_an_update_that_nobody_passed_on_survives_its_head_alone(lazy: ChainCluster) -> None:
+    """The head is gone, and nobody else has it: it never was. The client repeats it."""
+    lazy.set_chain([1, 2, 3])
+    lazy.write(1, b"old", sequence=1)
+    cut = Cut(lazy.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(lazy.servers[2])
+    with pytest.raises(ConnectionLost):
+        lazy.write(1, b"new", sequence=2)
+    lazy.stop_server(1)
+    cut.on(lazy.servers[2])
+    lazy.set_chain([2, 3], offline=[1])
+    assert everywhere(lazy, 2, 3) == {b"old"}
+    assert lazy.write(2, b"new", sequence=2, again=True, base=1).version == 2
+
+
+def test_pendings_are_passed_on_once_the_next_one_is_back(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    cut = Cut(lazy.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(lazy.servers[2])
+    for number in range(5):
+        with pytest.raises(ConnectionLost):
+            lazy.write(1, b"new", number=number, sequence=number)
+    cut.on(lazy.servers[2])
+    for number in range(5):
+        wait_until(lambda n=number: lazy.pending(1, chunk=n) is None)
+        assert [lazy.read(n, chunk=number) for n in (1, 2, 3)] == [b"new"] * 3
+
+
+def test_a_successor_that_is_silent_is_a_suspect(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    cut = Cut(lazy.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(lazy.servers[2])
+    with pytest.raises(ConnectionLost):
+        lazy.write(1, b"new", sequence=1)
+    lazy.metadata.wait_for_beats(1)
+    assert lazy.metadata.suspects() == set()
+    lazy.clock.advance(SUSPECT_SECONDS)
+    lazy.metadata.wait_for(lambda: lazy.metadata.suspects() == {2})
+    cut.on(lazy.servers[2])
+    lazy.metadata.wait_for(lambda: lazy.metadata.suspects() == set())
+
+
+def test_two_updates_are_never_taken_for_one(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"a", sequence=1)
+    update = m.Update(7, 0, 0, 1, crc32c(b"z"), 5, 5)
+    request = m.PassUpdate(2, lazy.passing(), update, 1, crc32c(b"z"), 1)
+    error = lazy.call(2, request, [b"z"]).error(0)
+    assert error is not None and lazy.read(2) == b"a"
+    late = m.PassUpdate(2, lazy.passing(), update, 0, crc32c(b"z"), 1)
+    assert isinstance(lazy.call(2, late, [b"z"]).error(0), Conflict)
+
+
+def test_a_member_whose_copy_is_damaged_is_sent_the_whole_chunk(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    data = payload(10_000)
+    lazy.write(1, data, sequence=1)
+    file = lazy.disk(2).open(path_of(CHUNK), write=True)
+    file.pwritev([b"rot"], 9_000)
+    file.close()
+    assert lazy.write(1, b"new", offset=10, sequence=2).version == 2
+    expected = data[:10] + b"new" + data[13:]
+    assert everywhere(lazy, 1, 2, 3) == {expected}
+
+
+def test_a_member_that_lost_its_copy_is_sent_the_whole_chunk(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    lazy.write(1, b"some bytes", sequence=1)
+    lazy.disk(3).unlink(path_of(CHUNK))
+    with pytest.raises(ChunkNotFound):
+        lazy.read(3)
+    lazy.write(1, b" more", offset=10, sequence=2)
+    assert everywhere(lazy, 1, 2, 3) == {b"some bytes more"}
+
+
+# --- whole files
+
+
+def test_a_range_is_cut_to_nothing_once(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    for number in range(4):
+        lazy.write(1, b"bytes", number=number, sequence=number)
+    request = m.RemoveRange(1, 7, 1, 3, 1, lazy.passing(), 10)
+    assert lazy.call(1, request).errors == {}
+    for member in (1, 2, 3):
+        assert [lazy.read(member, chunk=n) for n in range(4)] == [b"bytes", b"", b"", b"bytes"]
+    assert lazy.stat(3, ChunkId(7, 1, CHAIN)).version == 2
+    lazy.write(1, b"again", number=2, sequence=11)
+    assert lazy.call(1, request).errors == {}, "late"
+    assert lazy.read(3, chunk=2) == b"again"
+    with pytest.raises(StaleChain):
+        lazy.call(2, m.RemoveRange(2, 7, 1, 3, 1, lazy.passing(), 12))
+
+
+def test_fsync_reaches_every_member(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    lazy.write(1, b"bytes", sequence=1)
+    synced: list[int] = []
+    for number in (1, 2, 3):
+
+        def note(operation: str, path: str, number: int = number) -> None:
+            if operation == "sync":
+                synced.append(number)
+
+        lazy.memory_disk(number).before = note
+    request = m.SyncChunks(1, (m.ChunkRef(*CHUNK), m.ChunkRef(7, 5, CHAIN)), lazy.passing())
+    assert lazy.call(1, request).errors == {}
+    assert sorted(set(synced)) == [1, 2, 3]
+    infos = [lazy.committed(n) for n in (1, 2, 3)]
+    assert all(info is not None and info.durable for info in infos)
+    lazy.stop_server(3)
+    assert isinstance(lazy.call(1, request).error(0), ConnectionLost)
+    with pytest.raises(StaleChain):
+        lazy.call(2, m.SyncChunks(2, (m.ChunkRef(*CHUNK),), lazy.passing()))
+
+
+def test_removals_are_ordered_of_every_member(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"bytes", sequence=1)
+    for number in (1, 2):
+        seq = lazy.metadata.order_removals(number, [(7, 0, 1)], chain=CHAIN)
+        lazy.metadata.wait_for_removals(number, seq)
+        assert lazy.committed(number) is None
