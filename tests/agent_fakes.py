@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from kvfs_base.errors import ChunkNotFound, KvfsError, PrepareExpired
+from kvfs_base.errors import ChunkNotFound, KvfsError, PrepareExpired, StaleChain
 from kvfs_base.rpc import Request
 from kvfs_base.types import Attr, BlockInfo, ChunkId, KVLayout
 from kvfs_datapath.checksum import crc32c
@@ -29,8 +29,11 @@ class MemoryMetadata:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.blocks: dict[bytes, BlockInfo] = {}
-        self.batches: dict[int, list[tuple[bytes, int, int]]] = {}
+        self.batches: dict[int, list[tuple[bytes, int, int, int]]] = {}
         self.next_number = 100
+        self.chains = (1,)
+        """Blocks of a batch rotate over these."""
+        self.chain_versions: dict[int, int] = {}
         self.calls: list[Request] = []
         self.before: Callable[[Request], None] = lambda request: None
 
@@ -70,16 +73,20 @@ class MemoryMetadata:
                 prepared.append(None)
                 continue
             self.next_number += 1
-            batch.append((key, self.next_number, size))
-            prepared.append(m.PreparedBlock(self.next_number, 1))
+            chain = self.chains[len(batch) % len(self.chains)]
+            batch.append((key, self.next_number, size, chain))
+            prepared.append(m.PreparedBlock(self.next_number, chain))
         return m.PreparedBatch(batch_id if batch else 0, tuple(prepared))
 
     def _CommitBlocks(self, request: m.CommitBlocks) -> m.Done:
+        for chain, version in request.chains:
+            if version != self.chain_versions[chain]:
+                raise StaleChain(chain=chain, version=self.chain_versions[chain])
         batch = self.batches.pop(request.batch_id, None)
         if batch is None:
             raise PrepareExpired(batch_id=request.batch_id)
-        for (key, inode, size), checksum in zip(batch, request.crc32c, strict=True):
-            self.blocks.setdefault(key, BlockInfo(inode, size, checksum, 1))
+        for (key, inode, size, chain), checksum in zip(batch, request.crc32c, strict=True):
+            self.blocks.setdefault(key, BlockInfo(inode, size, checksum, chain))
         return m.Done()
 
     def _AbortBlocks(self, request: m.AbortBlocks) -> m.Done:
@@ -106,11 +113,12 @@ class MemoryMetadata:
 
 class MemoryChunks:
     """``errors`` is what an operation on a chunk answers instead of doing it; ``before`` is called
-    with each batch."""
+    with each batch. ``chain_versions`` has the chains of several copies."""
 
     def __init__(self) -> None:
         self.stored: dict[ChunkId, bytes] = {}
         self.errors: dict[ChunkId, KvfsError] = {}
+        self.chain_versions: dict[int, int] = {}
         self.before: Callable[[Sequence[Any]], None] = lambda batch: None
         self.closed = False
 
@@ -134,9 +142,15 @@ class MemoryChunks:
             error = self.errors.get(write.chunk)
             if error is None:
                 self.stored[write.chunk] = bytes(write.view[: write.size])
+                write.version = self.chain_versions.get(write.chain, 0)
                 assert crc32c(self.stored[write.chunk]) == write.crc32c
             results.append(error)
         return results
+
+    def versions(self, chains: Iterable[int]) -> dict[int, int]:
+        return {
+            chain: self.chain_versions[chain] for chain in chains if chain in self.chain_versions
+        }
 
     def statistics(self) -> dict[str, int]:
         return {"stored": len(self.stored)}

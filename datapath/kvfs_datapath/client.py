@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections
 import functools
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from kvfs_base import threads
@@ -130,6 +130,11 @@ class ChunkClient:
             failed_writes=len(writes) - len(good),
         )
         return results
+
+    def versions(self, chains: Iterable[int]) -> dict[int, int]:
+        """The versions that chains have now, as far as they have several copies."""
+        routes = self.router.chains(chains, fresh=True)
+        return {c: found.version for c, found in routes.items() if found.is_replicated}
 
     def open_sealed(self, chunk: ChunkId, chain: int) -> int:
         """A read-only descriptor of a chunk of this host, verified once since its server started;

@@ -295,6 +295,9 @@ class CommitBlocks(Request, tag="commit_blocks"):
     Reply: ClassVar = Done
     batch_id: U64
     crc32c: Annotated[tuple[U32, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)]
+    chains: Annotated[tuple[tuple[U32, U32], ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
+    """The version of each chain of several copies under which its blocks were written. Raises
+    StaleChain if it has another one now: a new member may lack them."""
 
 
 class AbortBlocks(Request, tag="abort_blocks"):

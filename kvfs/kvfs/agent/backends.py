@@ -3,7 +3,7 @@ stand in for them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from kvfs_base.errors import KvfsError
@@ -28,6 +28,9 @@ class Chunks(Protocol):
 
     def write_chunks(self, writes: Sequence[ChunkWrite]) -> list[KvfsError | None]:
         """Publishes whole chunks; one result a chunk."""
+
+    def versions(self, chains: Iterable[int]) -> dict[int, int]:
+        """The versions that chains have now, as far as they have several copies."""
 
     def statistics(self) -> dict[str, int]: ...
 

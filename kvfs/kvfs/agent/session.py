@@ -37,6 +37,8 @@ class Put:
     """None where nothing is to be written."""
     crc32c: list[int | None]
     """Of each block that was written already."""
+    versions: dict[int, int] = dataclasses.field(default_factory=dict)
+    """By place, where the chain has several copies: its version when all members got the block."""
     grants: list[Grant] = dataclasses.field(default_factory=list)
     """Extents of the arena that hold its blocks; readable after the commit."""
     kept_bytes: int = 0

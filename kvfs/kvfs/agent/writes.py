@@ -4,6 +4,10 @@ Bytes come from memory that the client can still write to. Where the arena has r
 into it first, and everything after (checksum, chunk file, later reads) uses the copy. Otherwise
 they are written from staging as they are: a client that changes them meanwhile ends up with a block
 whose checksum is wrong, which is a miss for everyone.
+
+Blocks on chains of several copies are committed together with the chains' versions. If one has
+changed since, a new member may lack them: they are written again, from what another member has, and
+committed again.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import mmap
 import os
+from typing import TypeVar
 
 from kvfs.agent.backends import Chunks, MetadataCalls
 from kvfs.agent.config import AgentConfig
@@ -19,11 +25,22 @@ from kvfs.agent.messages import STAGED, PreparePut, PutPlan, StageBlocks, split_
 from kvfs.agent.session import Put, Session
 from kvfs.agent.space import Space
 from kvfs_base.counters import Counters
-from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
-from kvfs_base.limits import AGENT_WRITE_THREADS, BLOCK_BYTES_MAX, TRANSFER_BYTES
+from kvfs_base.errors import (
+    ArenaFull,
+    InvalidRequest,
+    KvfsError,
+    LimitExceeded,
+    StaleChain,
+)
+from kvfs_base.limits import (
+    AGENT_WRITE_THREADS,
+    BLOCK_BYTES_MAX,
+    COMMIT_ATTEMPTS_MAX,
+    TRANSFER_BYTES,
+)
 from kvfs_base.types import BlockInfo, ChunkId
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkWrite
+from kvfs_datapath.client import ChunkRead, ChunkWrite
 from kvfs_gds.block_cache import Grant
 from kvfs_gds.extents import pages_of
 from kvfs_metadata.messages import (
@@ -36,6 +53,8 @@ from kvfs_metadata.messages import (
 )
 
 log = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
 
 KEPT_SHARE = 4
 """One put pins at most this fraction (1/4) of the arena until it commits."""
@@ -145,7 +164,7 @@ class BlockWriter:
         """``staged``: offset in the staging area by place in the put. Portions go side by side, so
         that one is copied and summed while the disk writes another."""
         blocks = self._staged_blocks(session, put, staged)
-        portions = _portions(blocks)
+        portions = _cut(blocks, [block.size for block in blocks])
         others = [self._pool.submit(self._write_portion, session, put, p) for p in portions[1:]]
         try:
             self._write_portion(session, put, portions[0])
@@ -167,9 +186,15 @@ class BlockWriter:
             writes.append(
                 ChunkWrite(chunk, staged.block.chain, staged.size, checksum, key, staged.view)
             )
+        self._write_chunks(put, [staged.place for staged in blocks], writes)
+
+    def _write_chunks(self, put: Put, places: list[int], writes: list[ChunkWrite]) -> None:
         for error in self._chunks.write_chunks(writes):
             if error is not None:
                 raise error
+        put.versions.update(
+            (p, w.version) for p, w in zip(places, writes, strict=True) if w.version
+        )
 
     def _staged_blocks(self, session: Session, put: Put, staged: dict[int, int]) -> list[_Staged]:
         """What a round consists of. Raises InvalidRequest before anything is copied if a block
@@ -212,10 +237,52 @@ class BlockWriter:
         checksums = [value for place in needed if (value := put.crc32c[place]) is not None]
         if len(checksums) != len(needed):
             raise InvalidRequest(detail="commit before every block was staged")
-        metadata.call(CommitBlocks(put.batch_id, tuple(checksums)))
+        for attempt in range(1, COMMIT_ATTEMPTS_MAX + 1):
+            try:
+                metadata.call(CommitBlocks(put.batch_id, tuple(checksums), _chain_versions(put)))
+                break
+            except StaleChain as exc:
+                if attempt == COMMIT_ATTEMPTS_MAX:
+                    raise
+                self._write_again(put, exc.chain)
         self._settle(put, committed=True)
         size_bytes = sum(put.sizes[place] for place in needed)
         self._counters.add(put_blocks=len(needed), put_bytes=size_bytes)
+
+    def _write_again(self, put: Put, stale: int) -> None:
+        """The blocks of all chains that have changed, ``stale`` for one, to their present members.
+        The staging area may hold other blocks by now: another member has the bytes, and they are
+        checked on the way."""
+        by_chain: dict[int, list[int]] = {}
+        for place in put.versions:
+            block = put.blocks[place]
+            assert block is not None
+            by_chain.setdefault(block.chain, []).append(place)
+        now = self._chunks.versions(by_chain)
+        again = [
+            place
+            for chain, places in by_chain.items()
+            for place in places
+            if chain == stale or put.versions[place] != now.get(chain)
+        ]
+        log.info("chains changed during a put: %d blocks are written again", len(again))
+        for portion in _cut(again, [put.sizes[place] for place in again]):
+            self._copy(put, portion)
+
+    def _copy(self, put: Put, places: list[int]) -> None:
+        reads = []
+        for place in places:
+            block, checksum = put.blocks[place], put.crc32c[place]
+            assert block is not None and checksum is not None
+            size = put.sizes[place]
+            view = memoryview(mmap.mmap(-1, pages_of(size)))
+            chunk = ChunkId(block.inode, 0)
+            reads.append(ChunkRead(chunk, block.chain, size, checksum, put.keys[place], view))
+        for error in self._chunks.read_chunks(reads):
+            if error is not None:
+                raise error
+        writes = [ChunkWrite(r.chunk, r.chain, r.size, r.crc32c, r.key, r.view) for r in reads]
+        self._write_chunks(put, places, writes)
 
     def _settle(self, put: Put, *, committed: bool) -> None:
         grants, put.grants = put.grants, []
@@ -238,17 +305,28 @@ def _staged_places(put: Put, blocks: bytes) -> dict[int, int]:
     return staged
 
 
-def _portions(blocks: list[_Staged]) -> list[list[_Staged]]:
-    """Cuts a round, which is not empty, into pieces of about TRANSFER_BYTES."""
-    portions: list[list[_Staged]] = []
+def _cut(items: list[_Item], sizes: list[int]) -> list[list[_Item]]:
+    """Cuts what is to be written into portions of about TRANSFER_BYTES."""
+    portions: list[list[_Item]] = []
     room = 0
-    for block in blocks:
+    for item, size in zip(items, sizes, strict=True):
         if room <= 0:
             portions.append([])
             room = TRANSFER_BYTES
-        portions[-1].append(block)
-        room -= block.size
+        portions[-1].append(item)
+        room -= size
     return portions
+
+
+def _chain_versions(put: Put) -> tuple[tuple[int, int], ...]:
+    """Each chain of several copies with the oldest version under which one of its blocks was
+    written."""
+    oldest: dict[int, int] = {}
+    for place, version in put.versions.items():
+        block = put.blocks[place]
+        assert block is not None
+        oldest[block.chain] = min(version, oldest.get(block.chain, version))
+    return tuple(oldest.items())
 
 
 def _read_exactly(fd: int, view: memoryview, offset: int) -> None:
