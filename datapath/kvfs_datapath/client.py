@@ -46,6 +46,7 @@ from kvfs_datapath.transfers import (
     read_portion,
     write_portion,
 )
+from kvfs_datapath.updates import Updater
 from kvfs_datapath.wire import close_all
 from kvfs_datapath.workers import Workers, cut, portion_bytes
 
@@ -104,6 +105,7 @@ class ChunkClient:
         )
         self.chain_reader = ChainReader(self.shared)
         self._chain_writer = ChainWriter(self.shared)
+        self.updater = Updater(self.shared)
 
     def read_chunks(self, reads: Sequence[ChunkRead]) -> list[KvfsError | None]:
         """Reads sealed chunks into the callers' views. One result an item: None, and its bytes are

@@ -4,6 +4,9 @@ On this host the chunk server passes descriptors and this process reads and writ
 itself, through the page cache; what lies there is read without waiting and without any server
 (``read_now``). Elsewhere each piece is a request over TCP.
 
+All this is for chains of one copy. Files on replicated chains are ChainedFile's: what a file is is
+decided when the first of its chains is looked up, and never changes.
+
 The server marks a chunk OPEN before it lets anybody write. ``flush`` gives up the writable
 descriptors and asks to seal; a chunk that somebody else still writes to stays open, and whoever
 flushes last seals it. A writer that dies is noticed by the server.
@@ -14,7 +17,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from kvfs_base import threads
 from kvfs_base.errors import (
@@ -34,22 +37,16 @@ from kvfs_base.limits import (
 from kvfs_base.seams import Buffer
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
+from kvfs_datapath.chain_files import ChainedFile
 from kvfs_datapath.client import ChunkClient
 from kvfs_datapath.descriptors import Descriptor
+from kvfs_datapath.outcomes import raise_first
+from kvfs_datapath.patience import Patience
 from kvfs_datapath.routes import Route
+from kvfs_datapath.segments import Segment, segments
 from kvfs_datapath.transfers import descriptor_count, disk_error
 
 _Result = TypeVar("_Result")
-
-
-class _Segment(NamedTuple):
-    """``length`` bytes at ``offset`` of chunk ``number``, which are at ``position`` of the
-    caller's buffer."""
-
-    number: int
-    offset: int
-    length: int
-    position: int
 
 
 class StripedFile:
@@ -71,7 +68,10 @@ class StripedFile:
         self._client = client
         self._inode = inode
         self._layout = layout
+        self._retry_seconds = retry_seconds
         self._tries = 1 + int(retry_seconds / FILE_RETRY_PAUSE_SECONDS)
+        self._decided = False
+        self._chained: ChainedFile | None = None
         self._closed = threads.event()
         self._lock = threads.lock()
         self._unsealed: set[int] = set()
@@ -82,21 +82,23 @@ class StripedFile:
     def read(self, offset: int, length: int, size: int, sparse: bool) -> bytes:
         """The bytes ``offset <= x < min(offset + length, size)``. Where a chunk is missing or too
         short, zeros if the file is ``sparse``, else ChunkNotFound. Raises ChunkCorrupt."""
-        segments = self._segments(offset, min(offset + length, size) - offset)
-        if len(segments) == 1:
-            whole = self._read_one(segments[0])
+        wanted = self._segments(offset, min(offset + length, size) - offset)
+        if len(wanted) == 1:
+            whole = self._read_one(wanted[0])
             if whole is not None:
                 return whole
-        buffer = bytearray(sum(s.length for s in segments))
+        if (several := self._several()) is not None:
+            return several.read(wanted, sparse)
+        buffer = bytearray(sum(s.length for s in wanted))
         view = memoryview(buffer)
         jobs = [
             functools.partial(self._read_into, s, view[s.position : s.position + s.length], sparse)
-            for s in segments
+            for s in wanted
         ]
         self._client.parallel(jobs)
         return bytes(buffer)
 
-    def _read_one(self, segment: _Segment) -> bytes | None:
+    def _read_one(self, segment: Segment) -> bytes | None:
         """The usual case, without a copy: one local chunk that has all the bytes."""
         chunk = self._chunk(segment.number)
         kept = self._client.descriptors.borrow(chunk, writable=False)
@@ -110,7 +112,7 @@ class StripedFile:
             self._client.descriptors.give_back(kept)
         return data if len(data) == segment.length else None
 
-    def _read_into(self, segment: _Segment, view: memoryview, sparse: bool) -> None:
+    def _read_into(self, segment: Segment, view: memoryview, sparse: bool) -> None:
         try:
             count = self._patiently(segment.number, self._read_piece, segment, view)
         except ChunkNotFound:
@@ -118,7 +120,7 @@ class StripedFile:
         if count < segment.length and not sparse:
             raise ChunkNotFound(self._inode, segment.number)
 
-    def _read_piece(self, route: Route, segment: _Segment, view: memoryview) -> int:
+    def _read_piece(self, route: Route, segment: Segment, view: memoryview) -> int:
         """Bytes read: fewer than asked where the chunk ends."""
         if not route.local:
             return self._read_remote(route, segment, view)
@@ -136,7 +138,7 @@ class StripedFile:
             self._client.descriptors.give_back(descriptor)
         return done
 
-    def _read_remote(self, route: Route, segment: _Segment, view: memoryview) -> int:
+    def _read_remote(self, route: Route, segment: Segment, view: memoryview) -> int:
         done = 0
         while done < segment.length:
             wanted = min(TRANSFER_BYTES, segment.length - done)
@@ -146,7 +148,7 @@ class StripedFile:
                 break
         return done
 
-    def _fetch(self, route: Route, segment: _Segment, view: memoryview, done: int) -> int:
+    def _fetch(self, route: Route, segment: Segment, view: memoryview, done: int) -> int:
         offset = segment.offset + done
         piece = m.Piece(*self._chunk(segment.number), offset, len(view))
         received = 0
@@ -159,7 +161,7 @@ class StripedFile:
 
         request = m.ReadPieces(route.target_id, (piece,))
         outcomes = self._client.pool.run(route.address, lambda c: c.call(request, into=into))
-        _raise_first(outcomes)
+        raise_first(outcomes)
         return received
 
     def read_now(self, offset: int, length: int, size: int, sparse: bool) -> bytes | None:
@@ -176,7 +178,7 @@ class StripedFile:
             for s in self._segments(offset, len(view))
         )
 
-    def _read_cached(self, segment: _Segment, view: memoryview) -> bool:
+    def _read_cached(self, segment: Segment, view: memoryview) -> bool:
         kept = self._client.descriptors.borrow(self._chunk(segment.number), writable=False)
         if kept is None:
             return False
@@ -192,9 +194,13 @@ class StripedFile:
     # --- writing
 
     def write(self, offset: int, data: Buffer) -> None:
-        """All of ``data``; on an error any part of it may have been written. Raises DiskFull."""
+        """All of ``data``; on an error any part of it may have been written. Raises DiskFull, and
+        WriteUncertain on chains of several copies."""
         view = memoryview(data).cast("B")
-        segments = self._segments(offset, len(view))
+        wanted = self._segments(offset, len(view))
+        if (several := self._several()) is not None:
+            several.write(wanted, view)
+            return
         self._client.parallel(
             [
                 functools.partial(
@@ -204,7 +210,7 @@ class StripedFile:
                     s,
                     view[s.position : s.position + s.length],
                 )
-                for s in segments
+                for s in wanted
             ]
         )
 
@@ -212,7 +218,7 @@ class StripedFile:
         """As ``write``, if all of it goes to chunks that are open for writing here: into the page
         cache, without asking a server. Otherwise does nothing and answers False."""
         view = memoryview(data).cast("B")
-        held: list[tuple[_Segment, Descriptor]] = []
+        held: list[tuple[Segment, Descriptor]] = []
         try:
             for segment in self._segments(offset, len(view)):
                 chunk = self._chunk(segment.number)
@@ -228,7 +234,7 @@ class StripedFile:
                 self._client.descriptors.give_back(descriptor)
         return True
 
-    def _write_piece(self, route: Route, segment: _Segment, view: memoryview) -> None:
+    def _write_piece(self, route: Route, segment: Segment, view: memoryview) -> None:
         if not route.local:
             self._write_remote(route, segment, view)
             return
@@ -238,9 +244,7 @@ class StripedFile:
         finally:
             self._client.descriptors.give_back(descriptor)
 
-    def _write_descriptor(
-        self, descriptor: Descriptor, segment: _Segment, view: memoryview
-    ) -> None:
+    def _write_descriptor(self, descriptor: Descriptor, segment: Segment, view: memoryview) -> None:
         # A flush that comes between finds the descriptor in use, and keeps this in mind.
         self._note_write(segment.number)
         done = 0
@@ -250,7 +254,7 @@ class StripedFile:
         except OSError as exc:
             raise disk_error(exc, 0) from exc
 
-    def _write_remote(self, route: Route, segment: _Segment, view: memoryview) -> None:
+    def _write_remote(self, route: Route, segment: Segment, view: memoryview) -> None:
         try:
             for done in range(0, len(view), TRANSFER_BYTES):
                 part = view[done : done + TRANSFER_BYTES]
@@ -261,7 +265,7 @@ class StripedFile:
             self._note_write(segment.number)
 
     def _send_piece(self, route: Route, request: m.WritePieces, part: memoryview) -> None:
-        _raise_first(self._client.pool.run(route.address, lambda c: c.call(request, [part])))
+        raise_first(self._client.pool.run(route.address, lambda c: c.call(request, [part])))
 
     def _note_write(self, number: int) -> None:
         with self._lock:
@@ -272,6 +276,9 @@ class StripedFile:
         """Makes a file of ``old_size`` bytes shorter: cuts the chunk at the new end and removes
         those after it. Growing does nothing: what lies between reads as zeros (``sparse``)."""
         if new_size >= old_size:
+            return
+        if (several := self._several()) is not None:
+            several.truncate(old_size, new_size)
             return
         chunk_bytes = self._layout.chunk_bytes
         first, end = -(-new_size // chunk_bytes), -(-old_size // chunk_bytes)
@@ -287,7 +294,7 @@ class StripedFile:
     def _cut(self, route: Route, number: int, length: int) -> None:
         sized = m.SizedChunk(*self._chunk(number), length)
         request = m.TruncateChunks(route.target_id, (sized,))
-        _raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
+        raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
 
     def _remove(self, first: int, end: int) -> None:
         """Each target looks for the whole range: chunks of one inode share a directory there."""
@@ -331,7 +338,7 @@ class StripedFile:
             self._client.descriptors.drop(self._chunk(number), only_writable=True)
         request = m.SealChunks(route.target_id, self._refs(numbers))
         outcomes = self._client.pool.run(route.address, lambda c: c.call(request))
-        _raise_first(outcomes, besides=ChunkNotFound)  # somebody removed the file's end
+        raise_first(outcomes, besides=ChunkNotFound)  # somebody removed the file's end
         return {
             number
             for number, info in zip(numbers, outcomes.infos, strict=True)
@@ -342,6 +349,9 @@ class StripedFile:
         """Everything written here is on stable storage afterwards. It is not sealed for that: a
         database that syncs after each page would compute a checksum of the whole chunk each
         time."""
+        if self._chained is not None:
+            self._chained.sync()
+            return
         with self._lock:
             numbers, self._unsynced = self._unsynced, set()
         try:
@@ -353,7 +363,7 @@ class StripedFile:
 
     def _sync(self, route: Route, numbers: list[int]) -> set[int]:
         request = m.SyncChunks(route.target_id, self._refs(numbers))
-        _raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
+        raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
         return set()
 
     def close(self) -> None:
@@ -372,16 +382,30 @@ class StripedFile:
     def _refs(self, numbers: Iterable[int]) -> tuple[m.ChunkRef, ...]:
         return tuple(m.ChunkRef(*self._chunk(number)) for number in numbers)
 
-    def _segments(self, offset: int, length: int) -> list[_Segment]:
-        chunk_bytes = self._layout.chunk_bytes
-        segments = []
-        position = 0
-        while position < length:
-            number, inside = divmod(offset + position, chunk_bytes)
-            count = min(chunk_bytes - inside, length - position)
-            segments.append(_Segment(number, inside, count, position))
-            position += count
-        return segments
+    def _segments(self, offset: int, length: int) -> list[Segment]:
+        return segments(self._layout.chunk_bytes, offset, length)
+
+    def _several(self) -> ChainedFile | None:
+        """What does the work if the file's chains have several copies."""
+        if self._decided:
+            return self._chained
+        client = self._client
+        for tries_left in reversed(range(self._tries)):
+            try:
+                found = {client.router.is_replicated(chain) for chain in self._layout.chains}
+                break
+            except KvfsError:
+                if not tries_left or self._closed.wait(FILE_RETRY_PAUSE_SECONDS):
+                    raise
+        if True in found:
+            self._chained = ChainedFile(client, self._inode, self._layout, self._patience)
+        self._decided = found != {None}
+        return self._chained
+
+    def _patience(self, seconds: float) -> Patience:
+        """``seconds``: at least, if this file waits at all."""
+        wait = self._retry_seconds and max(self._retry_seconds, seconds)
+        return Patience(self._client.shared.env, self._closed, wait)
 
     def _descriptor(self, route: Route, number: int, *, writable: bool) -> Descriptor:
         """One for ``give_back``. Raises ChunkNotFound unless ``writable``, ChunkCorrupt."""
@@ -401,7 +425,7 @@ class StripedFile:
         outcomes, descriptors = self._client.pool.run(
             route.address, lambda c: c.call_for_descriptors(request, descriptor_count)
         )
-        _raise_first(outcomes)
+        raise_first(outcomes)
         return cache.add(chunk, descriptors[0], writable=writable)
 
     def _patiently(
@@ -438,11 +462,3 @@ class StripedFile:
             ]
         )
         return set().union(*answers)
-
-
-def _raise_first(outcomes: m.Outcomes, *, besides: type[KvfsError] | None = None) -> None:
-    """The first item's error that is not ``besides``."""
-    for index in outcomes.errors:
-        error = outcomes.error(index)
-        if error is not None and (besides is None or not isinstance(error, besides)):
-            raise error

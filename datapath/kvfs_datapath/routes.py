@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from kvfs_base.cluster import Chain, ClusterMap, Target, TargetState
-from kvfs_base.errors import KvfsError, NoTarget, TargetFailed
+from kvfs_base.errors import KvfsError, NoTarget, StaleChain, TargetFailed
 from kvfs_base.types import Address, ChunkId
 
 
@@ -115,17 +115,17 @@ class Router:
         return found
 
     def route(self, chain: int) -> Route:
-        """To the target of a chain of one copy. Raises as ``chain``."""
-        return self.chain(chain).serving[0]
+        """To the target of a chain of one copy. Raises as ``chain``, and StaleChain for another
+        one: its chunks have other names and are written by other requests."""
+        found = self.chain(chain)
+        if found.is_replicated:
+            raise StaleChain(chain=chain, version=found.version)
+        return found.serving[0]
 
     def is_replicated(self, chain: int) -> bool | None:
-        """Also of a chain that nobody serves; None if the chain is not known. Never changes."""
-        try:
-            known = _find(self._cluster.current(), chain)
-            if known is None:
-                known = _find(self._cluster.refresh(), chain)
-        except KvfsError:
-            return None
+        """Also of a chain that nobody serves; None if there is no such chain. Never changes. Raises
+        what kept the map from being fetched."""
+        known = _find(self._cluster.current(), chain) or _find(self._cluster.refresh(), chain)
         return None if known is None else known.is_replicated
 
     def _routes(self, cluster: ClusterMap) -> dict[int, ChainRoutes]:

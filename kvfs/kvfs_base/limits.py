@@ -486,6 +486,9 @@ STAT_AHEAD_CHUNKS = 16
 """Versions that a writer asks for when he comes to a chunk that he knows nothing of: a stream asks
 once in so many chunks of a chain."""
 
+VERSIONS_KEPT_MAX = 65_536
+"""Chunks of one open file whose versions a writer remembers: 64 GiB, 100 bytes each."""
+
 CUT_CHUNKS_MAX = 4096
 """A shorter file's chunks are cut to nothing one by one, which can be repeated without harm, up to
 this many; of a longer tail the heads remove what they have."""
