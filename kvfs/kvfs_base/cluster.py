@@ -148,6 +148,9 @@ class Heartbeat(Request, tag="heartbeat"):
     """Failure domain: copies of a chain are on different hosts. Empty: ``host_id``."""
     rack: ShortText = ""
     """Failure domain above: copies are in different racks where there are enough of them."""
+    number: U64 = 0
+    """Grows with each heartbeat of the process (a repetition keeps it): one that was long on its
+    way must not be taken for news. 0: not counted."""
     map_version: U64 = 0
     """The map that the server knew when it sent this. ``fenced`` counts only while no newer one was
     made: a target that has seen one may answer again, and this may have been long on its way."""

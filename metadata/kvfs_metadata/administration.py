@@ -24,11 +24,12 @@ from kvfs_metadata.admin_messages import (
     SetDraining,
     TargetDetails,
 )
-from kvfs_metadata.cluster_state import ClusterState, TargetEntry
+from kvfs_metadata.cluster_state import ClusterState
 from kvfs_metadata.draining import Drainer
 from kvfs_metadata.engine import Item, KVRead, prefix_end, scan
 from kvfs_metadata.removals import Removals
 from kvfs_metadata.sessions import Sessions
+from kvfs_metadata.targets import TargetEntry
 from kvfs_metadata.transaction import Tx
 
 _Counts = defaultdict[int, list[int]]
@@ -59,12 +60,13 @@ class Administration:
     # --- looking
 
     def describe(self, kv: KVRead, request: DescribeCluster) -> ClusterDetails:
+        self._cluster.targets.expire()
         return ClusterDetails(
-            targets=tuple(map(self._target, self._cluster.targets())),
+            targets=tuple(map(self._target, self._cluster.targets)),
             servers=self._servers(kv),
             removed=tuple(
                 RemovedTarget(uuid, record.target_id, record.server_id, record.removed_ns)
-                for uuid, record in self._cluster.removed().items()
+                for uuid, record in self._cluster.departures.gone.items()
             ),
         )
 
@@ -79,7 +81,7 @@ class Administration:
             state=entry.state,
             capacity_bytes=record.capacity_bytes,
             free_bytes=entry.free_bytes,
-            chains=tuple(self._cluster.chains_of(record.target_id)),
+            chains=tuple(self._cluster.chains.of_target(record.target_id)),
             draining=record.draining,
             keep_blocks=record.keep_blocks,
             drained=record.drained,
@@ -116,20 +118,20 @@ class Administration:
 
     def set_draining(self, tx: Tx, request: SetDraining) -> Changed:
         for target_id in request.targets:
-            self._cluster.set_draining(tx, target_id, request.on, request.keep_blocks)
+            self._cluster.departures.set_draining(tx, target_id, request.on, request.keep_blocks)
         return Changed()
 
     def remove(self, tx: Tx, request: RemoveTarget) -> Changed:
         for target_id in request.targets:
             try:
-                self._cluster.remove(tx, target_id, force=request.force)
+                self._cluster.departures.remove(tx, target_id, force=request.force)
             except TargetInUse as exc:
                 exc.blocks, exc.files = self._drainer.left_on(target_id)
                 raise
         return Changed()
 
     def admit(self, tx: Tx, request: AdmitTarget) -> Changed:
-        self._cluster.admit(tx, request.uuid)
+        self._cluster.departures.admit(tx, request.uuid)
         return Changed()
 
 

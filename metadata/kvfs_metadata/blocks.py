@@ -9,7 +9,7 @@ one of them happens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 from kvfs_base.errors import (
@@ -19,6 +19,7 @@ from kvfs_base.errors import (
     LimitExceeded,
     PrepareExpired,
     ServerBusy,
+    StaleChain,
 )
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
@@ -36,7 +37,9 @@ from kvfs_metadata import records
 from kvfs_metadata.block_index import BlockIndex, KVNamespace, split_keys
 from kvfs_metadata.block_table import Block
 from kvfs_metadata.cluster_state import ClusterState
+from kvfs_metadata.copies import Copies
 from kvfs_metadata.engine import KVRead, scan
+from kvfs_metadata.inodes import load
 from kvfs_metadata.messages import (
     AbortBlocks,
     CommitBlocks,
@@ -99,6 +102,7 @@ class Blocks:
         clock: Clock,
         counters: Counters,
         cluster: ClusterState,
+        copies: Copies,
         capacity_bytes: Callable[[], int],
         counts: BlockCounts | None = None,
         shared: bool = False,
@@ -109,6 +113,7 @@ class Blocks:
         self._shared = shared
         self._counters = counters
         self._cluster = cluster
+        self._copies = copies
         self._capacity_bytes = capacity_bytes
         self._prepared: dict[int, _Prepared] = {}
         self.prepared_bytes = 0
@@ -209,8 +214,9 @@ class Blocks:
             return PreparedBatch(0, (None,) * len(rows))
         if len(self._prepared) >= PREPARED_BATCHES_MAX:
             raise ServerBusy(detail=f"{PREPARED_BATCHES_MAX} batches are being written")
-        chains = self._cluster.place_blocks(len(places))
         sizes = tuple([request.sizes[place] for place in places])
+        copies = self._copies.wanted(load(tx.kv, namespace.inode))
+        chains = self._cluster.placement.place_blocks(tx, sizes, copies)
         self._make_room(tx, sum(sizes))
         record = PreparedRecord(
             namespace=namespace.inode,
@@ -242,6 +248,7 @@ class Blocks:
         record = batch.record
         if len(request.crc32c) != len(record.sizes):
             raise InvalidRequest(detail=f"{len(record.sizes)} checksums expected")
+        self._require_versions(record, request)
         namespace = self.index.namespaces.get(record.namespace)
         if namespace is None:
             raise PrepareExpired(batch_id)  # its directory is gone; expiry collects the chunks
@@ -249,6 +256,16 @@ class Blocks:
         self._close_batch(tx, batch_id, batch)
         self._remember_committed(tx, batch_id)
         return DONE
+
+    def _require_versions(self, record: PreparedRecord, request: CommitBlocks) -> None:
+        """A member that came meanwhile may not have the blocks. Raises StaleChain."""
+        written = dict(request.versions)
+        for chain_id in dict.fromkeys(record.chains):
+            chain = self._cluster.chains.get(chain_id)
+            if chain is None or not chain.is_replicated:
+                continue
+            if written.get(chain_id) != chain.version:
+                raise StaleChain(chain=chain_id, version=chain.version)
 
     def _insert(
         self, tx: Tx, namespace: KVNamespace, record: PreparedRecord, crc32c: Sequence[int]
@@ -259,7 +276,7 @@ class Blocks:
         known = namespace.find(keys)
         for i, key in enumerate(keys):
             inode, size, chain = record.first_inode + i, record.sizes[i], record.chains[i]
-            if not self._cluster.has_chain(chain):
+            if chain not in self._cluster.chains:
                 continue  # its target was removed meanwhile: a miss from the beginning
             if known[i] is not None:
                 self._cluster.remove_chunks(tx, (chain,), inode, 1, size)
@@ -324,6 +341,16 @@ class Blocks:
     def prepared_chains(self) -> set[int]:
         """Where blocks may yet become visible."""
         return {chain for batch in self._prepared.values() for chain in batch.record.chains}
+
+    def prepared_inodes(self, chains: Collection[int]) -> set[int]:
+        """Blocks on these chains that may yet become visible."""
+        return {
+            batch.record.first_inode + place
+            for batch in self._prepared.values()
+            if not set(batch.record.chains).isdisjoint(chains)
+            for place, chain in enumerate(batch.record.chains)
+            if chain in chains
+        }
 
     def next_expiry(self) -> float | None:
         """Monotonic seconds of the first expiry to come."""

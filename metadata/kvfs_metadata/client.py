@@ -24,7 +24,7 @@ import msgspec
 import trio
 
 from kvfs_base import threads
-from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat
+from kvfs_base.cluster import ClusterMap, FindUnwanted, GetClusterMap, Heartbeat
 from kvfs_base.errors import ConnectionLost, KvfsError, StoreUnavailable
 from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GRACE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient
@@ -58,6 +58,7 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         fixes.RepairRecords,  # each fix looks again: the second time nothing is called for
         Heartbeat,
         GetClusterMap,
+        FindUnwanted,
         DescribeCluster,
         CountChunks,
     }

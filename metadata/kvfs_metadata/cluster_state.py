@@ -5,8 +5,8 @@ recorded. Whether it serves is not: that is a lease, renewed by each heartbeat. 
 this service every recorded target has one lease's time to be heard of again, so that a restart does
 not look like the loss of all disks.
 
-A target can be drained (nothing new is placed on it, ``draining.py`` empties it) and removed.
-Removed ones are remembered (``GONE``): a server that was away does not bring them back.
+Chains of several copies have members, whose states are recorded (``membership.py``), since a member
+that may have missed something must not serve again before it is brought in step.
 
 On a shared store the last heartbeat of each target is recorded as well (``BEAT``), because it comes
 to one server only. The others count the lease from when they hear of the record.
@@ -14,8 +14,7 @@ to one server only. The others count the lease from when they hear of the record
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import msgspec
@@ -25,50 +24,26 @@ from kvfs_base.cluster import (
     ClusterMap,
     Heartbeat,
     HeartbeatReply,
-    Target,
     TargetOrders,
     TargetReport,
     TargetState,
 )
-from kvfs_base.errors import InvalidRequest, NoTarget, TargetInUse, TargetUnknown
-from kvfs_base.limits import (
-    GIB,
-    MIB,
-    REMOVED_TARGETS_MAX,
-    STRIPE_MAX,
-    TARGET_LEASE_SECONDS,
-    TARGET_UUID_CHARS_MAX,
-)
+from kvfs_base.errors import InvalidRequest
+from kvfs_base.limits import INCARNATIONS_REMEMBERED, TARGET_UUID_CHARS_MAX
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
+from kvfs_metadata.chains import ChainTable, MapVersion
+from kvfs_metadata.departures import Departures
 from kvfs_metadata.engine import KVRead, Writes, scan
-from kvfs_metadata.records import BeatValue, ChainRecord, GoneRecord, TargetRecord
+from kvfs_metadata.membership import Membership
+from kvfs_metadata.placing import Placement
+from kvfs_metadata.records import BeatValue, ChainRecord, TargetRecord
 from kvfs_metadata.removals import Removals
+from kvfs_metadata.targets import TargetEntry, TargetTable, as_target, evict_below_bytes
 from kvfs_metadata.transaction import Counters, Tx
 
 CAPACITY_FRACTION = 0.90
 """Without a configured capacity the cache may fill this much of the disks."""
-
-
-def full_below_bytes(capacity_bytes: int) -> int:
-    """A target with less free space takes no new chunks: 2 %, at most 512 MiB."""
-    return min(capacity_bytes // 50, 512 * MIB)
-
-
-def evict_below_bytes(capacity_bytes: int) -> int:
-    """A target with less free space makes the cache evict: 5 %, at most 2 GiB."""
-    return min(capacity_bytes // 20, 2 * GIB)
-
-
-@dataclasses.dataclass(slots=True)
-class TargetEntry:
-    uuid: str
-    record: TargetRecord
-    free_bytes: int
-    healthy: bool
-    heard_at: float
-    """Monotonic seconds."""
-    state: TargetState
 
 
 class ClusterState:
@@ -83,22 +58,22 @@ class ClusterState:
         *,
         recorded: bool = False,
     ) -> None:
-        self._clock = clock
         self._recorded = recorded
         self._counters = counters
         self._removals = removals
-        self._by_uuid: dict[str, TargetEntry] = {}
-        self._by_id: dict[int, TargetEntry] = {}
-        self._chains: dict[int, ChainRecord] = {}
-        self._gone: dict[str, GoneRecord] = {}
-        self.departures = 0
-        """Grows when targets begin or cease to be drained, or are removed."""
-        self.sweep_wanted = read.get(records.SWEEP_KEY) is not None
-        """Something may refer to targets that were removed."""
-        self._serving: list[int] = []
-        self._turn = 0
-        self._changes = 0
-        self._start = 0
+        self.map_version = MapVersion(read)
+        self.targets = TargetTable(clock, self.map_version)
+        self.chains = ChainTable(self.map_version)
+        self.placement = Placement(self.map_version, self.targets, self.chains, counters)
+        self.membership = Membership(self.targets, self.chains, self.placement)
+        self.departures = Departures(
+            read,
+            self.map_version,
+            targets=self.targets,
+            chains=self.chains,
+            membership=self.membership,
+            removals=removals,
+        )
         for prefix in (records.CHAIN, records.TARGET, records.BEAT, records.GONE):
             self.apply(dict(scan(read, prefix)))
 
@@ -108,367 +83,164 @@ class ClusterState:
         changed = False
         for key, value in writes.items():
             if key.startswith(records.CHAIN):
-                self._follow_chain(int.from_bytes(key[4:8], "big"), value)
+                self.chains.apply(int.from_bytes(key[4:8], "big"), value)
                 changed = True
             elif key.startswith(records.TARGET):
                 self._follow_target(key[4:].decode(), value)
                 changed = True
             elif key.startswith(records.GONE):
-                self._follow_gone(key[4:].decode(), value)
+                self.departures.apply(key[4:].decode(), value)
             elif key == records.SWEEP_KEY:
-                self.sweep_wanted = value is not None
+                self.departures.sweep_wanted = value is not None
+            elif key == records.MAP_KEY:
+                self.map_version.apply(value)
             elif key.startswith(records.BEAT) and value is not None:
                 beats.append((int.from_bytes(key[4:8], "big"), records.unpack_beat(value)))
         if changed:
-            self._changed()
+            self.map_version.changed()
         for target_id, beat in beats:
-            if target_id in self._by_id:
-                self._heard(self._by_id[target_id], beat)
-
-    def _follow_chain(self, chain_id: int, value: bytes | None) -> None:
-        if value is None:
-            self._chains.pop(chain_id, None)
-        else:
-            self._chains[chain_id] = records.decode_chain(value)
+            entry = self.targets.get(target_id)
+            if entry is not None:
+                self.targets.heard(entry, beat)
 
     def _follow_target(self, uuid: str, value: bytes | None) -> None:
-        entry = self._by_uuid.get(uuid)
+        entry = self.targets.named(uuid)
         if value is None:
             if entry is not None:
-                del self._by_uuid[uuid], self._by_id[entry.record.target_id]
-                self.departures += 1
+                self.targets.remove(entry)
+                self.targets.departures += 1
             return
         record = records.decode_target(value)
         if entry is None:
-            self._enter(uuid, record, free_bytes=record.capacity_bytes)
+            self.targets.enter(uuid, record, free_bytes=record.capacity_bytes)
         else:
-            self._set_record(entry, record)
+            self.targets.set_record(entry, record)
 
-    def _follow_gone(self, uuid: str, value: bytes | None) -> None:
-        if value is None:
-            self._gone.pop(uuid, None)
-        else:
-            self._gone[uuid] = records.decode_gone(value)
-
-    def started(self, number: int) -> None:
-        """``number`` grows with every start of the service, so map versions never go back."""
-        self._start = number
-
-    def _enter(self, uuid: str, record: TargetRecord, free_bytes: int) -> TargetEntry:
-        state = _state(record, BeatValue(free_bytes, True))
-        entry = TargetEntry(uuid, record, free_bytes, True, self._clock.monotonic(), state)
-        self._by_uuid[uuid] = self._by_id[record.target_id] = entry
-        return entry
+    def started(self, tx: Tx, number: int, *, went_back: bool) -> None:
+        """``number`` grows with every start of the service, so map versions never go back. A store
+        that did has forgotten versions that others know."""
+        at_least = number + (VERSIONS_SKIPPED if went_back else 0)
+        self.map_version.record(tx, at_least=at_least)
+        if not went_back:
+            return
+        for chain_id in self.chains:
+            chain = self.chains[chain_id]
+            if chain.is_replicated:
+                version = chain.version + VERSIONS_SKIPPED
+                self.chains.put(tx, chain_id, msgspec.structs.replace(chain, version=version))
 
     # --- the map
 
     @property
     def version(self) -> int:
-        return self._start << 32 | self._changes
+        return int(self.map_version)
 
     def map(self) -> ClusterMap:
-        self.expire()
+        self.targets.expire()
         return ClusterMap(
             version=self.version,
-            targets=tuple(_as_target(entry) for entry in self._by_id.values()),
-            chains=tuple(
-                Chain(chain_id, record.version, record.targets)
-                for chain_id, record in self._chains.items()
-            ),
+            targets=tuple(map(as_target, self.targets)),
+            chains=tuple(_as_chain(chain_id, self.chains[chain_id]) for chain_id in self.chains),
         )
-
-    def _changed(self) -> None:
-        self._changes += 1
-        serving = {
-            target_id
-            for target_id, entry in self._by_id.items()
-            if entry.state is TargetState.SERVING
-        }
-        self._serving = [
-            chain_id
-            for chain_id, chain in self._chains.items()
-            if serving.issuperset(chain.targets)
-        ]
-
-    def expire(self) -> None:
-        """Takes targets whose lease is over out of service."""
-        oldest = self._clock.monotonic() - TARGET_LEASE_SECONDS
-        late = [
-            entry
-            for entry in self._by_id.values()
-            if entry.heard_at < oldest and entry.state is not TargetState.OFFLINE
-        ]
-        for entry in late:
-            entry.state = TargetState.OFFLINE
-        if late:
-            self._changed()
 
     # --- heartbeats
 
     def heartbeat(self, tx: Tx, request: Heartbeat) -> HeartbeatReply:
         """Registers, renews, and answers with what is to be removed."""
-        self.expire()
-        refused = tuple(r.uuid for r in request.targets if r.uuid in self._gone)
-        orders = tuple(
-            self._report(tx, request, report)
-            for report in request.targets
-            if report.uuid not in self._gone
+        self.targets.expire()
+        gone = self.departures.gone
+        heard: list[TargetEntry] = []
+        named: list[TargetEntry] = []
+        for report in request.targets:
+            if report.uuid in gone:
+                continue
+            entry = self.targets.named(report.uuid)
+            if entry is None:
+                entry = self._register(tx, request, report)
+            named.append(entry)
+            if not _is_late(entry, request, report):
+                self._report(tx, request, report, entry)
+                heard.append(entry)
+        reporters = {entry.target_id for entry in heard}
+        self.membership.synced(tx, reporters, request.synced)
+        self.membership.suspects(tx, reporters, request.suspects)
+        return HeartbeatReply(
+            # Other servers of the store count what is not recorded by themselves.
+            map_version=self.map_version.recorded if self._recorded else self.version,
+            targets=tuple(self._orders(tx, entry, is_late=entry not in heard) for entry in named),
+            refused=tuple(report.uuid for report in request.targets if report.uuid in gone),
         )
-        return HeartbeatReply(self.version, orders, refused)
 
-    def _report(self, tx: Tx, request: Heartbeat, report: TargetReport) -> TargetOrders:
-        entry = self._by_uuid.get(report.uuid)
-        if entry is None:
-            entry = self._register(tx, request, report)
-        target_id = entry.record.target_id
-        record = msgspec.structs.replace(
-            _reported(target_id, request, report),
-            draining=entry.record.draining,
-            keep_blocks=entry.record.keep_blocks,
-            drained=entry.record.drained,
-        )
-        self._record(tx, entry, record)
-        beat = BeatValue(report.free_bytes, report.healthy)
-        self._heard(entry, beat)
+    def _report(self, tx: Tx, request: Heartbeat, report: TargetReport, entry: TargetEntry) -> None:
+        before, number = entry.record.incarnation, entry.number
+        self.targets.put(tx, entry, _reported(entry.record, request, report))
+        if before != report.incarnation:
+            self.membership.restarted(tx, entry)
+            if self.chains.replicated(entry.target_id):
+                # Otherwise it could be taken for another one again, while it serves.
+                self.map_version.urgent = True
+        if not report.healthy:
+            self.membership.failed(tx, entry)
+        elif report.fenced and not 0 < request.number == number:
+            # A copy of what was answered already says nothing of a fence that was ordered since.
+            self.membership.fenced(tx, entry)
+        beat = BeatValue(report.free_bytes, report.healthy, request.number)
+        self.targets.heard(entry, beat)
         if self._recorded:
-            tx.kv.put(records.beat_key(target_id), records.pack_beat(beat))
-        self._removals.acknowledge(tx, target_id, report.removed_seq)
-        return TargetOrders(report.uuid, target_id, self._removals.head(tx.kv, target_id))
+            tx.kv.put(records.beat_key(entry.target_id), records.pack_beat(beat))
+        if report.healthy:
+            self.membership.heard(tx, entry)
+        self._removals.acknowledge(tx, entry.target_id, report.removed_seq)
 
-    def _record(self, tx: Tx, entry: TargetEntry, record: TargetRecord) -> None:
-        if record != entry.record:
-            tx.kv.put(records.target_key(entry.uuid), records.encode(record))
-            tx.undo.append(partial(self._set_record, entry, entry.record))
-            self._set_record(entry, record)
-
-    def _set_record(self, entry: TargetEntry, record: TargetRecord) -> None:
-        before, entry.record = entry.record, record
-        if (before.draining, before.keep_blocks) != (record.draining, record.keep_blocks):
-            self.departures += 1
-        if entry.state is not TargetState.OFFLINE:
-            entry.state = _state(record, BeatValue(entry.free_bytes, entry.healthy))
-        self._changed()
-
-    def _heard(self, entry: TargetEntry, beat: BeatValue) -> None:
-        entry.free_bytes = beat.free_bytes
-        entry.healthy = beat.healthy
-        entry.heard_at = self._clock.monotonic()
-        state = _state(entry.record, beat)
-        if state is not entry.state:
-            entry.state = state
-            self._changed()
+    def _orders(self, tx: Tx, entry: TargetEntry, *, is_late: bool) -> TargetOrders:
+        """Whoever hears the answer to a heartbeat that was overtaken must not live by it."""
+        return TargetOrders(
+            entry.uuid,
+            entry.target_id,
+            self._removals.head(tx.kv, entry.target_id),
+            fence=is_late or entry.record.is_to_be_fenced,
+        )
 
     def _register(self, tx: Tx, request: Heartbeat, report: TargetReport) -> TargetEntry:
         if not 0 < len(report.uuid.encode()) <= TARGET_UUID_CHARS_MAX:
             raise InvalidRequest(detail="the uuid of a target is 1 to 128 bytes")
-        target_id = self._counters.target.take(tx)
-        chain_id = self._counters.chain.take(tx)
-        record = _reported(target_id, request, report)
-        chain = ChainRecord(version=1, targets=(target_id,))
-        tx.kv.put(records.target_key(report.uuid), records.encode(record))
-        tx.kv.put(records.chain_key(chain_id), records.encode(chain))
-        entry = self._enter(report.uuid, record, report.free_bytes)
-        self._chains[chain_id] = chain
-        self._changed()
-        tx.undo.append(partial(self._forget, report.uuid, target_id, chain_id))
-        return entry
-
-    def _forget(self, uuid: str, target_id: int, chain_id: int) -> None:
-        del self._by_uuid[uuid], self._by_id[target_id], self._chains[chain_id]
-        self._changed()
-
-    # --- targets that leave
-
-    def target(self, target_id: int) -> TargetEntry:
-        """Raises TargetUnknown."""
-        entry = self._by_id.get(target_id)
-        if entry is None:
-            raise TargetUnknown(name=str(target_id))
-        return entry
-
-    def targets(self) -> list[TargetEntry]:
-        self.expire()
-        return list(self._by_id.values())
-
-    def removed(self) -> dict[str, GoneRecord]:
-        return self._gone
-
-    def chains_of(self, target_id: int) -> list[int]:
-        return [chain_id for chain_id, c in self._chains.items() if target_id in c.targets]
-
-    def has_chain(self, chain_id: int) -> bool:
-        return chain_id in self._chains
-
-    def has_departures(self) -> bool:
-        """Whether there is, or may be, anything that is to leave a target."""
-        return self.sweep_wanted or any(
-            entry.record.draining and not entry.record.drained for entry in self._by_id.values()
+        named = [other.uuid for other in request.targets]
+        record = TargetRecord(
+            target_id=self._counters.target.take(tx),
+            server_id=request.server_id,
+            host_id=request.host_id,
+            unix=request.unix,
+            tcp=request.tcp,
+            capacity_bytes=report.capacity_bytes,
+            incarnation=report.incarnation,
+            replaces=self.membership.exchanged(request.server_id, named),
         )
+        record = _reported(record, request, report)
+        tx.kv.put(records.target_key(report.uuid), records.encode(record))
+        entry = self.targets.enter(report.uuid, record, report.free_bytes)
+        tx.undo.append(partial(self.targets.remove, entry))
+        chain = ChainRecord(version=1, targets=(record.target_id,))
+        self.chains.put(tx, self._counters.chain.take(tx), chain)
+        return entry
 
-    def leaving_chains(self) -> tuple[set[int], set[int]]:
-        """Chains of draining targets, and those of them that keep their blocks."""
-        draining: set[int] = set()
-        keeping: set[int] = set()
-        for target_id, entry in self._by_id.items():
-            if entry.record.draining:
-                draining.update(self.chains_of(target_id))
-                if entry.record.keep_blocks:
-                    keeping.update(self.chains_of(target_id))
-        return draining, keeping
+    # --- chunks
 
-    def set_draining(self, tx: Tx, target_id: int, on: bool, keep_blocks: bool) -> None:
-        """Raises TargetUnknown."""
-        entry = self.target(target_id)
-        keep_blocks = on and keep_blocks
-        before = entry.record
-        if (before.draining, before.keep_blocks) != (on, keep_blocks):
-            record = msgspec.structs.replace(
-                before, draining=on, keep_blocks=keep_blocks, drained=False
-            )
-            self._record(tx, entry, record)
-
-    def set_drained(self, tx: Tx, target_id: int) -> None:
-        entry = self.target(target_id)
-        self._record(tx, entry, msgspec.structs.replace(entry.record, drained=True))
-
-    def remove(self, tx: Tx, target_id: int, *, force: bool) -> None:
-        """Raises TargetUnknown, TargetInUse."""
-        self.expire()
-        entry = self.target(target_id)
-        if not force:
-            self._require_empty(entry)
-        chains = {chain_id: self._chains[chain_id] for chain_id in self.chains_of(target_id)}
-        for key in map(records.chain_key, chains):
-            tx.kv.delete(key)
-        tx.kv.delete(records.target_key(entry.uuid))
-        tx.kv.delete(records.beat_key(target_id))
-        self._removals.drop(tx, target_id)
-        self._set_sweep(tx, True)
-        self._remember_gone(tx, entry)
-        del self._by_uuid[entry.uuid], self._by_id[target_id]
-        for chain_id in chains:
-            del self._chains[chain_id]
-        tx.undo.append(partial(self._bring_back, entry, chains))
-        self.departures += 1
-        self._changed()
-
-    def _require_empty(self, entry: TargetEntry) -> None:
-        record = entry.record
-        if not record.draining:
-            raise TargetInUse(target_id=record.target_id, detail="it is not draining")
-        if not record.drained:
-            raise TargetInUse(target_id=record.target_id, detail="it is not empty")
-        removals = self._removals.pending(record.target_id)
-        if removals and entry.state is not TargetState.OFFLINE:
-            detail = "it has chunks to remove from its disk"
-            raise TargetInUse(target_id=record.target_id, removals=removals, detail=detail)
-
-    def _bring_back(self, entry: TargetEntry, chains: dict[int, ChainRecord]) -> None:
-        self._by_uuid[entry.uuid] = self._by_id[entry.record.target_id] = entry
-        self._chains |= chains
-        self.departures += 1
-        self._changed()
-
-    def _remember_gone(self, tx: Tx, entry: TargetEntry) -> None:
-        record = GoneRecord(entry.record.target_id, entry.record.server_id, tx.now_ns)
-        tx.kv.put(records.gone_key(entry.uuid), records.encode(record))
-        self._gone[entry.uuid] = record
-        tx.undo.append(partial(self._gone.__delitem__, entry.uuid))
-        while len(self._gone) > REMOVED_TARGETS_MAX:
-            self._forget_gone(tx, min(self._gone, key=lambda uuid: self._gone[uuid].removed_ns))
-
-    def _forget_gone(self, tx: Tx, uuid: str) -> None:
-        tx.kv.delete(records.gone_key(uuid))
-        tx.undo.append(partial(self._gone.__setitem__, uuid, self._gone.pop(uuid)))
-
-    def admit(self, tx: Tx, uuid: str) -> None:
-        """A removed target may register again. Raises TargetUnknown."""
-        if uuid not in self._gone:
-            raise TargetUnknown(name=uuid)
-        self._forget_gone(tx, uuid)
-
-    def swept(self, tx: Tx) -> None:
-        """Nothing refers to removed targets but files that lost data."""
-        self._set_sweep(tx, False)
-
-    def _set_sweep(self, tx: Tx, wanted: bool) -> None:
-        if wanted:
-            tx.kv.put(records.SWEEP_KEY, b"")
-        else:
-            tx.kv.delete(records.SWEEP_KEY)
-        tx.undo.append(partial(setattr, self, "sweep_wanted", self.sweep_wanted))
-        self.sweep_wanted = wanted
-
-    # --- placement
-
-    def place_file(self) -> tuple[int, ...]:
-        """Chains for a new file, the next one first. Raises NoTarget."""
-        serving = self._require_serving()
-        turn = self._turn = (self._turn + 1) % len(serving)
-        count = min(STRIPE_MAX, len(serving))
-        return tuple(serving[(turn + i) % len(serving)] for i in range(count))
-
-    def place_blocks(self, count: int) -> list[int]:
-        """A chain for each of ``count`` blocks, in rotation. Raises NoTarget."""
-        serving = self._require_serving()
-        turn = self._turn
-        self._turn = (turn + count) % len(serving)
-        return [serving[(turn + i) % len(serving)] for i in range(count)]
-
-    def place_instead(self, chains: Sequence[int]) -> int | None:
-        """A chain for chunks to come of a file that is on ``chains``, if possible another one."""
-        self.expire()
-        if not self._serving:
-            return None
-        self._turn = (self._turn + 1) % len(self._serving)
-        turned = self._serving[self._turn :] + self._serving[: self._turn]
-        return next((chain for chain in turned if chain not in chains), turned[0])
-
-    def _require_serving(self) -> list[int]:
-        self.expire()
-        if not self._serving:
-            raise NoTarget(detail=f"none of {len(self._by_id)} targets is serving")
-        return self._serving
+    def require_chains(self, copies: int) -> None:
+        """Raises NoTarget if there cannot be chains of so many copies."""
+        if copies > 1:
+            self.placement.require_hosts(copies)
 
     def remove_chunks(
         self, tx: Tx, chains: Sequence[int], inode: int, end: int, size: int = 0
     ) -> None:
-        """Queues the removal of chunks 0 to ``end`` of ``inode`` on every target of ``chains``."""
-        removal = records.RemovalValue(inode, 0, end, size)
+        """Queues the removal of chunks 0 to ``end`` of ``inode`` on every target of ``chains``, of
+        several copies on those that are away, too."""
         for chain_id in chains:
-            chain = self._chains.get(chain_id)
+            chain = self.chains.get(chain_id)
             if chain is not None:
-                self._removals.add(tx, chain.targets, removal)
-
-    # --- space
-
-    def disk_capacity_bytes(self) -> int:
-        """What the targets hold; a volume that several of them share counts once. Where all are
-        draining only what they still hold counts, so that the capacity shrinks as they empty."""
-        return sum(
-            max(
-                e.record.capacity_bytes
-                - (e.free_bytes if all(other.record.draining for other in group) else 0)
-                for e in group
-            )
-            for group in self._volumes()
-        )
-
-    def disk_free_bytes(self) -> int:
-        """For new chunks."""
-        return sum(
-            max(e.free_bytes for e in group)
-            for group in self._volumes()
-            if not all(e.record.draining for e in group)
-        )
-
-    def _volumes(self) -> Iterable[list[TargetEntry]]:
-        volumes: dict[tuple[str, str], list[TargetEntry]] = {}
-        for entry in self._by_id.values():
-            record = entry.record
-            name = (record.host_id, record.volume) if record.volume else ("", entry.uuid)
-            volumes.setdefault(name, []).append(entry)
-        return volumes.values()
+                number = chain_id if chain.is_replicated else 0
+                removal = records.RemovalValue(inode, 0, end, size, number)
+                self._removals.add(tx, chain.everybody, removal)
 
     def missing_bytes(self) -> int:
         """How much the target that is worst off lacks of what it keeps free, not counting what it
@@ -477,15 +249,15 @@ class ClusterState:
             (
                 evict_below_bytes(entry.record.capacity_bytes)
                 - entry.free_bytes
-                - self._removals.pending_bytes(entry.record.target_id)
-                for entry in self._by_id.values()
+                - self._removals.pending_bytes(entry.target_id)
+                for entry in self.targets
                 if entry.state is not TargetState.OFFLINE
             ),
             default=0,
         )
 
     def statistics(self) -> dict[str, int]:
-        states = [entry.state for entry in self._by_id.values()]
+        states = [entry.state for entry in self.targets]
         return {
             "targets": len(states),
             "targets_serving": states.count(TargetState.SERVING),
@@ -493,40 +265,47 @@ class ClusterState:
             "targets_draining": states.count(TargetState.DRAINING),
             "targets_offline": states.count(TargetState.OFFLINE),
             "removals_pending": self._removals.pending_count(),
+            **self.membership.statistics(),
         }
 
 
-def _reported(target_id: int, request: Heartbeat, report: TargetReport) -> TargetRecord:
-    return TargetRecord(
-        target_id=target_id,
+VERSIONS_SKIPPED = 1 << 20
+"""Changes of one chain, and of all, that a store that went back may have forgotten."""
+
+
+def _is_late(entry: TargetEntry, request: Heartbeat, report: TargetReport) -> bool:
+    """Whether a later heartbeat of the target has come before this one: of the same process, or of
+    one that was started after its end."""
+    if report.incarnation != entry.record.incarnation:
+        return report.incarnation in entry.record.past
+    return 0 < request.number < entry.number
+
+
+def _reported(record: TargetRecord, request: Heartbeat, report: TargetReport) -> TargetRecord:
+    past = record.past
+    if record.incarnation not in (0, report.incarnation):
+        past = (record.incarnation, *past)[:INCARNATIONS_REMEMBERED]
+    return msgspec.structs.replace(
+        record,
         server_id=request.server_id,
         host_id=request.host_id,
         unix=request.unix,
         tcp=request.tcp,
         capacity_bytes=report.capacity_bytes,
         volume=report.volume,
+        host=request.host,
+        rack=request.rack,
+        incarnation=report.incarnation,
+        past=past,
     )
 
 
-def _state(record: TargetRecord, beat: BeatValue) -> TargetState:
-    if not beat.healthy:
-        return TargetState.OFFLINE
-    if record.draining:
-        return TargetState.DRAINING
-    if beat.free_bytes < full_below_bytes(record.capacity_bytes):
-        return TargetState.FULL
-    return TargetState.SERVING
-
-
-def _as_target(entry: TargetEntry) -> Target:
-    record = entry.record
-    return Target(
-        target_id=record.target_id,
-        server_id=record.server_id,
-        host_id=record.host_id,
-        unix=record.unix,
-        tcp=record.tcp,
-        state=entry.state,
-        capacity_bytes=record.capacity_bytes,
-        free_bytes=entry.free_bytes,
+def _as_chain(chain_id: int, record: ChainRecord) -> Chain:
+    return Chain(
+        chain_id,
+        record.version,
+        record.targets,
+        record.copies,
+        record.syncing,
+        record.offline,
     )

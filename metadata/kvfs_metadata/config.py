@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kvfs_base.errors import InvalidRequest
+from kvfs_base.limits import COPIES_MAX
 from kvfs_base.types import Address
 
 DURABILITIES = ("cache", "strict")
@@ -25,6 +26,8 @@ class MetadataConfig:
     low_watermark: float = 0.90
     """Eviction stops here."""
     durability: str = "cache"
+    default_copies: int = 1
+    """Of what is stored in directories that do not say otherwise."""
     store: str = ""
     """A postgresql:// URL that several servers may share, or a directory; empty: ``directory``."""
     secret_file: str | None = None
@@ -35,5 +38,7 @@ class MetadataConfig:
             raise InvalidRequest(detail=f"durability is one of {', '.join(DURABILITIES)}")
         if not 0.0 < self.low_watermark <= self.high_watermark <= 1.0:
             raise InvalidRequest(detail="watermarks: 0 < low <= high <= 1")
+        if not 1 <= self.default_copies <= COPIES_MAX:
+            raise InvalidRequest(detail=f"default_copies is 1 to {COPIES_MAX}")
         if self.capacity_bytes < 0:
             raise InvalidRequest(detail="capacity is not negative")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from kvfs_base.cluster import ClusterMap, GetClusterMap, Heartbeat, HeartbeatReply
+from kvfs_base.cluster import ClusterMap, FindUnwanted, GetClusterMap, Heartbeat, HeartbeatReply
 from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError
 from kvfs_base.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_base.seams import Clock
@@ -34,6 +34,7 @@ from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.blocks import BlockCounts, Blocks
 from kvfs_metadata.cluster_state import CAPACITY_FRACTION, ClusterState
 from kvfs_metadata.config import MetadataConfig
+from kvfs_metadata.copies import Copies
 from kvfs_metadata.draining import Drainer
 from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
 from kvfs_metadata.migrations import migrate
@@ -44,6 +45,7 @@ from kvfs_metadata.rename import rename
 from kvfs_metadata.repair import Repairer, ServiceMemory, scan_records
 from kvfs_metadata.sessions import Sessions
 from kvfs_metadata.transaction import ANY_CONNECTION, Counters, Tx, roll_back
+from kvfs_metadata.unwanted import find_unwanted
 from kvfs_metadata.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Decision:
 
     group: Group[Any]
     undo: list[Callable[[], None]]
+    urgent: bool = False
+    """To be on stable storage before anybody hears of it."""
 
 
 class MetadataCore:
@@ -107,6 +111,7 @@ class MetadataCore:
         self.cluster = ClusterState(
             read, self._clock, self._counters, self.removals, recorded=self._engine.shared
         )
+        copies = Copies(self.cluster, self._config.default_copies)
         self.sessions.load(read)
         self.blocks = Blocks(
             read,
@@ -114,6 +119,7 @@ class MetadataCore:
             clock=self._clock,
             counters=self._counters,
             cluster=self.cluster,
+            copies=copies,
             capacity_bytes=self.capacity_bytes,
             counts=self._counts,
             shared=self._engine.shared,
@@ -121,10 +127,11 @@ class MetadataCore:
         self.tree = FileTree(
             blocks=self.blocks,
             cluster=self.cluster,
+            copies=copies,
             counters=self._counters,
             may_be_open=self.sessions.may_be_open,
         )
-        self._xattrs = Xattrs(self.index)
+        self._xattrs = Xattrs(self.index, copies)
         self._repairer = Repairer(
             counters=self._counters,
             removals=self.removals,
@@ -157,14 +164,15 @@ class MetadataCore:
         return tuple(str(address) for address in addresses if address is not None)
 
     def _start(self, tx: Tx) -> None:
-        if tx.kv.get(records.WENT_BACK_KEY) is not None:
+        went_back = tx.kv.get(records.WENT_BACK_KEY) is not None
+        if went_back:
             # Chunks of numbers that were given out and forgotten may lie on the targets.
             self._counters.inode.take(tx, NUMBERS_SKIPPED)
             self._counters.batch.take(tx, NUMBERS_SKIPPED)
             tx.kv.delete(records.WENT_BACK_KEY)
         tx.kv.put(records.FORMAT_KEY, records.FORMAT)
         self.tree.create_roots(tx)
-        self.cluster.started(self._counters.start.take(tx))
+        self.cluster.started(tx, self._counters.start.take(tx), went_back=went_back)
 
     # --- requests
 
@@ -210,13 +218,21 @@ class MetadataCore:
             m.Once: self._once,
             fixes.RepairRecords: self._repair,
             Heartbeat: self._heartbeat,
+            FindUnwanted: partial(find_unwanted, self.cluster, blocks, self._counters),
             SetDraining: self._administration.set_draining,
             RemoveTarget: self._administration.remove,
             AdmitTarget: self._administration.admit,
         }
 
     def only_reads(self, requests: Sequence[Any]) -> bool:
-        return all(type(request) in self._reads for request in requests)
+        return all(
+            type(request) in self._reads and not self._takes_turn(request) for request in requests
+        )
+
+    def _takes_turn(self, request: Any) -> bool:
+        """A map must not show members of chains that are decided and not written yet. Only
+        ``StrictTurns`` answers reads meanwhile."""
+        return type(request) is GetClusterMap and self._config.durability == "strict"
 
     def answer(self, requests: Sequence[Any]) -> list[Any]:
         """Answers requests that only read, on one snapshot."""
@@ -285,8 +301,10 @@ class MetadataCore:
         undo: list[Callable[[], None]] = []
         now_ns = self._clock.time_ns()
         fns = [partial(_run, operation, now_ns, undo) for operation in operations]
+        self.cluster.map_version.urgent = False
         try:
-            return Decision(self._engine.run(fns), undo)
+            group = self._engine.run(fns)
+            return Decision(group, undo, urgent=self.cluster.map_version.urgent)
         except BaseException:
             roll_back(undo)  # the store went away while functions were at work
             raise
@@ -294,6 +312,13 @@ class MetadataCore:
     def commit(self, decision: Decision) -> None:
         """Writes a group; from any thread. If it raises, ``take_back`` must follow."""
         self._engine.commit(decision.group)
+        if decision.urgent and self._config.durability != "strict":
+            try:
+                self._engine.sync()
+            except KvfsError as exc:
+                # It is written, only not for good yet: nobody may act on it.
+                results = decision.group.results
+                results[:] = [exc] * len(results)
 
     def take_back(self, decision: Decision) -> None:
         """Memory as it was before the decision, which is given up."""
@@ -380,7 +405,7 @@ class MetadataCore:
 
     def capacity_bytes(self) -> int:
         """0 while no target has told what it holds and nothing is configured."""
-        disks = self.cluster.disk_capacity_bytes()
+        disks = self.cluster.targets.capacity_bytes()
         if self._config.capacity_bytes == 0:
             return int(disks * CAPACITY_FRACTION)
         return min(self._config.capacity_bytes, disks or self._config.capacity_bytes)
@@ -389,9 +414,9 @@ class MetadataCore:
         usage = records.unpack_usage(kv.get(records.USAGE_KEY))
         used = self.blocks.used_bytes(kv)
         capacity = self.capacity_bytes()
-        if self.cluster.disk_capacity_bytes():
+        if self.cluster.targets.capacity_bytes():
             # Somebody else may have filled the disks.
-            capacity = min(capacity, used + self.cluster.disk_free_bytes())
+            capacity = min(capacity, used + self.cluster.targets.free_bytes())
         return m.FilesystemStats(
             capacity_bytes=capacity,
             used_bytes=used,
@@ -420,7 +445,7 @@ class MetadataCore:
 
     def has_departures(self) -> bool:
         """Whether ``drain`` has something to do."""
-        return self.cluster.has_departures()
+        return self.cluster.departures.has_departures()
 
     def drain(self, tx: Tx) -> bool:
         """One transaction's worth of emptying targets; its result is whether to go on at once."""
@@ -429,8 +454,10 @@ class MetadataCore:
     def due(self) -> list[Operation]:
         """For prepared batches, sessions and unlinked files whose time is over. Targets whose
         lease is over go out of service at once."""
-        self.cluster.expire()
+        self.cluster.targets.expire()
         operations: list[Operation] = []
+        if self.cluster.membership.has_work():
+            operations.append(self.cluster.membership.settle)
         expiry = self.blocks.next_expiry()
         if expiry is not None and expiry <= self._clock.monotonic():
             operations.append(self.blocks.expire)

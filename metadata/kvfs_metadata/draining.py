@@ -64,6 +64,7 @@ class Drainer:
     ) -> None:
         self._blocks = blocks
         self._cluster = cluster
+        self._departures = cluster.departures
         self._removals = removals
         self._may_be_open = may_be_open
         self._pass: _Pass | None = None
@@ -76,13 +77,13 @@ class Drainer:
 
     def step(self, tx: Tx) -> bool:
         """One transaction's worth of a pass; False at its end, or if there is nothing to do."""
-        if not self._cluster.has_departures():
+        if not self._departures.has_departures():
             self._pass = None
             return False
         # What is undone must be looked at again.
         tx.undo.append(self._abandon)
         current = self._pass
-        if current is None or current.departures != self._cluster.departures:
+        if current is None or current.departures != self._cluster.targets.departures:
             current = self._pass = self._begin()
         stages = (self._sweep_queues, self._look_at_blocks, self._look_at_files)
         if stages[current.stage](tx, current):
@@ -98,30 +99,31 @@ class Drainer:
         self._pass = None
 
     def _begin(self) -> _Pass:
-        draining, keeping = self._cluster.leaving_chains()
+        draining, keeping = self._departures.leaving_chains()
         spoiled = self._blocks.prepared_chains() & draining
-        return _Pass(self._cluster.departures, draining, keeping, spoiled)
+        return _Pass(self._cluster.targets.departures, draining, keeping, spoiled)
 
     def _finish(self, tx: Tx, done: _Pass) -> None:
         left: dict[int, tuple[int, int]] = {}
-        for entry in self._cluster.targets():
-            target_id = entry.record.target_id
-            chains = self._cluster.chains_of(target_id)
+        for entry in self._cluster.targets:
+            target_id = entry.target_id
+            chains = self._cluster.chains.single(target_id)
             if not done.draining.issuperset(chains) or not entry.record.draining:
                 continue
             blocks = sum(done.blocks[chain] for chain in chains)
             files = sum(done.files[chain] for chain in chains)
             left[target_id] = blocks, files
-            if not blocks and not files and done.spoiled.isdisjoint(chains):
-                self._cluster.set_drained(tx, target_id)
+            needed = self._cluster.chains.replicated(target_id)
+            if not blocks and not files and not needed and done.spoiled.isdisjoint(chains):
+                self._departures.set_drained(tx, target_id)
         self._left = left
-        if self._cluster.sweep_wanted and not done.unswept:
-            self._cluster.swept(tx)
+        if self._departures.sweep_wanted and not done.unswept:
+            self._departures.swept(tx)
 
     # --- the stages: each answers whether there is more of it
 
     def _sweep_queues(self, tx: Tx, current: _Pass) -> bool:
-        known = {entry.record.target_id for entry in self._cluster.targets()}
+        known = {entry.target_id for entry in self._cluster.targets}
         return self._removals.sweep(tx, known, DRAIN_PAGE_RECORDS)
 
     def _look_at_blocks(self, tx: Tx, current: _Pass) -> bool:
@@ -131,7 +133,7 @@ class Drainer:
             chain = records.unpack_block(value).chain
             if chain in current.keeping:
                 current.blocks[chain] += 1
-            elif chain in current.draining or not self._cluster.has_chain(chain):
+            elif chain in current.draining or chain not in self._cluster.chains:
                 self._blocks.remove_block(tx, self._blocks.index.by_inode[records.number_at(key)])
                 self._count(tx)
         return self._turn_page(current, items)
@@ -159,7 +161,7 @@ class Drainer:
         leaving = {
             chain
             for chain in layout.chains
-            if chain in current.draining or not self._cluster.has_chain(chain)
+            if chain in current.draining or chain not in self._cluster.chains
         }
         if not leaving:
             return
@@ -171,7 +173,7 @@ class Drainer:
             kept = {layout.chains[place] for place in unused} - set(layout.chains[:used])
             current.files.update(kept)
             current.unswept = current.unswept or any(
-                not self._cluster.has_chain(layout.chains[place]) for place in unused
+                layout.chains[place] not in self._cluster.chains for place in unused
             )
 
     def _replace(self, tx: Tx, record: InodeRecord, layout: Layout, places: list[int]) -> bool:
@@ -180,7 +182,7 @@ class Drainer:
             return False
         chains = list(layout.chains)
         for place in places:
-            other = self._cluster.place_instead(chains)
+            other = self._cluster.placement.place_instead(record.inode, chains)
             if other is None:
                 return False
             chains[place] = other

@@ -75,7 +75,7 @@ _KEY_BYTES = {
     records.REMOVAL: 16,
     records.CHAIN: 8,
 }
-_VALUE_BYTES = {records.ENTRY: 8, records.BLOCK: 68, records.REMOVAL: 24}
+_VALUE_BYTES = {records.ENTRY: 8, records.BLOCK: 68, records.REMOVAL: 28}
 _NAMED = (records.ENTRY, records.XATTR)
 
 DROPPABLE = frozenset(

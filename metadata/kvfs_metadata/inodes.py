@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 
 from kvfs_base.errors import InodeStale, InvalidRequest, NameTooLong, NotADirectory
-from kvfs_base.limits import FILE_CHUNK_BYTES, MOUNT_UNPUSHED_BYTES, NAME_BYTES_MAX
+from kvfs_base.limits import MOUNT_UNPUSHED_BYTES, NAME_BYTES_MAX
 from kvfs_base.types import ROOT_INODE
 from kvfs_metadata import records
 from kvfs_metadata.engine import KVRead
@@ -15,9 +15,11 @@ from kvfs_metadata.transaction import Tx
 KV_INODE = 2
 """``/kv``. It exists from the start and never goes or moves."""
 
-UNRECORDED_CHUNKS = MOUNT_UNPUSHED_BYTES // FILE_CHUNK_BYTES + 2
-"""Chunks that a writer who died may have left behind the recorded size: what it had not pushed, one
-write, and the chunk that both begin in."""
+
+def unrecorded_chunks(chunk_bytes: int) -> int:
+    """Chunks that a writer who died may have left behind the recorded size: what it had not pushed,
+    one write, and the chunk that both begin in."""
+    return MOUNT_UNPUSHED_BYTES // chunk_bytes + 2
 
 
 def load(kv: KVRead, inode: int) -> InodeRecord:
@@ -89,5 +91,5 @@ def chunks_to_remove(record: InodeRecord) -> tuple[tuple[int, ...], int]:
     if layout is None or not layout.chains:
         return (), 0
     size = max(record.size, record.size_max)
-    end = -(-size // layout.chunk_bytes) + UNRECORDED_CHUNKS
+    end = -(-size // layout.chunk_bytes) + unrecorded_chunks(layout.chunk_bytes)
     return tuple(dict.fromkeys(layout.chains[:end])), end

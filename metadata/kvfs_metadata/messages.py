@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from kvfs_base.cluster import GetClusterMap, Heartbeat
+from kvfs_base.cluster import FindUnwanted, GetClusterMap, Heartbeat
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     BLOCK_KEY_BYTES,
+    COPIES_MAX,
     DIRECTORY_PAGE_ENTRIES,
     ONCE_SLOTS,
     SYMLINK_BYTES_MAX,
@@ -186,7 +187,8 @@ class ReadLink(Request, tag="readlink"):
 
 class GetXattr(Request, tag="getxattr"):
     """Raises AttributeMissing. KV namespaces and blocks show ``user.kvfs.*`` attributes
-    (key, generation, crc32c, last_use_ns, layout)."""
+    (key, generation, crc32c, last_use_ns, layout), and everything that has data or entries
+    ``user.kvfs.copies``."""
 
     Reply: ClassVar = bytes
     inode: U64
@@ -194,7 +196,9 @@ class GetXattr(Request, tag="getxattr"):
 
 
 class SetXattr(Request, tag="setxattr"):
-    """``flags``: 1 XATTR_CREATE, 2 XATTR_REPLACE."""
+    """``flags``: 1 XATTR_CREATE, 2 XATTR_REPLACE. ``user.kvfs.copies`` of a directory says how many
+    copies there will be of what is made in it, and in directories that are made there: NoTarget if
+    there are not so many hosts."""
 
     Reply: ClassVar = Done
     inode: U64
@@ -247,6 +251,8 @@ class OpenNamespace(Request, tag="open_namespace"):
     path: ShortText
     layout: KVLayout | None = None
     create: bool = False
+    copies: Annotated[int, msgspec.Meta(ge=0, le=COPIES_MAX)] = 0
+    """Of the blocks of a namespace that is made. 0: as the directory above it says."""
 
 
 class MatchBlocks(Request, tag="match_blocks"):
@@ -290,14 +296,15 @@ class PrepareBlocks(Request, tag="prepare_blocks"):
 class CommitBlocks(Request, tag="commit_blocks"):
     """Makes the written blocks of a batch visible, all in one transaction. ``crc32c`` has one value
     for each prepared (not None) block, in order. A key that somebody else stored meanwhile keeps
-    its first value; the later chunk is collected. Raises PrepareExpired."""
+    its first value; the later chunk is collected. Raises PrepareExpired, and StaleChain if a chain
+    of several copies has another version than the one under which its members were written to (or
+    is not named): nothing is committed then, and the batch can be committed later."""
 
     Reply: ClassVar = Done
     batch_id: U64
     crc32c: Annotated[tuple[U32, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)]
-    chains: Annotated[tuple[tuple[U32, U32], ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
-    """The version of each chain of several copies under which its blocks were written. Raises
-    StaleChain if it has another one now: a new member may lack them."""
+    versions: Annotated[tuple[tuple[U32, U32], ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
+    """(chain, version) of each chain of several copies that has blocks of the batch."""
 
 
 class AbortBlocks(Request, tag="abort_blocks"):
@@ -402,6 +409,7 @@ MetadataRequest = (
     | RepairRecords
     | Heartbeat
     | GetClusterMap
+    | FindUnwanted
     | DescribeCluster
     | CountChunks
     | SetDraining

@@ -43,12 +43,29 @@ def _add_length(txn: KVTransaction, key: bytes, value: bytes) -> None:
     if len(value) != 8:
         return
     removals = scan(txn, records.REMOVAL + key[4:])
-    sizes = [records.unpack_removal(removal).size for _, removal in removals]
+    sizes = [int.from_bytes(removal[16:24], "little") for _, removal in removals]
     state = records.RemovalState(int.from_bytes(value, "big"), len(sizes), sum(sizes))
     txn.put(key, records.pack_removal_state(state))
 
 
-STEPS: Mapping[int, Step] = {1: _length_of_queues}
+def _several_copies(engine: KVEngine) -> None:
+    """2 to 3: a removal names its chain, a heartbeat its number. Chains may have several copies,
+    targets incarnations, directories a number of copies."""
+    convert_all(engine, 2, records.REMOVAL, _add_chain)
+    convert_all(engine, 2, records.BEAT, _add_number)
+
+
+def _add_chain(txn: KVTransaction, key: bytes, value: bytes) -> None:
+    if len(value) == 24:
+        txn.put(key, value + bytes(4))
+
+
+def _add_number(txn: KVTransaction, key: bytes, value: bytes) -> None:
+    if len(value) == 9:
+        txn.put(key, value + bytes(8))
+
+
+STEPS: Mapping[int, Step] = {1: _length_of_queues, 2: _several_copies}
 
 
 def migrate(

@@ -23,18 +23,14 @@ from kvfs_base.errors import (
     ServerBusy,
     TooManyLinks,
 )
-from kvfs_base.limits import (
-    FILE_CHUNK_BYTES,
-    LINKS_MAX,
-    NAMESPACE_DEPTH_MAX,
-    NAMESPACES_MAX,
-)
+from kvfs_base.limits import LINKS_MAX, NAMESPACE_DEPTH_MAX, NAMESPACES_MAX
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE, Attr, KVLayout, Layout
 from kvfs_metadata import records
 from kvfs_metadata.block_index import KVNamespace
 from kvfs_metadata.block_table import Block
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster_state import ClusterState
+from kvfs_metadata.copies import Copies
 from kvfs_metadata.engine import KVRead, scan
 from kvfs_metadata.inodes import (
     KV_INODE,
@@ -82,12 +78,14 @@ class FileTree:
         *,
         blocks: Blocks,
         cluster: ClusterState,
+        copies: Copies,
         counters: Counters,
         may_be_open: Callable[[int], bool],
     ) -> None:
         self._blocks = blocks
         self._index = blocks.index
         self._cluster = cluster
+        self._copies = copies
         self._counters = counters
         self._may_be_open = may_be_open
 
@@ -238,10 +236,13 @@ class FileTree:
             record.gid = parent.gid
             record.mode |= stat.S_ISGID if kind == stat.S_IFDIR else 0
         if kind == stat.S_IFREG:
-            record.layout = Layout(FILE_CHUNK_BYTES, self._cluster.place_file())
-        elif kind == stat.S_IFDIR:
+            record.inode = self._counters.inode.take(tx)
+            record.layout = self._copies.layout(tx, parent, record.inode)
+            return record
+        if kind == stat.S_IFDIR:
             record.nlink = 2
             record.parent = parent.inode
+            record.copies = parent.copies
         elif kind == stat.S_IFLNK:
             if not request.target or b"\x00" in request.target:
                 raise InvalidRequest(detail="a symbolic link needs a target")
@@ -397,6 +398,8 @@ class FileTree:
         attr = self.make(tx, Make(inode, names[-1], DIRECTORY_MODE))
         record = load(tx.kv, attr.inode)
         record.is_namespace = True
+        if request.copies:
+            self._copies.set(record, request.copies)
         save(tx, record)
         path = b"/".join(names).decode()
         value = NamespaceRecord(path, request.layout)

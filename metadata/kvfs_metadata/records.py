@@ -17,7 +17,7 @@ from kvfs_base.types import U32, U64, Address, Attr, KVLayout
 
 FORMAT_KEY = b"METAformat"
 FORMAT_PREFIX = b"kvfs-metadata "
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Grows with every change that an older version would misread; ``migrations`` has the steps."""
 
 
@@ -54,6 +54,9 @@ ANSWER = b"RSLT"
 USAGE_KEY = b"STATusage"
 SWEEP_KEY = b"STATsweep"
 """There, with an empty value, while something may refer to a target that was removed."""
+MAP_KEY = b"STATmap"
+"""Counts recorded changes of targets and chains, and starts of servers: the upper half of the
+versions of cluster maps, the same for all servers of a store."""
 
 
 def u64(number: int) -> bytes:
@@ -154,6 +157,9 @@ class InodeRecord(Attr):
     """Symbolic links."""
     size_max: U64 = 0
     """Files: the largest size ever recorded. Chunks below it may exist although the file shrank."""
+    copies: U32 = 0
+    """Directories: how many copies there will be of what is made below. 0: as the service's setting
+    says."""
 
     def attr(self) -> Attr:
         return Attr(
@@ -254,6 +260,28 @@ class TargetRecord(msgspec.Struct, array_like=True, frozen=True):
     """Draining: its blocks stay until they are evicted."""
     drained: bool = False
     """Draining: nothing refers to it any more, and nothing will while it drains."""
+    host: str = ""
+    """Failure domain; empty: ``host_id``."""
+    rack: str = ""
+    incarnation: U64 = 0
+    past: tuple[U64, ...] = ()
+    """Incarnations before: a heartbeat of one of them was long on its way and says nothing."""
+    leaving: bool = False
+    """To be fenced, because its chains are whole without it."""
+    suspected: bool = False
+    """To be fenced, because another server cannot reach it."""
+    suspicions: U32 = 0
+    """How often in a row it went offline for that."""
+    replaces: U32 = 0
+    """The target whose places in chains it takes."""
+
+    @property
+    def is_to_be_fenced(self) -> bool:
+        return self.leaving or self.suspected
+
+    @property
+    def domain(self) -> str:
+        return self.host or self.host_id
 
 
 class GoneRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -265,10 +293,23 @@ class GoneRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class ChainRecord(msgspec.Struct, array_like=True, frozen=True):
-    """``CHAN`` + chain id."""
+    """``CHAN`` + chain id; as ``kvfs_base.cluster.Chain``."""
 
     version: U32
     targets: tuple[U32, ...]
+    """Those that serve."""
+    copies: U32 = 1
+    syncing: tuple[U32, ...] = ()
+    offline: tuple[U32, ...] = ()
+    """The one that would be missed least stands last."""
+
+    @property
+    def is_replicated(self) -> bool:
+        return self.copies > 1
+
+    @property
+    def everybody(self) -> tuple[int, ...]:
+        return self.targets + self.syncing + self.offline
 
 
 def pack_session(server: bytes, number: int) -> bytes:
@@ -289,14 +330,16 @@ class ServerRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class BeatValue(NamedTuple):
-    """``BEAT`` + target: 9 bytes, little-endian. The last heartbeat of a target on a shared store,
+    """``BEAT`` + target: 17 bytes, little-endian. The last heartbeat of a target on a shared store,
     for the servers that did not get it."""
 
     free_bytes: int
     healthy: bool
+    number: int = 0
+    """``Heartbeat.number``."""
 
 
-_BEAT = struct.Struct("<Q?")
+_BEAT = struct.Struct("<Q?Q")
 
 
 def pack_beat(beat: BeatValue) -> bytes:
@@ -317,16 +360,18 @@ class AnswerRecord(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RemovalValue(NamedTuple):
-    """``RMVL`` + target + sequence number: 24 bytes, little-endian."""
+    """``RMVL`` + target + sequence number: 28 bytes, little-endian."""
 
     inode: int
     first: int
     end: int
     size: int
     """Bytes the removal is expected to free, 0 if unknown."""
+    chain: int = 0
+    """If it has several copies."""
 
 
-_REMOVAL = struct.Struct("<QIIQ")
+_REMOVAL = struct.Struct("<QIIQI")
 
 
 def pack_removal(removal: RemovalValue) -> bytes:

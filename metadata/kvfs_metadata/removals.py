@@ -113,7 +113,7 @@ class Removals:
         prefix = records.REMOVAL + records.u32(target_id)
         items = read.range(prefix, prefix_end(prefix), REMOVALS_PER_HEARTBEAT)
         return tuple(
-            Removal(records.number_at(key, 8), value.inode, value.first, value.end)
+            Removal(records.number_at(key, 8), value.inode, value.first, value.end, value.chain)
             for key, value in ((k, records.unpack_removal(v)) for k, v in items)
         )
 

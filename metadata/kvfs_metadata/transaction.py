@@ -51,6 +51,11 @@ class Counter:
         self._next += count
         return first
 
+    def given(self, tx: Tx) -> int:
+        """Nothing from here on was ever given out by anybody: the end of the last range."""
+        stored = tx.kv.get(self._key)
+        return self._end if stored is None else int.from_bytes(stored, "big")
+
     def _extend(self, tx: Tx, count: int) -> None:
         before = self._next, self._end
         stored = tx.kv.get(self._key)

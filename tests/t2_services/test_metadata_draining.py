@@ -264,12 +264,12 @@ def test_the_capacity_shrinks_as_a_target_empties() -> None:
     rig = Rig(targets=0)
     for uuid, free in (("a", 1000), ("b", 1000), ("c", 400)):
         rig.heartbeat(uuid, capacity=1000, free=free)
-    assert rig.core.cluster.disk_capacity_bytes() == 3000
+    assert rig.core.cluster.targets.capacity_bytes() == 3000
     rig.call(SetDraining((3,), True))
-    assert rig.core.cluster.disk_capacity_bytes() == 2600
-    assert rig.core.cluster.disk_free_bytes() == 2000
+    assert rig.core.cluster.targets.capacity_bytes() == 2600
+    assert rig.core.cluster.targets.free_bytes() == 2000
     rig.heartbeat("c", capacity=1000, free=1000)
-    assert rig.core.cluster.disk_capacity_bytes() == 2000
+    assert rig.core.cluster.targets.capacity_bytes() == 2000
 
 
 # --- undo
@@ -295,8 +295,8 @@ def image(rig: Rig) -> Any:
         rig.dump(),
         sorted(found.targets, key=lambda t: t.target_id),
         sorted(found.chains, key=lambda c: c.chain_id),
-        dict(cluster.removed()),
-        cluster.sweep_wanted,
+        dict(cluster.departures.gone),
+        cluster.departures.sweep_wanted,
         rig.core.removals.pending_count(),
         sorted(rig.core.index.by_inode),
         rig.core.drainer.drained_blocks,
@@ -426,7 +426,7 @@ def test_a_removed_target_is_refused_and_its_server_keeps_the_others(rig: Rig) -
 def test_removed_targets_are_remembered_up_to_a_bound(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvfs_metadata.cluster_state.REMOVED_TARGETS_MAX", 2)
+    monkeypatch.setattr("kvfs_metadata.departures.REMOVED_TARGETS_MAX", 2)
     for target_id in (3, 1, 2):
         rig.clock.advance(0.1)
         rig.call(RemoveTarget((target_id,), force=True))
@@ -562,7 +562,7 @@ def test_every_server_follows() -> None:
     assert a.heartbeat("target-2").refused == ("target-2",)
     work(a)
     assert b.core.update([b.core.drain]) == [False]
-    assert not b.core.cluster.sweep_wanted
+    assert not b.core.cluster.departures.sweep_wanted
     a.call(AdmitTarget("target-2"))
     assert b.heartbeat("target-2").targets[0].target_id == 4
     assert {blk.chain for blk in a.prepare(namespace, range(40, 49)).blocks if blk} == {1, 3, 4}
