@@ -7,6 +7,7 @@ packages=(
   python3-dev python3-venv
   fuse3 libfuse3-dev            # the mount
   attr fio git rsync sqlite3    # programs that the tests run on a mount
+  iproute2 nftables util-linux  # hosts of their own, and the links between them, for tests
 )
 
 missing=()

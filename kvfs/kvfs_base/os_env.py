@@ -547,10 +547,11 @@ def _dialled(address: Address, timeout: float) -> socket.socket:
 
 
 def host_id() -> str:
-    """Boot and network namespace: two processes with equal ids share a kernel and its sockets."""
+    """Boot and network namespace (of the calling thread): two processes with equal ids share a
+    kernel and its sockets."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
-    return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
+    return f"{boot}-{os.stat('/proc/thread-self/ns/net').st_ino}"
 
 
 def os_env(seed: int | None = None, *, secret_file: str | None = None) -> Env:
