@@ -79,7 +79,7 @@ class MemoryMetadata:
         return m.PreparedBatch(batch_id if batch else 0, tuple(prepared))
 
     def _CommitBlocks(self, request: m.CommitBlocks) -> m.Done:
-        for chain, version in request.chains:
+        for chain, version in request.versions:
             if version != self.chain_versions[chain]:
                 raise StaleChain(chain=chain, version=self.chain_versions[chain])
         batch = self.batches.pop(request.batch_id, None)
