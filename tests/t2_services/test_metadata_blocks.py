@@ -20,6 +20,7 @@ from kvfs_base import limits
 from kvfs_base.types import BlockInfo, KVLayout
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
+from kvfs_metadata.memory_engine import MemoryEngine
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from t2_services.metadata_rig import LAYOUT, ROOT, Rig, key, keys
 
@@ -497,6 +498,38 @@ def test_a_store_that_went_back_skips_the_numbers_that_it_forgot(rig: Rig, names
     rig.restart()
     rig.advance(0)
     assert rig.make(ROOT, b"new").inode < file + 2 * limits.NUMBERS_SKIPPED
+
+
+class _ForgetfulEngine(MemoryEngine):
+    """Goes back to its last sync when the machine loses its power, as LMDB does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._synced: dict[bytes, bytes] = {}
+
+    def sync(self) -> None:
+        self._synced = dict(self._store.state.values)
+
+    def lose_power(self) -> None:
+        nothing = dict.fromkeys(self._store.state.values)
+        self._store.state.apply(nothing | self._synced | {records.WENT_BACK_KEY: b""})
+        self.sync()
+
+
+def test_no_number_is_given_out_twice_however_often_the_power_goes() -> None:
+    engine = _ForgetfulEngine()
+    rig = Rig(engine=engine)
+    namespace = rig.namespace()
+    engine.sync()
+    seen: set[int] = set()
+    for _ in range(4):
+        batch = rig.prepare(namespace, range(4))
+        inodes = {block.inode for block in batch.blocks if block is not None}
+        assert len(inodes) == 4 and not inodes & seen
+        seen |= inodes
+        engine.lose_power()  # before anything of this was synced
+        rig.restart()
+        rig.advance(0)
 
 
 def test_recency_survives_a_restart() -> None:
