@@ -173,7 +173,7 @@ class ConnectionPool:
         self._network = network
         self._lock = threads.lock()
         self._idle: dict[Address, list[DataConnection]] = {}
-        self._busy: set[DataConnection] = set()
+        self._busy: dict[DataConnection, None] = {}
         self._closed = False
 
     def run(
@@ -244,7 +244,7 @@ class ConnectionPool:
         with self._lock:
             closed = self._closed
             if not closed:
-                self._busy.add(connection)
+                self._busy[connection] = None
         if closed:
             connection.close()
             raise ConnectionLost(address=str(address), detail="the client is closed")
@@ -252,7 +252,7 @@ class ConnectionPool:
             yield
         finally:
             with self._lock:
-                self._busy.discard(connection)
+                self._busy.pop(connection, None)
                 idle = self._idle.setdefault(address, [])
                 keep = (
                     not connection.broken

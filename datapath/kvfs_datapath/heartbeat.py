@@ -158,7 +158,7 @@ class Housekeeping:
     def _obey(self, reply: HeartbeatReply) -> None:
         by_uuid = {store.uuid: store for store in self._targets.stores}
         refused = frozenset(reply.refused) & by_uuid.keys()
-        for uuid in refused - self._refused:
+        for uuid in sorted(refused - self._refused):
             self._retire(by_uuid[uuid])
         self._refused = refused
         for orders in reply.targets:

@@ -199,7 +199,7 @@ class ChunkStore(InPlace):
             if chain and inodes:
                 directories.add(pending_directory_of(chain))
             with self.io():
-                for directory in directories:
+                for directory in sorted(directories):
                     if self.disk.exists(directory):
                         self.disk.sync_directory(directory)
 
