@@ -11,6 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRACE ?=
 PYTEST_ARGS ?=
+SEEDS ?= 1000
+FIRST ?= 0
 
 # torch has a CPU wheel for Python 3.11 in the pinned version; on other versions pip would fetch a
 # CUDA build of several GB, so there the tests that need torch skip.
@@ -18,7 +20,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 comma := ,
 TEST_EXTRAS := fuse,test$(if $(filter 3.11,$(PYTHON_VERSION)),$(comma)llm)
 
-.PHONY: help setup demo demo-llm test test-only test-gpu lint format bench docs clean
+.PHONY: help setup demo demo-llm sim test test-only test-gpu lint format bench docs clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +38,9 @@ test: $(VENV)/.stamp-test lint ## Lint, type check and run the tests
 
 test-only: $(VENV)/.stamp-test ## Run the tests alone [PYTEST_ARGS=...]
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+sim: setup ## The cluster in virtual time, with faults, under many seeds [SEEDS=1000 FIRST=0]
+	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --keep-going
 
 lint: setup ## Style, format, types, import order
 	$(BIN)/ruff check .

@@ -147,7 +147,7 @@ class SimDiskFile:
             raise TargetFailed(detail=f"{self._path}: Bad file descriptor")
         data = b"".join(buffers)
         self._disk.reserve(offset + len(data) - len(self.node.data), self._path)
-        self._disk.place(self.node, offset, data)
+        self._disk.place(self.node, offset, data, self._path)
         return len(data)
 
     def will_need(self, offset: int, length: int) -> None:
@@ -247,8 +247,11 @@ class SimDisk:
             self.note("disk full")
             raise DiskFull(path=path)
 
-    def place(self, node: Node, offset: int, data: bytes) -> None:
-        if self._chance(self.knobs.lost_write_chance):
+    def place(self, node: Node, offset: int, data: bytes, path: str) -> None:
+        """Files at the top say whose the directory is: without them nobody would start."""
+        if "/" not in path:
+            pass
+        elif self._chance(self.knobs.lost_write_chance):
             self.note("lost write")
             data = node.data[offset : offset + len(data)].ljust(len(data), b"\0")
         elif self._chance(self.knobs.misdirected_chance):

@@ -2,8 +2,8 @@
 
 As LMDB does it (``metadata/kvfs_metadata/lmdb_engine.py``): with ``strict`` every commit is durable
 before it returns; with ``cache`` a killed process loses nothing, and a machine that lost its power
-goes back to the last sync, which is noted in the store. Engines of one store that is ``shared`` take
-turns, as servers on one PostgreSQL do.
+goes back to the last sync, which is noted in the store. Engines of one store that is ``shared``
+take turns, as servers on one PostgreSQL do.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Threads that take turns: one greenlet a thread, virtual time, and a seed that decides who is next.
+"""Threads that take turns: one greenlet a thread, virtual time, a seed that decides who is next.
 
 The hub keeps a heap of things to come: threads to be resumed and functions to be called, each at a
 moment of virtual time. Among those of one moment chance decides. A thread runs until it comes to a

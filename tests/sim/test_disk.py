@@ -158,10 +158,13 @@ def test_bits_rot_below_every_sync() -> None:
 
 def test_lying_writes() -> None:
     disk = SimDisk(random.Random(3), DiskKnobs(lost_write_chance=1.0))
+    disk.make_directory("d")
+    make(disk, "d/f", b"x" * 100)
+    assert contents(disk, "d/f") == bytes(100)
     make(disk, "f", b"x" * 100)
-    assert contents(disk, "f") == bytes(100)
+    assert contents(disk, "f") == b"x" * 100
     disk.knobs = DiskKnobs()
-    make(disk, "g", b"y" * PAGE_BYTES)
+    make(disk, "d/g", b"y" * PAGE_BYTES)
     disk.knobs = DiskKnobs(misdirected_chance=1.0)
-    make(disk, "h", b"z" * PAGE_BYTES)
-    assert contents(disk, "g") == contents(disk, "h") == b"z" * PAGE_BYTES
+    make(disk, "d/h", b"z" * PAGE_BYTES)
+    assert contents(disk, "d/g") == contents(disk, "d/h") == b"z" * PAGE_BYTES

@@ -138,7 +138,7 @@ def test_a_deadlock_shows_where_everybody_stands(hub: Hub) -> None:
         lock.acquire()
         lock.acquire()
 
-    with pytest.raises(SimulationFailed, match="deadlock(.|\n)*lock.acquire"):
+    with pytest.raises(SimulationFailed, match=r"deadlock(.|\n)*lock.acquire"):
         run(hub, body)
 
 
@@ -159,7 +159,7 @@ def test_an_exception_nobody_handled_ends_the_run(hub: Hub) -> None:
         threads.thread(lambda: 1 // 0, name="broken").start()
         hub.sleep(1.0)
 
-    with pytest.raises(SimulationFailed, match="broken.*ZeroDivisionError"):
+    with pytest.raises(SimulationFailed, match=r"broken.*ZeroDivisionError"):
         run(hub, body)
 
 

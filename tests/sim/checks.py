@@ -1,0 +1,73 @@
+"""What must hold when the faults have ended."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kvfs.fsck import Fsck
+from kvfs.fsck.sources import RemoteStore, RemoteTargets
+from kvfs_metadata.findings import Finding, Kind
+from sim.history import check_key, check_register
+from sim.workloads import FILE_PAGES, KEYS, BlockWorker, FileWorker
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+ORPHANS = {Kind.CHUNK_ORPHAN, Kind.CHUNK_MISPLACED, Kind.FILE_TAIL}
+BLOCK_LOSSES = {Kind.BLOCK_LOST, Kind.BLOCK_DAMAGED}
+FILE_LOSSES = {Kind.FILE_HOLE, Kind.FILE_DAMAGED}
+
+
+def after(world: World) -> None:
+    """Everything is healed: service, then contents, then what clients saw."""
+    client = world.clients[0]
+    world.wait(lambda: world._all_serving(client), "all targets to serve")
+    world.wait(lambda: _read_everything(world), "everything to be readable")
+    _check_histories(world)
+    found: list[Finding] = []
+
+    def clean() -> bool:
+        found[:] = _findings(world)
+        return not found
+
+    world.wait(clean, "fsck to find nothing", lambda: "\n".join(map(str, found)))
+
+
+def _read_everything(world: World) -> bool:
+    client = world.clients[0]
+    blocks = BlockWorker(world, client, 100)
+    good = blocks.get(range(KEYS))
+    if world.plan.files:
+        files = FileWorker(world, client, 100)
+        for inode, file in files.files:
+            for page in range(FILE_PAGES):
+                good = files.read(inode, file, page, 1) and good
+    return good
+
+
+def _check_histories(world: World) -> None:
+    for thing in list(world.history.entries):
+        if thing[0] == "key":
+            if world.metadata_went_back:
+                continue  # removals are forgotten, too
+            check_key(world.history.operations(thing), lossy=world.plan.evicts)
+        else:
+            check_register(world.history.entries[thing])
+
+
+def _findings(world: World) -> list[Finding]:
+    """What the production check finds, less what the faults excuse."""
+    client = world.clients[0]
+    targets = RemoteTargets(client.env, client.metadata_client())
+    try:
+        report = Fsck(RemoteStore(client.metadata_client()), targets, verify=True).check()
+    finally:
+        targets.close()
+    if report.unreachable:
+        return [outcome.finding for outcome in report.outcomes]
+    excused = set(BLOCK_LOSSES) if world.plan.lossy else set()
+    if world.plan.files_lossy:
+        excused |= FILE_LOSSES
+    if world.metadata_went_back or world.plan.late_writes:
+        excused |= ORPHANS
+    return [o.finding for o in report.outcomes if o.finding.kind not in excused]

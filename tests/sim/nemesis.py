@@ -1,0 +1,217 @@
+"""What goes wrong, and when: faults chosen by chance among those that a plan allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sim.cluster import ChunkHost, MetadataHost
+from sim.disk import Node
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+FAULTS = (
+    "kill chunks",
+    "kill metadata",
+    "kill client",
+    "pause",
+    "partition",
+    "one way",
+    "isolate",
+    "clog",
+    "break",
+    "clock",
+    "power chunks",
+    "power metadata",
+    "power all",
+    "dead disk",
+    "full disk",
+    "rot",
+)
+
+
+class Nemesis:
+    """A thread of no process that production knows."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.hub = world.hub
+        self.rng = world.hub.rng
+        self._actions: dict[str, Callable[[], None]] = {
+            "kill chunks": self._kill_chunks,
+            "kill metadata": self._kill_metadata,
+            "kill client": self._kill_client,
+            "pause": self._pause,
+            "partition": lambda: self._cut(both=True),
+            "one way": lambda: self._cut(both=False),
+            "isolate": self._isolate,
+            "clog": self._clog,
+            "break": self._break,
+            "clock": self._clock,
+            "power chunks": self._power_chunks,
+            "power metadata": self._power_metadata,
+            "power all": self._power_all,
+            "dead disk": self._dead_disk,
+            "full disk": self._full_disk,
+            "rot": self._rot,
+        }
+        assert set(self._actions) == set(FAULTS)
+
+    def run(self) -> None:
+        plan = self.world.plan
+        while not self.world.enough:
+            self.hub.sleep(self.rng.expovariate(1 / plan.fault_seconds))
+            if not self.world.enough:
+                fault = self.rng.choice(plan.faults)
+                self.hub.counts[f"fault: {fault}"] += 1
+                self.hub.trace("nemesis", fault)
+                self._actions[fault]()
+
+    def _some_time(self) -> float:
+        return self.rng.expovariate(1 / self.world.plan.outage_seconds)
+
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        """In a thread of its own, as starting a server takes a while."""
+
+        def run() -> None:
+            self.hub.sleep(seconds)
+            action()
+
+        self.world.process.start(run, name="nemesis-later")
+
+    # --- processes
+
+    def _kill_chunks(self) -> None:
+        host = self.rng.choice(self.world.chunk_hosts)
+        if host.is_running:
+            host.kill()
+            self._later(self._some_time(), lambda: self.world.start_chunks(host))
+
+    def _kill_metadata(self) -> None:
+        host = self.rng.choice(self.world.metadata_hosts)
+        if host.is_running:
+            host.kill()
+            self._later(self._some_time(), lambda: self._start_metadata(host))
+
+    def _start_metadata(self, host: MetadataHost) -> None:
+        if not host.is_running:
+            host.start()
+
+    def _kill_client(self) -> None:
+        client = self.rng.choice(self.world.clients)
+        if client.process.alive:
+            client.kill()
+            self._later(self._some_time(), lambda: self.world.start_client(client))
+
+    def _pause(self) -> None:
+        running = [h.process for h in self.world.chunk_hosts if h.process is not None]
+        process = self.rng.choice([*running, self.world.trio.process])
+        self.hub.pause(process, self._some_time())
+
+    def _clock(self) -> None:
+        host = self.rng.choice([*self.world.chunk_hosts, *self.world.metadata_hosts])
+        host.clock.skew_ns += int((self.rng.random() - 0.5) * 20e9)
+
+    # --- the network
+
+    def _names(self) -> list[str]:
+        return list(self.world.network.hosts)
+
+    def _cut(self, *, both: bool) -> None:
+        one, other = self.rng.sample(self._names(), 2)
+        self._cut_paths([(one, other), (other, one)][: 2 if both else 1])
+
+    def _isolate(self) -> None:
+        victim = self.rng.choice(self._names())
+        others = [name for name in self._names() if name != victim]
+        directions = self.rng.choice(("in", "out", "both", "both"))
+        paths = [(o, victim) for o in others if directions != "out"]
+        paths += [(victim, o) for o in others if directions != "in"]
+        self._cut_paths(paths)
+
+    def _cut_paths(self, paths: list[tuple[str, str]]) -> None:
+        self.hub.trace("cut", *paths)
+        for path in paths:
+            self.world.network.cut_path(*path)
+
+        def heal() -> None:
+            self.hub.trace("healed", *paths)
+            for path in paths:
+                self.world.network.heal_path(*path)
+
+        self.hub.call_later(self._some_time(), heal)
+
+    def _clog(self) -> None:
+        for name in self.rng.sample(self._names(), 2):
+            for other in self._names():
+                until = self.hub.now + self.rng.random() * self.world.plan.outage_seconds
+                self.world.network.clogged[name, other] = until
+                self.world.network.clogged[other, name] = until
+
+    def _break(self) -> None:
+        ends = list(self.world.network.endpoints)
+        late = self.world.plan.late_seconds
+        for end in self.rng.sample(ends, min(len(ends), self.rng.randint(1, 6))):
+            end.break_off(late)
+
+    # --- power
+
+    def _power_chunks(self) -> None:
+        host = self.rng.choice(self.world.chunk_hosts)
+        if host.host.up:
+            self.hub.in_hub(host.power_off)
+            self._later(self._some_time(), lambda: self._power_on(host))
+
+    def _power_on(self, host: ChunkHost) -> None:
+        if not host.host.up:
+            host.power_on()
+            self.world.start_chunks(host)
+
+    def _power_metadata(self) -> None:
+        host = self.rng.choice(self.world.metadata_hosts)
+        if self.world.store.shared:
+            return  # the database is somebody else's
+        if host.power_cycle():
+            self.hub.counts["metadata went back"] += 1
+            self.world.metadata_went_back = True
+        self._later(self._some_time(), lambda: self._start_metadata(host))
+
+    def _power_all(self) -> None:
+        for host in self.world.chunk_hosts:
+            if host.host.up:
+                self.hub.in_hub(host.power_off)
+                self._later(self._some_time(), lambda host=host: self._power_on(host))
+        self._power_metadata()
+
+    # --- disks
+
+    def _dead_disk(self) -> None:
+        host = self.rng.choice(self.world.chunk_hosts)
+        disk = self.rng.choice(list(host.disks.values()))
+        disk.failed = True
+
+        def mend() -> None:
+            disk.failed = False
+            host.kill()
+            self.world.start_chunks(host)
+
+        self._later(self._some_time(), mend)
+
+    def _full_disk(self) -> None:
+        host = self.rng.choice(self.world.chunk_hosts)
+        disk = self.rng.choice(list(host.disks.values()))
+        disk.reserved_bytes = disk.capacity_bytes
+        self.hub.call_later(self._some_time(), lambda: setattr(disk, "reserved_bytes", 0))
+
+    def _rot(self) -> None:
+        host = self.rng.choice(self.world.chunk_hosts)
+        disk = self.rng.choice(list(host.disks.values()))
+        if disk.rot(self._may_rot):
+            self.hub.trace("rot", host.name)
+
+    @staticmethod
+    def _may_rot(node: Node) -> bool:
+        """A chunk that has a checksum which its next writer does not make anew."""
+        attribute = node.attributes.get("kvfs", b"")
+        return any(attribute[32:64])

@@ -1,0 +1,66 @@
+"""The cluster under seeds: production code, with faults, in virtual time. ``make sim SEEDS=1000``
+runs more of them; a seed that fails prints the command that repeats it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sim import bugs
+from sim.sweep import describe, run_seed, summary, sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+SEEDS = 200
+SEEDS_AT_ONCE = 50
+SEEDS_FOR_A_BUG = 100
+
+pytestmark = [pytest.mark.logs_warnings, pytest.mark.timeout(900)]
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_AT_ONCE))
+def test_seeds(first: int) -> None:
+    outcomes = list(sweep(range(first, first + SEEDS_AT_ONCE)))
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    assert not failed, "\n\n".join(describe(outcome) for outcome in failed)
+    report = summary(outcomes, 1.0)
+    assert f"{SEEDS_AT_ONCE} seeds" in report and "0 failed" in report
+    assert sum(outcome.operations for outcome in outcomes) > 100 * SEEDS_AT_ONCE
+
+
+@pytest.mark.parametrize("bug", bugs.BUGS)
+def test_planted_bugs_are_found(bug: str) -> None:
+    """Seeds find what is known to be wrong; the same seed is green without it."""
+    found = next((o for o in sweep(range(SEEDS_FOR_A_BUG), bug=bug) if o.failure), None)
+    assert found is not None, f"{SEEDS_FOR_A_BUG} seeds do not notice: {bug}"
+    assert not run_seed(found.seed).failure
+
+
+def test_a_seed_repeats_exactly_in_every_process() -> None:
+    """Also where strings hash differently: the hash covers each turn that a thread took."""
+    command = [sys.executable, "-m", "tests.sim", "--jobs", "1", "--seeds", "6", "--hashes"]
+    answers = set()
+    for hash_seed in ("1", "2"):
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        answers.add(done.stdout)
+    (hashes,) = answers
+    assert hashes.splitlines() == [f"{seed} {run_seed(seed).trace_hash}" for seed in range(6)]
+    assert len(set(hashes.split()[1::2])) == 6
+
+
+def test_a_failure_says_how_to_repeat_it() -> None:
+    command = [sys.executable, "-m", "tests.sim", "--bug", "collect too early", "--jobs", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    seed = done.stdout.split("repeat with: python -m tests.sim --seed ")[1].split()[0]
+    again = subprocess.run(
+        [*command, "--seed", seed], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1
+    assert f"seed {seed} failed" in again.stdout and "WrongBytes" in again.stdout

@@ -1,0 +1,354 @@
+"""What clients do while the world goes wrong: blocks and files whose bytes say whose they are.
+
+Each worker is a thread of a client. It works through production clients, as the agent and the mount
+do, and notes every operation in the history before it begins: whoever is killed in one leaves it
+without an answer.
+"""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from kvfs_base.errors import (
+    ChunkNotFound,
+    IntegrityError,
+    KvfsError,
+    PrepareExpired,
+)
+from kvfs_base.limits import PAGE_BYTES
+from kvfs_base.types import ROOT_INODE, Attr, BlockInfo, ChunkId, KVLayout
+from kvfs_datapath.buffers import round_up
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.client import ChunkRead, ChunkWrite
+from kvfs_datapath.files import StripedFile
+from kvfs_metadata import messages as m
+from sim.history import Entry, WrongBytes, page, read_page
+
+if TYPE_CHECKING:
+    from sim.cluster import ClientHost
+    from sim.world import World
+
+LAYOUT = KVLayout(block_tokens=16)
+KEYS = 10
+FILE_PAGES = 6
+FILES = 2
+FILE_BYTES = FILE_PAGES * PAGE_BYTES
+
+
+def key_of(number: int) -> bytes:
+    return b"key" + number.to_bytes(29, "big")
+
+
+def block_size(number: int) -> int:
+    """Of the block under a key: from less than a page to three and a bit."""
+    return (500, PAGE_BYTES, PAGE_BYTES + 40, 3 * PAGE_BYTES + 33)[number % 4]
+
+
+def block_bytes(inode: int, number: int, value: int) -> bytes:
+    size = block_size(number)
+    pages = -(-size // PAGE_BYTES)
+    return b"".join(page(inode, index, value) for index in range(pages))[:size]
+
+
+def check_block(view: memoryview, inode: int, number: int, value: int | None) -> None:
+    """Raises WrongBytes unless it is what its writer made for this inode."""
+    size = block_size(number)
+    for index in range(-(-size // PAGE_BYTES)):
+        piece = view[index * PAGE_BYTES : min((index + 1) * PAGE_BYTES, size)]
+        if read_page(piece, inode, index) != value:
+            raise WrongBytes(f"page {index} of block {inode} holds other bytes")
+
+
+def aligned(size: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, max(PAGE_BYTES, round_up(size))))
+
+
+class Worker:
+    """``run`` goes on until the world says that it is enough."""
+
+    kind = "worker"
+
+    def __init__(self, world: World, client: ClientHost, number: int) -> None:
+        self.world = world
+        self.client = client
+        self.name = f"{client.name}.{self.kind}{number}"
+        self.rng = client.env.rng
+        self.metadata = client.metadata_client()
+
+    def run(self) -> None:
+        while not self.world.enough:
+            self.world.hub.sleep(self.rng.expovariate(1 / self.world.plan.pause_seconds))
+            try:
+                self.step()
+            except KvfsError as exc:
+                self.failed("step", exc)
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def failed(self, what: str, exc: KvfsError) -> None:
+        self.world.hub.counts[f"{what}: {type(exc).__name__}"] += 1
+        self.world.hub.trace(self.name, what, type(exc).__name__)
+
+
+class BlockWorker(Worker):
+    """Stores, reads and removes blocks under a few keys."""
+
+    kind = "blocks"
+
+    def step(self) -> None:
+        numbers = self.rng.sample(range(KEYS), self.rng.randint(1, 4))
+        choice = self.rng.random()
+        if choice < 0.35:
+            self.put(numbers)
+        elif choice < 0.85:
+            self.get(numbers)
+        else:
+            self.remove(numbers[0])
+
+    def _begin(self, number: int, *request: Any) -> Entry:
+        return self.world.history.begin(("key", number), self.name, request)
+
+    # --- storing, as BlockWriter of the agent does it
+
+    def put(self, numbers: Sequence[int]) -> None:
+        keys = b"".join(map(key_of, numbers))
+        sizes = tuple(map(block_size, numbers))
+        try:
+            batch = self.metadata.call(m.PrepareBlocks(self.world.namespace, keys, sizes))
+        except KvfsError as exc:
+            self.failed("prepare", exc)
+            return
+        if batch.batch_id:
+            found = zip(numbers, batch.blocks, strict=True)
+            self._write(batch.batch_id, [(n, b) for n, b in found if b is not None])
+
+    def _write(self, batch_id: int, blocks: Sequence[tuple[int, m.PreparedBlock]]) -> None:
+        writes = []
+        for number, block in blocks:
+            view = aligned(block_size(number))
+            value = self.world.next_value()
+            if self.world.blocks.setdefault(block.inode, value) != value:
+                raise WrongBytes(f"inode number {block.inode} was given out twice")
+            data = block_bytes(block.inode, number, value)
+            view[: len(data)] = data
+            chunk = ChunkId(block.inode, 0)
+            writes.append(
+                ChunkWrite(chunk, block.chain, len(data), crc32c(data), key_of(number), view)
+            )
+        errors = [error for error in self.client.chunks.write_chunks(writes) if error is not None]
+        try:
+            if errors:
+                self.failed("write block", errors[0])
+                self.metadata.call(m.AbortBlocks(batch_id))
+                return
+        except KvfsError as exc:
+            self.failed("abort", exc)
+            return
+        self._commit(batch_id, blocks, tuple(write.crc32c for write in writes))
+
+    def _commit(
+        self, batch_id: int, blocks: Sequence[tuple[int, m.PreparedBlock]], crc32cs: tuple[int, ...]
+    ) -> None:
+        entries = [(n, self._begin(n, "commit", block.inode)) for n, block in blocks]
+        try:
+            self.metadata.call(m.CommitBlocks(batch_id, crc32cs))
+        except PrepareExpired as exc:
+            self.failed("commit", exc)
+            for number, entry in entries:
+                self.world.history.forget(("key", number), entry)
+        except KvfsError as exc:
+            self.failed("commit", exc)
+        else:
+            for _, entry in entries:
+                self.world.history.end(entry, None)
+            self.world.hub.trace(self.name, "stored", [block.inode for _, block in blocks])
+
+    # --- reading, as BlockReader does it
+
+    def get(self, numbers: Sequence[int]) -> bool:
+        """Whether everything that is stored could be read."""
+        infos = self.lookup(numbers)
+        found = [(n, info) for n, info in zip(numbers, infos, strict=True) if info is not None]
+        reads = [
+            ChunkRead(
+                chunk=ChunkId(info.inode, 0),
+                chain=info.chain,
+                size=info.size,
+                crc32c=info.crc32c,
+                key=key_of(number),
+                view=aligned(info.size),
+            )
+            for number, info in found
+        ]
+        errors = self.client.chunks.read_chunks(reads) if reads else []
+        good = True
+        for (number, info), read, error in zip(found, reads, errors, strict=True):
+            if error is None:
+                check_block(read.view, info.inode, number, self.world.blocks.get(info.inode))
+                self.world.hub.trace(self.name, "read", info.inode)
+            else:
+                good = False
+                self.failed("read block", error)
+                if isinstance(error, IntegrityError | ChunkNotFound):
+                    self._lost(number, info, error)
+        return good
+
+    def lookup(self, numbers: Sequence[int]) -> Sequence[BlockInfo | None]:
+        entries = [self._begin(number, "lookup") for number in numbers]
+        keys = b"".join(map(key_of, numbers))
+        try:
+            infos: Sequence[BlockInfo | None] = self.metadata.call(
+                m.LookupBlocks(self.world.namespace, keys)
+            )
+        except KvfsError as exc:
+            self.failed("lookup", exc)
+            for number, entry in zip(numbers, entries, strict=True):
+                self.world.history.forget(("key", number), entry)
+            return [None] * len(numbers)
+        for entry, info in zip(entries, infos, strict=True):
+            self.world.history.end(entry, None if info is None else info.inode)
+        return infos
+
+    def _lost(self, number: int, info: BlockInfo, error: KvfsError) -> None:
+        """A block that was there and cannot be read any more is removed, as readers do. Where
+        nothing may be lost, it must have been removed by somebody meanwhile."""
+        if not self.world.plan.lossy:
+            (now,) = self.lookup([number])
+            if now is not None and now.inode == info.inode:
+                raise WrongBytes(f"block {info.inode} is committed and cannot be read: {error}")
+        self._remove(number, info.inode)
+
+    def remove(self, number: int) -> None:
+        self._remove(number, None)
+
+    def _remove(self, number: int, inode: int | None) -> None:
+        entry = self._begin(number, "remove", inode)
+        inodes = () if inode is None else (inode,)
+        try:
+            count = self.metadata.call(m.RemoveBlocks(self.world.namespace, key_of(number), inodes))
+        except KvfsError as exc:
+            self.failed("remove", exc)
+        else:
+            self.world.history.end(entry, count)
+
+
+class FileWorker(Worker):
+    """Writes and reads pages of files that all clients share."""
+
+    kind = "files"
+
+    def __init__(self, world: World, client: ClientHost, number: int) -> None:
+        super().__init__(world, client, number)
+        self.files = [self._open(attr) for attr in world.files]
+
+    def _open(self, attr: Attr) -> tuple[int, StripedFile]:
+        assert attr.layout is not None
+        return attr.inode, StripedFile(self.client.chunks, attr.inode, attr.layout)
+
+    def step(self) -> None:
+        inode, file = self.rng.choice(self.files)
+        first = self.rng.randrange(FILE_PAGES)
+        count = min(1 if self.rng.random() < 0.8 else 3, FILE_PAGES - first)
+        choice = self.rng.random()
+        if choice < 0.4:
+            self.write(inode, file, first, count)
+        elif choice < 0.9:
+            self.read(inode, file, first, count)
+        else:
+            try:
+                file.flush() if choice < 0.95 else file.sync()
+            except KvfsError as exc:
+                self.failed("flush", exc)
+
+    def write(self, inode: int, file: StripedFile, first: int, count: int) -> None:
+        pages = range(first, first + count)
+        values = [self.world.next_value() for _ in pages]
+        data = b"".join(page(inode, i, value) for i, value in zip(pages, values, strict=True))
+        entries = [
+            self.world.history.begin(("file", inode, i), self.name, ("write", value))
+            for i, value in zip(pages, values, strict=True)
+        ]
+        try:
+            file.write(first * PAGE_BYTES, data)
+        except KvfsError as exc:
+            self.failed("write file", exc)
+            return
+        for entry in entries:
+            self.world.history.end(entry, None)
+        self.world.hub.trace(self.name, "wrote", inode, first, values)
+
+    def read(self, inode: int, file: StripedFile, first: int, count: int) -> bool:
+        pages = range(first, first + count)
+        things = [("file", inode, i) for i in pages]
+        entries = [self.world.history.begin(thing, self.name, ("read",)) for thing in things]
+        try:
+            data = file.read(first * PAGE_BYTES, count * PAGE_BYTES, FILE_BYTES, True)
+        except KvfsError as exc:
+            self.failed("read file", exc)
+            if isinstance(exc, IntegrityError) and not self.world.plan.files_lossy:
+                raise WrongBytes(f"file {inode} page {first}: {exc}") from exc
+            for thing, entry in zip(things, entries, strict=True):
+                self.world.history.forget(thing, entry)
+            return False
+        for place, (index, entry) in enumerate(zip(pages, entries, strict=True)):
+            piece = data[place * PAGE_BYTES : (place + 1) * PAGE_BYTES]
+            self.world.history.end(entry, read_page(piece, inode, index))
+        self.world.hub.trace(self.name, "saw", inode, first, [entry.answer for entry in entries])
+        return True
+
+
+class ChurnWorker(Worker):
+    """Makes a file, writes and reads it, and unlinks it: what it leaves must go."""
+
+    kind = "churn"
+
+    def step(self) -> None:
+        name = f"{self.name}.{self.world.next_value()}".encode()
+        try:
+            attr: Attr = self.metadata.call(
+                m.Make(self.world.directory, name, stat.S_IFREG | 0o600)
+            )
+            self._use(attr)
+            self.metadata.call(m.Unlink(self.world.directory, name))
+        except KvfsError as exc:
+            self.failed("churn", exc)
+
+    def _use(self, attr: Attr) -> None:
+        assert attr.layout is not None
+        file = StripedFile(self.client.chunks, attr.inode, attr.layout)
+        size = 0
+        for index in range(self.rng.randint(1, 4)):
+            file.write(size, page(attr.inode, index, index + 1))
+            size += PAGE_BYTES
+        self.metadata.call(m.SetAttr(attr.inode, grow_to=size))
+        if self.rng.random() < 0.5:
+            file.flush()
+        try:
+            data = file.read(0, size, size, False)
+        except (IntegrityError, ChunkNotFound) as exc:
+            if self.world.plan.files_lossy:
+                raise
+            raise WrongBytes(f"own file {attr.inode}: {exc}") from exc
+        if not self.world.plan.files_lossy:
+            for index in range(size // PAGE_BYTES):
+                piece = data[index * PAGE_BYTES : (index + 1) * PAGE_BYTES]
+                if read_page(piece, attr.inode, index) != index + 1:
+                    raise WrongBytes(f"own file {attr.inode}: page {index} is gone")
+        file.close()
+        self.world.hub.trace(self.name, "had", attr.inode, size)
+
+
+def make_directory(call: Any, name: bytes, copies: int) -> int:
+    attr: Attr = call(m.Make(ROOT_INODE, name, stat.S_IFDIR | 0o700, exclusive=True))
+    return attr.inode
+
+
+def make_file(call: Any, directory: int, name: bytes) -> Attr:
+    """All of it a hole."""
+    attr: Attr = call(m.Make(directory, name, stat.S_IFREG | 0o600))
+    made: Attr = call(m.SetAttr(attr.inode, grow_to=FILE_BYTES, sparse=True))
+    return made
