@@ -368,6 +368,14 @@ class SimDisk:
             if above not in self.entries:
                 self._change(_Change(None, above, None))
 
+    def remove_directory(self, path: str) -> bool:
+        self.enter("remove_directory", path)
+        is_missing = path not in self.entries or self.entries[path] is not None
+        if is_missing or any(p and _parent(p) == path for p in self.entries):
+            return False
+        self._change(_Change(path, None, None))
+        return True
+
     def list(self, path: str) -> list[str]:
         self.enter("list", path)
         if path not in self.entries:

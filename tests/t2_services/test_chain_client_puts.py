@@ -62,7 +62,7 @@ def test_a_commit_names_the_versions(agent: RunningAgent) -> None:
     peer = agent.peer()
     peer.put(KEYS[:6], DATA)
     (commit,) = agent.metadata.named(m.CommitBlocks)
-    assert sorted(commit.chains) == [(SEVERAL, 3), (OTHER, 5)]
+    assert sorted(commit.versions) == [(SEVERAL, 3), (OTHER, 5)]
     assert peer.get(KEYS[:6])[1] == DATA
 
 
@@ -73,8 +73,8 @@ def test_blocks_of_a_changed_chain_are_written_again(agent: RunningAgent) -> Non
     peer.put(KEYS[:6], DATA)
     assert sorted(writes.chains) == [SINGLE] * 2 + [SEVERAL] * 4 + [OTHER] * 2
     first, second = agent.metadata.named(m.CommitBlocks)
-    assert dict(first.chains) == {SEVERAL: 3, OTHER: 5}
-    assert dict(second.chains) == {SEVERAL: 4, OTHER: 5}
+    assert dict(first.versions) == {SEVERAL: 3, OTHER: 5}
+    assert dict(second.versions) == {SEVERAL: 4, OTHER: 5}
     assert peer.get(KEYS[:6])[1] == DATA
 
 
@@ -90,7 +90,7 @@ def test_a_chain_that_changes_between_rounds(agent: RunningAgent) -> None:
     peer.call(StageBlocks(plan.put, peer.staged(DATA, rounds[1]), True))
     assert writes.chains.count(OTHER) >= 3
     assert writes.chains.count(SEVERAL) == 2
-    assert dict(agent.metadata.named(m.CommitBlocks)[-1].chains) == {SEVERAL: 3, OTHER: 6}
+    assert dict(agent.metadata.named(m.CommitBlocks)[-1].versions) == {SEVERAL: 3, OTHER: 6}
     assert peer.get(KEYS[:6])[1] == DATA
 
 
