@@ -15,6 +15,7 @@
     │   └── InodeStale             ESTALE
     ├── InvalidRequest             EINVAL     the caller's arguments are wrong
     │   ├── LimitExceeded          E2BIG
+    │   ├── ResultTooLarge         ERANGE     (it does not fit where the caller wants it)
     │   ├── LayoutMismatch         EINVAL
     │   ├── VersionMismatch        EPROTO
     │   ├── FileTooLarge           EFBIG
@@ -209,6 +210,13 @@ class LimitExceeded(InvalidRequest):
     limit: int = 0
     posix_errno = errno.E2BIG
     wire_code = "limit_exceeded"
+
+
+@dataclasses.dataclass(eq=False)
+class ResultTooLarge(InvalidRequest):
+    limit: int = 0
+    posix_errno = errno.ERANGE
+    wire_code = "result_too_large"
 
 
 @dataclasses.dataclass(eq=False)

@@ -193,7 +193,18 @@ threads than disks and cores gain nothing."""
 
 MOUNT_TASKS = 64
 """FUSE requests at work at the same time; each has a receive buffer of MOUNT_IO_BYTES (libfuse's),
-so 64 MiB at worst."""
+or a copy of what it writes, so 64 MiB at worst."""
+
+MOUNT_BACKGROUND = 64
+"""Read-ahead and other requests that nobody waits for, as many as the kernel may send at a time."""
+
+MOUNT_DRAIN_REQUESTS = 64
+"""Requests read before other tasks get their turn: 64 of 15 us are a millisecond."""
+
+MOUNT_INTERRUPT_SECONDS = 1.0
+"""How long a request may go on after its caller got a signal. Almost all end by themselves:
+programs that do not expect EINTR of files never see it, and Ctrl-C need not wait for a dead
+server."""
 
 MOUNT_UNPUSHED_BYTES = 4 * FILE_CHUNK_BYTES
 """A file that grew by this much tells the metadata service, so that after a crash no more than

@@ -2,6 +2,8 @@
 
 What a role logs at WARNING or above, or prints as a traceback, fails the test during which it did,
 unless that test is marked ``logs_warnings``.
+
+Tests run through the direct front end; those marked ``both_frontends`` through pyfuse3 as well.
 """
 
 from __future__ import annotations
@@ -24,12 +26,25 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.stop()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "frontend" in metafunc.fixturenames:
+        both = metafunc.definition.get_closest_marker("both_frontends") is not None
+        names = ["direct", "pyfuse3"] if both else ["direct"]
+        metafunc.parametrize("frontend", names, indirect=True, scope="session")
+
+
 @pytest.fixture(scope="session")
-def mounted(cluster: Cluster) -> Iterator[Path]:
+def frontend(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def mounted(cluster: Cluster, frontend: str) -> Iterator[Path]:
     """One mount for all tests that leave it as it is."""
-    mountpoint = cluster.directory / "mnt"
+    mountpoint = cluster.directory / f"mnt-{frontend}"
     try:
-        with cluster.mounted(mountpoint, "--allow-other"):
+        with cluster.mounted(mountpoint, "--allow-other", f"--frontend={frontend}"):
             yield mountpoint
     finally:
         detach(mountpoint)
@@ -44,9 +59,10 @@ def work(mounted: Path, request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def own_cluster(tmp_path: Path) -> Iterator[Cluster]:
+def own_cluster(tmp_path: Path, frontend: str) -> Iterator[Cluster]:
     """A kvfs that the test may break."""
     cluster = Cluster(tmp_path)
+    cluster.mount_options = (f"--frontend={frontend}",)
     try:
         yield cluster
     finally:

@@ -97,6 +97,8 @@ class Role:
 class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.mount_options: tuple[str, ...] = ()
+        """Of every mount."""
         for name in ("metadata", "targets", "run"):
             (directory / name).mkdir(mode=0o700)
         self.roles: list[Role] = []
@@ -150,7 +152,7 @@ class Cluster:
     def mount(self, mountpoint: Path, *options: str) -> Role:
         with contextlib.suppress(FileExistsError):
             mountpoint.mkdir()
-        return self._role("mount", str(mountpoint), *options).start()
+        return self._role("mount", str(mountpoint), *self.mount_options, *options).start()
 
     @contextlib.contextmanager
     def mounted(self, mountpoint: Path, *options: str) -> Iterator[Path]:

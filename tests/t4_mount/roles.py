@@ -2,7 +2,7 @@
 
     python roles.py metadata DIR
     python roles.py chunks DIR COUNT
-    python roles.py mount DIR MOUNTPOINT [--allow-other]
+    python roles.py mount DIR MOUNTPOINT [--allow-other] [--transport=...] [--frontend=...]
 
 Prints ``ready`` once serving. SIGTERM ends it cleanly. Logs go to stderr, one line a record, level
 first.
@@ -113,8 +113,9 @@ def main(argv: list[str]) -> None:
     else:
         options: dict[str, Any] = {"allow_other": "--allow-other" in rest}
         for option in rest[1:]:
-            if option.startswith("--transport="):
-                options["transport"] = option.partition("=")[2]
+            name, is_setting, value = option.partition("=")
+            if is_setting:
+                options[name.removeprefix("--")] = value
         run_mount_role(directory, rest[0], options)
 
 

@@ -16,6 +16,14 @@ from kvfs_base.limits import MIB
 from kvfs_metadata.messages import RemoveBlocks, Resolve
 from t4_mount.harness import COLLECTED_SECONDS, Cluster, detach, wait_until
 
+pytestmark = pytest.mark.both_frontends
+
+
+@pytest.fixture
+def tenant(frontend: str) -> str:
+    """Each front end's run stores the same blocks anew."""
+    return f"tenant-{frontend}"
+
 
 def make_blocks(seed: int, sizes: list[int]) -> dict[bytes, bytes]:
     rng = random.Random(seed)
@@ -30,10 +38,10 @@ def flip(path: Path, offset: int) -> None:
         os.pwrite(file.fileno(), bytes([byte ^ 0x40]), offset)
 
 
-def test_blocks_are_files_named_by_their_key(mounted: Path, cluster: Cluster) -> None:
+def test_blocks_are_files_named_by_their_key(mounted: Path, cluster: Cluster, tenant: str) -> None:
     blocks = make_blocks(1, [1, 4096, 100_000, 2 * MIB, 2 * MIB + 1])
-    cluster.put_blocks("tenant/model", blocks)
-    directory = mounted / "kv/tenant/model"
+    cluster.put_blocks(f"{tenant}/model", blocks)
+    directory = mounted / f"kv/{tenant}/model"
     assert sorted(os.listdir(directory)) == sorted(key.hex() for key in blocks)
     for key, data in blocks.items():
         path = directory / key.hex()
@@ -46,27 +54,29 @@ def test_blocks_are_files_named_by_their_key(mounted: Path, cluster: Cluster) ->
             assert os.pread(file.fileno(), 10, len(data)) == b""
 
 
-def test_a_block_can_be_mapped(mounted: Path, cluster: Cluster) -> None:
+def test_a_block_can_be_mapped(mounted: Path, cluster: Cluster, tenant: str) -> None:
     [(key, data)] = make_blocks(2, [MIB + 5]).items()
-    cluster.put_blocks("tenant/mapped", {key: data})
-    with (mounted / "kv/tenant/mapped" / key.hex()).open("rb") as file:
+    cluster.put_blocks(f"{tenant}/mapped", {key: data})
+    with (mounted / f"kv/{tenant}/mapped" / key.hex()).open("rb") as file:
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
             assert view[:] == data
 
 
-def test_what_somebody_else_stores_is_seen_at_once(mounted: Path, cluster: Cluster) -> None:
+def test_what_somebody_else_stores_is_seen_at_once(
+    mounted: Path, cluster: Cluster, tenant: str
+) -> None:
     [(key, data)] = make_blocks(3, [5000]).items()
-    cluster.put_blocks("tenant/fresh", make_blocks(4, [10]))
-    path = mounted / "kv/tenant/fresh" / key.hex()
+    cluster.put_blocks(f"{tenant}/fresh", make_blocks(4, [10]))
+    path = mounted / f"kv/{tenant}/fresh" / key.hex()
     assert not path.exists()
-    cluster.put_blocks("tenant/fresh", {key: data})
+    cluster.put_blocks(f"{tenant}/fresh", {key: data})
     assert path.read_bytes() == data
 
 
-def test_blocks_are_read_only(mounted: Path, cluster: Cluster) -> None:
+def test_blocks_are_read_only(mounted: Path, cluster: Cluster, tenant: str) -> None:
     [(key, data)] = make_blocks(5, [5000]).items()
-    cluster.put_blocks("tenant/only", {key: data})
-    directory = mounted / "kv/tenant/only"
+    cluster.put_blocks(f"{tenant}/only", {key: data})
+    directory = mounted / f"kv/{tenant}/only"
     path = directory / key.hex()
     for attempt in (
         lambda: path.open("r+b"),
@@ -85,10 +95,10 @@ def test_blocks_are_read_only(mounted: Path, cluster: Cluster) -> None:
     assert path.read_bytes() == data
 
 
-def test_unlink_removes_a_block(mounted: Path, cluster: Cluster) -> None:
+def test_unlink_removes_a_block(mounted: Path, cluster: Cluster, tenant: str) -> None:
     blocks = make_blocks(6, [3 * MIB, 100])
-    infos = cluster.put_blocks("tenant/gone", blocks)
-    directory = mounted / "kv/tenant/gone"
+    infos = cluster.put_blocks(f"{tenant}/gone", blocks)
+    directory = mounted / f"kv/{tenant}/gone"
     first, second = (directory / key.hex() for key in blocks)
     with first.open("rb", buffering=0) as file:
         first.unlink()
@@ -101,14 +111,14 @@ def test_unlink_removes_a_block(mounted: Path, cluster: Cluster) -> None:
 
 
 def test_a_block_that_was_removed_behind_the_mount_is_missing(
-    mounted: Path, cluster: Cluster
+    mounted: Path, cluster: Cluster, tenant: str
 ) -> None:
     [(key, data)] = make_blocks(7, [5000]).items()
-    cluster.put_blocks("tenant/behind", {key: data})
-    path = mounted / "kv/tenant/behind" / key.hex()
+    cluster.put_blocks(f"{tenant}/behind", {key: data})
+    path = mounted / f"kv/{tenant}/behind" / key.hex()
     assert path.read_bytes() == data
     with cluster.client() as client:
-        namespace = client.call(Resolve(b"kv/tenant/behind")).inode
+        namespace = client.call(Resolve(f"kv/{tenant}/behind".encode())).inode
         assert client.call(RemoveBlocks(namespace, key)) == 1
     with pytest.raises(FileNotFoundError):
         path.read_bytes()
@@ -137,15 +147,17 @@ def test_a_flipped_byte_is_an_error_never_wrong_bytes(cluster: Cluster, transpor
 
 
 @pytest.mark.logs_warnings
-def test_a_block_whose_file_is_lost_or_cut_is_an_error(mounted: Path, cluster: Cluster) -> None:
+def test_a_block_whose_file_is_lost_or_cut_is_an_error(
+    mounted: Path, cluster: Cluster, tenant: str
+) -> None:
     blocks = make_blocks(10, [100_000, 100_000])
-    infos = cluster.put_blocks("tenant/torn", blocks)
+    infos = cluster.put_blocks(f"{tenant}/torn", blocks)
     lost, cut = blocks
     cluster.chunk_files(infos[lost].inode)[0].unlink()
     os.truncate(cluster.chunk_files(infos[cut].inode)[0], 50_000)
     for key in blocks:
         with pytest.raises(OSError) as caught:
-            (mounted / "kv/tenant/torn" / key.hex()).read_bytes()
+            (mounted / f"kv/{tenant}/torn" / key.hex()).read_bytes()
         assert caught.value.errno in (errno.EIO, errno.ENOENT)
 
 
@@ -164,10 +176,10 @@ def test_blocks_over_tcp(cluster: Cluster) -> None:
         detach(mountpoint)
 
 
-def test_attributes_of_a_block(mounted: Path, cluster: Cluster) -> None:
+def test_attributes_of_a_block(mounted: Path, cluster: Cluster, tenant: str) -> None:
     [(key, data)] = make_blocks(12, [5000]).items()
-    infos = cluster.put_blocks("tenant/attributes", {key: data})
-    path = mounted / "kv/tenant/attributes" / key.hex()
+    infos = cluster.put_blocks(f"{tenant}/attributes", {key: data})
+    path = mounted / f"kv/{tenant}/attributes" / key.hex()
     names = os.listxattr(path)
     assert {"user.kvfs.key", "user.kvfs.generation", "user.kvfs.crc32c"} <= set(names)
     assert os.getxattr(path, "user.kvfs.key") in (key, key.hex().encode())

@@ -23,6 +23,7 @@ def is_dead(mountpoint: Path) -> bool:
     return False
 
 
+@pytest.mark.both_frontends
 def test_mounting_over_a_killed_mount(own_cluster: Cluster) -> None:
     mountpoint = own_cluster.directory / "mnt"
     role = own_cluster.mount(mountpoint)
@@ -158,6 +159,7 @@ def readable(path: Path, data: bytes) -> bool:
         return False
 
 
+@pytest.mark.both_frontends
 def test_closing_time_with_open_files(own_cluster: Cluster) -> None:
     mountpoint = own_cluster.directory / "mnt"
     role = own_cluster.mount(mountpoint)
@@ -173,6 +175,7 @@ def test_closing_time_with_open_files(own_cluster: Cluster) -> None:
         assert (mountpoint / "file").read_bytes() == b"kept"
 
 
+@pytest.mark.both_frontends
 def test_two_mounts_see_each_other_close_to_open(own_cluster: Cluster) -> None:
     first, second = own_cluster.directory / "mnt", own_cluster.directory / "mnt2"
     try:

@@ -17,6 +17,8 @@ from kvfs_base.limits import FILE_CHUNK_BYTES, MIB
 from kvfs_metadata.messages import GetAttr
 from t4_mount.harness import COLLECTED_SECONDS, as_user, wait_until
 
+pytestmark = pytest.mark.both_frontends
+
 
 def noise(seed: int, size: int) -> bytes:
     return random.Random(seed).randbytes(size)

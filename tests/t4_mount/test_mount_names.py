@@ -15,6 +15,8 @@ import pytest
 from kvfs_metadata.messages import Make
 from t4_mount.harness import Cluster
 
+pytestmark = pytest.mark.both_frontends
+
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 AT_FDCWD = -100
 

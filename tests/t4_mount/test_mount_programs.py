@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.both_frontends
+
 
 def run(*argv: str | Path, cwd: Path | None = None) -> str:
     """The output of a program; what it prints is shown when it fails."""

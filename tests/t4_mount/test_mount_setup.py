@@ -76,9 +76,7 @@ def test_no_fuse_device(
 
 def test_without_pyfuse3(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyfuse3", None)
-    monkeypatch.delitem(sys.modules, "kvfs.mount.pyfuse3_frontend", raising=False)
-    monkeypatch.delattr("kvfs.mount.pyfuse3_frontend", raising=False)
-    error = attempt(MountConfig(str(tmp_path), (cluster.address,)))
+    error = attempt(MountConfig(str(tmp_path), (cluster.address,), frontend="pyfuse3"))
     assert isinstance(error, FuseMissing)
     assert "kvfs[fuse]" in error.detail
 
@@ -97,6 +95,7 @@ def test_no_metadata_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         {"attribute_seconds": -1.0},
         {"negative_seconds": 1e9},
         {"read_ahead_bytes": -1},
+        {"frontend": "libfuse"},
         {"transport": "pigeon"},
         {"metadata": ()},
     ],

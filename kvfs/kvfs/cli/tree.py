@@ -96,7 +96,7 @@ class Tree:
 
     async def entries(self, directory: int) -> AsyncGenerator[tuple[bytes, Attr], None]:
         """In the order of the names' bytes."""
-        handle = await self._filesystem.opendir(directory)
+        handle = self._filesystem.opendir(directory)
         try:
             position = 0
             while page := await self._filesystem.readdir(handle, position):
@@ -104,7 +104,7 @@ class Tree:
                     yield entry.name, entry.attr
                 position = page[-1].position
         finally:
-            await self._filesystem.releasedir(handle)
+            self._filesystem.releasedir(handle)
 
     async def read_link(self, inode: int) -> bytes:
         return await self._filesystem.readlink(inode)

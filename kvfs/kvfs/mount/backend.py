@@ -33,6 +33,8 @@ class Backend:
         default_factory=lambda: trio.CapacityLimiter(MOUNT_THREADS)
     )
 
+    name_is_gone: Callable[[int, int, bytes], None] = lambda *_: None
+    """Told parent, inode and name of what disappears without the kernel's having asked for it."""
     epoch: int = 0
     """Counts changes that were made here and that a reply on its way cannot know of."""
     scratch: memoryview = dataclasses.field(

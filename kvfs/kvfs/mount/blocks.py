@@ -72,13 +72,14 @@ class Blocks:
         os.posix_fadvise(descriptor, 0, block.attr.size, os.POSIX_FADV_WILLNEED)
         return descriptor
 
-    async def read(self, block: OpenBlock, offset: int, length: int) -> Buffer:
-        """The result is valid until the caller's next await."""
+    def read_now(self, block: OpenBlock, offset: int, length: int) -> Buffer | None:
+        """What ``read`` would answer, if nothing need be waited for."""
         length = min(length, block.attr.size - offset)
         if length <= 0:
             return b""
         if block.descriptor == NO_DESCRIPTOR:
-            return (await self._whole(block))[offset : offset + length]
+            view = self._fetched.get(block.inode)
+            return None if view is None else view[offset : offset + length]
         if length <= MOUNT_IO_BYTES:
             view = self._backend.scratch[:length]
             try:
@@ -86,6 +87,16 @@ class Blocks:
                     return view
             except OSError:
                 pass  # not cached, or a file system that cannot tell: the thread finds out
+        return None
+
+    async def read(self, block: OpenBlock, offset: int, length: int) -> Buffer:
+        """The result is valid until the caller's next await."""
+        found = self.read_now(block, offset, length)
+        if found is not None:
+            return found
+        length = min(length, block.attr.size - offset)
+        if block.descriptor == NO_DESCRIPTOR:
+            return (await self._whole(block))[offset : offset + length]
         return await self._backend.in_thread(_read_all, block, offset, length)
 
     def close(self, block: OpenBlock) -> None:
@@ -142,6 +153,9 @@ class Blocks:
             await self._backend.call(request)
         except KvfsError as exc:
             log.info("block %s was not removed: %s", block.attr.key.hex(), exc)
+            return
+        name = block.attr.key.hex().encode()
+        self._backend.name_is_gone(block.namespace, block.inode, name)
 
 
 def _read_all(block: OpenBlock, offset: int, length: int) -> bytes:

@@ -29,6 +29,8 @@ class MountConfig:
     """The kernel's read-ahead for this mount; needs root, else the kernel's default stays."""
     unmount_seconds: float = 2.0
     """How long an orderly unmount may wait for busy users before the mount is detached."""
+    frontend: str = "auto"
+    """Who talks to the kernel: ``auto``, ``direct`` or ``pyfuse3``."""
     transport: str = "auto"
     """How chunks are read: ``auto``, ``local`` or ``tcp`` (see ChunkClient)."""
     secret_file: str | None = None
@@ -44,5 +46,7 @@ class MountConfig:
                 raise InvalidRequest(detail=f"{name} must be between 0 and 86400")
         if not 0 <= self.read_ahead_bytes <= 256 * MIB:
             raise InvalidRequest(detail="read_ahead_bytes must be between 0 and 256 MiB")
+        if self.frontend not in ("auto", "direct", "pyfuse3"):
+            raise InvalidRequest(detail=f"unknown front end {self.frontend!r}")
         if self.transport not in ("auto", "local", "tcp"):
             raise InvalidRequest(detail=f"unknown transport {self.transport!r}")

@@ -84,14 +84,39 @@ class OpenFile:
         else:
             self.size, self.mtime_ns = attr.size, attr.mtime_ns
 
-    async def fresh(self, seconds: float) -> Attr:
-        """The attributes, not older than ``seconds`` where they are the service's."""
+    def fresh_now(self, seconds: float) -> Attr | None:
+        """The attributes, if they are not older than ``seconds`` where they are the service's."""
         if self._backend.env.clock.monotonic() - self._fetched > seconds:
+            return None
+        return self.view()
+
+    async def fresh(self, seconds: float) -> Attr:
+        """The same; asks the service if need be."""
+        if self.fresh_now(seconds) is None:
             epoch = self._backend.epoch
             self.absorb(await self._backend.call(GetAttr(self.inode)), epoch)
         return self.view()
 
     # --- data
+
+    def read_now(self, offset: int, length: int) -> Buffer | None:
+        """What ``read`` would answer, if nothing need be waited for."""
+        if not self.lock.try_shared():
+            return None
+        try:
+            return self._read_now(offset, length)
+        finally:
+            self.lock.release_shared()
+
+    def _read_now(self, offset: int, length: int) -> Buffer | None:
+        length = min(length, self.size - offset)
+        if length <= 0:
+            return b""
+        if length <= MOUNT_IO_BYTES:
+            view = self._backend.scratch[:length]
+            if self._data.read_into_now(offset, view):
+                return view
+        return None
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The result is valid until the caller's next await."""
@@ -104,16 +129,28 @@ class OpenFile:
             self.lock.release_shared()
 
     async def _read(self, offset: int, length: int) -> Buffer:
-        if offset >= self.size:
-            return b""
+        found = self._read_now(offset, length)
+        if found is not None:
+            return found
         length = min(length, self.size - offset)
-        if length <= MOUNT_IO_BYTES:
-            view = self._backend.scratch[:length]
-            if self._data.read_into_now(offset, view):
-                return view
         return await self._backend.in_thread(
             self._data.read, offset, length, self.size, self.sparse
         )
+
+    def write_now(self, offset: int, data: Buffer) -> bool:
+        """Does what ``write`` would, if nothing need be waited for; else nothing."""
+        end = offset + len(data)
+        if offset > self.size or end - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
+            return False
+        if not self.lock.try_shared():
+            return False
+        try:
+            if not self._data.write_now(offset, data):
+                return False
+            self._wrote(end)
+        finally:
+            self.lock.release_shared()
+        return True
 
     async def write(self, offset: int, data: Buffer) -> None:
         """All of ``data``. Raises FileTooLarge, CapacityError, ServiceError."""
@@ -148,10 +185,11 @@ class OpenFile:
         self._unflushed = True
         if not self._data.write_now(offset, data):
             await self._backend.in_thread(self._data.write, offset, data)
-        self.size = max(self.size, offset + len(data))
-        self._changed()
+        self._wrote(offset + len(data))
 
-    def _changed(self) -> None:
+    def _wrote(self, end: int) -> None:
+        self._unflushed = True
+        self.size = max(self.size, end)
         self.mtime_ns = self._backend.env.clock.time_ns()
         self._dirty = True
         self._count_change()
@@ -230,6 +268,11 @@ class OpenFile:
             self._dirty = self._cut = False
             self.absorb(attr, epoch)
             self._count_change()
+
+    @property
+    def flushed(self) -> bool:
+        """``flush`` would do nothing."""
+        return not (self._unflushed or self._dirty or self.error is not None)
 
     async def flush(self) -> None:
         """Everything written is with the servers, size and times are recorded."""

@@ -5,6 +5,9 @@ Names live at the metadata service; this mount keeps only what is open (``files`
 what it last told the kernel about a file (``_told``), which decides whether pages that the kernel
 has cached may stay when the file is opened again (close-to-open).
 
+Methods in ``_now`` answer what is known here without a turn of the event loop, and None or False
+when somebody has to be asked: the method of the same name then does.
+
 All methods run in one trio task at a time between awaits; none holds state across an await other
 than under the lock of the inode (see ``files``).
 """
@@ -16,7 +19,7 @@ import dataclasses
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 
 import trio
 
@@ -86,6 +89,7 @@ class Opened:
     handle: int
     keep_cache: bool
     """Pages that the kernel has of this file are current."""
+    writable: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,6 +102,8 @@ class AttrChanges:
     size: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    drop_privileges: bool = False
+    """Set-user-ID and set-group-ID bits of an ordinary file go: its contents or owner change."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -130,6 +136,11 @@ class Filesystem:
             "open_files": len(self._files),
         }
 
+    def when_gone(self, tell: Callable[[int, int, bytes], None]) -> None:
+        """``tell`` is called with parent, inode and name of what disappears by itself; it does not
+        wait for the kernel."""
+        self._backend.name_is_gone = tell
+
     # --- look-ups
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
@@ -142,6 +153,13 @@ class Filesystem:
         for inode in inodes:
             self._told.drop(inode)
             self._seen_blocks.drop(inode)
+
+    def getattr_now(self, inode: int) -> Attr | None:
+        file = self._files.get(inode)
+        if file is not None:
+            return file.fresh_now(self._attribute_seconds)
+        block = self._open_blocks.get(inode)
+        return None if block is None else block.attr
 
     async def getattr(self, inode: int) -> Attr:
         file = self._files.get(inode)
@@ -168,9 +186,12 @@ class Filesystem:
         return attr
 
     async def setattr(self, inode: int, changes: AttrChanges) -> Attr:
+        mode = changes.mode
+        if changes.drop_privileges and mode is None:
+            mode = _without_privileges(await self.getattr(inode))
         request = SetAttr(
             inode,
-            mode=None if changes.mode is None else stat.S_IMODE(changes.mode),
+            mode=None if mode is None else stat.S_IMODE(mode),
             uid=changes.uid,
             gid=changes.gid,
             size=changes.size,
@@ -270,6 +291,13 @@ class Filesystem:
         file.handles += 1
         return file.view(), self._opened(file, flags, current=True)
 
+    def open_now(self, inode: int, flags: int) -> Opened | None:
+        block = self._open_blocks.get(inode)
+        if block is None:
+            return None
+        self._check_room()
+        return self._share_block(block, flags)
+
     async def open(self, inode: int, flags: int) -> Opened:
         """``flags`` as in open(2), O_TRUNC included. Answers from fresh attributes."""
         self._check_room()
@@ -308,7 +336,7 @@ class Filesystem:
 
     def _opened(self, file: OpenFile, flags: int, *, current: bool) -> Opened:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        return Opened(self._add(Handle(file, writable)), keep_cache=current)
+        return Opened(self._add(Handle(file, writable)), keep_cache=current, writable=writable)
 
     async def _hold(self, inode: int) -> tuple[OpenFile, bool]:
         """Opens an inode at the service; True if it is as the kernel was told last."""
@@ -379,7 +407,14 @@ class Filesystem:
     def _share_block(self, block: OpenBlock, flags: int) -> Opened:
         _check_read_only(flags)
         block.handles += 1
-        return Opened(self._add(block), keep_cache=True)
+        return Opened(self._add(block), keep_cache=True, writable=False)
+
+    def read_now(self, handle: int, offset: int, length: int) -> Buffer | None:
+        opened = self._handles[handle]
+        if isinstance(opened, Handle):
+            return opened.file.read_now(offset, length)
+        assert isinstance(opened, OpenBlock)
+        return self._blocks.read_now(opened, offset, length)
 
     async def read(self, handle: int, offset: int, length: int) -> Buffer:
         """Fewer bytes than asked only at the end. The result is valid until the next await."""
@@ -389,15 +424,26 @@ class Filesystem:
         assert isinstance(opened, OpenBlock)
         return await self._blocks.read(opened, offset, length)
 
+    def write_now(self, handle: int, offset: int, data: Buffer) -> bool:
+        return self._handle(handle).file.write_now(offset, data)
+
     async def write(self, handle: int, offset: int, data: Buffer) -> int:
         await self._handle(handle).file.write(offset, data)
         return len(data)
+
+    def is_privileged(self, handle: int) -> bool:
+        """A write by somebody who is not root has to drop the set-ID bits first."""
+        return _without_privileges(self._handle(handle).file.attr) is not None
 
     def _handle(self, handle: int) -> Handle:
         opened = self._handles[handle]
         if not isinstance(opened, Handle):
             raise NotPermitted(reason="a block is read-only")
         return opened
+
+    def flush_now(self, handle: int) -> bool:
+        opened = self._handles[handle]
+        return not (isinstance(opened, Handle) and opened.writable) or opened.file.flushed
 
     async def flush(self, handle: int) -> None:
         """One close(2) of the handle. Raises what a write-back nobody waited for met."""
@@ -412,23 +458,34 @@ class Filesystem:
             await opened.file.sync()
             await self._backend.call(Sync())
 
-    async def release(self, handle: int) -> None:
-        opened = self._handles.pop(handle)
+    def release_now(self, handle: int) -> bool:
+        opened = self._handles[handle]
         if isinstance(opened, Handle):
-            await self._let_go(opened.file)
-        elif isinstance(opened, OpenBlock):
+            return False
+        del self._handles[handle]
+        if isinstance(opened, OpenBlock):
             opened.handles -= 1
             if not opened.handles:
                 del self._open_blocks[opened.inode]
                 self._blocks.close(opened)
+        return True
+
+    async def release(self, handle: int) -> None:
+        if not self.release_now(handle):
+            opened = self._handle(handle)
+            del self._handles[handle]
+            await self._let_go(opened.file)
 
     # --- directories
 
-    async def opendir(self, inode: int) -> int:
+    def opendir(self, inode: int) -> int:
         return self._add(OpenDirectory(self._backend, inode))
 
-    def directory_inode(self, handle: int) -> int:
-        return self._directory(handle).inode
+    def dots(self, handle: int) -> tuple[tuple[bytes, Attr], ...]:
+        """What a listing begins with. The kernel takes only types and numbers, and finds ``..`` by
+        itself."""
+        attr = Attr(self._directory(handle).inode, mode=stat.S_IFDIR | 0o755)
+        return (b".", attr), (b"..", attr)
 
     async def readdir(self, handle: int, position: int) -> list[DirectoryEntry]:
         """The next entries after ``position`` (0: from the start), none at the end."""
@@ -443,7 +500,7 @@ class Filesystem:
         assert isinstance(opened, OpenDirectory)
         return opened
 
-    async def releasedir(self, handle: int) -> None:
+    def releasedir(self, handle: int) -> None:
         del self._handles[handle]
 
     async def fsyncdir(self, handle: int) -> None:
@@ -455,10 +512,14 @@ class Filesystem:
 
     # --- extended attributes
 
-    async def getxattr(self, inode: int, name: bytes) -> bytes:
+    def check_xattr(self, name: bytes) -> None:
+        """Raises AttributeMissing for what no file here has."""
         if name.startswith(FOREIGN_XATTRS):
             raise AttributeMissing(name=name)
         _check_xattr_name(name)
+
+    async def getxattr(self, inode: int, name: bytes) -> bytes:
+        self.check_xattr(name)
         value: bytes = await self._backend.call(GetXattr(inode, name))
         return value
 
@@ -476,9 +537,7 @@ class Filesystem:
         return names
 
     async def removexattr(self, inode: int, name: bytes) -> None:
-        if name.startswith(FOREIGN_XATTRS):
-            raise AttributeMissing(name=name)
-        _check_xattr_name(name)
+        self.check_xattr(name)
         await self._backend.call(RemoveXattr(inode, name))
 
     # --- the whole
@@ -499,6 +558,17 @@ class Filesystem:
 def _check_name(name: bytes) -> None:
     if len(name) > NAME_BYTES_MAX:
         raise NameTooLong(length=len(name))
+
+
+def _without_privileges(attr: Attr) -> int | None:
+    """The mode after a write or a new owner, as Linux has it; None if it stays. A set-group-ID bit
+    without execute permission for the group means mandatory locking, not a privilege."""
+    if not attr.is_file:
+        return None
+    mode = attr.mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        mode &= ~stat.S_ISGID
+    return None if mode == attr.mode else mode
 
 
 def _check_xattr_name(name: bytes) -> None:

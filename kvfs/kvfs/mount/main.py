@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import types
 
 import trio
 
@@ -13,7 +12,8 @@ from kvfs.mount import system
 from kvfs.mount.backend import Backend
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
-from kvfs_base.errors import ConnectionLost, FuseMissing, KvfsError, MountFailed, MountPointBusy
+from kvfs.mount.frontend import Choice, Frontend, choose, make
+from kvfs_base.errors import ConnectionLost, KvfsError, MountFailed, MountPointBusy
 from kvfs_base.seams import Env
 from kvfs_datapath.client import ChunkClient
 from kvfs_metadata.client import ClusterView, MetadataClient
@@ -39,10 +39,10 @@ async def run_mount(
     """Reports started once mounted; serves until cancelled or unmounted by somebody, and leaves no
     mount behind. Raises MountFailed, FuseMissing, MountPointBusy, or what the metadata service
     answered (ConnectionLost if it does not run). One mount a process."""
-    frontend = _load_frontend()
+    choice = choose(config.frontend)
     await _prepare(config)
     system.raise_open_files_limit()
-    mount = _Mount(env, config, frontend)
+    mount = _Mount(env, config, choice)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mount.watch_for_cancellation)
@@ -57,17 +57,6 @@ def _only(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error
-
-
-def _load_frontend() -> types.ModuleType:
-    try:
-        from kvfs.mount import pyfuse3_frontend
-    except ImportError as exc:
-        raise FuseMissing(
-            detail=f"{exc}: install the extra 'fuse' (pip install 'kvfs[fuse]'; it builds on "
-            "libfuse3-dev, pkg-config and gcc)"
-        ) from exc
-    return pyfuse3_frontend
 
 
 async def _prepare(config: MountConfig) -> None:
@@ -106,10 +95,10 @@ class _Mount:
     recorded. So all of it runs shielded from cancellation, which only asks it to end.
     """
 
-    def __init__(self, env: Env, config: MountConfig, frontend: types.ModuleType) -> None:
+    def __init__(self, env: Env, config: MountConfig, choice: Choice) -> None:
         self._env = env
         self._config = config
-        self._frontend = frontend
+        self._choice = choice
         self._work = trio.CancelScope(shield=True)
         self._mounted = False
         self._end = trio.Event()
@@ -137,7 +126,8 @@ class _Mount:
                 try:
                     backend = Backend(env, metadata, chunks)
                     filesystem = Filesystem(backend, attribute_seconds=config.attribute_seconds)
-                    await self._mount(filesystem, task_status)
+                    frontend = make(self._choice, filesystem, config)
+                    await self._mount(filesystem, frontend, task_status)
                 finally:
                     chunks.close()
                     cluster.close()
@@ -150,45 +140,44 @@ class _Mount:
         detail = "the metadata service does not answer"
         raise ConnectionLost(address=",".join(map(str, self._config.metadata)), detail=detail)
 
-    async def _mount(self, filesystem: Filesystem, task_status: trio.TaskStatus[None]) -> None:
+    async def _mount(
+        self, filesystem: Filesystem, frontend: Frontend, task_status: trio.TaskStatus[None]
+    ) -> None:
         config = self._config
         await _remove_dead(config.mountpoint)
-        try:
-            self._frontend.mount(filesystem, config)
-        except RuntimeError as exc:
-            raise MountFailed(detail=str(exc), mountpoint=config.mountpoint) from exc
+        frontend.mount()
         self._mounted = True
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._serve)
+                nursery.start_soon(self._serve, frontend)
                 nursery.start_soon(filesystem.write_back_forever)
                 try:
                     await trio.to_thread.run_sync(_greet, config, abandon_on_cancel=True)
-                    log.info("mounted at %s", config.mountpoint)
+                    log.info("mounted at %s (%s: %s)", config.mountpoint, *self._choice)
                     task_status.started()
                     await self._end.wait()
                 finally:
                     with trio.CancelScope(shield=True):
-                        await self._shut_down(filesystem)
+                        await self._shut_down(filesystem, frontend)
                     nursery.cancel_scope.cancel()
         finally:
-            self._frontend.close()
+            frontend.close()
             log.info("unmounted from %s", config.mountpoint)
 
-    async def _serve(self) -> None:
+    async def _serve(self, frontend: Frontend) -> None:
         try:
-            await self._frontend.serve()
+            await frontend.serve()
         finally:
             self._served.set()
             self._end.set()
 
-    async def _shut_down(self, filesystem: Filesystem) -> None:
+    async def _shut_down(self, filesystem: Filesystem, frontend: Frontend) -> None:
         config = self._config
         if not self._served.is_set():
             if not await self._unmount():
                 log.info("%s is busy: detaching it", config.mountpoint)
                 system.unmount(config.mountpoint, lazy=True)
-                self._frontend.stop()
+                frontend.stop()
             with trio.move_on_after(config.unmount_seconds):
                 await self._served.wait()
         with trio.move_on_after(config.unmount_seconds) as scope:

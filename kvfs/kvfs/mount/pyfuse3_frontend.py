@@ -7,9 +7,7 @@ the mount, so every handler goes through ``_handler``.
 
 from __future__ import annotations
 
-import errno
 import functools
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,23 +24,13 @@ from pyfuse3 import (
 
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import AttrChanges, Caller, Filesystem, Opened
-from kvfs_base.errors import EntryNotFound, KvfsError
-from kvfs_base.limits import KIB, MOUNT_TASKS, NAME_BYTES_MAX, PAGE_BYTES
-from kvfs_base.types import ROOT_INODE, Attr
-
-log = logging.getLogger(__name__)
+from kvfs.mount.frontend import BLOCK_SIZE, DOT_ENTRIES, Space, errno_of, sectors
+from kvfs_base.errors import EntryNotFound, MountFailed
+from kvfs_base.limits import MOUNT_TASKS, NAME_BYTES_MAX, PAGE_BYTES
+from kvfs_base.types import Attr
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-BLOCK_SIZE = 128 * KIB
-"""st_blksize: what programs take for a good I/O size."""
-SECTOR_BYTES = 512
-"""Unit of st_blocks."""
-DOT_ENTRIES = 2
-"""``.`` and ``..`` have the positions 1 and 2, the names of the file system follow."""
-FREE_INODES = 1 << 32
-"""Inode numbers do not run out; tools want to see a number."""
 
 
 def _handler(
@@ -52,18 +40,13 @@ def _handler(
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return await function(*args, **kwargs)
-        except KvfsError as exc:
-            if exc.posix_errno == errno.EIO:
-                log.info("%s: %s", function.__name__, exc)
-            raise FUSEError(exc.posix_errno) from exc
         except Exception as exc:
-            log.exception("%s failed", function.__name__)
-            raise FUSEError(errno.EIO) from exc
+            raise FUSEError(errno_of(exc, function.__name__)) from exc
 
     return wrapper
 
 
-class Frontend(pyfuse3.Operations):
+class _Operations(pyfuse3.Operations):
     supports_dot_lookup = False
     enable_writeback_cache = False  # sizes and times would be the kernel's: no second mount
     enable_acl = False
@@ -87,7 +70,7 @@ class Frontend(pyfuse3.Operations):
         entry.st_rdev = attr.rdev
         entry.st_size = attr.size
         entry.st_blksize = BLOCK_SIZE
-        entry.st_blocks = -(-attr.size // SECTOR_BYTES) if attr.is_file else 0
+        entry.st_blocks = sectors(attr)
         entry.st_atime_ns = attr.atime_ns
         entry.st_mtime_ns = attr.mtime_ns
         entry.st_ctime_ns = attr.ctime_ns
@@ -224,15 +207,15 @@ class Frontend(pyfuse3.Operations):
 
     @_handler
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        return await self._fs.opendir(inode)
+        return self._fs.opendir(inode)
 
     @_handler
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
         position = start_id
         while position < DOT_ENTRIES:
-            name = (b".", b"..")[position]
+            name, attr = self._fs.dots(fh)[position]
             position += 1
-            if not pyfuse3.readdir_reply(token, name, self._dot(fh), position):
+            if not pyfuse3.readdir_reply(token, name, self._entry(attr), position):
                 return
         while entries := await self._fs.readdir(fh, position - DOT_ENTRIES):
             for entry in entries:
@@ -241,13 +224,9 @@ class Frontend(pyfuse3.Operations):
                 if not pyfuse3.readdir_reply(token, entry.name, attributes, position):
                     return
 
-    def _dot(self, handle: int) -> EntryAttributes:
-        """The kernel takes only the type and the number, and finds ``..`` by itself."""
-        return self._entry(Attr(self._fs.directory_inode(handle) or ROOT_INODE, mode=0o40755))
-
     @_handler
     async def releasedir(self, fh: int) -> None:
-        await self._fs.releasedir(fh)
+        self._fs.releasedir(fh)
 
     @_handler
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
@@ -255,14 +234,13 @@ class Frontend(pyfuse3.Operations):
 
     @_handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
-        found = await self._fs.statfs()
+        space = Space.of(await self._fs.statfs())
         result = StatvfsData()
         result.f_bsize = result.f_frsize = PAGE_BYTES
-        result.f_blocks = found.capacity_bytes // PAGE_BYTES
-        free = max(0, found.capacity_bytes - found.used_bytes) // PAGE_BYTES
-        result.f_bfree = result.f_bavail = free
-        result.f_files = found.inodes + FREE_INODES
-        result.f_ffree = result.f_favail = FREE_INODES
+        result.f_blocks = space.blocks
+        result.f_bfree = result.f_bavail = space.blocks_free
+        result.f_files = space.files
+        result.f_ffree = result.f_favail = space.files_free
         result.f_namemax = NAME_BYTES_MAX
         return result
 
@@ -290,23 +268,31 @@ def _caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid)
 
 
-def mount(filesystem: Filesystem, config: MountConfig) -> None:
-    """Raises RuntimeError (libfuse has said why on stderr)."""
-    options = {"default_permissions", "fsname=kvfs", "subtype=kvfs"}
-    if config.allow_other:
-        options.add("allow_other")
-    pyfuse3.init(Frontend(filesystem, config), config.mountpoint, options)
+def _name_is_gone(parent: int, inode: int, name: bytes) -> None:
+    pyfuse3.invalidate_entry_async(parent, name, deleted=inode, ignore_enoent=True)
 
 
-async def serve() -> None:
-    """Answers requests until the file system is unmounted or ``stop`` is called."""
-    await pyfuse3.main(max_tasks=MOUNT_TASKS)
+class Pyfuse3Frontend:
+    def __init__(self, filesystem: Filesystem, config: MountConfig) -> None:
+        self._filesystem = filesystem
+        self._operations = _Operations(filesystem, config)
+        self._config = config
 
+    def mount(self) -> None:
+        self._filesystem.when_gone(_name_is_gone)
+        options = {"default_permissions", "fsname=kvfs", "subtype=kvfs"}
+        if self._config.allow_other:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(self._operations, self._config.mountpoint, options)
+        except RuntimeError as exc:  # libfuse has said why on stderr
+            raise MountFailed(detail=str(exc), mountpoint=self._config.mountpoint) from exc
 
-def stop() -> None:
-    pyfuse3.terminate()
+    async def serve(self) -> None:
+        await pyfuse3.main(max_tasks=MOUNT_TASKS)
 
+    def stop(self) -> None:
+        pyfuse3.terminate()
 
-def close() -> None:
-    """After ``serve`` has ended and the file system is unmounted."""
-    pyfuse3.close(unmount=False)
+    def close(self) -> None:
+        pyfuse3.close(unmount=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import threading
 
 from kvfs.mount import system
-from kvfs_base.errors import FuseMissing, KvfsError, MountPointBusy
+from kvfs.mount.frontend import choose
+from kvfs_base.errors import KvfsError, MountPointBusy
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,7 @@ def prepare(path: str) -> None:
     """Makes an empty directory of ``path``, cleaning up after a killed mount. Raises FuseMissing,
     MountPointBusy, MountFailed, or OSError if the directory cannot be made."""
     system.check_fuse()
-    if importlib.util.find_spec("pyfuse3") is None:
-        raise FuseMissing(
-            detail="pyfuse3 is not installed: pip install 'kvfs[fuse]' (it builds on libfuse3-dev, "
-            "pkg-config and gcc)"
-        )
+    choose("auto")
     detach_dead(path)
     found = system.mounted_at(path)
     if found is not None:

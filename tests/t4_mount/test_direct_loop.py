@@ -1,0 +1,185 @@
+"""The direct front end's loop, over a socket instead of the kernel: it answers everything once and
+outlives anything."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import random
+import socket
+import struct
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import trio
+
+from kvfs.mount import fuse_wire as wire
+from kvfs.mount.backend import Backend
+from kvfs.mount.config import MountConfig
+from kvfs.mount.device import Device
+from kvfs.mount.direct_frontend import DirectFrontend
+from kvfs.mount.filesystem import Filesystem
+from kvfs.mount.fuse_wire import Opcode
+from kvfs_base.errors import EntryNotFound
+from kvfs_base.limits import MOUNT_TASKS
+from kvfs_base.testing import memory_env
+from kvfs_base.types import Address, Attr
+from t4_mount.test_fuse_wire import REQUESTS
+
+INIT = REQUESTS[Opcode.INIT][0]
+
+
+class Names:
+    """A metadata service that knows one directory, answers look-ups when it is told to, and has
+    nothing else."""
+
+    def __init__(self) -> None:
+        self.gate = trio.Event()
+        self.waiting = 0
+
+    async def call(self, request: Any) -> Any:
+        if type(request).__name__ == "Lookup" and request.name == b"slow":
+            self.waiting += 1
+            await self.gate.wait()
+            return Attr(5, 0o040755)
+        await trio.lowlevel.checkpoint()
+        raise EntryNotFound()
+
+
+class Kernel:
+    """The other end of the device."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = trio.socket.from_stdlib_socket(end)
+        self.unique = 0
+
+    async def send(self, opcode: int, body: bytes = b"", inode: int = 1, cut: int = 0) -> int:
+        self.unique += 2
+        whole = 40 + len(body)
+        header = struct.pack("=IIQQIIIHH", whole, opcode, self.unique, inode, 0, 0, 1, 0, 0)
+        await self.end.send((header + body)[: whole - cut])
+        return self.unique
+
+    async def answer(self) -> tuple[int, int, bytes]:
+        """unique, errno, body"""
+        raw = await self.end.recv(1 << 21)
+        length, error, unique = struct.unpack_from("=IiQ", raw)
+        assert length == len(raw)
+        return unique, -error, raw[16:]
+
+
+@contextlib.asynccontextmanager
+async def served() -> AsyncIterator[tuple[Kernel, Names]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    names = Names()
+    env, _ = memory_env()
+    chunks: Any = None
+    config = MountConfig("/nowhere", (Address.unix("/nowhere.sock"),))
+    frontend = DirectFrontend(Filesystem(Backend(env, names, chunks)), config)
+    frontend.attach(Device(theirs.detach()))
+    ours.setblocking(False)
+    try:
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(frontend.serve)
+                kernel = Kernel(ours)
+                unique = await kernel.send(Opcode.INIT, INIT)
+                assert (await kernel.answer())[:2] == (unique, 0)
+                yield kernel, names
+                names.gate.set()
+                frontend.stop()
+    finally:
+        frontend.close()
+        ours.close()
+
+
+@pytest.mark.logs_warnings
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_that_arrives_ends_it(seed: int) -> None:
+    rng = random.Random(seed)
+
+    def damaged(opcode: Opcode) -> tuple[bytes, int]:
+        body = bytearray(REQUESTS[opcode][0])
+        for _ in range(rng.randrange(4) if body else 0):
+            body[rng.randrange(len(body))] ^= rng.randrange(1, 256)
+        return bytes(body), rng.choice([0, 0, 0, 1, 7])
+
+    async def scenario() -> None:
+        async with served() as (kernel, _):
+            opcodes = [o for o in Opcode if o != Opcode.INIT]
+            for _ in range(400):
+                opcode = rng.choice(opcodes)
+                body, cut = damaged(opcode)
+                inode = rng.choice([0, 1, 2**63, rng.getrandbits(64)])
+                unique = await kernel.send(opcode, body, inode, min(cut, len(body)))
+                # Answered where an answer is due, and nothing else is.
+                if opcode not in wire.UNANSWERED:
+                    assert (await kernel.answer())[0] == unique
+            unique = await kernel.send(Opcode.LOOKUP, b"missing\0")
+            assert await kernel.answer() == (unique, errno.ENOENT, b"")
+
+    trio.run(scenario)
+
+
+def test_unknown_requests_are_not_implemented() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, _):
+            unique = await kernel.send(4711, b"whatever")
+            assert await kernel.answer() == (unique, errno.ENOSYS, b"")
+
+    trio.run(scenario)
+
+
+def test_requests_overtake_one_that_waits() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            slow = await kernel.send(Opcode.LOOKUP, b"slow\0")
+            quick = await kernel.send(Opcode.LOOKUP, b"missing\0")
+            assert (await kernel.answer())[:2] == (quick, errno.ENOENT)
+            names.gate.set()
+            unique, error, body = await kernel.answer()
+            assert (unique, error, len(body)) == (slow, 0, 128)
+
+    trio.run(scenario)
+
+
+def test_as_many_at_work_as_there_may_be() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            sent = [await kernel.send(Opcode.LOOKUP, b"slow\0") for _ in range(MOUNT_TASKS + 10)]
+            with trio.move_on_after(30):
+                while names.waiting < MOUNT_TASKS:
+                    await trio.sleep(0.01)
+            await trio.testing.wait_all_tasks_blocked()
+            assert names.waiting == MOUNT_TASKS
+            names.gate.set()
+            answered = [(await kernel.answer())[0] for _ in sent]
+            assert sorted(answered) == sorted(sent)
+
+    trio.run(scenario)
+
+
+def test_an_interrupted_look_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvfs.mount import direct_frontend
+
+    monkeypatch.setattr(direct_frontend, "MOUNT_INTERRUPT_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        async with served() as (kernel, _):
+            unique = await kernel.send(Opcode.LOOKUP, b"slow\0")
+            await kernel.send(Opcode.INTERRUPT, struct.pack("=Q", 12345))  # of nobody
+            await kernel.send(Opcode.INTERRUPT, struct.pack("=Q", unique))
+            assert await kernel.answer() == (unique, errno.EINTR, b"")
+
+    trio.run(scenario)
+
+
+@pytest.mark.logs_warnings
+def test_a_kernel_that_speaks_another_version() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, _):
+            unique = await kernel.send(Opcode.INIT, struct.pack("=IIIII44x", 8, 1, 0, 0, 0))
+            assert (await kernel.answer())[:2] == (unique, errno.EPROTO)
+
+    trio.run(scenario)
