@@ -15,16 +15,19 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
+import os
 from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
 from kvfs.mount import fuse_wire as wire
+from kvfs.mount.blocks import NO_DESCRIPTOR
 from kvfs.mount.config import MountConfig
 from kvfs.mount.device import GONE, Device
 from kvfs.mount.filesystem import AttrChanges, Caller, Filesystem, Opened
 from kvfs.mount.frontend import DOT_ENTRIES, Space, errno_of
 from kvfs.mount.fuse_wire import Feature, Opcode, OpenFlag, Request, SetAttrValid
+from kvfs.mount.passthrough import NO_BACKING, Backings
 from kvfs_base.errors import EntryNotFound, ProtocolError, ResultTooLarge
 from kvfs_base.limits import (
     MOUNT_DRAIN_REQUESTS,
@@ -79,6 +82,8 @@ class DirectFrontend:
         self._fs = filesystem
         self._config = config
         self._device: Device | None = None
+        self._backings: Backings | None = None
+        """None where the kernel does not read by itself."""
         self._entry_times = wire.Times.of(config.entry_seconds)
         self._attr_times = wire.Times.of(config.attribute_seconds)
         self._negative_times = wire.Times.of(config.negative_seconds)
@@ -200,14 +205,16 @@ class DirectFrontend:
 
     def _take_back_now(self, request: Request, answer: Answer) -> None:
         if request.opcode == Opcode.OPEN:
-            self._fs.release_now(wire.handle_of(answer[-1]))
+            self._release_now(_release_of(request, answer))
         elif request.opcode == Opcode.OPENDIR:
             self._fs.releasedir(wire.handle_of(answer[-1]))
 
     async def _take_back(self, request: Request, answer: Answer) -> None:
         """Nobody was there to take what was opened."""
         if request.opcode in (Opcode.OPEN, Opcode.CREATE):
-            await self._fs.release(wire.handle_of(answer[-1]))
+            release = _release_of(request, answer)
+            if self._release_now(release) is None:
+                await self._release(release)
 
     def _listen(self, request: Request) -> None:
         """What needs no answer."""
@@ -240,7 +247,7 @@ class DirectFrontend:
             Opcode.READ: self._read_now,
             Opcode.WRITE: self._write_now,
             Opcode.FLUSH: lambda r: () if self._fs.flush_now(r.arguments.handle) else None,
-            Opcode.RELEASE: lambda r: () if self._fs.release_now(r.arguments.handle) else None,
+            Opcode.RELEASE: self._release_now,
             Opcode.OPENDIR: lambda r: (wire.open_out(self._fs.opendir(r.inode), 0),),
             Opcode.RELEASEDIR: self._releasedir,
             Opcode.GETXATTR: self._getxattr_now,
@@ -251,6 +258,10 @@ class DirectFrontend:
         if init.major != wire.MAJOR or init.minor < wire.MINOR_MIN:
             raise ProtocolError(detail=f"the kernel speaks FUSE {init.major}.{init.minor}")
         features = int(WANTED) & init.features
+        if os.geteuid() == 0 and init.features & Feature.PASSTHROUGH:
+            assert self._device is not None
+            features |= Feature.PASSTHROUGH
+            self._backings = Backings(self._device)
         return (wire.init_out(init, features, init.max_readahead),)
 
     def _getattr_now(self, request: Request) -> Answer | None:
@@ -270,6 +281,12 @@ class DirectFrontend:
         if kill and self._fs.is_privileged(handle):
             return None
         return (wire.size_out(len(data)),) if self._fs.write_now(handle, offset, data) else None
+
+    def _release_now(self, request: Request) -> Answer | None:
+        handle = request.arguments.handle
+        if self._backings is not None:
+            self._backings.released(handle)
+        return () if self._fs.release_now(handle) else None
 
     def _releasedir(self, request: Request) -> Answer:
         self._fs.releasedir(request.arguments.handle)
@@ -381,14 +398,19 @@ class DirectFrontend:
     # --- files
 
     def _opened(self, inode: int, opened: Opened) -> Answer:
+        backing_id = NO_BACKING
+        if self._backings is not None and opened.backing != NO_DESCRIPTOR:
+            backing_id = self._backings.opened(opened.handle, inode, opened.backing)
         flags = OpenFlag.KEEP_CACHE if opened.keep_cache else OpenFlag(0)
         if not opened.keep_cache:
             # Open drops the pages; the size that the kernel has is as old as they are.
             assert self._device is not None
             self._device.notify(wire.inval_attributes(inode))
+        if backing_id != NO_BACKING:
+            flags = OpenFlag.PASSTHROUGH  # no pages to keep
         if not opened.writable:
             flags |= OpenFlag.NOFLUSH
-        return (wire.open_out(opened.handle, flags),)
+        return (wire.open_out(opened.handle, flags, backing_id),)
 
     async def _open(self, request: Request) -> Answer:
         flags, kill = request.arguments
@@ -472,6 +494,10 @@ def _sized(value: bytes, size: int) -> Answer:
     if len(value) > size:
         raise ResultTooLarge(limit=size)
     return (value,)
+
+
+def _release_of(request: Request, answer: Answer) -> Request:
+    return request._replace(arguments=wire.OfHandle(wire.handle_of(answer[-1])))
 
 
 def _caller(request: Request) -> Caller:

@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import trio
 
 from kvfs.mount.backend import Backend
-from kvfs.mount.blocks import Blocks, OpenBlock
+from kvfs.mount.blocks import NO_DESCRIPTOR, Blocks, OpenBlock
 from kvfs.mount.directory import DirectoryEntry, OpenDirectory
 from kvfs.mount.files import OpenFile
 from kvfs.mount.remembered import Remembered
@@ -90,6 +90,8 @@ class Opened:
     keep_cache: bool
     """Pages that the kernel has of this file are current."""
     writable: bool
+    backing: int = NO_DESCRIPTOR
+    """A file that the kernel may read instead of asking: it has all bytes, verified."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -407,7 +409,7 @@ class Filesystem:
     def _share_block(self, block: OpenBlock, flags: int) -> Opened:
         _check_read_only(flags)
         block.handles += 1
-        return Opened(self._add(block), keep_cache=True, writable=False)
+        return Opened(self._add(block), True, writable=False, backing=block.descriptor)
 
     def read_now(self, handle: int, offset: int, length: int) -> Buffer | None:
         opened = self._handles[handle]

@@ -1,0 +1,72 @@
+"""Files that the kernel reads by itself: which inodes are open that way.
+
+The kernel wants one backing file an inode for as long as it is open that way, and refuses (EIO) to
+open an inode both through its page cache and through a backing file. So the first open of an inode
+decides, and every further one gets the same until the last is released.
+
+The kernel looks an id up when it carries an open out, which is after our answer; so an id is kept
+until the release, though open files hold the backing file themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from kvfs.mount.device import Device
+
+log = logging.getLogger(__name__)
+
+NO_BACKING = 0
+
+
+@dataclasses.dataclass(slots=True)
+class _Inode:
+    backing_id: int
+    """NO_BACKING: through the page cache."""
+    handles: int = 0
+
+
+class Backings:
+    """Of one mount."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._inodes: dict[int, _Inode] = {}
+        self._handles: dict[int, int] = {}
+        self._refusals: set[int | None] = set()
+
+    def opened(self, handle: int, inode: int, descriptor: int) -> int:
+        """The id for the answer to an open, or NO_BACKING. ``descriptor`` is what the kernel may
+        read; only the first one of an inode counts."""
+        known = self._inodes.get(inode)
+        if known is None:
+            known = self._inodes[inode] = _Inode(self._register(descriptor))
+        known.handles += 1
+        self._handles[handle] = inode
+        return known.backing_id
+
+    def released(self, handle: int) -> None:
+        inode = self._handles.pop(handle, None)
+        if inode is None:
+            return
+        known = self._inodes[inode]
+        known.handles -= 1
+        if not known.handles:
+            del self._inodes[inode]
+            if known.backing_id != NO_BACKING:
+                self._device.close_backing(known.backing_id)
+
+    def _register(self, descriptor: int) -> int:
+        try:
+            return self._device.open_backing(descriptor)
+        except OSError as exc:
+            # EPERM without CAP_SYS_ADMIN, ELOOP for a file on overlayfs: said once, not each time.
+            if exc.errno not in self._refusals:
+                self._refusals.add(exc.errno)
+                log.info("no passthrough: %s", exc.strerror)
+            return NO_BACKING
+
+    def __len__(self) -> int:
+        """Inodes that the kernel reads by itself."""
+        return sum(known.backing_id != NO_BACKING for known in self._inodes.values())
