@@ -291,6 +291,38 @@ class StripedFile:
             finally:
                 self._note_write(number)
 
+    def truncate_in_place(self, old_size: int, new_size: int) -> None:
+        """As ``truncate``, for a file that somebody reads through its first chunk's descriptor on
+        this host: that chunk stays the same file, and becomes as long as the whole (or a chunk),
+        also if it grows. It is open for writing from then on, until ``flush``."""
+        chunk_bytes = self._layout.chunk_bytes
+        self.truncate(old_size, max(new_size, chunk_bytes))
+        self._patiently(0, self._fit, min(new_size, chunk_bytes))
+
+    def _fit(self, route: Route, length: int) -> None:
+        descriptor = self._descriptor(route, 0, writable=True)
+        self._note_write(0)
+        try:
+            os.ftruncate(descriptor.fd, length)
+        except OSError as exc:
+            raise disk_error(exc, route.target_id) from exc
+        finally:
+            self._client.descriptors.give_back(descriptor)
+
+    def open_whole(self, size: int) -> int:
+        """A read-only descriptor of the file's only chunk, verified, for the caller to close.
+        Raises NoTarget unless that is on this host, its only copy, and ``size`` bytes long; and
+        what ChunkClient.open_sealed raises."""
+        chain = self._layout.chain_of(0)
+        is_alone = self._client.router.is_replicated(chain) is False
+        if size > self._layout.chunk_bytes or not is_alone:
+            raise NoTarget(detail=f"inode {self._inode} is not one file")
+        descriptor = self._client.open_sealed(self._chunk(0), chain)
+        if os.fstat(descriptor).st_size != size:
+            os.close(descriptor)
+            raise NoTarget(detail=f"inode {self._inode} is not one file of {size} bytes")
+        return descriptor
+
     def _cut(self, route: Route, number: int, length: int) -> None:
         sized = m.SizedChunk(*self._chunk(number), length)
         request = m.TruncateChunks(route.target_id, (sized,))

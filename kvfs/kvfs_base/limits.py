@@ -206,6 +206,13 @@ MOUNT_INTERRUPT_SECONDS = 1.0
 programs that do not expect EINTR of files never see it, and Ctrl-C need not wait for a dead
 server."""
 
+MOUNT_PASSED_BYTES_MIN = 128 * KIB
+"""Smaller ordinary files are read by one request, which costs less than to fetch a descriptor."""
+
+MOUNT_PASSED_SETTLED_SECONDS = 10.0
+"""An ordinary file that changed later may be one that grows: who reads it through the kernel alone
+would not see what lies behind its first chunk. Its pages are likely to be cached, too."""
+
 MOUNT_UNPUSHED_BYTES = 4 * FILE_CHUNK_BYTES
 """A file that grew by this much tells the metadata service, so that after a crash no more than
 this (and one write) lies unrecorded behind its end: that tail is cut before a hole is opened."""

@@ -290,6 +290,32 @@ def test_remote_files_always_wait(tmp_path: Path) -> None:
         file.close()
 
 
+def test_a_file_of_one_chunk_as_a_descriptor(local: Cluster) -> None:
+    client = local.client()
+    file = new_file(client)
+    file.write(0, b"a" * 600)
+    file.flush()
+    for size in (599, 601, CHUNK_BYTES + 1):
+        with pytest.raises(NoTarget):
+            file.open_whole(size)
+    descriptor = file.open_whole(600)
+    try:
+        file.truncate_in_place(600, 100)
+        assert os.pread(descriptor, 1000, 0) == b"a" * 100
+        file.truncate_in_place(100, 0)
+        assert os.fstat(descriptor).st_size == 0
+        file.truncate_in_place(0, 300)
+        assert os.pread(descriptor, 1000, 0) == bytes(300)
+        file.write(300, b"b" * 2000)
+        file.truncate_in_place(2300, 400)
+        assert os.pread(descriptor, 1000, 0) == bytes(300) + b"b" * 100
+        assert file.read(0, 4000, 4000, True) == bytes(300) + b"b" * 100 + bytes(3600)
+        file.flush()
+        assert store_of(local, 1).stat(ChunkId(7, 0)).is_sealed
+    finally:
+        os.close(descriptor)
+
+
 def test_a_removed_chunk_is_not_written_to(local: Cluster) -> None:
     """Another mount truncates and writes anew while this one has the old chunk open."""
     mine, other = new_file(local.client()), new_file(local.client())

@@ -6,13 +6,15 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvfs.mount.passthrough import NO_BACKING, Backings
-from kvfs_base.limits import MIB, PAGE_BYTES
+from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, PAGE_BYTES
 from kvfs_metadata.messages import RemoveBlocks, Resolve
 from t4_mount.harness import COLLECTED_SECONDS, Cluster, wait_until
 from t4_mount.test_mount_blocks import make_blocks
@@ -89,6 +91,130 @@ def test_reading_on_after_the_mount_was_killed(own_cluster: Cluster) -> None:
         with pytest.raises(OSError) as caught:
             os.statvfs(mountpoint)
         assert caught.value.errno == errno.ENOTCONN
+
+
+def make_settled(path: Path, data: bytes) -> None:
+    """A file that has not changed for long."""
+    path.write_bytes(data)
+    os.utime(path, (1, 1))
+
+
+def test_an_ordinary_file_is_read_on_after_the_mount_was_killed(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    with own_cluster.mounted(mountpoint):
+        data = os.urandom(3 * MIB + 5)
+        make_settled(mountpoint / "file", data)
+    role = own_cluster.mount(mountpoint)
+    with (mountpoint / "file").open("rb", buffering=0) as file:
+        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+            role.kill()
+            assert view[:] == data
+            assert file.read() == data
+
+
+def test_every_way_to_read_an_ordinary_file(work: Path) -> None:
+    data = os.urandom(2 * MIB + 7)
+    path = work / "file"
+    make_settled(path, data)
+    with path.open("rb", buffering=0) as file:
+        assert file.read() == data
+        assert mapped(file.fileno()) == data
+        assert sent(file.fileno(), len(data)) == data
+        assert read_direct(path, len(data)) == data
+        other = work / "other"
+        make_settled(other, data[::-1])
+        other.rename(path)  # the name is another file's now
+        assert os.pread(file.fileno(), len(data), 0) == data
+        path.unlink()
+        assert os.pread(file.fileno(), len(data), 0) == data
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_reads_sees_what_others_write(work: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    path = work / "file"
+    model = bytearray(rng.randbytes(300_000))
+    make_settled(path, bytes(model))
+    with path.open("rb", buffering=0) as reader:  # by the kernel, from here on
+        for _ in range(60):
+            step(rng, path, model)
+            assert os.fstat(reader.fileno()).st_size == len(model)
+            assert os.pread(reader.fileno(), len(model) + 1, 0) == model
+            assert path.read_bytes() == model
+    assert path.read_bytes() == model
+    os.utime(path, (1, 1))
+    with path.open("rb", buffering=0) as reader:  # its checksum is right again
+        assert reader.read() == model
+
+
+def step(rng: random.Random, path: Path, model: bytearray) -> None:
+    """One change of the file, and of what it should hold."""
+    data = rng.randbytes(rng.choice([1, 4096, 70_000]))
+    choice = rng.randrange(6)
+    if choice == 0:
+        with path.open("ab", buffering=0) as file:
+            file.write(data)
+        model += data
+    elif choice == 1:
+        size = rng.choice([0, 1, 100_000, len(model) + 50_000])
+        os.truncate(path, size)
+        model[size:] = bytes(max(0, size - len(model)))
+    elif choice == 2:
+        path.write_bytes(data)
+        model[:] = data
+    elif choice == 3 and model:
+        with path.open("r+b", buffering=0) as file, mmap.mmap(file.fileno(), 0) as view:
+            at = rng.randrange(len(model))
+            part = data[: len(model) - at]
+            view[at : at + len(part)] = part
+            model[at : at + len(part)] = part
+    else:
+        at = rng.randrange(len(model) + 100_000)
+        with path.open("r+b", buffering=0) as file:
+            os.pwrite(file.fileno(), data, at)
+        model += bytes(max(0, at - len(model)))
+        model[at : at + len(data)] = data
+
+
+def test_opens_of_all_kinds_at_the_same_time(work: Path) -> None:
+    """All opens of an inode must be alike for the kernel: a mistake is an EIO."""
+    data = os.urandom(256 * KIB)
+    paths = [work / str(n) for n in range(4)]
+    for path in paths:
+        make_settled(path, data)
+
+    def use(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(40):
+            path = rng.choice(paths)
+            if rng.random() < 0.3:
+                os.utime(path, (1, 1))
+            flags = rng.choice([os.O_RDONLY, os.O_RDONLY, os.O_RDWR, os.O_RDONLY | os.O_DIRECT])
+            descriptor = os.open(path, flags)
+            try:
+                if flags == os.O_RDWR:
+                    os.pwrite(descriptor, data[:PAGE_BYTES], 0)
+                elif not flags & os.O_DIRECT:
+                    assert os.pread(descriptor, len(data), 0) == data
+            finally:
+                os.close(descriptor)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+
+
+def test_a_file_that_grows_over_its_first_chunk(work: Path) -> None:
+    path = work / "file"
+    data = os.urandom(FILE_CHUNK_BYTES - 1000)
+    make_settled(path, data)
+    with path.open("rb", buffering=0) as reader:
+        with path.open("ab", buffering=0) as writer:
+            writer.write(b"x" * 5000)
+        # As documented: to this reader the file ends with its first chunk.
+        assert os.pread(reader.fileno(), 8000, len(data)) == b"x" * 1000
+        assert os.fstat(reader.fileno()).st_size == len(data) + 5000
+    # A close is told to the mount a moment later.
+    wait_until(lambda: path.read_bytes() == data + b"x" * 5000)
 
 
 class FakeDevice:

@@ -16,6 +16,8 @@ from kvfs_datapath.client import ChunkClient
 
 T = TypeVar("T")
 
+NO_DESCRIPTOR = -1
+
 
 class MetadataCalls(Protocol):
     """The part of MetadataClient that the mount uses."""

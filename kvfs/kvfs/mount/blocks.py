@@ -14,7 +14,7 @@ import os
 
 import trio
 
-from kvfs.mount.backend import Backend
+from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError, NoTarget, TargetFailed
 from kvfs_base.limits import MOUNT_BLOCK_BUFFER_BYTES, MOUNT_IO_BYTES, PAGE_BYTES
 from kvfs_base.seams import Buffer
@@ -23,8 +23,6 @@ from kvfs_datapath.client import ChunkRead
 from kvfs_metadata.messages import RemoveBlocks
 
 log = logging.getLogger(__name__)
-
-NO_DESCRIPTOR = -1
 
 
 class OpenBlock:

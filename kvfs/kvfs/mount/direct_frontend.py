@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import trio
 
 from kvfs.mount import fuse_wire as wire
-from kvfs.mount.blocks import NO_DESCRIPTOR
+from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.config import MountConfig
 from kvfs.mount.device import GONE, Device
 from kvfs.mount.filesystem import AttrChanges, Caller, Filesystem, Opened
@@ -262,6 +262,7 @@ class DirectFrontend:
             assert self._device is not None
             features |= Feature.PASSTHROUGH
             self._backings = Backings(self._device)
+            self._fs.pass_files_through()
         return (wire.init_out(init, features, init.max_readahead),)
 
     def _getattr_now(self, request: Request) -> Answer | None:
@@ -407,7 +408,8 @@ class DirectFrontend:
             assert self._device is not None
             self._device.notify(wire.inval_attributes(inode))
         if backing_id != NO_BACKING:
-            flags = OpenFlag.PASSTHROUGH  # no pages to keep
+            # No pages to keep. Who writes goes through us: the file may outgrow its chunk.
+            flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if opened.writable else 0)
         if not opened.writable:
             flags |= OpenFlag.NOFLUSH
         return (wire.open_out(opened.handle, flags, backing_id),)

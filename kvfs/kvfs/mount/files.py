@@ -14,13 +14,21 @@ reply to a request that was sent before the file's last change is not used.
 from __future__ import annotations
 
 import logging
+import os
 
 import msgspec
+import trio
 
-from kvfs.mount.backend import Backend
+from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.locks import SharedLock
 from kvfs_base.errors import FileTooLarge, InternalError, KvfsError
-from kvfs_base.limits import FILE_BYTES_MAX, MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES
+from kvfs_base.limits import (
+    FILE_BYTES_MAX,
+    MOUNT_IO_BYTES,
+    MOUNT_PASSED_BYTES_MIN,
+    MOUNT_PASSED_SETTLED_SECONDS,
+    MOUNT_UNPUSHED_BYTES,
+)
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
 from kvfs_datapath.files import StripedFile
@@ -54,6 +62,10 @@ class OpenFile:
         """The file was made shorter, and that is not recorded yet."""
         self._unflushed = False
         self._tail_clean = False
+        self.backing = NO_DESCRIPTOR
+        """The chunk that the kernel may read by itself."""
+        self._is_decided = False
+        self._deciding = trio.Lock()
 
     # --- attributes
 
@@ -96,6 +108,48 @@ class OpenFile:
             epoch = self._backend.epoch
             self.absorb(await self._backend.call(GetAttr(self.inode)), epoch)
         return self.view()
+
+    # --- passthrough
+
+    async def decide(self, *, reads_only: bool) -> None:
+        """At each open, after it was counted: the first one says whether the kernel reads the file
+        by itself (``backing``), since all opens of an inode must be alike."""
+        if self._is_decided:
+            return
+        if not self._deciding.locked() and not (reads_only and self._may_pass()):
+            self._is_decided = True
+            return
+        async with self._deciding, self.lock.shared():
+            if not self._is_decided and reads_only and self._may_pass():
+                try:
+                    self.backing = await self._backend.in_thread(self._data.open_whole, self.size)
+                except KvfsError as exc:  # a read will tell what is wrong, if anything is
+                    log.debug("inode %d is not passed through: %s", self.inode, exc)
+            self._is_decided = True
+
+    def _may_pass(self) -> bool:
+        """Nobody else has it open, and it looks finished."""
+        age_ns = self._backend.env.clock.time_ns() - self.mtime_ns
+        return (
+            self.handles == 1
+            and not self.sparse
+            and not self._dirty
+            and self.size >= MOUNT_PASSED_BYTES_MIN
+            and age_ns >= MOUNT_PASSED_SETTLED_SECONDS * 1e9
+        )
+
+    async def let_write(self) -> None:
+        """Before somebody gets a file that the kernel reads by itself for writing: a shared mapping
+        writes into the chunk without asking us, so it is marked as open now."""
+        async with self.lock.exclusive():
+            await self._truncate(self.size, self.size)
+
+    async def _truncate(self, end: int, size: int) -> None:
+        """Nothing lies behind ``size`` afterwards. Holds the lock exclusive."""
+        self._unflushed = True
+        passed = self.backing != NO_DESCRIPTOR
+        truncate = self._data.truncate_in_place if passed else self._data.truncate
+        await self._backend.in_thread(truncate, end, size)
 
     # --- data
 
@@ -204,13 +258,16 @@ class OpenFile:
             return
         await self._cut_tail()
         self.sparse = True
+        if self.backing != NO_DESCRIPTOR:
+            # Who reads the chunk itself sees zeros there only if the chunk has them.
+            await self._truncate(self.size, offset)
 
     async def _cut_tail(self) -> None:
         """A mount that was killed may have written behind the recorded end: once for each open,
         before a hole would show those bytes."""
         if not self._tail_clean:
             unrecorded = MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
-            await self._backend.in_thread(self._data.truncate, self.size + unrecorded, self.size)
+            await self._truncate(self.size + unrecorded, self.size)
             self._tail_clean = True
 
     def is_new(self) -> None:
@@ -238,8 +295,7 @@ class OpenFile:
             raise FileTooLarge(limit=FILE_BYTES_MAX)
         if size < self.size:
             tail = 0 if self._tail_clean else MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
-            self._unflushed = True
-            await self._backend.in_thread(self._data.truncate, self.size + tail, size)
+            await self._truncate(self.size + tail, size)
             self._tail_clean = True
             # The chunks are cut: should the service not answer now, a later push tells it.
             self.size = size
@@ -284,6 +340,8 @@ class OpenFile:
             except BaseException:
                 self._unflushed = True
                 raise
+            # The kernel may hold the chunk open for writing: whoever closes last seals it.
+            self._unflushed = self._unflushed or self.backing != NO_DESCRIPTOR
         await self.push()
 
     async def sync(self) -> None:
@@ -309,6 +367,9 @@ class OpenFile:
 
     async def close(self) -> None:
         """Lets go of descriptors."""
+        if self.backing != NO_DESCRIPTOR:
+            os.close(self.backing)
+            self.backing = NO_DESCRIPTOR
         if self._unflushed:
             await self._backend.in_thread(self._data.close)
         else:

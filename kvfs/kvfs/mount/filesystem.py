@@ -23,8 +23,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 
 import trio
 
-from kvfs.mount.backend import Backend
-from kvfs.mount.blocks import NO_DESCRIPTOR, Blocks, OpenBlock
+from kvfs.mount.backend import NO_DESCRIPTOR, Backend
+from kvfs.mount.blocks import Blocks, OpenBlock
 from kvfs.mount.directory import DirectoryEntry, OpenDirectory
 from kvfs.mount.files import OpenFile
 from kvfs.mount.remembered import Remembered
@@ -127,6 +127,7 @@ class Filesystem:
         self._next_handle = 1
         self._told: Remembered[tuple[int, int]] = Remembered(MOUNT_REMEMBERED_INODES)
         self._seen_blocks: Remembered[tuple[int, Attr]] = Remembered(MOUNT_REMEMBERED_INODES)
+        self._pass_files = False
 
     def statistics(self) -> dict[str, int]:
         """Counters and gauges by name."""
@@ -142,6 +143,10 @@ class Filesystem:
         """``tell`` is called with parent, inode and name of what disappears by itself; it does not
         wait for the kernel."""
         self._backend.name_is_gone = tell
+
+    def pass_files_through(self) -> None:
+        """The kernel reads by itself what Opened has as ``backing``: ordinary files, too."""
+        self._pass_files = True
 
     # --- look-ups
 
@@ -290,6 +295,7 @@ class Filesystem:
         if file is None:
             file = self._files[attr.inode] = OpenFile(self._backend, attr)
             file.is_new()
+            await file.decide(reads_only=False)
         file.handles += 1
         return file.view(), self._opened(file, flags, current=True)
 
@@ -327,18 +333,24 @@ class Filesystem:
 
     async def _open_file(self, inode: int, flags: int) -> Opened:
         file, current = await self._hold(inode)
-        if flags & os.O_TRUNC:
-            try:
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        try:
+            if self._pass_files:
+                await file.decide(reads_only=not (writable or flags & os.O_TRUNC))
+            if writable and file.backing != NO_DESCRIPTOR:
+                await file.let_write()
+            if flags & os.O_TRUNC:
                 await file.change(SetAttr(inode, size=0))
-            except BaseException:
-                await self._let_go(file)
-                raise
-            current = False
+                current = False
+        except BaseException:
+            await self._let_go(file)
+            raise
         return self._opened(file, flags, current=current)
 
     def _opened(self, file: OpenFile, flags: int, *, current: bool) -> Opened:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        return Opened(self._add(Handle(file, writable)), keep_cache=current, writable=writable)
+        handle = self._add(Handle(file, writable))
+        return Opened(handle, keep_cache=current, writable=writable, backing=file.backing)
 
     async def _hold(self, inode: int) -> tuple[OpenFile, bool]:
         """Opens an inode at the service; True if it is as the kernel was told last."""
