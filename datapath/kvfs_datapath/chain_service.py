@@ -16,9 +16,11 @@ from kvfs_base.seams import Env
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.maintenance import Maintenance
 from kvfs_datapath.peers import Peers
+from kvfs_datapath.repair import Repairer
 from kvfs_datapath.replication import Replicator
 from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.sync_sink import SyncSinks
+from kvfs_datapath.sync_source import SyncSource
 from kvfs_datapath.views import Views
 
 INCARNATION_BITS = 62
@@ -28,7 +30,13 @@ class ChainService:
     """Works from ``start`` to ``stop``."""
 
     def __init__(
-        self, env: Env, stores: Sequence[ChunkStore], receiving: BufferPool, counters: Counters
+        self,
+        env: Env,
+        stores: Sequence[ChunkStore],
+        receiving: BufferPool,
+        counters: Counters,
+        *,
+        sync_bytes_per_second: int = 0,
     ) -> None:
         """``receiving``: buffers of the server for what nobody gets after it."""
         self.counters = counters
@@ -44,6 +52,17 @@ class ChainService:
         self._buffers += [BufferPool(PASS_BUFFERS, TRANSFER_BYTES) for _ in range(HOPS_MAX)]
         sending = BufferPool(SYNC_BUFFERS, TRANSFER_BYTES)
         self.replicator = Replicator(self.views, self.peers, self.sinks, sending, counters)
+        self.repairer = Repairer(self.views, self.peers, self.replicator, sending, counters)
+        self._source = SyncSource(
+            stores,
+            self.views,
+            self.peers,
+            self.replicator,
+            repair=self.repairer.repair,
+            buffers=sending,
+            counters=counters,
+            bytes_per_second=sync_bytes_per_second,
+        )
         self._maintenance = Maintenance(env, stores, self.views, self.peers, self.replicator)
 
     def buffers(self, hops: int) -> BufferPool:
@@ -56,12 +75,15 @@ class ChainService:
         return self.peers.reach.suspects(self._clock.monotonic())
 
     def synced(self) -> tuple[Synced, ...]:
-        return ()
+        """Whom targets of this server have brought in step."""
+        return self._source.synced()
 
     def start(self) -> None:
         self._maintenance.start()
+        self._source.start()
 
     def stop(self) -> None:
         """Breaks off what is under way to other servers, and waits for the threads."""
         self.peers.close()
         self._maintenance.stop()
+        self._source.stop()

@@ -64,6 +64,7 @@ class ChainSession:
             m.PassUpdate: self._pass_update,
             m.SyncChain: self._sync_chain,
             m.CompareChunks: self._compare_chunks,
+            m.RepairChunks: self._repair_chunks,
         }
 
     # --- reading
@@ -156,7 +157,12 @@ class ChainSession:
 
         def update(item: m.Update) -> ChunkInfo:
             data = self._take(item, passing.chain, buffer)
-            return service.replicator.update(store, passing, item, data)
+            try:
+                return service.replicator.update(store, passing, item, data)
+            except (ChunkCorrupt, ChunkMismatch):
+                # What lies here is damaged, or was.
+                service.repairer.repair(store, ChunkId(item.inode, item.number, passing.chain))
+                return service.replicator.update(store, passing, item, data)
 
         with service.buffers(len(place.hops)).lend(STALL_SECONDS) as buffer:
             return self._each(request.updates, update)
@@ -237,3 +243,8 @@ class ChainSession:
         place = self._place(store, request.passing)
         require_syncing(place, request.passing)
         return m.Wanted(tuple(self._service.sinks.compare(store, place, request)))
+
+    def _repair_chunks(self, store: ChunkStore, request: m.RepairChunks) -> m.Outcomes:
+        return self._each(
+            request.chunks, lambda ref: self._service.repairer.repair(store, ref.chunk)
+        )

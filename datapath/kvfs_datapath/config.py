@@ -26,6 +26,8 @@ class ChunkServerConfig:
     durability: str = "cache"
     secret_file: str | None = None
     """The cluster's secret; without one only addresses of this machine may be used."""
+    sync_bytes_per_second: int = 0
+    """Bounds what the server sends to bring members of its chains in step; 0 is no bound."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.directories) <= TARGETS_PER_SERVER_MAX:
@@ -40,3 +42,5 @@ class ChunkServerConfig:
             raise InvalidRequest(detail="a chunk server needs a Unix or a TCP address")
         if self.capacity_bytes < 0:
             raise InvalidRequest(detail="capacity below zero")
+        if self.sync_bytes_per_second < 0:
+            raise InvalidRequest(detail="a rate below zero")

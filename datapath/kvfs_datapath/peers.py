@@ -92,10 +92,13 @@ class Peers:
         *,
         hops: int = 0,
         into: Callable[[Any], Sequence[memoryview]] | None = None,
+        seconds: float = PASS_SECONDS,
     ) -> Any:
-        """The reply; ``hops`` members get it after this one. Raises Unreached, and what the peer
-        raised. NoTarget and ServerBusy may also mean that nobody was asked."""
+        """The reply; ``hops`` members get it after this one, and each has ``seconds``. Raises
+        Unreached, and what the peer raised. NoTarget and ServerBusy may also mean that nobody was
+        asked."""
         with self.connection(target_id, hops) as connection:
+            connection.set_timeout(seconds * (hops + 1))
             return self.watch(
                 target_id, connection, lambda: connection.call(request, payload, into)
             )

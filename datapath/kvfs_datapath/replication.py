@@ -293,13 +293,11 @@ class Replicator:
         finally:
             file.close()
 
-    def send_committed(
-        self, store: ChunkStore, place: Place, chunk: ChunkId, data: memoryview
-    ) -> bool:
+    def send_committed(self, place: Place, info: ChunkInfo, data: memoryview) -> bool:
         """Passes a committed version on as a whole, the chunk's lock being held: ``data`` are its
-        bytes. False if the next member wants another one."""
-        info = store.versions.committed(chunk)
-        return info is not None and self._ask(place, info, whole_load(info, data))
+        bytes. False if the next member wants another one. Raises Unreached and what that one
+        answers."""
+        return self._ask(place, info, whole_load(info, data))
 
     # --- what could not be finished
 

@@ -47,6 +47,8 @@ class ChunkServer:
             "bad_chunks",
             "chunks_read",
             "chunks_removed",
+            "chunks_repaired",
+            "chunks_synced",
             "chunks_written",
             "connections_refused",
             "descriptors_passed",
@@ -54,13 +56,20 @@ class ChunkServer:
             "heartbeats_failed",
             "read_bytes",
             "requests",
+            "synced_bytes",
             "updates",
             "written_bytes",
         )
         self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
         self._targets = Targets(self._open_stores())
-        self._chains = ChainService(env, self._targets.stores, self._buffers, self._counters)
+        self._chains = ChainService(
+            env,
+            self._targets.stores,
+            self._buffers,
+            self._counters,
+            sync_bytes_per_second=config.sync_bytes_per_second,
+        )
         self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
         self._listeners: list[Listener] = []
         self._stopping = threads.event()
