@@ -14,6 +14,8 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Env
 from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.config import ChunkServerConfig
+from kvfs_datapath.garbage import GarbageCollector
 from kvfs_datapath.maintenance import Maintenance
 from kvfs_datapath.peers import Peers
 from kvfs_datapath.repair import Repairer
@@ -32,11 +34,10 @@ class ChainService:
     def __init__(
         self,
         env: Env,
+        config: ChunkServerConfig,
         stores: Sequence[ChunkStore],
         receiving: BufferPool,
         counters: Counters,
-        *,
-        sync_bytes_per_second: int = 0,
     ) -> None:
         """``receiving``: buffers of the server for what nobody gets after it."""
         self.counters = counters
@@ -47,7 +48,15 @@ class ChainService:
             [store.uuid for store in stores],
         )
         self.peers = Peers(env, self.views)
-        self.sinks = SyncSinks(self.views)
+        self._garbage = GarbageCollector(
+            env,
+            stores,
+            self.views,
+            counters,
+            metadata=config.metadata,
+            seconds=config.garbage_seconds,
+        )
+        self.sinks = SyncSinks(self.views, self._garbage.wait_past)
         self._buffers = [receiving]
         self._buffers += [BufferPool(PASS_BUFFERS, TRANSFER_BYTES) for _ in range(HOPS_MAX)]
         sending = BufferPool(SYNC_BUFFERS, TRANSFER_BYTES)
@@ -61,7 +70,7 @@ class ChainService:
             repair=self.repairer.repair,
             buffers=sending,
             counters=counters,
-            bytes_per_second=sync_bytes_per_second,
+            bytes_per_second=config.sync_bytes_per_second,
         )
         self._maintenance = Maintenance(env, stores, self.views, self.peers, self.replicator)
 
@@ -81,9 +90,11 @@ class ChainService:
     def start(self) -> None:
         self._maintenance.start()
         self._source.start()
+        self._garbage.start()
 
     def stop(self) -> None:
         """Breaks off what is under way to other servers, and waits for the threads."""
         self.peers.close()
         self._maintenance.stop()
         self._source.stop()
+        self._garbage.stop()

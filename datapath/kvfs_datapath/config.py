@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import TARGETS_PER_SERVER_MAX
+from kvfs_base.limits import GARBAGE_SECONDS, TARGETS_PER_SERVER_MAX
 from kvfs_base.types import Address
 
 
@@ -28,6 +28,8 @@ class ChunkServerConfig:
     """The cluster's secret; without one only addresses of this machine may be used."""
     sync_bytes_per_second: int = 0
     """Bounds what the server sends to bring members of its chains in step; 0 is no bound."""
+    garbage_seconds: float = GARBAGE_SECONDS
+    """Between two rounds of looking for chunks that nothing refers to."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.directories) <= TARGETS_PER_SERVER_MAX:

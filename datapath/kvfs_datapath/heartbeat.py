@@ -8,7 +8,6 @@ passes it, and removing twice does no harm, so nothing is remembered across a re
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 from kvfs_base import threads
 from kvfs_base.cluster import (
@@ -29,6 +28,7 @@ from kvfs_datapath.chain_service import ChainService
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.targets import Targets
+from kvfs_datapath.views import Said
 
 log = logging.getLogger(__name__)
 
@@ -107,14 +107,13 @@ class Housekeeping:
     def _ask(self) -> None:
         self._due.clear()
         # The lease counts from here: whatever happens on the way makes it shorter.
-        sent_at = self._env.clock.monotonic()
-        named = self._views.incarnations()
-        reply = self._rpc.call(self._heartbeat(named), self._deadline)
+        said = self._views.say()
+        reply = self._rpc.call(self._heartbeat(said), self._deadline)
         self._obey(reply)
         cluster = None
-        if reply.map_version != self._views.map_version:
+        if self._views.must_ask(reply):
             cluster = self._rpc.call(GetClusterMap(), self._deadline)
-        self._views.learn(sent_at, named, reply, cluster)
+        self._views.learn(said, reply, cluster)
 
     def _note(self, *, connected: bool, reason: str = "") -> None:
         if connected != self._connected:
@@ -122,21 +121,19 @@ class Housekeeping:
             log.info("metadata service %s %s", "is back" if connected else "is lost:", reason)
         self._counters.add(**{"heartbeats" if connected else "heartbeats_failed": 1})
 
-    def _heartbeat(self, incarnations: Mapping[str, int]) -> Heartbeat:
+    def _heartbeat(self, said: Said) -> Heartbeat:
         return Heartbeat(
             server_id=self._config.server_id,
             host_id=self._env.host_id,
             unix=self._unix,
             tcp=self._tcp,
-            targets=tuple(
-                self._report(store, incarnations[store.uuid]) for store in self._targets.stores
-            ),
+            targets=tuple(self._report(store, said) for store in self._targets.stores),
             suspects=self._chains.suspects(),
             synced=self._chains.synced(),
-            map_version=self._views.map_version,
+            number=said.number,
         )
 
-    def _report(self, store: ChunkStore, incarnation: int) -> TargetReport:
+    def _report(self, store: ChunkStore, said: Said) -> TargetReport:
         try:
             usage = self._usage[store.uuid] = store.usage()
         except KvfsError:
@@ -151,8 +148,8 @@ class Housekeeping:
             healthy=store.healthy,
             removed_seq=removed,
             volume="" if self._config.capacity_bytes else usage.volume,
-            incarnation=incarnation,
-            fenced=self._views.fenced(store.uuid),
+            incarnation=said.incarnations[store.uuid],
+            fenced=store.uuid in said.fenced,
         )
 
     def _obey(self, reply: HeartbeatReply) -> None:

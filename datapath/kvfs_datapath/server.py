@@ -52,6 +52,7 @@ class ChunkServer:
             "chunks_written",
             "connections_refused",
             "descriptors_passed",
+            "garbage_removed",
             "heartbeats",
             "heartbeats_failed",
             "read_bytes",
@@ -64,11 +65,7 @@ class ChunkServer:
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
         self._targets = Targets(self._open_stores())
         self._chains = ChainService(
-            env,
-            self._targets.stores,
-            self._buffers,
-            self._counters,
-            sync_bytes_per_second=config.sync_bytes_per_second,
+            env, config, self._targets.stores, self._buffers, self._counters
         )
         self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
         self._listeners: list[Listener] = []

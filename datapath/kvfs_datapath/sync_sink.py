@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import ChunkMismatch, ChunkNotFound, ServerBusy, StaleChain, VersionMismatch
@@ -63,8 +63,10 @@ class SyncSinks:
     """The comparisons that targets of this server take part in as those that are brought in
     step."""
 
-    def __init__(self, views: Views) -> None:
+    def __init__(self, views: Views, wait_past: Callable[[], None]) -> None:
+        """``wait_past`` returns once nothing is removed any more by what was known before."""
         self._views = views
+        self._wait_past = wait_past
         self._comparisons: dict[tuple[int, int], _Comparison] = {}
         self._listings: dict[tuple[int, int], ChunkListing] = {}
         self._lock = threads.lock()
@@ -105,6 +107,7 @@ class SyncSinks:
             return
         if not self._views.wait_quiet(place, SYNC_CALL_SECONDS / 2):
             raise ServerBusy(detail=f"chain {chain_id} is being written")
+        self._wait_past()
         for chunk in store.versions.pendings(chain_id, scan=True):
             with store.versions.lock(chunk, CHUNK_LOCK_SECONDS):
                 if not comparison.has(chunk[:2]):

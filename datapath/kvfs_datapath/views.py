@@ -4,8 +4,9 @@ The heartbeat thread brings maps, leases and fences; the threads of connections 
 is memory under one lock: no I/O, and time is a number that the caller read from the clock.
 
 A target acts for a chain of several copies while three things hold: a heartbeat that named its
-present incarnation was answered less than FENCE_SECONDS after it was sent, the map that the answer
-named is known, and no answer since then said ``fence`` without a newer map.
+present incarnation was answered, and one less than FENCE_SECONDS ago; the maps that the answers
+named are known; and no answer said ``fence`` to which no later one, to a heartbeat that said
+``fenced``, has put an end.
 """
 
 from __future__ import annotations
@@ -55,12 +56,22 @@ class Place:
 
 @dataclasses.dataclass(slots=True)
 class _Standing:
-    """Of one target. ``heard``: a heartbeat that named ``incarnation`` was answered. ``fenced``:
-    the version of the map under which it was told to stop, or None."""
+    """Of one target. ``heard``: a heartbeat that named ``incarnation`` was answered, and the map
+    that the answer named is known. ``fenced``: it was told to stop."""
 
     incarnation: int
     heard: bool = False
-    fenced: int | None = None
+    fenced: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Said:
+    """What a heartbeat says, and when it was sent, or a little before."""
+
+    number: int
+    at: float
+    incarnations: Mapping[str, int]
+    fenced: frozenset[str]
 
 
 class Views:
@@ -75,6 +86,7 @@ class Views:
         self._targets: dict[int, Target] = {}
         self._standings = {uuid: _Standing(self._draw()) for uuid in uuids}
         self._leased_until = float("-inf")
+        self._beats = 0
         self._changed = threads.condition()
         self._active: dict[tuple[int, int], dict[int, int]] = {}
         self._listeners: list[Callable[[], None]] = []
@@ -90,35 +102,40 @@ class Views:
     def map_version(self) -> int:
         return self._map.version
 
-    def incarnations(self) -> dict[str, int]:
+    def say(self) -> Said:
+        """What the next heartbeat says."""
         with self._changed:
-            return {uuid: standing.incarnation for uuid, standing in self._standings.items()}
+            self._beats += 1
+            return Said(
+                self._beats,
+                self._clock.monotonic(),
+                {uuid: standing.incarnation for uuid, standing in self._standings.items()},
+                frozenset(uuid for uuid, s in self._standings.items() if s.fenced),
+            )
 
-    def fenced(self, uuid: str) -> bool:
-        with self._changed:
-            return self._standings[uuid].fenced is not None
+    def must_ask(self, reply: HeartbeatReply) -> bool:
+        """Whether the map that an answer names is not known. The upper half of a version is what
+        all metadata servers agree on: one that is lower comes from a store that has begun anew."""
+        known = self._map.version
+        return reply.map_version > known or reply.map_version >> 32 < known >> 32
 
-    def learn(
-        self,
-        sent_at: float,
-        named: Mapping[str, int],
-        reply: HeartbeatReply,
-        cluster: ClusterMap | None,
-    ) -> None:
-        """The answer to a heartbeat that was sent at ``sent_at`` and named the incarnations
-        ``named``. ``cluster`` is the map, if another one than ours was asked for."""
+    def learn(self, said: Said, reply: HeartbeatReply, cluster: ClusterMap | None) -> None:
+        """The answer to a heartbeat, and the map, if that was asked for."""
         with self._changed:
             is_new = cluster is not None and self._take_map(cluster)
+            is_known = self._map.version >= reply.map_version
             for orders in reply.targets:
                 standing = self._standings.get(orders.uuid)
                 if standing is None:
                     continue
                 if orders.fence:
-                    standing.fenced = self._map.version
-                if named.get(orders.uuid) == standing.incarnation:
-                    standing.heard = True
-            if self._map.version >= reply.map_version:
-                self._leased_until = max(self._leased_until, sent_at + FENCE_SECONDS)
+                    standing.fenced = True
+                elif is_known and orders.uuid in said.fenced:
+                    standing.fenced = False
+                if said.incarnations.get(orders.uuid) == standing.incarnation:
+                    standing.heard |= is_known
+            if is_known:
+                self._leased_until = max(self._leased_until, said.at + FENCE_SECONDS)
             self._changed.notify_all()
         if is_new:
             for listener in self._listeners:
@@ -128,9 +145,6 @@ class Views:
         """A chain never goes back: whoever knows the newer version may have acted on it."""
         if cluster == self._map:
             return False
-        for standing in self._standings.values():
-            if standing.fenced is not None and cluster.version > standing.fenced:
-                standing.fenced = None
         self._map = cluster
         self._chains = {
             chain.chain_id: self._newer(chain) for chain in cluster.chains if chain.is_replicated
@@ -183,7 +197,7 @@ class Views:
         if store.target_id not in chain.members:
             raise StaleChain(chain=chain_id, version=chain.version)
         standing = self._standings[store.uuid]
-        if standing.fenced is not None or not standing.heard:
+        if standing.fenced or not standing.heard:
             raise TargetFenced(target_id=store.target_id, detail="told to stop")
         if self._clock.monotonic() >= self._leased_until:
             raise TargetFenced(target_id=store.target_id, detail="its lease is over")

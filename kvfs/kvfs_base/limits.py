@@ -152,6 +152,16 @@ RESOLVE_SECONDS = 0.5
 """How often updates that stayed pending are tried again, and members that did not answer asked,
 while nothing else says that it is time."""
 
+GARBAGE_SECONDS = 600.0
+"""Pause between two rounds in which a server asks which of its chunks are unwanted: names alone
+cost 1.2 us a chunk."""
+
+GARBAGE_PAUSE_SECONDS = 0.1
+"""Pause before each question of a round: 40,000 inodes a second at most."""
+
+UNWANTED_REMEMBERED_MAX = 262_144
+"""Inodes that were unwanted in the last round, about 150 bytes each; the others take one more."""
+
 SYNC_PAGE_CHUNKS = 1024
 """Chunks of one page of a comparison between two members, 40 bytes each."""
 

@@ -200,7 +200,7 @@ def payload(size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def chains(root: Path, **settings: str) -> Iterator[ChainCluster]:
+def chains(root: Path, **settings: Any) -> Iterator[ChainCluster]:
     env, clock = memory_env()
     cluster = ChainCluster(env, str(root), "tcp", **settings)
     cluster.clock = clock

@@ -8,7 +8,9 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from kvfs_base.limits import GARBAGE_SECONDS
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Connection, Disk, Env
 from kvfs_base.testing import memory_env
@@ -27,11 +29,19 @@ SERVERS = 3
 class Cluster:
     """Servers 1 to 3 with one target each, which is also their chain."""
 
-    def __init__(self, env: Env, root: str, prefer: str, durability: str = "cache") -> None:
+    def __init__(
+        self,
+        env: Env,
+        root: str,
+        prefer: str,
+        durability: str = "cache",
+        garbage_seconds: float = GARBAGE_SECONDS,
+    ) -> None:
         self.env = env
         self.root = root
         self.prefer = prefer
         self.durability = durability
+        self.garbage_seconds = garbage_seconds
         self.metadata = FakeMetadata(env, Address.unix(f"{root}/metadata.sock"))
         self.servers: dict[int, ChunkServer] = {}
         self.clients: list[ChunkClient] = []
@@ -50,6 +60,7 @@ class Cluster:
             unix=Address.unix(f"{self.root}/server-{number}.sock"),
             tcp=Address.tcp("127.0.0.1", 0),
             durability=self.durability,
+            garbage_seconds=self.garbage_seconds,
         )
         server = self.servers[number] = ChunkServer(self.env, config)
         server.start()
@@ -83,7 +94,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(kind: str, prefer: str, root: Path, **settings: str) -> Iterator[Cluster]:
+def running(kind: str, prefer: str, root: Path, **settings: Any) -> Iterator[Cluster]:
     env = os_env() if kind == "os" else memory_env()[0]
     cluster = Cluster(env, str(root), prefer, **settings)
     cluster.start()
