@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kvfs_base.cluster import Synced
 from kvfs_base.counters import Counters
 from kvfs_base.limits import (
+    CHAIN_CHUNK_BYTES,
     HOPS_MAX,
     PASS_BUFFERS,
     SYNC_BUFFERS,
@@ -36,10 +37,8 @@ class ChainService:
         env: Env,
         config: ChunkServerConfig,
         stores: Sequence[ChunkStore],
-        receiving: BufferPool,
         counters: Counters,
     ) -> None:
-        """``receiving``: buffers of the server for what nobody gets after it."""
         self.counters = counters
         self._clock = env.clock
         self.views = Views(
@@ -57,9 +56,10 @@ class ChainService:
             seconds=config.garbage_seconds,
         )
         self.sinks = SyncSinks(self.views, self._garbage.wait_past)
-        self._buffers = [receiving]
-        self._buffers += [BufferPool(PASS_BUFFERS, TRANSFER_BYTES) for _ in range(HOPS_MAX)]
-        sending = BufferPool(SYNC_BUFFERS, TRANSFER_BYTES)
+        # Each holds a whole chunk of a file.
+        size = max(TRANSFER_BYTES, CHAIN_CHUNK_BYTES)
+        self._buffers = [BufferPool(PASS_BUFFERS, size) for _ in range(HOPS_MAX + 1)]
+        sending = BufferPool(SYNC_BUFFERS, size)
         self.replicator = Replicator(self.views, self.peers, self.sinks, sending, counters)
         self.repairer = Repairer(self.views, self.peers, self.replicator, sending, counters)
         self._source = SyncSource(

@@ -64,9 +64,7 @@ class ChunkServer:
         self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
         self._targets = Targets(self._open_stores())
-        self._chains = ChainService(
-            env, config, self._targets.stores, self._buffers, self._counters
-        )
+        self._chains = ChainService(env, config, self._targets.stores, self._counters)
         self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
         self._listeners: list[Listener] = []
         self._stopping = threads.event()
