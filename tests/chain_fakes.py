@@ -81,7 +81,7 @@ class FakeServer:
         self.chunks: dict[ChunkId, Stored] = {}
         self.requests: list[m.ChunkRequest] = []
         self.script: Script = lambda request: None
-        self.remembered: dict[tuple[int, int], ChunkInfo] = {}
+        self.remembered: dict[tuple[ChunkId, int, int], ChunkInfo] = {}
         self.state = TargetState.SERVING
         self.stopping = threading.Event()
         self._lock = threading.Lock()
@@ -336,10 +336,10 @@ class FakeServer:
         chain = self._check(request.passing)
         assert chain is not None
         if chain.targets[0] != self.target_id:
-            raise TargetFenced(target_id=self.target_id, detail="not the head")
+            raise StaleChain(chain=chain.chain_id, version=chain.version)
         offset = 0
 
-        def update(item: m.Update) -> ChunkInfo | None:
+        def update(item: m.Update) -> ChunkInfo:
             nonlocal offset
             data = payload[offset : offset + item.length]
             offset += item.length
@@ -349,20 +349,18 @@ class FakeServer:
 
         return self._each(request.updates, update)
 
-    def apply(self, chain: Chain, item: m.Update, data: bytes) -> ChunkInfo | None:
+    def apply(self, chain: Chain, item: m.Update, data: bytes) -> ChunkInfo:
         """One update, at every member; refused if one cannot be reached."""
-        known = self.remembered.get((item.writer, item.sequence))
+        chunk = ChunkId(item.inode, item.number, chain.chain_id)
+        known = self.remembered.get((chunk, item.writer, item.sequence))
         if known is not None:
             return known
-        chunk = ChunkId(item.inode, item.number, chain.chain_id)
         before = self.chunks.get(chunk)
         version = 0 if before is None else before.info.version
         if item.again and item.base != version:
             raise WriteUncertain(*chunk)
         old = b"" if before is None else before.data
         if item.cut:
-            if before is None or len(old) <= item.offset:
-                return None if before is None else before.info
             new = old[: item.offset]
         else:
             new = old.ljust(item.offset, b"\0")
@@ -379,18 +377,17 @@ class FakeServer:
         for target_id in reversed(chain.members):
             server = self.cluster.servers[target_id].reached()
             server.chunks[chunk] = Stored(new, info)
-            server.remembered[item.writer, item.sequence] = info
+            server.remembered[chunk, item.writer, item.sequence] = info
         return info
 
     def _remove(self, request: m.RemoveRange) -> m.Outcomes:
         chain = self._check(request.passing)
         assert chain is not None
-        for target_id in chain.members:
-            server = self.cluster.servers[target_id]
-            for chunk in list(server.chunks):
-                inside = request.first <= chunk.number < request.end
-                if chunk.inode == request.inode and chunk.chain == chain.chain_id and inside:
-                    del server.chunks[chunk]
+        for chunk in list(self.chunks):
+            inside = request.first <= chunk.number < request.end
+            if chunk.inode == request.inode and chunk.chain == chain.chain_id and inside:
+                number = (request.writer, request.sequence)
+                self.apply(chain, m.Update(*chunk[:2], 0, 0, 0, *number, cut=True), b"")
         return m.Outcomes((), {})
 
     def _repair(self, request: m.RepairChunks) -> m.Outcomes:

@@ -16,7 +16,6 @@ from kvfs_base import threads
 from kvfs_base.errors import ChunkNotFound, KvfsError
 from kvfs_base.limits import (
     CHAIN_WRITE_SECONDS,
-    CUT_CHUNKS_MAX,
     ITEMS_PER_REQUEST_MAX,
     STAT_AHEAD_CHUNKS,
     TRANSFER_BYTES,
@@ -203,57 +202,40 @@ class ChainedFile:
             found: m.Outcomes = self._shared.pool.run(
                 route.address, lambda c: c.call(request), attempt=attempt
             )
+            raise_first(found, besides=ChunkNotFound)
             return found
 
         outcomes = self._reader.ask(self._chunk(numbers[0]), 0, ask, lambda buffer: None)
         with self._condition:
-            for place, (number, info) in enumerate(zip(numbers, outcomes.infos, strict=True)):
-                if info is not None:
-                    self._know(number, info.version)
-                elif isinstance(outcomes.error(place), ChunkNotFound):
-                    self._know(number, 0)
+            for number, info in zip(numbers, outcomes.infos, strict=True):
+                self._know(number, 0 if info is None else info.version)
 
     def truncate(self, old_size: int, new_size: int) -> None:
         if new_size >= old_size:
             return
         chunk_bytes = self._layout.chunk_bytes
         first, end = -(-new_size // chunk_bytes), -(-old_size // chunk_bytes)
-        partly, inside = divmod(new_size, chunk_bytes)
-        cuts = [(partly, inside)] if inside else []
-        if end - first <= CUT_CHUNKS_MAX:
-            cuts += [(number, 0) for number in range(first, end)]
-        else:
-            self._remove(first, end)
-        with self._writing([number for number, _ in cuts]):
-            self._cut(cuts)
-
-    def _cut(self, cuts: Sequence[tuple[int, int]]) -> None:
-        by_chain: dict[int, list[Change]] = {}
-        for number, offset in cuts:
-            change = Change(
-                inode=self._inode,
-                number=number,
-                offset=offset,
-                data=memoryview(b""),
-                base=self._versions.get(number, 0),
-                cut=True,
-            )
-            by_chain.setdefault(self._layout.chain_of(number), []).append(change)
-        self._shared.workers.parallel(
-            [
-                functools.partial(self._send, chain, group[start : start + ITEMS_PER_REQUEST_MAX])
-                for chain, group in by_chain.items()
-                for start in range(0, len(group), ITEMS_PER_REQUEST_MAX)
-            ]
-        )
+        if first < end:
+            with self._writing([n for n in self._versions if first <= n < end]):
+                self._remove(first, end)
+        number, inside = divmod(new_size, chunk_bytes)
+        if inside:
+            with self._writing([number]):
+                base = self._versions.get(number, 0)
+                cut = Change(self._inode, number, inside, memoryview(b""), base, cut=True)
+                self._send(self._layout.chain_of(number), [cut])
 
     def _remove(self, first: int, end: int) -> None:
-        """Every head looks for the whole range."""
+        """Every head looks for the whole range, and cuts what it finds to nothing. The number makes
+        known what comes again, chunk by chunk: it must not take away what was written since."""
+        writer, sequence = self._updater.number()
 
         def remove(chain: int) -> None:
             def act(head: Route, routes: ChainRoutes) -> None:
                 passing = m.Passing(routes.chain_id, routes.version)
-                request = m.RemoveRange(head.target_id, self._inode, first, end, passing=passing)
+                request = m.RemoveRange(
+                    head.target_id, self._inode, first, end, writer, passing, sequence
+                )
                 raise_first(self._shared.pool.run(head.address, lambda c: c.call(request)))
 
             self._updater.at_head(chain, act, self._patience(CHAIN_WRITE_SECONDS))

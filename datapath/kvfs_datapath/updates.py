@@ -15,13 +15,10 @@ from typing import TypeVar
 from kvfs_base import threads
 from kvfs_base.errors import (
     ChunkCorrupt,
-    ChunkNotFound,
-    Conflict,
+    ChunkMismatch,
     KvfsError,
     NoTarget,
-    ServerBusy,
-    StaleChain,
-    TargetFenced,
+    TargetFailed,
 )
 from kvfs_base.limits import CHAIN_CONNECT_SECONDS
 from kvfs_base.types import ChunkId
@@ -33,16 +30,17 @@ from kvfs_datapath.connections import DataConnection, seconds_for
 from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.patience import Patience
 from kvfs_datapath.routes import ChainRoutes, Route
+from kvfs_datapath.rules import NOWHERE
 from kvfs_datapath.shared import Shared
 
 _Result = TypeVar("_Result")
 
-_REFUSED = (StaleChain, TargetFenced, NoTarget, ServerBusy)
-"""Answers to a whole request: nothing of it was begun."""
-_DROPPED = (StaleChain, Conflict)
-"""Answers to one update: it is nowhere, if this was the first attempt."""
-_AGAIN = (*PASSING_ERRORS, ChunkCorrupt)
-"""Worth another attempt. ChunkCorrupt: the bytes broke on their way."""
+_DROPPED = (*NOWHERE, ChunkCorrupt, ChunkMismatch, TargetFailed)
+"""What a head answers of an update that it has not begun, or of which nothing is left: it may come
+for the first time again. All else may mean that it is on its way."""
+_AGAIN = (*PASSING_ERRORS, ChunkCorrupt, ChunkMismatch)
+"""Worth another attempt. The last two: bytes that broke on their way, or a head whose copy is
+damaged and may be repaired meanwhile."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,24 +82,25 @@ class Updater:
         self._writer = 0
         self._sequence = 0
 
-    def _number(self, change: Change) -> None:
+    def number(self) -> tuple[int, int]:
+        """Writer and sequence, never the same again."""
         with self._lock:
             if not self._writer or self._sequence == 0xFFFF_FFFF:
                 self._writer = self._shared.env.rng.randrange(1, 1 << 32)
                 self._sequence = 0
             self._sequence += 1
-            change.writer, change.sequence = self._writer, self._sequence
+            return self._writer, self._sequence
 
     def update(
         self, chain: int, changes: Sequence[Change], patience: Patience
     ) -> list[ChunkInfo | None]:
-        """Done at every member when it returns: each chunk as it is afterwards, None for one that
-        is not there. Changes of one request are of different chunks. Raises DiskFull,
-        WriteUncertain, TargetFailed (the chain was removed), and when ``patience`` is over what
-        was wrong last; then any of the changes may have been done."""
+        """Done at every member when it returns: each chunk as it is afterwards. Changes of one
+        request are of different chunks. Raises DiskFull, WriteUncertain, TargetFailed (the chain
+        was removed), and when ``patience`` is over what was wrong last; then any of the changes may
+        have been done."""
         infos: list[ChunkInfo | None] = [None] * len(changes)
         for change in changes:
-            self._number(change)
+            change.writer, change.sequence = self.number()
             change.crc32c = crc32c(change.data)
         left = list(range(len(changes)))
 
@@ -111,7 +110,7 @@ class Updater:
             failed: dict[int, KvfsError] = {}
             for place, index in enumerate(left):
                 error = outcomes.error(place)
-                if error is None or (changes[index].cut and isinstance(error, ChunkNotFound)):
+                if error is None:
                     infos[index] = outcomes.infos[place]
                 else:
                     failed[index] = error
@@ -135,7 +134,7 @@ class Updater:
             request = m.UpdateChunks(head.target_id, passing, messages)
             try:
                 outcomes: m.Outcomes = connection.call(request, payload)
-            except _REFUSED:
+            except NOWHERE:
                 for change, sent in zip(changes, before, strict=True):
                     change.sent = sent
                 raise

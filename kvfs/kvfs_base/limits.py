@@ -521,10 +521,6 @@ once in so many chunks of a chain."""
 VERSIONS_KEPT_MAX = 65_536
 """Chunks of one open file whose versions a writer remembers: 64 GiB, 100 bytes each."""
 
-CUT_CHUNKS_MAX = 4096
-"""A shorter file's chunks are cut to nothing one by one, which can be repeated without harm, up to
-this many; of a longer tail the heads remove what they have."""
-
 FILE_DESCRIPTORS_MAX = 512
 """Chunk descriptors one client keeps open for its files; half of the usual limit of 1,024."""
 
