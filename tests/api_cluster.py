@@ -3,6 +3,7 @@ fast to start, and tests can reach into each."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable
@@ -73,10 +74,15 @@ class MetadataThread:
 
 
 class ApiCluster:
-    """Everything under ``directory``, which may hold what an earlier one left."""
+    """Everything under ``directory``, which may hold what an earlier one left. With ``hosts`` each
+    chunk server believes to be on a host of its own, all but the first on another one than the
+    agent: those are reached by TCP."""
 
-    def __init__(self, directory: str, servers: int = 3, **agent_settings: Any) -> None:
+    def __init__(
+        self, directory: str, servers: int = 3, *, hosts: bool = False, **agent_settings: Any
+    ) -> None:
         self.directory = directory
+        self._hosts = hosts
         self.metadata_address = Address.unix(f"{directory}/metadata.sock")
         self.agent_address = Address.unix(f"{directory}/agent.sock")
         os.makedirs(f"{directory}/metadata", exist_ok=True)
@@ -96,11 +102,19 @@ class ApiCluster:
             directories=(target,),
             metadata=(self.metadata_address,),
             unix=Address.unix(f"{self.directory}/chunks-{number}.sock"),
-            tcp=None,
+            tcp=Address.tcp("127.0.0.1", 0) if self._hosts else None,
         )
-        server = ChunkServer(os_env(), config)
+        env = os_env()
+        if self._hosts and number:
+            env = dataclasses.replace(env, host_id=f"host-{number}")
+        server = ChunkServer(env, config)
         server.start()
         return server
+
+    def restart_server(self, number: int) -> None:
+        """It may be stopped already."""
+        self.servers[number].stop()
+        self.servers[number] = self._start_server(number)
 
     def _wait_for_targets(self, count: int) -> None:
         view = ClusterView(os_env(), self.metadata_address)
@@ -134,7 +148,7 @@ class ApiCluster:
         found = [
             os.path.join(folder, name)
             for folder, _, names in os.walk(f"{self.directory}/targets")
-            if "/chunks" in folder
+            if "/chunks" in folder or "/chains" in folder
             for name in names
         ]
         return sorted(found, key=os.path.basename)

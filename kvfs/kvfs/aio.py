@@ -47,10 +47,16 @@ class Client:
         self._limiter = limiter
 
     async def namespace(
-        self, name: str, layout: KVLayout | None = None, *, create: bool = False
+        self,
+        name: str,
+        layout: KVLayout | None = None,
+        *,
+        create: bool = False,
+        copies: int = 0,
     ) -> Namespace:
         """As kvfs.Client.namespace."""
-        return Namespace(self, await self._run(self._sync.namespace, name, layout, create=create))
+        opened = await self._run(self._sync.namespace, name, layout, create=create, copies=copies)
+        return Namespace(self, opened)
 
     async def statistics(self) -> dict[str, int]:
         """As kvfs.Client.statistics."""

@@ -46,6 +46,7 @@ from kvfs_base.errors import ConnectionLost, InvalidRequest, KvfsError, LimitExc
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     BLOCK_KEY_BYTES,
+    COPIES_MAX,
     STAGING_ROUND_BYTES,
 )
 from kvfs_base.os_env import os_env
@@ -114,14 +115,25 @@ class Client:
         _clients.add(self)
 
     def namespace(
-        self, name: str, layout: KVLayout | None = None, *, create: bool = False
+        self,
+        name: str,
+        layout: KVLayout | None = None,
+        *,
+        create: bool = False,
+        copies: int = 0,
     ) -> Namespace:
         """The namespace ``TENANT/MODEL``. ``layout`` None accepts any that exists; otherwise raises
         LayoutMismatch if it differs. Raises EntryNotFound without ``create``, and InvalidRequest
-        for a ``create`` without a layout."""
+        for a ``create`` without a layout.
+
+        ``copies``: on how many hosts each block of a namespace that is made is kept, 1 to 3; 0 as
+        the directory says in which it is made. One that exists keeps what it has. Raises NoTarget
+        if there are not so many hosts."""
         if create and layout is None:
             raise InvalidRequest(detail="a new namespace needs a layout")
-        info: NamespaceInfo = self._call(OpenNamespace(name, layout, create))
+        if not 0 <= copies <= COPIES_MAX or (copies and not create):
+            raise InvalidRequest(detail=f"copies of a new namespace are 1 to {COPIES_MAX}")
+        info: NamespaceInfo = self._call(OpenNamespace(name, layout, create, copies))
         return Namespace(self, name, info)
 
     def statistics(self) -> dict[str, int]:
