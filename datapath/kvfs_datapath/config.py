@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import GARBAGE_SECONDS, TARGETS_PER_SERVER_MAX
+from kvfs_base.limits import (
+    GARBAGE_SECONDS,
+    SCRUB_BYTES_PER_SECOND,
+    SCRUB_DAYS,
+    TARGETS_PER_SERVER_MAX,
+)
 from kvfs_base.types import Address
 
 
@@ -30,6 +36,10 @@ class ChunkServerConfig:
     """Bounds what the server sends to bring members of its chains in step; 0 is no bound."""
     garbage_seconds: float = GARBAGE_SECONDS
     """Between two rounds of looking for chunks that nothing refers to."""
+    scrub_bytes_per_second: int = SCRUB_BYTES_PER_SECOND
+    """How fast each target is read again to find damage; 0: never."""
+    scrub_days: float = SCRUB_DAYS
+    """How often everything is read again, if the rate allows."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.directories) <= TARGETS_PER_SERVER_MAX:
@@ -46,3 +56,5 @@ class ChunkServerConfig:
             raise InvalidRequest(detail="capacity below zero")
         if self.sync_bytes_per_second < 0:
             raise InvalidRequest(detail="a rate below zero")
+        if self.scrub_bytes_per_second < 0 or not 0 <= self.scrub_days < math.inf:
+            raise InvalidRequest(detail="scrubbing below zero")

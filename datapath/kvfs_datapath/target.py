@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid as uuids
 from typing import Annotated
 
 import msgspec
 
-from kvfs_base.errors import Conflict, TargetFailed, VersionMismatch
+from kvfs_base.errors import Conflict, DiskFull, TargetFailed, VersionMismatch
 from kvfs_base.seams import Disk, DiskFile
 from kvfs_base.types import U32
 
@@ -16,7 +17,7 @@ FORMATS_READ = (1, 2)
 """Directories of format 1 have no chains of several copies."""
 IDENTITY = "target.json"
 LOCK = "lock"
-IDENTITY_BYTES_MAX = 4096
+SMALL_FILE_BYTES_MAX = 4096
 
 
 class TargetIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,12 +55,7 @@ def load_identity(disk: Disk, uuid: str) -> TargetIdentity:
         identity = TargetIdentity(format=FORMAT, uuid=str(uuids.UUID(uuid)))
         save_identity(disk, identity)
         return identity
-    file = disk.open(IDENTITY)
-    try:
-        view = memoryview(bytearray(IDENTITY_BYTES_MAX))
-        data = bytes(view[: file.preadv([view], 0)])
-    finally:
-        file.close()
+    data = read_small(disk, IDENTITY)
     try:
         found = msgspec.json.decode(data, type=_Format).format
         if found not in FORMATS_READ:
@@ -70,19 +66,37 @@ def load_identity(disk: Disk, uuid: str) -> TargetIdentity:
     if identity.format != FORMAT:
         # An older server would take no notice of what this one will write.
         identity = msgspec.structs.replace(identity, format=FORMAT)
-        save_identity(disk, identity)
+        with contextlib.suppress(DiskFull):  # it serves what it has; the next start tries again
+            save_identity(disk, identity)
     return identity
 
 
 def save_identity(disk: Disk, identity: TargetIdentity) -> None:
     """Whole or not at all."""
-    draft = f"{IDENTITY}.new"
+    write_small(disk, IDENTITY, msgspec.json.encode(identity) + b"\n", sync=True)
+
+
+def read_small(disk: Disk, path: str) -> bytes:
+    """The first SMALL_FILE_BYTES_MAX bytes of a file. Raises FileNotFoundError."""
+    file = disk.open(path)
+    try:
+        view = memoryview(bytearray(SMALL_FILE_BYTES_MAX))
+        return bytes(view[: file.preadv([view], 0)])
+    finally:
+        file.close()
+
+
+def write_small(disk: Disk, path: str, data: bytes, *, sync: bool) -> None:
+    """Replaces a file whole or not at all; without ``sync`` that holds while there is power."""
+    draft = f"{path}.new"
     file = disk.open(draft, write=True, create=True)
     try:
         file.truncate(0)
-        file.pwritev([msgspec.json.encode(identity) + b"\n"], 0)
-        file.sync()
+        file.pwritev([data], 0)
+        if sync:
+            file.sync()
     finally:
         file.close()
-    disk.rename(draft, IDENTITY)
-    disk.sync_directory("")
+    disk.rename(draft, path)
+    if sync:
+        disk.sync_directory("")

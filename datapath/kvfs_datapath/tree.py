@@ -42,7 +42,13 @@ from kvfs_datapath.format import (
     root_of,
     unpack_versioned,
 )
-from kvfs_datapath.target import load_identity, lock_target, save_identity
+from kvfs_datapath.target import (
+    load_identity,
+    lock_target,
+    read_small,
+    save_identity,
+    write_small,
+)
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +119,19 @@ class ChunkTree:
 
     def close(self) -> None:
         self._lock_file.close()
+
+    def read_note(self, name: str) -> bytes:
+        """A small file beside the chunks; empty if there is none."""
+        with self.io():
+            try:
+                return read_small(self.disk, name)
+            except FileNotFoundError:
+                return b""
+
+    def write_note(self, name: str, data: bytes) -> None:
+        """It may be lost with the power."""
+        with self.io():
+            write_small(self.disk, name, data, sync=False)
 
     @contextlib.contextmanager
     def io(self, chunk: ChunkId | None = None) -> Iterator[None]:

@@ -77,7 +77,7 @@ class Setting:
         if typing.get_origin(base) is tuple:
             return "addresses" if typing.get_args(base)[0] is Address else "list"
         if base is int:
-            return "size" if self.name.endswith("_bytes") else "number"
+            return "size" if "_bytes" in self.name else "number"
         return {float: "number", bool: "switch", Address: "address"}.get(base, "text")
 
 

@@ -408,6 +408,24 @@ at 20 MB/s. Large blocks are sent in smaller batches (CHECK_BYTES_PER_REQUEST)."
 
 CHECK_BYTES_PER_REQUEST = 512 * MIB
 
+SCRUB_DAYS = 30.0
+SCRUB_BYTES_PER_SECOND = 16 * MIB
+"""A server reads everything again once in SCRUB_DAYS, each target at this rate: 41 TB by then, or
+1 TB in 18 hours, beside which a disk that reads 1 GB/s does not slow down."""
+
+SCRUB_CHUNK_BYTES = 64 * KIB
+"""A smaller chunk counts as one of this size: it costs an access all the same. 256 chunks a second
+at most by default, about 2 % of a core."""
+
+SCRUB_START_SECONDS = 300.0
+"""A server that has just started does not read by itself yet."""
+
+SCRUB_SAVE_SECONDS = 60.0
+"""What a killed server may read again."""
+
+SCRUB_BAD_REMEMBERED_MAX = 4096
+"""Bad single copies that are not spoken of again; 300 bytes each."""
+
 TARGETS_PER_SERVER_MAX = 64
 """What one Heartbeat can report. More disks than that want a second server anyway."""
 
