@@ -42,9 +42,9 @@ POSITION = "scrub.json"
 DAY_SECONDS = 86_400.0
 IDLE_SECONDS = 3_600.0
 
-Repair = Callable[[ChunkStore, ChunkId], bool]
-"""Looks at a chunk of a chain that was found bad, and gets it from another member. Answers whether
-it is whole again. May raise any KvfsError: the next round finds the chunk once more."""
+Repair = Callable[[ChunkStore, ChunkId], object]
+"""Looks at a chunk of a chain that was found bad, and gets it from another member. May raise any
+KvfsError if it is not whole again: the next round finds the chunk once more."""
 
 
 class Position(msgspec.Struct, frozen=True):
@@ -204,8 +204,8 @@ class Scrubber:
     def _deal_with(self, store: ChunkStore, chunk: ChunkId, error: KvfsError) -> None:
         if chunk.chain and self._repair is not None:
             try:
-                if self._repair(store, chunk):
-                    self._counters.add(scrub_repaired_chunks=1)
+                self._repair(store, chunk)
+                self._counters.add(scrub_repaired_chunks=1)
             except TargetFailed:
                 raise
             except KvfsError as exc:

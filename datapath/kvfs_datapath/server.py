@@ -25,6 +25,7 @@ from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chain_service import ChainService
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.heartbeat import Housekeeping
+from kvfs_datapath.scrub import Scrubber
 from kvfs_datapath.session import DataSession
 from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.targets import Targets
@@ -59,6 +60,11 @@ class ChunkServer:
             "requests",
             "synced_bytes",
             "updates",
+            "scrub_bad_chunks",
+            "scrub_repaired_chunks",
+            "scrub_rounds",
+            "scrubbed_bytes",
+            "scrubbed_chunks",
             "written_bytes",
         )
         self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
@@ -66,6 +72,14 @@ class ChunkServer:
         self._targets = Targets(self._open_stores())
         self._chains = ChainService(env, config, self._targets.stores, self._counters)
         self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
+        self._scrubber = Scrubber(
+            env,
+            self._targets.stores,
+            self._counters,
+            bytes_per_second=config.scrub_bytes_per_second,
+            days=config.scrub_days,
+            repair=self._chains.repairer.repair,
+        )
         self._listeners: list[Listener] = []
         self._stopping = threads.event()
         self._lock = threads.lock()
@@ -112,6 +126,7 @@ class ChunkServer:
         self._chains.start()
         by_kind = {address.kind: address for address in self.addresses}
         self._housekeeping.start(by_kind.get("unix"), by_kind.get("tcp"))
+        self._scrubber.start()
 
     def stop(self) -> None:
         """Breaks off every connection, waits for the threads, gives the directories back."""
@@ -127,6 +142,7 @@ class ChunkServer:
             connection.shutdown()
         for thread in open_connections.values():
             thread.join()
+        self._scrubber.stop()
         self._housekeeping.stop()
         self._targets.close()
 

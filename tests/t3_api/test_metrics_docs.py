@@ -28,5 +28,10 @@ def test_metadata(cluster: ApiCluster) -> None:
         client.close()
 
 
+def test_chunk_server(cluster: ApiCluster) -> None:
+    for server in cluster.servers:
+        assert documented("Chunk server") == set(server.statistics())
+
+
 def test_agent(client: kvfs.Client) -> None:
     assert documented("Node agent") == set(client.statistics())
