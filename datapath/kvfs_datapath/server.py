@@ -11,7 +11,7 @@ import uuid
 
 from kvfs_base import threads
 from kvfs_base.counters import Counters
-from kvfs_base.errors import ConnectionLost, KvfsError
+from kvfs_base.errors import ConnectionLost, KvfsError, TargetFailed
 from kvfs_base.limits import (
     CONNECTIONS_MAX,
     SERVER_BUFFERS,
@@ -41,7 +41,7 @@ class ChunkServer:
 
     def __init__(self, env: Env, config: ChunkServerConfig) -> None:
         """Takes over the target directories. Raises Conflict if another server has one,
-        VersionMismatch, TargetFailed."""
+        VersionMismatch, TargetFailed if no disk can be used."""
         self._env = env
         self._config = config
         self._counters = Counters(
@@ -69,6 +69,7 @@ class ChunkServer:
         )
         self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
+        self._never_opened = 0
         self._targets = Targets(self._open_stores())
         self._chains = ChainService(env, config, self._targets.stores, self._counters)
         self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
@@ -87,22 +88,30 @@ class ChunkServer:
         self._acceptors: list[threads.Thread] = []
 
     def _open_stores(self) -> list[ChunkStore]:
+        """One failed disk does not keep the others from being served."""
         stores: list[ChunkStore] = []
         try:
             for directory in self._config.directories:
-                stores.append(
-                    ChunkStore(
-                        self._env.open_disk(directory),
-                        str(uuid.UUID(int=self._env.rng.getrandbits(128), version=4)),
-                        buffers=self._check_buffers,
-                        strict=self._config.durability == "strict",
-                    )
-                )
+                try:
+                    stores.append(self._open_store(directory))
+                except TargetFailed as exc:
+                    log.error("target %s is out of service: %s", directory, exc.detail)
+                    self._never_opened += 1
+                    if self._never_opened == len(self._config.directories):
+                        raise
         except BaseException:
             for store in stores:
                 store.close()
             raise
         return stores
+
+    def _open_store(self, directory: str) -> ChunkStore:
+        return ChunkStore(
+            self._env.open_disk(directory),
+            str(uuid.UUID(int=self._env.rng.getrandbits(128), version=4)),
+            buffers=self._check_buffers,
+            strict=self._config.durability == "strict",
+        )
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -150,7 +159,7 @@ class ChunkServer:
         """Counters since the start, and gauges."""
         with self._lock:
             connections = len(self._connections)
-        failed = sum(not store.healthy for store in self._targets.stores)
+        failed = self._never_opened + sum(not store.healthy for store in self._targets.stores)
         return self._counters.snapshot() | {"connections": connections, "failed_targets": failed}
 
     # --- connections
