@@ -103,7 +103,7 @@ HOPS_MAX = 8
 """Members that a write passes: the copies, and those that are being brought in step."""
 
 CHAIN_CHUNK_BYTES = 1 * MIB
-"""Chunks of files with several copies: an overwrite copies its chunk (0.3 ms a copy)."""
+"""Chunks of files with several copies: an overwrite copies its chunk (0.7 ms of CPU a copy)."""
 
 SUSPECT_SECONDS = 2.0
 """A successor that cannot be reached for so long is reported."""
