@@ -454,6 +454,10 @@ class MetadataCore:
         """One transaction's worth of emptying targets; its result is whether to go on at once."""
         return self.drainer.step(tx)
 
+    def stood_still(self, seconds: float) -> None:
+        """The process did nothing for so long: heartbeats may lie unread."""
+        self.cluster.targets.stood_still(seconds)
+
     def due(self) -> list[Operation]:
         """For prepared batches, sessions and unlinked files whose time is over. Targets whose
         lease is over go out of service at once."""

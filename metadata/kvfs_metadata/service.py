@@ -51,6 +51,7 @@ class MetadataService:
         self._sync_lock = trio.Lock()
         self._syncs_begun = 0
         self._sync_failed = False
+        self._stood_still = 0.0
         self._heard: set[int] = set()
         self._gone: set[int] = set()
 
@@ -190,8 +191,11 @@ class MetadataService:
             self._evict_wanted.set()
 
     async def _expire(self) -> None:
+        clock = self._env.clock
         while True:
+            begun = clock.monotonic()
             await trio.sleep(HEARTBEAT_SECONDS)
+            self._stood_still = clock.monotonic() - begun - HEARTBEAT_SECONDS
             try:
                 operations = await self._turns.ask(self._due)
             except KvfsError as exc:
@@ -232,6 +236,8 @@ class MetadataService:
             for connection in gone:
                 self.core.disconnected(connection)
             self.core.catch_up()
+        if self._stood_still > HEARTBEAT_SECONDS:
+            self.core.stood_still(self._stood_still)
         return self.core.due()
 
     async def _beat(self) -> None:
