@@ -160,6 +160,41 @@ class _Waiter:
         self.frame: Frame | None = None
         self.error: KvfsError | None = None
 
+    def deliver(self, frame: Frame) -> None:
+        self.frame = frame
+        self.event.set()
+
+    def fail(self, error: KvfsError) -> None:
+        if self.frame is None:  # an answer that came just before the end is one
+            self.error = error
+            self.event.set()
+
+
+Done = Callable[[Any, KvfsError | None], None]
+"""Told the reply, or None and the error. Neither waits nor raises."""
+
+
+class _Caller(_Waiter):
+    """The same for a call that nobody waits for in a task: ``done`` is told at once."""
+
+    __slots__ = ("_done", "_request")
+
+    def __init__(self, request: Request, done: Done) -> None:
+        super().__init__()
+        self._request = request
+        self._done = done
+
+    def deliver(self, frame: Frame) -> None:
+        try:
+            reply = _decode_reply(frame, self._request)
+        except KvfsError as exc:
+            self._done(None, exc)
+        else:
+            self._done(reply, None)
+
+    def fail(self, error: KvfsError) -> None:
+        self._done(None, error)
+
 
 class Servers:
     """Servers of which each will do, used one at a time. Whoever is failed by one goes on with the
@@ -252,6 +287,30 @@ class RpcClient:
             self._leave(stream, "too slow")
         raise DeadlineExceeded(operation=type(request).__name__, seconds=timeout)
 
+    def call_soon(self, request: Request, done: Done) -> int:
+        """As ``call``, without a task that waits: ``done`` is told by whoever receives. The number
+        of the call for ``give_up``, which has to be called some time if nothing is told; or 0, and
+        nothing was done, if there is no connection. A lost connection is told like any error, and
+        so is StoreUnavailable, after which the caller asks again with ``call``."""
+        if self._stream is None:
+            return 0
+        request_id = self._next_id
+        self._next_id += 1
+        self._waiting[request_id] = _Caller(request, done)
+        frame = frames.encode(Kind.REQUEST, request_id, request)
+        if self._sending:
+            self._outbox.append(frame)
+        else:
+            assert self._nursery is not None
+            self._outbox.append(frame)
+            self._sending = True
+            self._nursery.start_soon(self._send_outbox)
+        return request_id
+
+    def give_up(self, request_id: int) -> None:
+        """Nothing will be told any more."""
+        self._waiting.pop(request_id, None)
+
     async def _dial(self) -> None:
         async with self._dialling:
             if self._stream is not None:
@@ -274,9 +333,11 @@ class RpcClient:
     async def _send(self, frame: bytes) -> None:
         # Frames queued while a send is in progress go out together with the next one.
         self._outbox.append(frame)
-        if self._sending:
-            return
-        self._sending = True
+        if not self._sending:
+            self._sending = True
+            await self._send_outbox()
+
+    async def _send_outbox(self) -> None:
         try:
             while self._outbox:
                 stream = self._stream
@@ -300,10 +361,9 @@ class RpcClient:
         try:
             while data := await stream.receive_some(READ_BYTES):
                 for frame in decoder.feed(data):
-                    waiter = self._waiting.get(frame.request_id)
+                    waiter = self._waiting.pop(frame.request_id, None)
                     if waiter is not None:
-                        waiter.frame = frame
-                        waiter.event.set()
+                        waiter.deliver(frame)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             reason = "connection reset"
         except KvfsError as exc:
@@ -333,10 +393,9 @@ class RpcClient:
     def _drop(self, error: KvfsError) -> None:
         self._stream = None
         self._outbox.clear()
-        for waiter in self._waiting.values():
-            if waiter.frame is None:  # an answer that came just before the end is one
-                waiter.error = error
-                waiter.event.set()
+        waiting, self._waiting = self._waiting, {}
+        for waiter in waiting.values():
+            waiter.fail(error)
 
 
 class BlockingRpcClient:

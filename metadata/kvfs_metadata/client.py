@@ -27,7 +27,7 @@ from kvfs_base import threads
 from kvfs_base.cluster import ClusterMap, FindUnwanted, GetClusterMap, Heartbeat
 from kvfs_base.errors import ConnectionLost, KvfsError, StoreUnavailable
 from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GRACE_SECONDS
-from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient
+from kvfs_base.rpc import BlockingRpcClient, Done, Request, RpcClient
 from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
 from kvfs_metadata import fixes
@@ -181,6 +181,14 @@ class MetadataClient:
             # connection finds it counted.
             self._open[reply.inode] += 1
         return reply
+
+    def call_soon(self, request: Request, done: Done) -> int:
+        """One attempt at a request of REPEATABLE that opens and closes nothing: see
+        RpcClient.call_soon. After an error that is temporary, ``call`` goes on."""
+        return self._rpc.call_soon(request, done)
+
+    def give_up(self, number: int) -> None:
+        self._rpc.give_up(number)
 
     async def _close(self, request: m.CloseInode, timeout: float) -> Any:
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import trio
 
+from kvfs.mount import direct_frontend
 from kvfs.mount import fuse_wire as wire
 from kvfs.mount.backend import Backend
 from kvfs.mount.config import MountConfig
@@ -21,7 +22,7 @@ from kvfs.mount.device import Device
 from kvfs.mount.direct_frontend import DirectFrontend
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.fuse_wire import Opcode
-from kvfs_base.errors import EntryNotFound
+from kvfs_base.errors import ConnectionLost, EntryNotFound, NotADirectory
 from kvfs_base.limits import MOUNT_TASKS
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, Attr
@@ -37,6 +38,9 @@ class Names:
     def __init__(self) -> None:
         self.gate = trio.Event()
         self.waiting = 0
+        self.connected = False
+        self.asked: dict[int, Any] = {}
+        self.given_up: list[int] = []
 
     async def call(self, request: Any) -> Any:
         if type(request).__name__ == "Lookup" and request.name == b"slow":
@@ -45,6 +49,15 @@ class Names:
             return Attr(5, 0o040755)
         await trio.lowlevel.checkpoint()
         raise EntryNotFound()
+
+    def call_soon(self, request: Any, done: Any) -> int:
+        if not self.connected or request.name == b"slow":
+            return 0
+        self.asked[len(self.asked) + 1] = done
+        return len(self.asked)
+
+    def give_up(self, number: int) -> None:
+        self.given_up.append(number)
 
 
 class Kernel:
@@ -144,6 +157,46 @@ def test_requests_overtake_one_that_waits() -> None:
     trio.run(scenario)
 
 
+def test_a_look_up_without_a_task() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            sent = [await kernel.send(Opcode.LOOKUP, b"name\0") for _ in range(4)]
+            while len(names.asked) < len(sent):
+                await trio.lowlevel.checkpoint()
+            for number, error in ((3, EntryNotFound()), (1, None), (4, NotADirectory())):
+                names.asked[number](None if error else Attr(5, 0o100644), error)
+            # Lost with the connection: a task asks again, and is told that it is missing.
+            names.asked[2](None, ConnectionLost())
+            answers = [await kernel.answer() for _ in sent]
+            assert [(a[0], a[1], len(a[2])) for a in answers] == [
+                (sent[2], errno.ENOENT, 0),
+                (sent[0], 0, 128),
+                (sent[3], errno.ENOTDIR, 0),
+                (sent[1], errno.ENOENT, 0),
+            ]
+            too_long = await kernel.send(Opcode.LOOKUP, b"n" * 256 + b"\0")
+            assert (await kernel.answer())[:2] == (too_long, errno.ENAMETOOLONG)
+
+    trio.run(scenario)
+
+
+def test_a_silent_service_is_left_to_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct_frontend, "ASKED_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            unique = await kernel.send(Opcode.LOOKUP, b"name\0")
+            assert (await kernel.answer())[:2] == (unique, errno.ENOENT)
+            assert names.given_up == [1]
+            names.asked[1](Attr(5, 0o100644), None)  # too late: nobody is told twice
+            unique = await kernel.send(4711)
+            assert (await kernel.answer())[0] == unique
+
+    trio.run(scenario)
+
+
 def test_as_many_at_work_as_there_may_be() -> None:
     async def scenario() -> None:
         async with served() as (kernel, names):
@@ -161,8 +214,6 @@ def test_as_many_at_work_as_there_may_be() -> None:
 
 
 def test_an_interrupted_look_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvfs.mount import direct_frontend
-
     monkeypatch.setattr(direct_frontend, "MOUNT_INTERRUPT_SECONDS", 0.01)
 
     async def scenario() -> None:

@@ -11,7 +11,8 @@ from typing import BinaryIO
 import trio
 
 from kvfs.mount.backend import Backend
-from kvfs.mount.filesystem import Caller, Filesystem
+from kvfs.mount.filesystem import Filesystem
+from kvfs.mount.requests import Caller
 from kvfs_base.errors import (
     EntryNotFound,
     InodeStale,

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
-from kvfs_base.rpc import Request
+from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Env
 from kvfs_datapath.client import ChunkClient
 
@@ -23,6 +23,10 @@ class MetadataCalls(Protocol):
     """The part of MetadataClient that the mount uses."""
 
     async def call(self, request: Request) -> Any: ...
+
+    def call_soon(self, request: Request, done: Done) -> int: ...
+
+    def give_up(self, number: int) -> None: ...
 
 
 @dataclasses.dataclass
@@ -52,6 +56,12 @@ class Backend:
         """The client waits for a service that restarts, and makes sure that what it repeats happens
         once. ConnectionLost, when that took too long, leaves open whether it was carried out."""
         return await self.metadata.call(request)
+
+    def call_soon(self, request: Request, done: Done) -> int:
+        """A look-up, in the turn of the event loop that it came up in; ``done`` is told in the one
+        that the answer arrives in. A number for ``give_up``; 0 if ``call`` has to be used, as after
+        an error that is temporary."""
+        return self.metadata.call_soon(request, done)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """A hop costs about 190 us of CPU: callers first try what does not wait."""

@@ -28,6 +28,7 @@ from kvfs.mount.blocks import Blocks, OpenBlock
 from kvfs.mount.directory import DirectoryEntry, OpenDirectory
 from kvfs.mount.files import OpenFile
 from kvfs.mount.remembered import Remembered
+from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import (
     AttributeMissing,
     EntryExists,
@@ -47,6 +48,7 @@ from kvfs_base.limits import (
     XATTR_NAME_BYTES_MAX,
     XATTR_VALUE_BYTES_MAX,
 )
+from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr, BlockInfo
 from kvfs_metadata.messages import (
@@ -76,36 +78,6 @@ log = logging.getLogger(__name__)
 FOREIGN_XATTRS = (b"security.", b"system.")
 """Labels, capabilities and ACLs: not kept. The kernel asks for ``security.capability`` before every
 write, so these are answered here."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Caller:
-    uid: int
-    gid: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Opened:
-    handle: int
-    keep_cache: bool
-    """Pages that the kernel has of this file are current."""
-    writable: bool
-    backing: int = NO_DESCRIPTOR
-    """A file that the kernel may read instead of asking: it has all bytes, verified."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AttrChanges:
-    """What is not None is set. Times are nanoseconds since 1970."""
-
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    size: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-    drop_privileges: bool = False
-    """Set-user-ID and set-group-ID bits of an ordinary file go: its contents or owner change."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -149,6 +121,27 @@ class Filesystem:
         self._pass_files = True
 
     # --- look-ups
+
+    def lookup_soon(self, parent: int, name: bytes, done: Done) -> int:
+        """As ``lookup``, without a task that waits: see Backend.call_soon."""
+        _check_name(name)
+        return self._ask_soon(Lookup(parent, name), done, parent)
+
+    def getattr_soon(self, inode: int, done: Done) -> int:
+        """As ``getattr`` of what is not open here."""
+        return 0 if inode in self._files else self._ask_soon(GetAttr(inode), done)
+
+    def _ask_soon(self, request: Request, done: Done, parent: int = 0) -> int:
+        epoch = self._backend.epoch
+
+        def tell(attr: Attr | None, error: KvfsError | None) -> None:
+            done(None if attr is None else self._tell(attr, epoch, parent), error)
+
+        return self._backend.call_soon(request, tell)
+
+    def give_up(self, number: int) -> None:
+        """Of what was asked ``soon`` nothing will be told any more."""
+        self._backend.metadata.give_up(number)
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
         _check_name(name)

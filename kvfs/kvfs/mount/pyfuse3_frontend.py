@@ -23,8 +23,9 @@ from pyfuse3 import (
 )
 
 from kvfs.mount.config import MountConfig
-from kvfs.mount.filesystem import AttrChanges, Caller, Filesystem, Opened
+from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import BLOCK_SIZE, DOT_ENTRIES, Space, errno_of, sectors
+from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, MountFailed
 from kvfs_base.limits import MOUNT_TASKS, NAME_BYTES_MAX, PAGE_BYTES
 from kvfs_base.types import Attr

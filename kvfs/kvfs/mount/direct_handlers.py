@@ -1,0 +1,367 @@
+"""The direct front end's answers: requests of the kernel in, calls of the Filesystem, answers out.
+
+There are three kinds of handlers. What is known here is answered at once (``now``). Most look-ups
+need one answer of the metadata service and nothing else (``soon``). Everything may wait
+(``later``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable, Sequence
+
+from kvfs.mount import fuse_wire as wire
+from kvfs.mount.backend import NO_DESCRIPTOR
+from kvfs.mount.config import MountConfig
+from kvfs.mount.device import Device
+from kvfs.mount.filesystem import Filesystem
+from kvfs.mount.frontend import DOT_ENTRIES, Space
+from kvfs.mount.fuse_wire import Feature, Opcode, OpenFlag, Request, SetAttrValid
+from kvfs.mount.passthrough import NO_BACKING, Backings
+from kvfs.mount.requests import AttrChanges, Caller, Opened
+from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError, ResultTooLarge
+from kvfs_base.seams import Buffer
+from kvfs_base.types import Attr
+
+Answer = Sequence[Buffer]
+"""What follows the header. Valid until the next await."""
+Now = Callable[[Request], Answer | None]
+"""None: somebody has to be asked."""
+Tell = Callable[[Request, Answer, KvfsError | None], None]
+Soon = Callable[[Request, Tell], int]
+"""A number for ``Filesystem.give_up``; 0: it has to be ``later``."""
+Later = Callable[[Request], Awaitable[Answer]]
+
+WANTED = (
+    Feature.ASYNC_READ
+    | Feature.ATOMIC_O_TRUNC
+    | Feature.BIG_WRITES
+    | Feature.DO_READDIRPLUS
+    | Feature.READDIRPLUS_AUTO
+    | Feature.ASYNC_DIO
+    | Feature.PARALLEL_DIROPS
+    | Feature.MAX_PAGES
+    | Feature.CACHE_SYMLINKS  # an inode's target never changes
+    | Feature.HANDLE_KILLPRIV_V2  # else the kernel asks for security.capability before each write
+    | Feature.INIT_EXT
+)
+"""Without the write-back cache: sizes and times would be the kernel's, and no second mount could
+have a say. OPENDIR is answered, as positions in a listing belong to its handle."""
+
+
+class Handlers:
+    """Of one mount."""
+
+    def __init__(self, filesystem: Filesystem, config: MountConfig, device: Device) -> None:
+        self._fs = filesystem
+        self._config = config
+        self._device = device
+        self._backings: Backings | None = None
+        """None where the kernel does not read by itself."""
+        self._entry_times = wire.Times.of(config.entry_seconds)
+        self._attr_times = wire.Times.of(config.attribute_seconds)
+        self._negative_times = wire.Times.of(config.negative_seconds)
+        self.now = self._now_handlers()
+        self.soon: dict[int, Soon] = {
+            Opcode.LOOKUP: self._lookup_soon,
+            Opcode.GETATTR: self._getattr_soon,
+        }
+        self.later = self._later_handlers()
+
+    def take_back_now(self, request: Request, answer: Answer) -> None:
+        """Nobody was there to take what was opened at once."""
+        if request.opcode == Opcode.OPEN:
+            self._release_now(_release_of(request, answer))
+        elif request.opcode == Opcode.OPENDIR:
+            self._fs.releasedir(wire.handle_of(answer[-1]))
+
+    async def take_back(self, request: Request, answer: Answer) -> None:
+        """Nobody was there to take what was opened."""
+        if request.opcode in (Opcode.OPEN, Opcode.CREATE):
+            release = _release_of(request, answer)
+            if self._release_now(release) is None:
+                await self._release(release)
+
+    # --- answered on the spot
+
+    def _now_handlers(self) -> dict[int, Now]:
+        return {
+            Opcode.INIT: self._init,
+            Opcode.DESTROY: lambda _: (),
+            Opcode.GETATTR: self._getattr_now,
+            Opcode.OPEN: self._open_now,
+            Opcode.READ: self._read_now,
+            Opcode.WRITE: self._write_now,
+            Opcode.FLUSH: lambda r: () if self._fs.flush_now(r.arguments.handle) else None,
+            Opcode.RELEASE: self._release_now,
+            Opcode.OPENDIR: lambda r: (wire.open_out(self._fs.opendir(r.inode), 0),),
+            Opcode.RELEASEDIR: self._releasedir,
+            Opcode.GETXATTR: self._getxattr_now,
+        }
+
+    def _init(self, request: Request) -> Answer:
+        init: wire.Init = request.arguments
+        if init.major != wire.MAJOR or init.minor < wire.MINOR_MIN:
+            raise ProtocolError(detail=f"the kernel speaks FUSE {init.major}.{init.minor}")
+        features = int(WANTED) & init.features
+        if os.geteuid() == 0 and init.features & Feature.PASSTHROUGH:
+            features |= Feature.PASSTHROUGH
+            self._backings = Backings(self._device)
+            self._fs.pass_files_through()
+        return (wire.init_out(init, features, init.max_readahead),)
+
+    def _getattr_now(self, request: Request) -> Answer | None:
+        attr = self._fs.getattr_now(request.inode)
+        return None if attr is None else self._attr(attr)
+
+    def _open_now(self, request: Request) -> Answer | None:
+        opened = self._fs.open_now(request.inode, request.arguments.flags)
+        return None if opened is None else self._opened(request.inode, opened)
+
+    def _read_now(self, request: Request) -> Answer | None:
+        data = self._fs.read_now(*request.arguments)
+        return None if data is None else (data,)
+
+    def _write_now(self, request: Request) -> Answer | None:
+        handle, offset, data, kill = request.arguments
+        if kill and self._fs.is_privileged(handle):
+            return None
+        return (wire.size_out(len(data)),) if self._fs.write_now(handle, offset, data) else None
+
+    def _release_now(self, request: Request) -> Answer | None:
+        handle = request.arguments.handle
+        if self._backings is not None:
+            self._backings.released(handle)
+        return () if self._fs.release_now(handle) else None
+
+    def _releasedir(self, request: Request) -> Answer:
+        self._fs.releasedir(request.arguments.handle)
+        return ()
+
+    def _getxattr_now(self, request: Request) -> Answer | None:
+        self._fs.check_xattr(request.arguments.name)
+        return None
+
+    # --- answered by one look-up
+
+    def _lookup_soon(self, request: Request, tell: Tell) -> int:
+        def done(attr: Attr | None, error: KvfsError | None) -> None:
+            if isinstance(error, EntryNotFound) and self._config.negative_seconds:
+                tell(request, (wire.missing_entry_out(self._negative_times),), None)
+            else:
+                tell(request, () if attr is None else self._entry(attr), error)
+
+        return self._fs.lookup_soon(request.inode, request.arguments.name, done)
+
+    def _getattr_soon(self, request: Request, tell: Tell) -> int:
+        def done(attr: Attr | None, error: KvfsError | None) -> None:
+            tell(request, () if attr is None else self._attr(attr), error)
+
+        return self._fs.getattr_soon(request.inode, done)
+
+    # --- names
+
+    def _later_handlers(self) -> dict[int, Later]:
+        return {
+            Opcode.LOOKUP: self._lookup,
+            Opcode.GETATTR: self._getattr,
+            Opcode.SETATTR: self._setattr,
+            Opcode.READLINK: self._readlink,
+            Opcode.SYMLINK: self._symlink,
+            Opcode.MKNOD: self._mknod,
+            Opcode.MKDIR: self._mkdir,
+            Opcode.UNLINK: self._unlink,
+            Opcode.RMDIR: self._rmdir,
+            Opcode.RENAME: self._rename,
+            Opcode.RENAME2: self._rename,
+            Opcode.LINK: self._link,
+            Opcode.OPEN: self._open,
+            Opcode.CREATE: self._create,
+            Opcode.READ: self._read,
+            Opcode.WRITE: self._write,
+            Opcode.FLUSH: self._flush,
+            Opcode.FSYNC: self._fsync,
+            Opcode.RELEASE: self._release,
+            Opcode.READDIR: self._readdir,
+            Opcode.READDIRPLUS: self._readdir,
+            Opcode.FSYNCDIR: self._fsyncdir,
+            Opcode.STATFS: self._statfs,
+            Opcode.GETXATTR: self._getxattr,
+            Opcode.SETXATTR: self._setxattr,
+            Opcode.LISTXATTR: self._listxattr,
+            Opcode.REMOVEXATTR: self._removexattr,
+        }
+
+    def _attr(self, attr: Attr) -> Answer:
+        return (wire.attr_out(attr, self._attr_times),)
+
+    def _entry(self, attr: Attr) -> Answer:
+        return (wire.entry_out(attr, self._entry_times, self._attr_times),)
+
+    async def _lookup(self, request: Request) -> Answer:
+        try:
+            return self._entry(await self._fs.lookup(request.inode, request.arguments.name))
+        except EntryNotFound:
+            if not self._config.negative_seconds:
+                raise
+            return (wire.missing_entry_out(self._negative_times),)
+
+    async def _getattr(self, request: Request) -> Answer:
+        return self._attr(await self._fs.getattr(request.inode))
+
+    async def _setattr(self, request: Request) -> Answer:
+        args: wire.SetAttrs = request.arguments
+        valid = args.valid
+        changes = AttrChanges(
+            mode=args.mode if valid & SetAttrValid.MODE else None,
+            uid=args.uid if valid & SetAttrValid.UID else None,
+            gid=args.gid if valid & SetAttrValid.GID else None,
+            size=args.size if valid & SetAttrValid.SIZE else None,
+            atime_ns=args.atime_ns if valid & SetAttrValid.ATIME else None,
+            mtime_ns=args.mtime_ns if valid & SetAttrValid.MTIME else None,
+            drop_privileges=bool(
+                valid & (SetAttrValid.UID | SetAttrValid.GID | SetAttrValid.KILL_SUIDGID)
+            ),
+        )
+        return self._attr(await self._fs.setattr(request.inode, changes))
+
+    async def _readlink(self, request: Request) -> Answer:
+        return (await self._fs.readlink(request.inode),)
+
+    async def _symlink(self, request: Request) -> Answer:
+        name, target = request.arguments
+        return self._entry(await self._fs.symlink(request.inode, name, target, _caller(request)))
+
+    async def _mknod(self, request: Request) -> Answer:
+        mode, rdev, name = request.arguments
+        caller = _caller(request)
+        return self._entry(await self._fs.mknod(request.inode, name, mode, rdev, caller))
+
+    async def _mkdir(self, request: Request) -> Answer:
+        mode, _, name = request.arguments
+        return self._entry(await self._fs.mkdir(request.inode, name, mode, _caller(request)))
+
+    async def _unlink(self, request: Request) -> Answer:
+        await self._fs.unlink(request.inode, request.arguments.name)
+        return ()
+
+    async def _rmdir(self, request: Request) -> Answer:
+        await self._fs.rmdir(request.inode, request.arguments.name)
+        return ()
+
+    async def _rename(self, request: Request) -> Answer:
+        new_parent, flags, name, new_name = request.arguments
+        await self._fs.rename(request.inode, name, new_parent, new_name, flags)
+        return ()
+
+    async def _link(self, request: Request) -> Answer:
+        inode, name = request.arguments
+        return self._entry(await self._fs.link(inode, request.inode, name))
+
+    # --- files
+
+    def _opened(self, inode: int, opened: Opened) -> Answer:
+        backing_id = NO_BACKING
+        if self._backings is not None and opened.backing != NO_DESCRIPTOR:
+            backing_id = self._backings.opened(opened.handle, inode, opened.backing)
+        flags = OpenFlag.KEEP_CACHE if opened.keep_cache else OpenFlag(0)
+        if not opened.keep_cache:
+            # Open drops the pages; the size that the kernel has is as old as they are.
+            self._device.notify(wire.inval_attributes(inode))
+        if backing_id != NO_BACKING:
+            # No pages to keep. Who writes goes through us: the file may outgrow its chunk.
+            flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if opened.writable else 0)
+        if not opened.writable:
+            flags |= OpenFlag.NOFLUSH
+        return (wire.open_out(opened.handle, flags, backing_id),)
+
+    async def _open(self, request: Request) -> Answer:
+        flags, kill = request.arguments
+        opened = await self._fs.open(request.inode, flags)
+        if kill and self._fs.is_privileged(opened.handle):
+            await self._fs.setattr(request.inode, AttrChanges(drop_privileges=True))
+        return self._opened(request.inode, opened)
+
+    async def _create(self, request: Request) -> Answer:
+        flags, mode, name = request.arguments
+        attr, opened = await self._fs.create(request.inode, name, mode, flags, _caller(request))
+        return (*self._entry(attr), wire.open_out(opened.handle, OpenFlag.KEEP_CACHE))
+
+    async def _read(self, request: Request) -> Answer:
+        return (await self._fs.read(*request.arguments),)
+
+    async def _write(self, request: Request) -> Answer:
+        handle, offset, data, kill = request.arguments
+        if kill and self._fs.is_privileged(handle):
+            await self._fs.setattr(request.inode, AttrChanges(drop_privileges=True))
+        return (wire.size_out(await self._fs.write(handle, offset, data)),)
+
+    async def _flush(self, request: Request) -> Answer:
+        await self._fs.flush(request.arguments.handle)
+        return ()
+
+    async def _fsync(self, request: Request) -> Answer:
+        await self._fs.fsync(request.arguments.handle)
+        return ()
+
+    async def _release(self, request: Request) -> Answer:
+        await self._fs.release(request.arguments.handle)
+        return ()
+
+    # --- directories
+
+    async def _readdir(self, request: Request) -> Answer:
+        handle, position, size = request.arguments
+        plus = request.opcode == Opcode.READDIRPLUS
+        listing = wire.Listing(size, plus, self._entry_times, self._attr_times)
+        for number, (name, attr) in enumerate(self._fs.dots(handle)[position:], position + 1):
+            listing.add_dot(name, attr, number)
+            position = number
+        while entries := await self._fs.readdir(handle, position - DOT_ENTRIES):
+            for entry in entries:
+                position = entry.position + DOT_ENTRIES
+                if not listing.add(entry.name, entry.attr, position):
+                    return (listing.answer(),)
+        return (listing.answer(),)
+
+    async def _fsyncdir(self, request: Request) -> Answer:
+        await self._fs.fsyncdir(request.arguments.handle)
+        return ()
+
+    async def _statfs(self, request: Request) -> Answer:
+        return (wire.statfs_out(Space.of(await self._fs.statfs())),)
+
+    # --- extended attributes
+
+    async def _getxattr(self, request: Request) -> Answer:
+        size, name = request.arguments
+        return _sized(await self._fs.getxattr(request.inode, name), size)
+
+    async def _listxattr(self, request: Request) -> Answer:
+        names = await self._fs.listxattr(request.inode)
+        return _sized(b"".join(name + b"\0" for name in names), request.arguments.size)
+
+    async def _setxattr(self, request: Request) -> Answer:
+        await self._fs.setxattr(request.inode, *request.arguments)
+        return ()
+
+    async def _removexattr(self, request: Request) -> Answer:
+        await self._fs.removexattr(request.inode, request.arguments.name)
+        return ()
+
+
+def _sized(value: bytes, size: int) -> Answer:
+    """What fits, or the size if that was the question. Raises ResultTooLarge."""
+    if not size:
+        return (wire.size_out(len(value)),)
+    if len(value) > size:
+        raise ResultTooLarge(limit=size)
+    return (value,)
+
+
+def _release_of(request: Request, answer: Answer) -> Request:
+    return request._replace(arguments=wire.OfHandle(wire.handle_of(answer[-1])))
+
+
+def _caller(request: Request) -> Caller:
+    return Caller(request.uid, request.gid)

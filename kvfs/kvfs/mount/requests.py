@@ -1,0 +1,37 @@
+"""What goes into a Filesystem and comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kvfs.mount.backend import NO_DESCRIPTOR
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    uid: int
+    gid: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Opened:
+    handle: int
+    keep_cache: bool
+    """Pages that the kernel has of this file are current."""
+    writable: bool
+    backing: int = NO_DESCRIPTOR
+    """A file that the kernel may read instead of asking: it has all bytes, verified."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttrChanges:
+    """What is not None is set. Times are nanoseconds since 1970."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    size: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    drop_privileges: bool = False
+    """Set-user-ID and set-group-ID bits of an ordinary file go: its contents or owner change."""
