@@ -124,7 +124,7 @@ SUSPECTS_MAX = 64
 SYNCED_MAX = 256
 
 UPDATES_REMEMBERED_MAX = 65_536
-"""Numbers of updates that a target keeps in memory to recognise repetitions, 100 bytes each: ten
+"""Numbers of updates that a target keeps in memory to recognise repetitions, 165 bytes each: ten
 minutes at 100 writes a second."""
 
 UNWANTED_INODES_MAX = 4096
