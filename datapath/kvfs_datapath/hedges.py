@@ -20,7 +20,13 @@ from typing import Any, Generic, TypeVar
 from kvfs_base import threads
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError, ServerBusy
-from kvfs_base.limits import HEDGE_SHARE, HEDGES_AT_ONCE, HEDGES_SAVED_MAX, TRANSFER_BYTES
+from kvfs_base.limits import (
+    HEDGE_SHARE,
+    HEDGES_AT_ONCE,
+    HEDGES_SAVED_MAX,
+    HELPER_IDLE_SECONDS,
+    TRANSFER_BYTES,
+)
 from kvfs_base.seams import Clock
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.connections import Attempt
@@ -134,7 +140,8 @@ class Hedger:
             self._count += 1
             heapq.heappush(self._due, (due, self._count, race))
             if self._watcher is None:
-                self._pool = threads.pool(HEDGES_AT_ONCE, "kvfs-hedge")
+                self._pool = self._pool or threads.pool(HEDGES_AT_ONCE, "kvfs-hedge")
+                self._wake_at = _NEVER
                 self._watcher = threads.thread(self._run, name="kvfs-hedges")
                 self._watcher.start()
             elif due < self._wake_at:
@@ -147,7 +154,12 @@ class Hedger:
                 while self._due and (self._due[0][2].over or self._due[0][0] <= now):
                     self._begin(heapq.heappop(self._due)[2])
                 self._wake_at = self._due[0][0] if self._due else _NEVER
-                self._condition.wait(None if not self._due else self._wake_at - now)
+                woken = self._condition.wait(
+                    self._wake_at - now if self._due else HELPER_IDLE_SECONDS
+                )
+                if not woken and not self._due:
+                    self._watcher = None  # nobody reads: the next one starts another
+                    return
 
     def _begin(self, race: _Race[Any]) -> None:
         """Holds the lock."""
@@ -186,8 +198,9 @@ class Hedger:
         with self._condition:
             self._closed = True
             self._condition.notify()
-        if self._watcher is not None:
-            self._watcher.join()
+            watcher = self._watcher
+        if watcher is not None:
+            watcher.join()
         if self._pool is not None:
             self._pool.shutdown(wait=True)
 

@@ -10,6 +10,7 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError
 from kvfs_base.limits import (
     CHAIN_CONNECT_SECONDS,
+    HELPER_IDLE_SECONDS,
     ITEMS_PER_REQUEST_MAX,
     REPAIR_AGAIN_SECONDS,
     REPAIRS_QUEUED_MAX,
@@ -61,9 +62,9 @@ class Repairs:
     def _run(self) -> None:
         while True:
             with self._condition:
-                while not self._queue and not self._closed:
-                    self._condition.wait()
-                if self._closed:
+                self._condition.wait_for(lambda: self._queue or self._closed, HELPER_IDLE_SECONDS)
+                if self._closed or not self._queue:
+                    self._thread = None
                     return
                 route = self._queue[0][0]
                 chunks: list[ChunkId] = []
@@ -90,8 +91,9 @@ class Repairs:
         with self._condition:
             self._closed = True
             self._condition.notify()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
 
 
 __all__ = ["Repairs"]

@@ -526,6 +526,10 @@ HEDGES_SAVED_MAX = 16.0
 """Every portion read earns this much of a hedge: all replicas being slow, a tenth more load. So
 many may be saved up for the moment at which one target stops."""
 
+HELPER_IDLE_SECONDS = 10.0
+"""Threads that a client starts when it needs them (one watches slow reads, one reports bad
+replicas) end when they had nothing to do for so long."""
+
 REPAIRS_QUEUED_MAX = 256
 REPAIRS_REMEMBERED_MAX = 4096
 REPAIR_AGAIN_SECONDS = 60.0
