@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import msgspec
+
+from kvfs_base.errors import KvfsError, StaleChain, TargetFenced
+from kvfs_datapath import chain_session, replication, rules, views
 from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.format import ATTRIBUTE, ChunkState, pack
+from kvfs_datapath.peers import Unreached
+from kvfs_datapath.replication import Replicator
 from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.sync_sink import SyncSinks
+from kvfs_datapath.versions import Versions
+from kvfs_datapath.views import Views
+from kvfs_metadata import members
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster_state import ClusterState
 
@@ -20,8 +32,6 @@ def _publish_before_the_bytes() -> Any:
         self._appear(staged.path, info.chunk)
         self._disk.sync_directory("")  # where others get their turn
         staged.file.truncate(info.length)
-        from kvfs_datapath.format import ATTRIBUTE, pack
-
         staged.file.set_attribute(ATTRIBUTE, pack(info))
 
     return mock.patch.object(ChunkStore, "_publish", publish)
@@ -84,18 +94,143 @@ def _forget_removals() -> Any:
     return mock.patch.object(ClusterState, "remove_chunks", nothing)
 
 
-BUGS: dict[str, Callable[[], Any]] = {
-    "publish before the bytes": _publish_before_the_bytes,
-    "remove another generation": _remove_other_generation,
-    "commit without chunks": _commit_without_chunks,
-    "collect too early": _collect_early,
-    "overwrite what is committed": _overwrite_committed,
-    "forget removals": _forget_removals,
+# --- chains of several copies
+
+
+def _skip_version_check() -> Any:
+    """Members take updates and blocks under whatever version of the chain they were sent."""
+
+    def anything(place: Any, passing: Any) -> None:
+        pass
+
+    stack = contextlib.ExitStack()
+    for module in (views, replication, chain_session):
+        for name in ("require_head", "require_hops", "require_block"):
+            if hasattr(module, name):
+                stack.enter_context(mock.patch.object(module, name, anything))
+    return stack
+
+
+def _answer_before_the_tail() -> Any:
+    """A member commits and answers, whatever became of the update behind it."""
+    passed = Replicator._pass
+
+    def hurried(self: Replicator, *args: Any) -> None:
+        with contextlib.suppress(Unreached, KvfsError):
+            passed(self, *args)
+
+    return mock.patch.object(Replicator, "_pass", hurried)
+
+
+def _serve_pending() -> Any:
+    """Readers are given a version that the rest of the chain may never get."""
+
+    def eager(self: Versions, chunk: Any, *, direct: bool = False) -> Any:
+        try:
+            file, info = self.open_pending(chunk)
+        except (KvfsError, FileNotFoundError):
+            return self.open(chunk, direct=direct)
+        return file, msgspec.structs.replace(info, state=ChunkState.SEALED)
+
+    return mock.patch.object(Versions, "open_settled", eager)
+
+
+def _no_fence() -> Any:
+    """A server whose lease is over goes on serving."""
+    learn = Views.learn
+
+    def trusting(self: Views, *args: Any) -> None:
+        learn(self, *args)
+        self._leased_until = math.inf
+
+    return mock.patch.object(Views, "learn", trusting)
+
+
+def _no_memory_of_updates() -> Any:
+    """An update that comes again is carried out again."""
+    return mock.patch.object(rules, "is_repeated", lambda update, committed, seen: False)
+
+
+def _keep_pending_at_rejoin() -> Any:
+    """A member that begins to sync does not forget what it has pending."""
+
+    def begin(self: SyncSinks, store: Any, place: Any) -> None:
+        with self._lock:
+            self._get(place).begun = True
+
+    return mock.patch.object(SyncSinks, "begin", begin)
+
+
+def _serve_while_syncing() -> Any:
+    """A member answers readers before it is in step."""
+
+    def anywhere(self: Views, store: Any, chain_id: int) -> Any:
+        try:
+            return self.place(store, chain_id)
+        except StaleChain as exc:
+            raise TargetFenced(target_id=store.target_id) from exc
+
+    return mock.patch.object(Views, "require_read", anywhere)
+
+
+def _commit_under_any_version() -> Any:
+    """Blocks are committed though a member that came meanwhile does not have them."""
+    return mock.patch.object(Blocks, "_require_versions", lambda self, record, request: None)
+
+
+def _take_silence_for_no() -> Any:
+    """An update whose answer was lost is dropped, though it may be committed behind."""
+    carry = Replicator._carry
+
+    def impatient(
+        self: Replicator, store: Any, place: Any, info: Any, *args: Any, **kw: Any
+    ) -> Any:
+        try:
+            return carry(self, store, place, info, *args, **kw)
+        except replication.Unresolved:
+            self._drop(store, info.chunk)
+            self._forget(store, info.chunk)
+            raise
+
+    return mock.patch.object(Replicator, "_carry", impatient)
+
+
+def _synced_at_once() -> Any:
+    """A member counts as in step as soon as it is heard of."""
+    returned = members.returned
+
+    def hasty(chain: Any, target_id: int) -> Any:
+        found = returned(chain, target_id)
+        if found is chain or not found.targets:
+            return found
+        return members.synced(found, found.version, found.targets[-1], target_id)
+
+    return mock.patch.object(members, "returned", hasty)
+
+
+BUGS: dict[str, tuple[Callable[[], Any], str]] = {
+    "publish before the bytes": (_publish_before_the_bytes, "network"),
+    "remove another generation": (_remove_other_generation, "network"),
+    "commit without chunks": (_commit_without_chunks, "network"),
+    "collect too early": (_collect_early, "network"),
+    "overwrite what is committed": (_overwrite_committed, "network"),
+    "forget removals": (_forget_removals, "restarts"),
+    "skip the version check": (_skip_version_check, "chains"),
+    "answer before the tail": (_answer_before_the_tail, "chains"),
+    "serve pending": (_serve_pending, "chains"),
+    "no fence": (_no_fence, "chains"),
+    "no memory of updates": (_no_memory_of_updates, "chains"),
+    "keep pending at a rejoin": (_keep_pending_at_rejoin, "chains"),
+    "serve while syncing": (_serve_while_syncing, "chains"),
+    "commit under any version": (_commit_under_any_version, "chains"),
+    "take silence for no": (_take_silence_for_no, "chains"),
+    "synced at once": (_synced_at_once, "chains"),
 }
+"""What is wrong, and the kind of world in which it shows."""
 
 
 @contextlib.contextmanager
 def planted(name: str) -> Iterator[None]:
     """Nothing for an empty name."""
-    with contextlib.nullcontext() if not name else BUGS[name]():
+    with contextlib.nullcontext() if not name else BUGS[name][0]():
         yield

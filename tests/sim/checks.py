@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from kvfs.fsck import Fsck
 from kvfs.fsck.sources import RemoteStore, RemoteTargets
 from kvfs_metadata.findings import Finding, Kind
+from kvfs_metadata.fsck import MetadataCheck
+from sim import replicas
 from sim.history import check_key, check_register
 from sim.workloads import FILE_PAGES, KEYS, BlockWorker, FileWorker
 
@@ -21,8 +23,16 @@ FILE_LOSSES = {Kind.FILE_HOLE, Kind.FILE_DAMAGED}
 def after(world: World) -> None:
     """Everything is healed: service, then contents, then what clients saw."""
     client = world.clients[0]
-    world.wait(lambda: world._all_serving(client), "all targets to serve")
+    world.wait(lambda: world.all_whole(client), "all chains to be whole", lambda: _chains(world))
     world.wait(lambda: _read_everything(world), "everything to be readable")
+    if world.plan.copies > 1:
+        agree: list[str] = []
+
+        def agreed() -> bool:
+            agree[:] = replicas.differences(world)
+            return not agree
+
+        world.wait(agreed, "the copies to agree", lambda: "\n".join(agree))
     _check_histories(world)
     found: list[Finding] = []
 
@@ -31,6 +41,12 @@ def after(world: World) -> None:
         return not found
 
     world.wait(clean, "fsck to find nothing", lambda: "\n".join(map(str, found)))
+
+
+def _chains(world: World) -> str:
+    found = world.clients[0].view.current()
+    states = {target.target_id: target.state.value for target in found.targets}
+    return "\n".join([str(states), *map(str, found.chains)])
 
 
 def _read_everything(world: World) -> bool:
@@ -58,6 +74,8 @@ def _check_histories(world: World) -> None:
 def _findings(world: World) -> list[Finding]:
     """What the production check finds, less what the faults excuse."""
     client = world.clients[0]
+    if world.plan.copies > 1:
+        return list(MetadataCheck(RemoteStore(client.metadata_client())).run())
     targets = RemoteTargets(client.env, client.metadata_client())
     try:
         report = Fsck(RemoteStore(client.metadata_client()), targets, verify=True).check()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvfs_base.limits import TARGET_LEASE_SECONDS
 from sim.cluster import ChunkHost, MetadataHost
 from sim.disk import Node
 
@@ -19,6 +20,7 @@ FAULTS = (
     "partition",
     "one way",
     "isolate",
+    "estrange",
     "clog",
     "break",
     "clock",
@@ -46,6 +48,7 @@ class Nemesis:
             "partition": lambda: self._cut(both=True),
             "one way": lambda: self._cut(both=False),
             "isolate": self._isolate,
+            "estrange": self._estrange,
             "clog": self._clog,
             "break": self._break,
             "clock": self._clock,
@@ -130,7 +133,15 @@ class Nemesis:
         paths += [(victim, o) for o in others if directions != "in"]
         self._cut_paths(paths)
 
-    def _cut_paths(self, paths: list[tuple[str, str]]) -> None:
+    def _estrange(self) -> None:
+        """A chunk server hears nothing of the metadata service for longer than its lease; clients
+        still reach it."""
+        victim = self.rng.choice(self.world.chunk_hosts).name
+        servers = [host.name for host in self.world.metadata_hosts]
+        paths = [(victim, s) for s in servers] + [(s, victim) for s in servers]
+        self._cut_paths(paths, TARGET_LEASE_SECONDS)
+
+    def _cut_paths(self, paths: list[tuple[str, str]], seconds_min: float = 0.0) -> None:
         self.hub.trace("cut", *paths)
         for path in paths:
             self.world.network.cut_path(*path)
@@ -140,7 +151,7 @@ class Nemesis:
             for path in paths:
                 self.world.network.heal_path(*path)
 
-        self.hub.call_later(self._some_time(), heal)
+        self.hub.call_later(seconds_min + self._some_time(), heal)
 
     def _clog(self) -> None:
         for name in self.rng.sample(self._names(), 2):
@@ -205,13 +216,28 @@ class Nemesis:
         self.hub.call_later(self._some_time(), lambda: setattr(disk, "reserved_bytes", 0))
 
     def _rot(self) -> None:
+        if self.world.plan.copies > 1:
+            self._rot_at_rest()
+            return
         host = self.rng.choice(self.world.chunk_hosts)
         disk = self.rng.choice(list(host.disks.values()))
-        if disk.rot(self._may_rot):
+        if disk.rot(_has_lasting_checksum):
             self.hub.trace("rot", host.name)
 
-    @staticmethod
-    def _may_rot(node: Node) -> bool:
-        """A chunk that has a checksum which its next writer does not make anew."""
-        attribute = node.attributes.get("kvfs", b"")
-        return any(attribute[32:64])
+    def _rot_at_rest(self) -> None:
+        """While the server is down: chunks of files are verified when they are first read after
+        that. Always on the same host, so that another one has the right bytes."""
+        host = self.world.chunk_hosts[0]
+        if not host.is_running:
+            return
+        host.kill()
+        for disk in host.disks.values():
+            for _ in range(self.rng.randint(1, 3)):
+                disk.rot(_has_lasting_checksum)
+        self._later(self._some_time(), lambda: self.world.start_chunks(host))
+
+
+def _has_lasting_checksum(node: Node) -> bool:
+    """A block, or a file chunk of a chain: others are written in place, and rot is sealed in."""
+    attribute = node.attributes.get("kvfs", b"")
+    return any(attribute[32:64])

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from sim import bugs
 from sim.hub import SimulationFailed
-from sim.world import World
+from sim.world import KINDS, World
 
 TAIL_LINES = 60
 COMMAND = "python -m tests.sim --seed"
@@ -38,10 +38,12 @@ class Outcome:
     """What else repeats it."""
 
 
-def run_seed(seed: int, bug: str = "") -> Outcome:
+def run_seed(seed: int, bug: str = "", kind: str = "") -> Outcome:
     """With the production code as it is, or with one of ``bugs`` in it."""
     begun = time.perf_counter()
-    world = World(seed)
+    if bug and not kind:
+        kind = bugs.BUGS[bug][1]
+    world = World(seed, kind)
     failure = ""
     try:
         with bugs.planted(bug):
@@ -58,7 +60,9 @@ def run_seed(seed: int, bug: str = "") -> Outcome:
         counts=world.hub.counts,
         tail=world.hub.trace_tail(TAIL_LINES),
         plan=str(world.plan),
-        arguments=f' --bug "{bug}"' if bug else "",
+        arguments="".join(
+            f' --{name} "{value}"' for name, value in (("bug", bug), ("kind", kind)) if value
+        ),
     )
     # Frames of greenlets refer to each other: collected now, not in the middle of another run.
     del world
@@ -71,16 +75,16 @@ def _explain(exc: SimulationFailed) -> str:
     return "".join(traceback.format_exception(exc))
 
 
-def sweep(seeds: Iterable[int], jobs: int = 0, bug: str = "") -> Iterator[Outcome]:
+def sweep(seeds: Iterable[int], jobs: int = 0, bug: str = "", kind: str = "") -> Iterator[Outcome]:
     """Outcomes as they come."""
     jobs = jobs or os.cpu_count() or 1
     if jobs == 1:
         for seed in seeds:
-            yield run_seed(seed, bug)
+            yield run_seed(seed, bug, kind)
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = [pool.submit(run_seed, seed, bug) for seed in seeds]
+        futures = [pool.submit(run_seed, seed, bug, kind) for seed in seeds]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield future.result()
@@ -133,12 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them (default 0)")
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one a core)")
     parser.add_argument("--bug", default="", choices=["", *bugs.BUGS], help="plant this bug")
+    parser.add_argument("--kind", default="", choices=["", *KINDS], help="of world")
     parser.add_argument("--lines", type=int, default=TAIL_LINES, help="of the trace to show")
     parser.add_argument("--hashes", action="store_true", help="print the hash of each trace")
     parser.add_argument("--keep-going", action="store_true", help="after a failure, too")
     options = parser.parse_args(arguments)
     if options.seed is not None:
-        outcome = run_seed(options.seed, options.bug)
+        outcome = run_seed(options.seed, options.bug, options.kind)
         print(describe(outcome, options.lines) if outcome.failure else "\n".join(outcome.tail))
         print(f"trace hash {outcome.trace_hash}")
         print(summary([outcome], outcome.real_seconds))
@@ -146,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     begun = time.perf_counter()
     done: list[Outcome] = []
     seeds = range(options.first, options.first + options.seeds)
-    for outcome in sweep(seeds, options.jobs, options.bug):
+    for outcome in sweep(seeds, options.jobs, options.bug, options.kind):
         done.append(outcome)
         if options.hashes:
             print(outcome.seed, outcome.trace_hash)

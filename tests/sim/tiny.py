@@ -13,6 +13,7 @@ from unittest import mock
 import msgspec
 
 from kvfs_base.limits import PAGE_BYTES, TRANSFER_BYTES
+from kvfs_datapath import format
 
 ALWAYS: dict[str, object] = {
     # Files of a few pages are striped, and what dead writers prepared goes within a run.
@@ -40,7 +41,13 @@ SOMETIMES: dict[str, tuple[object, ...]] = {
     "UNWANTED_INODES_MAX": (1, 2),
 }
 CHANCE = 0.25
+DIRECTORIES = 4
+"""Of each chain, instead of 256 that would be nearly empty and take most of the time."""
 PACKAGES = ("kvfs_base.", "kvfs_datapath.", "kvfs_metadata.")
+
+
+def _directory_of(inode: int, chain: int = 0) -> str:
+    return f"{format.root_of(chain)}/{inode % DIRECTORIES:02x}"
 
 
 def _defines_messages(module: ModuleType) -> bool:
@@ -55,7 +62,8 @@ def _defines_messages(module: ModuleType) -> bool:
 def limits(rng: random.Random) -> Iterator[None]:
     """Some of them, by chance, for as long as a run takes."""
     chosen = dict(ALWAYS)
-    chosen["TRANSFER_BYTES"] = rng.choice((PAGE_BYTES, 2 * PAGE_BYTES, TRANSFER_BYTES))
+    # A chunk of a chain fits into a transfer.
+    chosen["TRANSFER_BYTES"] = rng.choice((2 * PAGE_BYTES, 3 * PAGE_BYTES, TRANSFER_BYTES))
     for name, values in SOMETIMES.items():
         value = rng.choice(values)
         if rng.random() < CHANCE:
@@ -67,6 +75,10 @@ def limits(rng: random.Random) -> Iterator[None]:
     ]
     with contextlib.ExitStack() as stack:
         for module in modules:
-            for name in chosen.keys() & vars(module).keys():
+            for name in sorted(chosen.keys() & vars(module).keys()):
                 stack.enter_context(mock.patch.object(module, name, chosen[name]))
+        for module in (format, *modules):
+            for name, value in (("directory_of", _directory_of), ("DIRECTORIES", DIRECTORIES)):
+                if hasattr(module, name):
+                    stack.enter_context(mock.patch.object(module, name, value))
         yield

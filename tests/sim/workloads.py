@@ -17,8 +17,9 @@ from kvfs_base.errors import (
     IntegrityError,
     KvfsError,
     PrepareExpired,
+    StaleChain,
 )
-from kvfs_base.limits import PAGE_BYTES
+from kvfs_base.limits import COMMIT_ATTEMPTS_MAX, PAGE_BYTES
 from kvfs_base.types import ROOT_INODE, Attr, BlockInfo, ChunkId, KVLayout
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
@@ -139,24 +140,30 @@ class BlockWorker(Worker):
             writes.append(
                 ChunkWrite(chunk, block.chain, len(data), crc32c(data), key_of(number), view)
             )
-        errors = [error for error in self.client.chunks.write_chunks(writes) if error is not None]
         try:
-            if errors:
-                self.failed("write block", errors[0])
+            if self._write_chunks(writes):
+                self._commit(batch_id, blocks, writes)
+            else:
                 self.metadata.call(m.AbortBlocks(batch_id))
-                return
         except KvfsError as exc:
             self.failed("abort", exc)
-            return
-        self._commit(batch_id, blocks, tuple(write.crc32c for write in writes))
+
+    def _write_chunks(self, writes: Sequence[ChunkWrite]) -> bool:
+        errors = [error for error in self.client.chunks.write_chunks(writes) if error is not None]
+        if errors:
+            self.failed("write block", errors[0])
+        return not errors
 
     def _commit(
-        self, batch_id: int, blocks: Sequence[tuple[int, m.PreparedBlock]], crc32cs: tuple[int, ...]
+        self,
+        batch_id: int,
+        blocks: Sequence[tuple[int, m.PreparedBlock]],
+        writes: Sequence[ChunkWrite],
     ) -> None:
         entries = [(n, self._begin(n, "commit", block.inode)) for n, block in blocks]
         try:
-            self.metadata.call(m.CommitBlocks(batch_id, crc32cs))
-        except PrepareExpired as exc:
+            self._commit_versions(batch_id, writes)
+        except (PrepareExpired, StaleChain) as exc:
             self.failed("commit", exc)
             for number, entry in entries:
                 self.world.history.forget(("key", number), entry)
@@ -166,6 +173,28 @@ class BlockWorker(Worker):
             for _, entry in entries:
                 self.world.history.end(entry, None)
             self.world.hub.trace(self.name, "stored", [block.inode for _, block in blocks])
+
+    def _commit_versions(self, batch_id: int, writes: Sequence[ChunkWrite]) -> None:
+        """Writes again, to the present members, what was written to those of a chain that has
+        changed. Raises StaleChain if it changes again and again; then nothing is committed."""
+        for _ in range(COMMIT_ATTEMPTS_MAX):
+            written: dict[int, int] = {}
+            for write in writes:
+                if write.version:
+                    oldest = written.get(write.chain, write.version)
+                    written[write.chain] = min(write.version, oldest)
+            crc32cs = tuple(write.crc32c for write in writes)
+            try:
+                self.metadata.call(m.CommitBlocks(batch_id, crc32cs, tuple(written.items())))
+                return
+            except StaleChain as exc:
+                self.failed("commit", exc)
+                error = exc
+                self.client.chunks.versions(written)
+                if not self._write_chunks(writes):
+                    break
+        self.metadata.call(m.AbortBlocks(batch_id))
+        raise error
 
     # --- reading, as BlockReader does it
 
@@ -344,6 +373,8 @@ class ChurnWorker(Worker):
 
 def make_directory(call: Any, name: bytes, copies: int) -> int:
     attr: Attr = call(m.Make(ROOT_INODE, name, stat.S_IFDIR | 0o700, exclusive=True))
+    if copies > 1:
+        call(m.SetXattr(attr.inode, b"user.kvfs.copies", b"%d" % copies))
     return attr.inode
 
 

@@ -24,9 +24,10 @@ from sim.cluster import ChunkHost, ClientHost, MetadataHost, Site
 from sim.disk import DiskKnobs
 from sim.engine import SimStore
 from sim.history import History
-from sim.hub import Hub, ProcessDied, SimulationFailed
+from sim.hub import Hub, ProcessDied, SimThread, SimulationFailed
 from sim.nemesis import Nemesis
 from sim.network import NetworkKnobs, SimNetwork
+from sim.observer import Observer
 from sim.sim_threads import SimThreads
 from sim.trio_host import TrioHost
 from sim.workloads import (
@@ -44,13 +45,14 @@ LIVENESS_SECONDS = 120.0
 RUN_SECONDS_MAX = 1000.0
 
 HARMLESS = ("kill metadata", "kill client", "pause", "clock")
-NETWORK = ("partition", "one way", "isolate", "clog", "break")
+NETWORK = ("partition", "one way", "isolate", "estrange", "clog", "break")
 
 
 @dataclasses.dataclass
 class Plan:
     """What a seed makes of the world."""
 
+    kind: str
     metadata_servers: int
     chunk_servers: int
     targets: int
@@ -77,34 +79,46 @@ class Plan:
     disk: DiskKnobs
 
 
-def make_plan(rng: random.Random) -> Plan:
+SINGLE_COPY = ("restarts", "network", "power", "anything")
+CHAINS = ("chains", "chains and power", "chains and disks")
+KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS, *CHAINS)
+
+
+def make_plan(rng: random.Random, kind: str = "") -> Plan:
+    kind = kind or rng.choice(KINDS)
     durability = rng.choice(("cache", "strict"))
-    faults: tuple[str, ...]
-    lossy, files = False, True
-    kind = rng.randrange(4)
-    if kind == 0:  # a file of one copy survives what does not repeat writes
-        faults = (*HARMLESS, "kill chunks")
-    elif kind == 1:
-        faults, files = (*HARMLESS, "kill chunks", *NETWORK), False
-    elif kind == 2:
-        durability = "strict"
-        faults, files = (*HARMLESS, *NETWORK, "power chunks", "power metadata", "full disk"), False
-    else:
-        lossy, files = True, False
+    copies = rng.choice((2, 2, 3)) if kind in CHAINS else 1
+    lossy, files, lying = False, True, False
+    faults: tuple[str, ...] = (*HARMLESS, "kill chunks")
+    if kind == "network":
+        faults, files = (*faults, *NETWORK), False
+    elif kind == "power":
+        durability, files = "strict", False
+        faults = (*HARMLESS, *NETWORK, "power chunks", "power metadata", "full disk")
+    elif kind == "anything":
+        lossy, files, lying = True, False, True
         faults = (*HARMLESS, *NETWORK, "power all", "power metadata", "dead disk", "rot")
+    elif kind == "chains":
+        faults = (*faults, *NETWORK)
+    elif kind == "chains and power":
+        durability = "strict"
+        faults = (*faults, *NETWORK, "power chunks", "power metadata", "power all")
+    elif kind == "chains and disks":
+        faults = (*faults, *NETWORK, "dead disk", "full disk", "rot")
     chosen = tuple(f for f in faults if rng.random() < 0.7) or faults[:1]
     return Plan(
+        kind=kind,
         metadata_servers=rng.choice((1, 1, 2)),
-        chunk_servers=rng.randint(2, 3),
-        targets=rng.randint(1, 2),
+        chunk_servers=rng.randint(max(2, copies), 4 if copies > 1 else 3),
+        targets=1 if copies > 1 and rng.random() < 0.7 else rng.randint(1, 2),
         clients=rng.randint(2, 3),
         durability=durability,
-        copies=1,
+        copies=copies,
         faults=chosen,
         lossy=lossy,
         evicts=lossy or "full disk" in chosen,
         files=files,
-        files_lossy=lossy or "power chunks" in chosen,
+        files_lossy=lossy or (copies == 1 and "power chunks" in chosen),
         late_writes=not set(chosen) <= {"kill metadata", "clock", "kill chunks"},
         seconds=rng.uniform(10.0, 25.0),
         fault_seconds=rng.choice((0.7, 2.0, 4.0)),
@@ -113,16 +127,16 @@ def make_plan(rng: random.Random) -> Plan:
         late_seconds=rng.choice((0.0, 1.0, 10.0)),
         network=NetworkKnobs(
             latency=rng.choice((0.0001, 0.001, 0.01)),
-            slow_chance=0.0 if files else rng.choice((0.0, 0.001, 0.02)),
+            slow_chance=0.0 if files and copies == 1 else rng.choice((0.0, 0.001, 0.02)),
             split_chance=rng.choice((0.0, 0.05, 0.3)),
             window_bytes=rng.choice((8 << 10, 128 << 10)),
-            flip_chance=rng.choice((0.0, 0.05)) if lossy else 0.0,
+            flip_chance=rng.choice((0.0, 0.05)) if lying else 0.0,
         ),
         disk=DiskKnobs(
             latency=rng.choice((0.0001, 0.001, 0.01)),
             stall_chance=rng.choice((0.0, 0.0005, 0.005)),
-            lost_write_chance=rng.choice((0.0, 0.01)) if lossy else 0.0,
-            misdirected_chance=rng.choice((0.0, 0.01)) if lossy else 0.0,
+            lost_write_chance=rng.choice((0.0, 0.01)) if lying else 0.0,
+            misdirected_chance=rng.choice((0.0, 0.01)) if lying else 0.0,
         ),
     )
 
@@ -146,10 +160,10 @@ class _Log(logging.Handler):
 
 
 class World:
-    def __init__(self, seed: int, plan: Plan | None = None) -> None:
+    def __init__(self, seed: int, kind: str = "") -> None:
         self.seed = seed
         self.hub = Hub(seed)
-        self.plan = plan or make_plan(self.hub.rng)
+        self.plan = make_plan(self.hub.rng, kind)
         self.hub.switch_chance = self.hub.rng.choice((0.05, 0.3, 0.8))
         self.network = SimNetwork(self.hub, self.plan.network)
         self.trio = TrioHost(self.hub)
@@ -162,7 +176,7 @@ class World:
         self._value = 0
         self.blocks: dict[int, int] = {}
         """The value that the bytes of each block have, by inode number."""
-        self.workers: list[Worker] = []
+        self.working: list[SimThread] = []
 
     def next_value(self) -> int:
         self._value += 1
@@ -191,6 +205,7 @@ class World:
             for n in range(plan.chunk_servers)
         ]
         self.clients = [ClientHost(self.site, f"client{n}") for n in range(plan.clients)]
+        self.observer = Observer(self)
         for metadata_host in self.metadata_hosts:
             metadata_host.start()
         for chunk_host in self.chunk_hosts:
@@ -202,7 +217,7 @@ class World:
         client = self.clients[0]
         self.wait(lambda: self._all_serving(client), "the cluster to come up")
         call = client.metadata_client().call
-        opened = call(m.OpenNamespace("t/m", LAYOUT, create=True))
+        opened = call(m.OpenNamespace("t/m", LAYOUT, create=True, copies=self.plan.copies))
         self.namespace: int = opened.inode
         self.directory = make_directory(call, b"files", self.plan.copies)
         self.files: list[Attr] = [
@@ -217,6 +232,14 @@ class World:
         wanted = self.plan.chunk_servers * self.plan.targets
         serving = [t for t in found if t.state is TargetState.SERVING]
         return len(serving) == wanted
+
+    def all_whole(self, client: ClientHost) -> bool:
+        """Every target serves, and every chain has all of its members in step."""
+        found = client.map()
+        return self._all_serving(client) and all(
+            len(chain.targets) == chain.copies and not chain.syncing and not chain.offline
+            for chain in found.chains
+        )
 
     def wait(
         self,
@@ -257,8 +280,7 @@ class World:
 
         for number, kind in enumerate(kinds):
             worker = client.process.run(make, kind, number)
-            self.workers.append(worker)
-            client.process.start(worker.run, name=worker.name)
+            self.working.append(client.process.start(worker.run, name=worker.name))
 
     def _main(self) -> None:
         self.trio.start(self.hub.rng.getrandbits(32))
@@ -266,6 +288,7 @@ class World:
         self._prepare()
         for client in self.clients:
             self._set_to_work(client)
+        self.observer.start()
         nemesis = self.process.start(Nemesis(self).run, name="nemesis")
         self.hub.sleep(self.plan.seconds)
         self.enough = True
@@ -297,11 +320,10 @@ class World:
             self.start_client(client)
         for host in (*self.chunk_hosts, *self.clients):
             host.process.paused_until = 0.0
-        for client in self.clients:
-            for thread in list(client.process.threads):
-                thread.join(LIVENESS_SECONDS)
-                if thread.is_alive():
-                    raise SimulationFailed(f"never ended:\n{thread.stack()}")
+        for thread in self.working:
+            thread.join(LIVENESS_SECONDS)
+            if thread.is_alive():
+                raise SimulationFailed(f"never ended:\n{thread.stack()}")
 
     def run(self) -> None:
         """Raises SimulationFailed, with what was wrong as its cause."""

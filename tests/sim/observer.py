@@ -1,0 +1,44 @@
+"""Looks at the cluster map all the time: versions only grow, and a version means one thing."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from kvfs_base.cluster import Chain
+from kvfs_base.errors import KvfsError
+from sim.cluster import ClientHost
+from sim.hub import SimulationFailed
+
+if TYPE_CHECKING:
+    from sim.world import World
+
+LOOK_SECONDS = 0.7
+
+
+class Observer:
+    """A client that nothing happens to, but that the network may be cut."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._host = ClientHost(world.site, "observer")
+        self._chains: dict[int, Chain] = {}
+
+    def start(self) -> None:
+        self._host.start()
+        self._host.process.start(self._run, name="observer")
+
+    def _run(self) -> None:
+        while not self._world.enough:
+            self._world.hub.sleep(LOOK_SECONDS)
+            with contextlib.suppress(KvfsError):
+                for chain in self._host.map().chains:
+                    self._look(chain)
+
+    def _look(self, chain: Chain) -> None:
+        before = self._chains.get(chain.chain_id, chain)
+        if chain.version < before.version or (chain.version == before.version and chain != before):
+            raise SimulationFailed(f"a chain was {before} and is now {chain}")
+        if chain != before or chain.chain_id not in self._chains:
+            self._world.hub.trace("chain", *chain.__reduce__()[1])
+        self._chains[chain.chain_id] = chain
