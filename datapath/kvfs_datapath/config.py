@@ -7,6 +7,7 @@ import math
 
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import (
+    DOMAIN_CHARS_MAX,
     GARBAGE_SECONDS,
     SCRUB_BYTES_PER_SECOND,
     SCRUB_DAYS,
@@ -27,6 +28,10 @@ class ChunkServerConfig:
     """One server, or several of one store: the next is used when one fails."""
     unix: Address | None
     tcp: Address | None
+    host: str = ""
+    """Failure domain: copies of a chunk are on different hosts. Empty: this machine."""
+    rack: str = ""
+    """Failure domain above: copies are in different racks where there are enough of them."""
     capacity_bytes: int = 0
     """Of each target; 0 is what its file system holds."""
     durability: str = "cache"
@@ -52,6 +57,8 @@ class ChunkServerConfig:
             raise InvalidRequest(detail="no address of a metadata service")
         if self.unix is None and self.tcp is None:
             raise InvalidRequest(detail="a chunk server needs a Unix or a TCP address")
+        if max(len(self.host), len(self.rack)) > DOMAIN_CHARS_MAX:
+            raise InvalidRequest(detail=f"host and rack have at most {DOMAIN_CHARS_MAX} characters")
         if self.capacity_bytes < 0:
             raise InvalidRequest(detail="capacity below zero")
         if self.sync_bytes_per_second < 0:

@@ -130,6 +130,8 @@ class Housekeeping:
             targets=tuple(self._report(store, said) for store in self._targets.stores),
             suspects=self._chains.suspects(),
             synced=self._chains.synced(),
+            host=self._config.host,
+            rack=self._config.rack,
             number=said.number,
         )
 

@@ -581,6 +581,9 @@ recomputed."""
 LOAD_WAIT_SECONDS = 30.0
 """How long a get waits for another client's load of the same block before it counts a miss."""
 
+DOMAIN_CHARS_MAX = 255
+"""Names of hosts and racks: as long as a name in the DNS."""
+
 TARGET_UUID_CHARS_MAX = 128
 """It is part of a key of the metadata store; LMDB's keys end at 511 bytes."""
 

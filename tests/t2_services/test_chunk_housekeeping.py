@@ -75,6 +75,30 @@ def test_what_a_heartbeat_says(cluster: Cluster) -> None:
     assert target.tcp is not None and target.tcp.port != 0
 
 
+def test_a_server_says_where_it_stands(tmp_path: Path) -> None:
+    env = os_env()
+    metadata = FakeMetadata(env, Address.unix(f"{tmp_path}/m"))
+    metadata.start()
+    config = ChunkServerConfig(
+        server_id="s",
+        directories=(f"{tmp_path}/target",),
+        metadata=(metadata.address,),
+        unix=Address.unix(f"{tmp_path}/s"),
+        tcp=None,
+        host="blade-7",
+        rack="row-2",
+    )
+    server = ChunkServer(env, config)
+    server.start()
+    try:
+        metadata.wait_for_targets(1)
+        beat = metadata.beat(1)
+        assert (beat.host, beat.rack) == ("blade-7", "row-2")
+    finally:
+        server.stop()
+        metadata.stop()
+
+
 @pytest.mark.logs_warnings
 def test_a_target_that_was_removed_serves_nobody_until_it_is_admitted(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
@@ -200,6 +224,7 @@ def test_two_servers_on_one_directory(cluster: Cluster, tmp_path: Path) -> None:
         {"durability": "hope"},
         {"unix": None},
         {"capacity_bytes": -1},
+        {"rack": "r" * 256},
         {"metadata": ()},
     ],
 )
