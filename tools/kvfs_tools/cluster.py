@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+CPUCLOCK_SCHED = 2
+"""Of clock_getcpuclockid(3): the id of a process's clock is made of its number and this."""
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 
@@ -105,6 +107,12 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def cpu_clock(pid: int) -> float:
+    """The same by the process's own clock: nanoseconds instead of ticks of 10 ms. Raises OSError if
+    it is gone."""
+    return time.clock_gettime(~pid << 3 | CPUCLOCK_SCHED)
 
 
 def cpu_seconds(pid: int) -> float:
