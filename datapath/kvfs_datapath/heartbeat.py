@@ -133,6 +133,7 @@ class Housekeeping:
             host=self._config.host,
             rack=self._config.rack,
             number=said.number,
+            map_version=self._views.map_version,
         )
 
     def _report(self, store: ChunkStore, said: Said) -> TargetReport:

@@ -90,8 +90,9 @@ class TargetReport(msgspec.Struct, array_like=True, frozen=True):
     """Targets of one host with the same volume share its space, which counts once; empty where the
     target has a share of its own."""
     incarnation: U64 = 0
-    """Drawn when the server opened the target. Another one means that it may have lost what was not
-    synced: it must be brought in step again."""
+    """Drawn when the server opened the target. Another one, once it has shown that it is not an old
+    one (docs/design/0004-chains.md), means that the target may have lost what was not synced: it
+    must be brought in step again."""
     fenced: bool = False
     """It does not answer for any chain of several copies until it sees a newer map."""
 
@@ -152,8 +153,8 @@ class Heartbeat(Request, tag="heartbeat"):
     """Grows with each heartbeat of the process (a repetition keeps it): one that was long on its
     way must not be taken for news. 0: not counted."""
     map_version: U64 = 0
-    """The map that the server knew when it sent this. ``fenced`` counts only while no newer one was
-    made: a target that has seen one may answer again, and this may have been long on its way."""
+    """The map that the server knew when it sent this. ``fenced``, and another incarnation than the
+    one that is known, count only if it is new enough: they may have been long on their way."""
 
 
 class GetClusterMap(Request, tag="get_cluster_map"):

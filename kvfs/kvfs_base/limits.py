@@ -116,10 +116,6 @@ REJOIN_SECONDS_MAX = 160.0
 REPLACE_SECONDS = 300.0
 """A member that is away for so long is replaced, if there is a target for that."""
 
-INCARNATIONS_REMEMBERED = 16
-"""Of each target: heartbeats of processes that are gone may come minutes late (TCP goes on sending
-what a dead process wrote)."""
-
 SUSPECTS_MAX = 64
 SYNCED_MAX = 256
 

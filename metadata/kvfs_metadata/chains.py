@@ -35,6 +35,11 @@ class MapVersion:
         """Any map of this version or a later one shows everything that is recorded now."""
         return self._recorded << 32
 
+    @property
+    def next(self) -> int:
+        """Nobody knows a map of this version before the next change is recorded."""
+        return self._recorded + 1 << 32
+
     def changed(self) -> None:
         """Something that is not recorded."""
         self._local += 1

@@ -29,7 +29,7 @@ from kvfs_base.cluster import (
     TargetState,
 )
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import INCARNATIONS_REMEMBERED, TARGET_UUID_CHARS_MAX
+from kvfs_base.limits import TARGET_UUID_CHARS_MAX
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
 from kvfs_metadata.chains import ChainTable, MapVersion
@@ -133,7 +133,8 @@ class ClusterState:
 
     @property
     def version(self) -> int:
-        return int(self.map_version)
+        """On a shared store what is not recorded does not count: other servers know otherwise."""
+        return self.map_version.recorded if self._recorded else int(self.map_version)
 
     def map(self) -> ClusterMap:
         self.targets.expire()
@@ -147,6 +148,7 @@ class ClusterState:
 
     def heartbeat(self, tx: Tx, request: Heartbeat) -> HeartbeatReply:
         """Registers, renews, and answers with what is to be removed."""
+        version = self.version
         self.targets.expire()
         gone = self.departures.gone
         heard: list[TargetEntry] = []
@@ -159,38 +161,60 @@ class ClusterState:
                 entry = self._register(tx, request, report)
             named.append(entry)
             if not _is_late(entry, request, report):
-                self._report(tx, request, report, entry)
+                self._report(tx, request, report, entry, version)
                 heard.append(entry)
-        reporters = {entry.target_id for entry in heard}
+        reporters = {entry.target_id for entry in heard if entry.record.candidate == 0}
         self.membership.synced(tx, reporters, request.synced)
         self.membership.suspects(tx, reporters, request.suspects)
         return HeartbeatReply(
-            # Other servers of the store count what is not recorded by themselves.
-            map_version=self.map_version.recorded if self._recorded else self.version,
+            map_version=self.version,
             targets=tuple(self._orders(tx, entry, is_late=entry not in heard) for entry in named),
             refused=tuple(report.uuid for report in request.targets if report.uuid in gone),
         )
 
-    def _report(self, tx: Tx, request: Heartbeat, report: TargetReport, entry: TargetEntry) -> None:
-        before, number = entry.record.incarnation, entry.number
+    def _report(
+        self, tx: Tx, request: Heartbeat, report: TargetReport, entry: TargetEntry, version: int
+    ) -> None:
+        """``version`` is that of the newest map that anybody can have seen."""
+        number = entry.number
+        if report.incarnation != entry.record.incarnation:
+            self._meet(tx, request, report, entry)
+        elif entry.record.candidate:
+            self._record(tx, entry, candidate=0)
         self.targets.put(tx, entry, _reported(entry.record, request, report))
-        if before != report.incarnation:
-            self.membership.restarted(tx, entry)
-            if self.chains.replicated(entry.target_id):
-                # Otherwise it could be taken for another one again, while it serves.
-                self.map_version.urgent = True
-        if not report.healthy:
-            self.membership.failed(tx, entry)
-        elif report.fenced and not 0 < request.number == number:
-            # A copy of what was answered already says nothing of a fence that was ordered since.
-            self.membership.fenced(tx, entry)
-        beat = BeatValue(report.free_bytes, report.healthy, request.number)
+        if entry.record.candidate == 0:
+            if not report.healthy:
+                self.membership.failed(tx, entry)
+            elif report.fenced and not _may_be_over(request, number, version):
+                self.membership.fenced(tx, entry)
+            number = request.number
+        beat = BeatValue(report.free_bytes, report.healthy, number)
         self.targets.heard(entry, beat)
         if self._recorded:
             tx.kv.put(records.beat_key(entry.target_id), records.pack_beat(beat))
         if report.healthy:
             self.membership.heard(tx, entry)
         self._removals.acknowledge(tx, entry.target_id, report.removed_seq)
+
+    def _meet(self, tx: Tx, request: Heartbeat, report: TargetReport, entry: TargetEntry) -> None:
+        """Another incarnation, or an old one whose heartbeat was long on its way: it has to show
+        that it knows a map that was made since. The answers tell it to stop until then."""
+        record, found = entry.record, report.incarnation
+        replicated = bool(self.chains.replicated(entry.target_id))
+        known = found == record.candidate and request.map_version >= record.challenge
+        if replicated and not known:
+            if found != record.candidate:
+                challenge = self.map_version.next
+                self._record(tx, entry, candidate=found, challenge=challenge)
+            return
+        self._record(tx, entry, incarnation=found, candidate=0, challenge=0)
+        self.membership.restarted(tx, entry)
+        if replicated:
+            # Otherwise it could be taken for another one again, while it serves.
+            self.map_version.urgent = True
+
+    def _record(self, tx: Tx, entry: TargetEntry, **fields: int) -> None:
+        self.targets.put(tx, entry, msgspec.structs.replace(entry.record, **fields))
 
     def _orders(self, tx: Tx, entry: TargetEntry, *, is_late: bool) -> TargetOrders:
         """Whoever hears the answer to a heartbeat that was overtaken must not live by it."""
@@ -274,17 +298,18 @@ VERSIONS_SKIPPED = 1 << 20
 
 
 def _is_late(entry: TargetEntry, request: Heartbeat, report: TargetReport) -> bool:
-    """Whether a later heartbeat of the target has come before this one: of the same process, or of
-    one that was started after its end."""
-    if report.incarnation != entry.record.incarnation:
-        return report.incarnation in entry.record.past
-    return 0 < request.number < entry.number
+    """Whether a later heartbeat of the same process has come before this one."""
+    same = report.incarnation == entry.record.incarnation
+    return same and 0 < request.number < entry.number
+
+
+def _may_be_over(request: Heartbeat, number: int, version: int) -> bool:
+    """Whether a target that was fenced when it sent this may have seen a newer map since, or the
+    answer to an earlier copy of it, and answer again."""
+    return 0 < request.map_version < version or 0 < request.number == number
 
 
 def _reported(record: TargetRecord, request: Heartbeat, report: TargetReport) -> TargetRecord:
-    past = record.past
-    if record.incarnation not in (0, report.incarnation):
-        past = (record.incarnation, *past)[:INCARNATIONS_REMEMBERED]
     return msgspec.structs.replace(
         record,
         server_id=request.server_id,
@@ -295,8 +320,6 @@ def _reported(record: TargetRecord, request: Heartbeat, report: TargetReport) ->
         volume=report.volume,
         host=request.host,
         rack=request.rack,
-        incarnation=report.incarnation,
-        past=past,
     )
 
 

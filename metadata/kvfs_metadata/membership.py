@@ -51,12 +51,16 @@ class Membership:
 
     def fenced(self, tx: Tx, entry: TargetEntry) -> None:
         """It says that it answers for no chain. That counts only while it is to be fenced: what it
-        says otherwise, it said before it saw the present map."""
+        says otherwise, it said before it saw the present map. Where nobody else is there it stays,
+        and serves again."""
         if not entry.record.is_to_be_fenced:
             return
         target_id = entry.target_id
 
         def step(chain: ChainRecord) -> ChainRecord:
+            others = [other for other in chain.targets if other != target_id]
+            if not any(map(self._targets.is_alive, others)):
+                return chain  # who is away cannot serve in its place
             if entry.record.draining and self._is_whole_without(chain, target_id):
                 return members.left(chain, target_id)
             return members.lost(chain, target_id) if entry.record.suspected else chain

@@ -264,8 +264,10 @@ class TargetRecord(msgspec.Struct, array_like=True, frozen=True):
     """Failure domain; empty: ``host_id``."""
     rack: str = ""
     incarnation: U64 = 0
-    past: tuple[U64, ...] = ()
-    """Incarnations before: a heartbeat of one of them was long on its way and says nothing."""
+    candidate: U64 = 0
+    """Another incarnation that a heartbeat named. It is the present one once it has shown that it
+    knows the map ``challenge``: a process that is dead cannot."""
+    challenge: U64 = 0
     leaving: bool = False
     """To be fenced, because its chains are whole without it."""
     suspected: bool = False
@@ -277,7 +279,7 @@ class TargetRecord(msgspec.Struct, array_like=True, frozen=True):
 
     @property
     def is_to_be_fenced(self) -> bool:
-        return self.leaving or self.suspected
+        return self.leaving or self.suspected or self.candidate != 0
 
     @property
     def domain(self) -> str:

@@ -167,9 +167,10 @@ class TargetTable:
 
     def stood_still(self, seconds: float) -> None:
         """This server did nothing for so long: it cannot tell who was silent."""
+        now = self._clock.monotonic()
         for entry in self:
-            entry.heard_at += seconds
-            entry.renewed_at += seconds
+            entry.heard_at = min(now, entry.heard_at + seconds)
+            entry.renewed_at = min(now, entry.renewed_at + seconds)
 
     def suspicions(self, entry: TargetEntry) -> int:
         """In a row, with one more now."""
