@@ -328,5 +328,9 @@ class ChunkTree:
     def list(self, chain: int = 0) -> Iterator[ChunkId]:
         """Every chunk of a chain, 0 for those that belong to none: one directory after the other,
         in no order."""
+        root = root_of(chain)
+        with self.io():
+            present = set(self.disk.list(root)) if self.disk.exists(root) else set()
         for number in range(DIRECTORIES):
-            yield from self.list_directory(f"{root_of(chain)}/{number:02x}", chain)
+            if f"{number:02x}" in present:
+                yield from self.list_directory(f"{root}/{number:02x}", chain)

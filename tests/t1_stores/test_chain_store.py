@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, InvalidRequest
+from kvfs_base.errors import (
+    ChunkCorrupt,
+    ChunkNotFound,
+    ChunkPending,
+    DiskFull,
+    InvalidRequest,
+    KvfsError,
+    TargetFailed,
+)
 from kvfs_base.limits import REMOVE_BY_NAME_MAX
 from kvfs_base.os_env import OsDisk
 from kvfs_base.seams import Disk
@@ -22,7 +33,7 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
 from kvfs_datapath.listing import ChunkListing
 from kvfs_datapath.store import ChunkStore
-from t1_stores.chain_chunks import open_store, pending, prepare, read, update
+from t1_stores.chain_chunks import Faults, open_store, pending, prepare, read, update, write
 
 
 @pytest.fixture(params=["os-disk", "os-tmpfs", "memory"])
@@ -209,3 +220,98 @@ def test_damage_on_a_chain_is_noticed(store: ChunkStore, disk: Disk) -> None:
             store.recheck(chunk)
         assert (caught.value.inode, caught.value.number, caught.value.chain) == chunk
         file.close()
+
+
+@pytest.mark.logs_warnings
+@pytest.mark.parametrize("strict", [False, True], ids=["cache", "strict"])
+@pytest.mark.parametrize(
+    "error", [DiskFull(path="x"), TargetFailed(detail="EIO")], ids=["full", "eio"]
+)
+def test_a_failed_put_is_invisible(strict: bool, error: KvfsError) -> None:
+    """Every disk operation of the first put into a chain fails in turn, those that make its
+    directories included."""
+    chunk = ChunkId(7, 0, 3)
+    at, failed = 0, True
+    while failed:
+        at += 1
+        disk = MemoryDisk()
+        store = open_store(disk, strict=strict)
+        faults = Faults(disk)
+        faults.arm(at, error)
+        try:
+            put(store, chunk, bytes(5000))
+        except type(error):
+            failed = True
+        else:
+            failed = False
+        faults.disarm()
+        store.close()
+        store = open_store(disk, strict=strict)
+        assert disk.list("staging") == []
+        assert list(store.list(3)) == ([] if failed else [chunk])
+        put(store, chunk, bytes(5000))
+        assert read(store, chunk) == bytes(5000)
+        store.close()
+    assert at > (12 if strict else 8)
+
+
+def test_everything_at_once() -> None:
+    """Writers, readers, a remover and somebody who looks at what is pending, on a few chunks."""
+    store = open_store(MemoryDisk())
+    chunks = [ChunkId(n, 0, 5) for n in range(3)]
+    problems: list[BaseException] = []
+    done = threading.Event()
+
+    def work(act: Callable[[random.Random], None], seed: int, rounds: int) -> None:
+        """Without end if ``rounds`` is 0: until the others are through."""
+        rng = random.Random(seed)
+        try:
+            for _ in range(rounds) if rounds else iter(done.is_set, True):
+                act(rng)
+        except BaseException as exc:
+            problems.append(exc)
+
+    def change(rng: random.Random) -> None:
+        chunk = rng.choice(chunks)
+        data = rng.randbytes(rng.randrange(1, 9_000))
+        update = write(rng.randrange(20_000), data, rng.randrange(1 << 30), chunk=chunk)
+        with store.versions.lock(chunk):
+            store.versions.prepare(chunk, update, [data])
+            if rng.random() < 0.3:
+                store.versions.drop(chunk)
+                return
+            with contextlib.suppress(ChunkNotFound):  # it was removed meanwhile
+                store.versions.commit(chunk)
+
+    def look(rng: random.Random) -> None:
+        with contextlib.suppress(ChunkNotFound, ChunkPending):
+            file, info = store.versions.open_settled(rng.choice(chunks))
+            view = memoryview(bytearray(info.length))
+            assert file.preadv([view], 0) == info.length
+            file.close()
+            assert crc32c(view) == info.crc32c
+        with contextlib.suppress(ChunkNotFound):
+            store.recheck(rng.choice(chunks))
+
+    def count(rng: random.Random) -> None:
+        assert set(store.versions.pendings(5, scan=True)) <= set(chunks)
+
+    def remove(rng: random.Random) -> None:
+        store.remove(rng.choice(chunks))
+
+    writers = [threading.Thread(target=work, args=(change, n, 150)) for n in range(3)]
+    writers.append(threading.Thread(target=work, args=(remove, 3, 30)))
+    others = [threading.Thread(target=work, args=(act, 4, 0)) for act in (look, look, count)]
+    for thread in (*writers, *others):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    for thread in others:
+        thread.join()
+    assert problems == []
+    for chunk in chunks:
+        with store.versions.lock(chunk):
+            store.versions.drop(chunk)
+    assert not list(store.versions.pendings(5, scan=True)) and len(store.versions.locks) == 0
+    store.close()
