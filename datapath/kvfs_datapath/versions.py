@@ -267,9 +267,11 @@ class Versions:
         ChunkCorrupt or ChunkMismatch if what is committed is damaged, NotPermitted for a block."""
         if sum(map(len, data)) != (0 if update.cut else update.length):
             raise InvalidRequest(detail=f"not the {update.length} bytes of the update")
-        known = self.pending(chunk)
-        file, before = self._open_to_change(chunk)
+        file, before, append = self._open_to_change(chunk)
         try:
+            known: ChunkInfo | None = None
+            if append is not None or chunk in self._pending or chunk in self._left:
+                known = self.pending(chunk)
             if version not in (None, before.version + 1):
                 raise Conflict(detail=f"chunk {tuple(chunk)} has version {before.version}")
             made = msgspec.structs.replace(
@@ -292,12 +294,11 @@ class Versions:
             if file is not None:
                 file.close()
 
-    def _open_to_change(self, chunk: ChunkId) -> tuple[DiskFile | None, ChunkInfo]:
+    def _open_to_change(self, chunk: ChunkId) -> tuple[DiskFile | None, ChunkInfo, Append | None]:
         try:
-            file, before, _ = self._open(chunk, write=True)
+            return self._open(chunk, write=True)
         except ChunkNotFound:
-            return None, ChunkInfo(*chunk, ChunkState.SEALED)
-        return file, before
+            return None, ChunkInfo(*chunk, ChunkState.SEALED), None
 
     def _append(
         self, file: DiskFile, before: ChunkInfo, made: ChunkInfo, change: Change

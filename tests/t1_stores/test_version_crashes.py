@@ -195,7 +195,7 @@ def test_a_killed_process_leaves_the_old_version_or_the_new_one(case: Case, stri
         check(disk, case, done, strict=strict)
         if not crashed:
             break
-    assert done == ["prepared", "committed"] and at > 8
+    assert done == ["prepared", "committed"] and at > 6
 
 
 @_cases
@@ -213,7 +213,7 @@ def test_lost_power_leaves_the_old_version_or_the_new_one(case: Case) -> None:
             check(disk.after_power_loss(random.Random(f"{at} {seed}")), case, done, strict=True)
         if not crashed:
             break
-    assert done == ["prepared", "committed"] and at > 10
+    assert done == ["prepared", "committed"] and at > 8
 
 
 @_cases

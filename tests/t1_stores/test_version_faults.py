@@ -123,7 +123,7 @@ def test_what_failed_to_be_prepared_is_not_there(
             assert content(store) == new
         assert disk.list("staging") == []
         store.close()
-    assert at > 5
+    assert at > 4
 
 
 @pytest.mark.logs_warnings
