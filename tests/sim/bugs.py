@@ -173,11 +173,6 @@ def _serve_while_syncing() -> Any:
     return mock.patch.object(Views, "require_read", anywhere)
 
 
-def _commit_under_any_version() -> Any:
-    """Blocks are committed though a member that came meanwhile does not have them."""
-    return mock.patch.object(Blocks, "_require_versions", lambda self, record, request: None)
-
-
 def _take_silence_for_no() -> Any:
     """An update whose answer was lost is dropped, though it may be committed behind."""
     carry = Replicator._carry
@@ -218,11 +213,10 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "skip the version check": (_skip_version_check, "chains"),
     "answer before the tail": (_answer_before_the_tail, "chains"),
     "serve pending": (_serve_pending, "chains"),
-    "no fence": (_no_fence, "chains"),
+    "no fence": (_no_fence, "leases"),
     "no memory of updates": (_no_memory_of_updates, "chains"),
     "keep pending at a rejoin": (_keep_pending_at_rejoin, "chains"),
-    "serve while syncing": (_serve_while_syncing, "chains"),
-    "commit under any version": (_commit_under_any_version, "chains"),
+    "serve while syncing": (_serve_while_syncing, "leases"),
     "take silence for no": (_take_silence_for_no, "chains"),
     "synced at once": (_synced_at_once, "chains"),
 }

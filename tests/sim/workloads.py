@@ -330,6 +330,16 @@ class FileWorker(Worker):
         return True
 
 
+class ReadWorker(FileWorker):
+    """Only reads: its client hears of changes of the cluster only from who refuses to answer."""
+
+    kind = "reads"
+
+    def step(self) -> None:
+        inode, file = self.rng.choice(self.files)
+        self.read(inode, file, self.rng.randrange(FILE_PAGES), 1)
+
+
 class ChurnWorker(Worker):
     """Makes a file, writes and reads it, and unlinks it: what it leaves must go."""
 

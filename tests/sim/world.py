@@ -36,6 +36,7 @@ from sim.workloads import (
     BlockWorker,
     ChurnWorker,
     FileWorker,
+    ReadWorker,
     Worker,
     make_directory,
     make_file,
@@ -80,8 +81,8 @@ class Plan:
 
 
 SINGLE_COPY = ("restarts", "network", "power", "anything")
-CHAINS = ("chains", "chains and power", "chains and disks")
-KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS, *CHAINS)
+CHAINS = ("chains", "leases", "chains and power", "chains and disks")
+KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
 
 
 def make_plan(rng: random.Random, kind: str = "") -> Plan:
@@ -100,6 +101,8 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         faults = (*HARMLESS, *NETWORK, "power all", "power metadata", "dead disk", "rot")
     elif kind == "chains":
         faults = (*faults, *NETWORK)
+    elif kind == "leases":
+        faults = ("estrange", "estrange", "pause", "kill chunks", "partition")
     elif kind == "chains and power":
         durability = "strict"
         faults = (*faults, *NETWORK, "power chunks", "power metadata", "power all")
@@ -123,7 +126,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         seconds=rng.uniform(10.0, 25.0),
         fault_seconds=rng.choice((0.7, 2.0, 4.0)),
         outage_seconds=rng.choice((0.5, 2.0, 6.0)),
-        pause_seconds=rng.choice((0.05, 0.15, 0.4)),
+        pause_seconds=0.05 if kind == "leases" else rng.choice((0.05, 0.15, 0.4)),
         late_seconds=rng.choice((0.0, 1.0, 10.0)),
         network=NetworkKnobs(
             latency=rng.choice((0.0001, 0.001, 0.01)),
@@ -274,6 +277,8 @@ class World:
         kinds: list[type[Worker]] = [BlockWorker, BlockWorker, ChurnWorker]
         if self.plan.files:
             kinds += [FileWorker, FileWorker]
+        if self.plan.copies > 1 and client is self.clients[-1]:
+            kinds = [ReadWorker, ReadWorker]
 
         def make(kind: type[Worker], number: int) -> Worker:
             return kind(self, client, number)
