@@ -4,7 +4,6 @@ and ``os_handshake`` import them."""
 from __future__ import annotations
 
 import array
-import contextlib
 import errno
 import fcntl
 import os
@@ -25,7 +24,7 @@ from kvfs_base.errors import (
     TargetFailed,
 )
 from kvfs_base.handshake import Secret
-from kvfs_base.limits import CONNECTIONS_MAX, FDS_PER_MESSAGE_MAX, HANDSHAKE_SECONDS, MIB
+from kvfs_base.limits import CONNECTIONS_MAX, FDS_PER_MESSAGE_MAX, HANDSHAKE_SECONDS, KIB, MIB
 from kvfs_base.os_handshake import SocketGate, StreamGate, prove, prove_stream, read_secret
 from kvfs_base.seams import (
     Buffer,
@@ -39,6 +38,8 @@ from kvfs_base.seams import (
 from kvfs_base.types import Address
 
 IOV_MAX = 1024
+LOOKED_FOR_BYTES = 256 * KIB
+"""From here on it is cheaper to look whether bytes are in memory than to ask for them."""
 SOCKET_BUFFER_BYTES = 4 * MIB
 """Asked for on data connections: half a data request, so that sender and receiver overlap."""
 
@@ -97,8 +98,19 @@ class OsDiskFile:
         return done
 
     def will_need(self, offset: int, length: int) -> None:
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        try:
+            # The kernel looks for every page: 23 us for 2 MiB that are all in memory. A byte at the
+            # end tells in 1 us; what this takes for cached and is not will only be read later.
+            if length < LOOKED_FOR_BYTES or not self._is_cached(offset + length - 1):
+                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass
+
+    def _is_cached(self, offset: int) -> bool:
+        try:
+            return os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except OSError:  # not in memory, or a file system that cannot tell
+            return False
 
     def truncate(self, size: int) -> None:
         try:

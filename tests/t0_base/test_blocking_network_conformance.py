@@ -87,6 +87,42 @@ def test_many_small_parts_and_views(pair: Pair) -> None:
     assert b"".join(views) == b"".join(pieces)
 
 
+@pytest.mark.parametrize("excess", [0, 1, 5000])
+def test_large_views_that_arrive_a_little_at_a_time(pair: Pair, excess: int) -> None:
+    """Whoever is woken seldom must still be woken for the end: nothing follows it."""
+    data = os.urandom((3 << 18) + excess)
+    views = [
+        memoryview(bytearray(count)) for count in (1000, 0, 1 << 19, len(data) - 1000 - (1 << 19))
+    ]
+    received = pair.threads.submit(pair.far.receive_into, views)
+    for start in range(0, len(data), 50_000):
+        pair.near.send([data[start : start + 50_000]])
+    received.result(SECONDS)
+    assert b"".join(views) == data
+    received = pair.threads.submit(receive, pair.far, len(data))
+    pair.near.send([data])
+    assert received.result(SECONDS) == data
+    received = pair.threads.submit(receive, pair.far, 3)
+    pair.near.send([b"end"])
+    assert received.result(SECONDS) == b"end"
+
+
+def test_a_peer_that_goes_in_the_middle_of_a_large_view(pair: Pair) -> None:
+    received = pair.threads.submit(receive, pair.far, 1 << 20)
+    pair.near.send([bytes(1000)])
+    pair.near.close()
+    with pytest.raises(ConnectionLost):
+        received.result(SECONDS)
+
+
+def test_shutdown_wakes_who_waits_for_much(pair: Pair) -> None:
+    received = pair.threads.submit(receive, pair.far, 1 << 20)
+    pair.near.send([bytes(1000)])
+    pair.far.shutdown()
+    with pytest.raises(ConnectionLost):
+        received.result(SECONDS)
+
+
 def test_files_are_sent_from_their_middle(pair: Pair) -> None:
     data = os.urandom(3 << 20)
     disk = MemoryDisk()
