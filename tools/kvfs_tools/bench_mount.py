@@ -1,15 +1,14 @@
 """``kvfs bench-mount``: both front ends beside the file system that the chunks lie on.
 
 One kvfs, mounted twice, and a plain directory on the same disk. A round measures the plain
-directory, a mount, the plain directory: a figure is held against the better of its two neighbours.
-Reported are medians over the rounds, and of the per-round ratios.
+directory, one mount, the plain directory, the other mount: a figure is held against the better of
+its two neighbours. Reported are medians over the rounds, and of the per-round ratios.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import mmap
@@ -17,6 +16,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,8 +31,13 @@ from rich.table import Table
 import kvfs
 from kvfs import KVLayout
 from kvfs_base.limits import KIB, MIB
-from kvfs_tools.bench import interleave
-from kvfs_tools.cluster import START_SECONDS, STOP_SECONDS, ClusterFailed, LocalCluster
+from kvfs_tools.cluster import (
+    START_SECONDS,
+    STOP_SECONDS,
+    ClusterFailed,
+    LocalCluster,
+    cpu_seconds,
+)
 
 FRONTENDS = ("direct", "pyfuse3")
 PLAIN = "plain"
@@ -53,12 +58,45 @@ class Row:
     plain: float
     figures: dict[str, float]
     ratios: dict[str, float]
+    """To the plain directory."""
+    first_to_last: float
+    """The first front end's figure to the last one's."""
+    cpu: dict[str, float]
+    """CPU time of the mount's process: microseconds an operation, or seconds a GB. What others on
+    the machine do changes it less than the rates."""
     rounds: int
+
+    @classmethod
+    def of(
+        cls,
+        what: str,
+        unit: str,
+        rounds: Sequence[dict[str, float]],
+        limits: Sequence[dict[str, float]],
+        cpu: dict[str, float],
+    ) -> Row:
+        """By front end, ``rounds`` has its figure and ``limits`` what it is held against."""
+        names = list(rounds[0])
+        return cls(
+            what=what,
+            unit=unit,
+            plain=statistics.median(limit[n] for limit in limits for n in names),
+            figures={n: statistics.median(r[n] for r in rounds) for n in names},
+            ratios={
+                n: statistics.median(
+                    r[n] / limit[n] for r, limit in zip(rounds, limits, strict=True)
+                )
+                for n in names
+            },
+            first_to_last=statistics.median(r[names[0]] / r[names[-1]] for r in rounds),
+            cpu=cpu,
+            rounds=len(rounds),
+        )
 
 
 @contextlib.contextmanager
-def mounted(cluster: LocalCluster, mountpoint: Path, frontend: str) -> Iterator[None]:
-    """Raises ClusterFailed."""
+def mounted(cluster: LocalCluster, mountpoint: Path, frontend: str) -> Iterator[int]:
+    """The process. Raises ClusterFailed."""
     mountpoint.mkdir()
     log_path = mountpoint.with_suffix(".log")
     argv = [sys.executable, "-m", "kvfs", "mount", str(cluster.directory), str(mountpoint)]
@@ -76,19 +114,26 @@ def mounted(cluster: LocalCluster, mountpoint: Path, frontend: str) -> Iterator[
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ClusterFailed(log_path.read_text(errors="replace")[-2000:])
             time.sleep(0.05)
-        yield
+        yield process.pid
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(STOP_SECONDS)
+
+
+@dataclasses.dataclass
+class _Timer:
+    seconds: float = 0.0
 
 
 class Bench:
     """The rows. ``root`` holds a plain directory and the mount points, by name."""
 
     def __init__(
-        self, root: Path, frontends: Sequence[str], files: int, blocks: list[Path], rounds: int
+        self, root: Path, frontends: dict[str, int], files: int, blocks: list[Path], rounds: int
     ) -> None:
-        """``blocks`` are the files that chunks of KV blocks lie in; a mount has them by name."""
+        """``frontends`` has the process of each.
+
+        ``blocks`` are the files that chunks of KV blocks lie in; a mount has them by name."""
         self.rows: list[Row] = []
         self._root = root
         self._frontends = frontends
@@ -101,6 +146,7 @@ class Bench:
         self._rounds = rounds
         self._rng = random.Random(1)
         self._turns = itertools.count()
+        self._cpu: dict[str, float] = {}
 
     def run(self) -> None:
         count = self._files
@@ -114,18 +160,43 @@ class Bench:
         self._add("read of blocks, 4 KiB at random", "GB/s", self._read_small)
         self._add("read of blocks, 1 MiB in a row", "GB/s", self._read_large)
         self._add("read of blocks, O_DIRECT, 1 MiB", "GB/s", self._read_direct)
-        self._add("block files, open, read, close", "/s", self._whole_blocks)
+        self._add("block files, open, read, close", "blocks/s", self._whole_blocks)
 
     def _add(self, what: str, unit: str, measure: Measure) -> None:
-        figures, ratios, plain = {}, {}, []
         for name in self._frontends:
             measure(name)  # caches, and what is made on first use
-            limit, figure = functools.partial(measure, PLAIN), functools.partial(measure, name)
-            pairs = interleave(self._rounds, limit, figure)
-            figures[name] = _median([value for value, _ in pairs])
-            ratios[name] = _median([value / limit for value, limit in pairs])
-            plain += [limit for _, limit in pairs]
-        self.rows.append(Row(what, unit, _median(plain), figures, ratios, self._rounds))
+        rounds: list[dict[str, float]] = []
+        limits: list[dict[str, float]] = []
+        self._cpu = dict.fromkeys(self._frontends, 0.0)
+        before = measure(PLAIN)
+        for _ in range(self._rounds):
+            rounds.append({})
+            limits.append({})
+            for name in self._frontends:
+                rounds[-1][name] = measure(name)
+                after = measure(PLAIN)
+                limits[-1][name] = max(before, after)
+                before = after
+        amount = self._rounds * self._amount(unit)
+        cpu = {name: seconds / amount for name, seconds in self._cpu.items()}
+        self.rows.append(Row.of(what, unit, rounds, limits, cpu))
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[_Timer]:
+        timer = _Timer()
+        process = self._frontends.get(name)
+        used = 0.0 if process is None else cpu_seconds(process)
+        begin = time.perf_counter()
+        yield timer
+        timer.seconds = time.perf_counter() - begin
+        if process is not None and name in self._cpu:
+            self._cpu[name] += cpu_seconds(process) - used
+
+    def _amount(self, unit: str) -> float:
+        """What a round handles: in millions, which makes microseconds of seconds, or in GB."""
+        if unit == "GB/s":
+            return sum(path.stat().st_size for path in self._blocks) / 1e9
+        return (len(self._blocks) if unit == "blocks/s" else self._files) / 1e6
 
     # --- names
 
@@ -147,47 +218,44 @@ class Bench:
         folder = self._folder(name) / f"new-{next(self._turns)}"
         folder.mkdir()
         paths = [f"{folder}/{number}" for number in range(self._files)]
-        begin = time.perf_counter()
-        for path in paths:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        taken = time.perf_counter() - begin
+        with self._timed(name) as timer:
+            for path in paths:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         shutil.rmtree(folder)
-        return taken
+        return timer.seconds
 
     def _stat(self, name: str) -> float:
         paths = self._paths(name)
         if name != PLAIN:
             time.sleep(FORGOTTEN_SECONDS)
-        begin = time.perf_counter()
-        for path in paths:
-            os.stat(path)
-        return time.perf_counter() - begin
+        with self._timed(name) as timer:
+            for path in paths:
+                os.stat(path)
+        return timer.seconds
 
     def _open(self, name: str) -> float:
         paths = self._paths(name)
-        begin = time.perf_counter()
-        for path in paths:
-            os.close(os.open(path, os.O_RDONLY))
-        return time.perf_counter() - begin
+        with self._timed(name) as timer:
+            for path in paths:
+                os.close(os.open(path, os.O_RDONLY))
+        return timer.seconds
 
     def _list(self, name: str) -> float:
         folder = self._folder(name)
-        begin = time.perf_counter()
-        with os.scandir(folder) as entries:
+        with self._timed(name) as timer, os.scandir(folder) as entries:
             found = sum(entry.stat(follow_symlinks=False).st_size == 0 for entry in entries)
-        taken = time.perf_counter() - begin
         if found < self._files:
             raise RuntimeError(f"{found} entries of {self._files} were listed")
-        return taken
+        return timer.seconds
 
     def _unlink(self, name: str) -> float:
         paths = [f"{path}-gone" for path in self._paths(name)]
         for path in paths:
             Path(path).touch()
-        begin = time.perf_counter()
-        for path in paths:
-            os.unlink(path)
-        return time.perf_counter() - begin
+        with self._timed(name) as timer:
+            for path in paths:
+                os.unlink(path)
+        return timer.seconds
 
     # --- blocks
 
@@ -207,16 +275,14 @@ class Bench:
         if size < MIB:
             self._rng.shuffle(places)
         try:
-            with mmap.mmap(-1, size) as room:
-                begin = time.perf_counter()
+            with mmap.mmap(-1, size) as room, self._timed(name) as timer:
                 for descriptor, at in places:
                     if os.preadv(descriptor, [room], at) != min(size, block_bytes - at):
                         raise RuntimeError("a short read")
-                taken = time.perf_counter() - begin
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-        return len(descriptors) * block_bytes / taken / 1e9
+        return len(descriptors) * block_bytes / timer.seconds / 1e9
 
     def _read_small(self, name: str) -> float:
         return self._read(name, 4 * KIB)
@@ -232,17 +298,13 @@ class Bench:
             os.close(descriptor)
         paths = self._names[name]
         room = bytearray(paths[0].stat().st_size)
-        begin = time.perf_counter()
-        for path in paths:
-            descriptor = os.open(path, os.O_RDONLY)
-            if os.readv(descriptor, [room]) != len(room):
-                raise RuntimeError(f"a short read of {path}")
-            os.close(descriptor)
-        return len(paths) / (time.perf_counter() - begin)
-
-
-def _median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
+        with self._timed(name) as timer:
+            for path in paths:
+                descriptor = os.open(path, os.O_RDONLY)
+                if os.readv(descriptor, [room]) != len(room):
+                    raise RuntimeError(f"a short read of {path}")
+                os.close(descriptor)
+        return len(paths) / timer.seconds
 
 
 def store_blocks(cluster: LocalCluster, count: int, block_bytes: int) -> list[Path]:
@@ -262,10 +324,16 @@ def table(rows: Sequence[Row], frontends: Sequence[str]) -> Table:
     for name in frontends:
         out.add_column(name, justify="right")
         out.add_column("ratio", justify="right")
+        out.add_column("CPU", justify="right")
+    if len(frontends) > 1:
+        out.add_column(f"{frontends[0]} to {frontends[-1]}", justify="right")
     for row in rows:
         cells = [row.what, row.unit, f"{row.plain:,.3g}"]
         for name in frontends:
-            cells += [f"{row.figures[name]:,.3g}", f"{row.ratios[name]:.2f}"]
+            cpu = f"{row.cpu[name]:.2g} s/GB" if row.unit == "GB/s" else f"{row.cpu[name]:.0f} us"
+            cells += [f"{row.figures[name]:,.4g}", f"{row.ratios[name]:.2f}", cpu]
+        if len(frontends) > 1:
+            cells.append(f"{row.first_to_last:.2f}")
         out.add_row(*cells)
     return out
 
@@ -303,9 +371,10 @@ def bench_mount(
         cluster = stack.enter_context(LocalCluster(root / "kvfs", mount=False))
         chunk_files = store_blocks(cluster, blocks, block_kib * KIB)
         (root / PLAIN).mkdir()
-        for name in frontends:
-            stack.enter_context(mounted(cluster, root / name, name))
-        bench = Bench(root, frontends, files, chunk_files, rounds)
+        processes = {
+            name: stack.enter_context(mounted(cluster, root / name, name)) for name in frontends
+        }
+        bench = Bench(root, processes, files, chunk_files, rounds)
         bench.run()
     Console().print(table(bench.rows, frontends))
     if json_path:

@@ -37,7 +37,6 @@ WANTED = (
     | Feature.ATOMIC_O_TRUNC
     | Feature.BIG_WRITES
     | Feature.DO_READDIRPLUS
-    | Feature.READDIRPLUS_AUTO
     | Feature.ASYNC_DIO
     | Feature.PARALLEL_DIROPS
     | Feature.MAX_PAGES
@@ -46,7 +45,9 @@ WANTED = (
     | Feature.INIT_EXT
 )
 """Without the write-back cache: sizes and times would be the kernel's, and no second mount could
-have a say. OPENDIR is answered, as positions in a listing belong to its handle."""
+have a say. OPENDIR is answered, as positions in a listing belong to its handle. Listings always
+carry attributes (no READDIRPLUS_AUTO): the service sends them anyway, and ``ls -l`` lists first
+and asks for each name afterwards, when it would be too late for the kernel to adapt."""
 
 
 class Handlers:
