@@ -2,7 +2,7 @@
 
     python roles.py metadata DIR
     python roles.py chunks DIR COUNT
-    python roles.py mount DIR MOUNTPOINT [--allow-other] [--transport=...] [--frontend=...]
+    python roles.py mount DIR MOUNTPOINT [--allow-other] [--SETTING=...]
 
 Prints ``ready`` once serving. SIGTERM ends it cleanly. Logs go to stderr, one line a record, level
 first.
@@ -115,7 +115,8 @@ def main(argv: list[str]) -> None:
         for option in rest[1:]:
             name, is_setting, value = option.partition("=")
             if is_setting:
-                options[name.removeprefix("--")] = value
+                setting = name.removeprefix("--").replace("-", "_")
+                options[setting] = float(value) if setting.endswith("_seconds") else value
         run_mount_role(directory, rest[0], options)
 
 

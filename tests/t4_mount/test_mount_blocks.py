@@ -147,6 +147,26 @@ def test_a_flipped_byte_is_an_error_never_wrong_bytes(cluster: Cluster, transpor
 
 
 @pytest.mark.logs_warnings
+def test_the_kernel_is_told_of_a_damaged_block(cluster: Cluster, frontend: str) -> None:
+    """It may remember names and attributes for ten minutes, and forgets these now."""
+    [(key, data)] = make_blocks(13 if frontend == "direct" else 14, [100_000]).items()
+    infos = cluster.put_blocks("tenant/told", {key: data})
+    mountpoint = cluster.directory / f"mnt-told-{frontend}"
+    try:
+        options = ("--entry-seconds=600", "--attribute-seconds=600", f"--frontend={frontend}")
+        with cluster.mounted(mountpoint, *options):
+            path = mountpoint / "kv/tenant/told" / key.hex()
+            assert path.exists()
+            [file] = cluster.chunk_files(infos[key].inode)
+            flip(file, 50_000)
+            with pytest.raises(OSError):
+                path.read_bytes()
+            wait_until(lambda: not path.exists())
+    finally:
+        detach(mountpoint)
+
+
+@pytest.mark.logs_warnings
 def test_a_block_whose_file_is_lost_or_cut_is_an_error(
     mounted: Path, cluster: Cluster, tenant: str
 ) -> None:
