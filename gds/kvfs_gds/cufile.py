@@ -118,18 +118,35 @@ class KvikioReader:
     def read(
         self, extents: Sequence[FileExtent], memory: HostMemory, at: Sequence[int]
     ) -> list[int]:
-        """As DirectReader.read: all reads are in flight at once, in kvikio's threads."""
+        """As DirectReader.read: all reads are in flight at once, in kvikio's threads. They ask for
+        nothing behind the end of a file, which is an error to kvikio. Also if one fails none is
+        under way afterwards."""
+        error: Exception | None = None
+        futures: list[Any] = []
+        done: list[int] = []
         try:
             with self._device:
-                futures = [
-                    self._file(extent.descriptor).pread(
-                        _window(memory, offset, extent.size), extent.size, extent.offset
-                    )
-                    for extent, offset in zip(extents, at, strict=True)
-                ]
-                return [int(future.get()) for future in futures]
+                for extent, offset in zip(extents, at, strict=True):
+                    futures.append(self._begin(extent, memory, offset))
         except (OSError, RuntimeError) as exc:
-            raise TargetFailed(detail=str(exc)) from exc
+            error = exc
+        for future in futures:
+            try:
+                done.append(0 if future is None else int(future.get()))
+            except (OSError, RuntimeError) as exc:
+                error = error or exc
+        if error is not None:
+            raise TargetFailed(detail=str(error)) from error
+        return done
+
+    def _begin(self, extent: FileExtent, memory: HostMemory, offset: int) -> Any:
+        """A read under way, None if the file ends before it."""
+        end = os.fstat(extent.descriptor).st_size
+        count = min(extent.size, end - extent.offset)
+        if count <= 0:
+            return None
+        window = _window(memory, offset, count)
+        return self._file(extent.descriptor).pread(window, count, extent.offset)
 
     def checksums(self, memory: HostMemory, at: Sequence[int], size: int) -> list[int]:
         return self._checksums.of(memory.address, at, size)
