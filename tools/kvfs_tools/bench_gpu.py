@@ -21,18 +21,17 @@ from kvfs_base.limits import KIB, MIB
 from kvfs_tools import gpu_plot
 from kvfs_tools.gpu_rig import Rig, Row
 
-SECTIONS = ("arena", "store", "processes", "devices", "others", "disk", "files")
+SECTIONS = ("arena", "store", "processes", "devices", "disk", "files")
 
 
 def _sections() -> dict[str, Callable[[Rig], list[Row]]]:
-    from kvfs_tools import gpu_disk, gpu_others, gpu_rows
+    from kvfs_tools import gpu_devices, gpu_disk, gpu_rows
 
     return {
         "arena": gpu_rows.arena,
         "store": gpu_rows.store,
         "processes": gpu_rows.processes,
-        "devices": gpu_others.devices,
-        "others": gpu_others.others,
+        "devices": gpu_devices.devices,
         "disk": gpu_disk.disk,
         "files": gpu_disk.files,
     }

@@ -32,11 +32,17 @@ SAMPLE_BLOCKS = 32
 
 class FioRead:
     """GB/s of fio's O_DIRECT read of one file, all of it, at the depth and size that were best when
-    this was made: the best of several at each look would be the luck of a disk that drifts."""
+    the first of a rig was made: the best of several at each look would be the luck of a disk that
+    drifts."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self._path, self._nbytes = path, nbytes
-        self.depth = max(FIO_DEPTHS, key=lambda depth: max(self._read(*depth) for _ in range(2)))
+    def __init__(self, rig: Rig, path: Path) -> None:
+        self._path, self._nbytes = path, rig.total_bytes
+        if rig.fio_depth is None:
+            rig.fio_depth = max(
+                FIO_DEPTHS, key=lambda depth: max(self._read(*depth) for _ in range(2))
+            )
+            rig.notes.append(f"fio: {rig.fio_depth}")
+        self.depth = rig.fio_depth
 
     def __call__(self) -> float:
         return self._read(*self.depth)
@@ -74,8 +80,7 @@ def disk(rig: Rig) -> list[Row]:
     through a pinned ring without an agent."""
     with raw_file(rig) as path:
         rig.drop_caches()
-        limit = FioRead(path, rig.total_bytes)
-        rig.notes.append(f"fio: {limit.depth}")
+        limit = FioRead(rig, path)
         rows = [_plain_reads(rig, path, limit), *_cold_agent(rig, limit)]
         for threads in READ_THREADS:
             rows.append(_from_file(rig, path, threads, limit, "direct"))
@@ -245,7 +250,7 @@ def _ordinary_rows(
 
     taken = rig.rounds_of(body, rig.total_bytes, link)
     rows = [make_row(f"{name}, page cache", 0, LINK, taken)]
-    disk_limit = FioRead(path, rig.total_bytes)()
+    disk_limit = FioRead(rig, path)()
     rounds, rig.rounds = rig.rounds, min(rig.rounds, 2)
     taken = rig.rounds_of(
         body, rig.total_bytes, lambda: disk_limit, before=rig.drop_caches, warm_up=False

@@ -93,6 +93,8 @@ class Rig:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.register_seconds_per_gib = 0.0
         self.notes: list[str] = []
+        self.fio_depth: tuple[str, int, int] | None = None
+        """What fio reads this disk best with, once that is known."""
         self.started = time.time()
 
     def __enter__(self) -> Rig:

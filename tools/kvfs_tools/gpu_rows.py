@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -156,9 +155,7 @@ def _batches(near: Any, far: Any, size: int, stream: Any) -> dict[str, Callable[
 def _kernel(rig: Rig, cache: PagedCache, offsets: Any, stream: Any) -> Callable[[], None]:
     """The copy kernel, also where the loader would take the engine."""
     device: Any = rig.device
-    plan = dataclasses.replace(
-        device.plan(Transfer(rig.arena, offsets, cache.layout, cache.table)), by_engine=False
-    )
+    plan = device.plan(Transfer(rig.arena, offsets, cache.layout, cache.table), by_engine=False)
 
     def copy() -> None:
         device.copy(plan, 0, cache.layers, stream)
