@@ -263,13 +263,15 @@ class Plan:
     transfer: Transfer
     by_engine: bool
     """Its runs are long enough for the copy engine."""
-    tables: Any
-    """Owns the memory that the addresses point into."""
-    offsets: int
-    bases: int
-    strides: int
-    pages: int
-    scales: int
+    tables: Any = None
+    """Owns the memory that the addresses point into. The engine needs none."""
+    ready: Any = None
+    """The event behind their upload."""
+    offsets: int = 0
+    bases: int = 0
+    strides: int = 0
+    pages: int = 0
+    scales: int = 0
 
 
 class _Stream:
@@ -333,9 +335,13 @@ class CudaDevice:
         with self.device:
             return cupy.cuda.Stream.from_external(_Stream(pointer))
 
-    def plan(self, transfer: Transfer) -> Plan:
-        """Uploads the tables, on a stream of their own: a copy from pageable memory waits for what
-        is queued before it, which may be a long load."""
+    def plan(self, transfer: Transfer, *, by_engine: bool | None = None) -> Plan:
+        """Uploads the tables, on a stream of their own that the kernel waits for: on the load's
+        they would come after all that is queued there. What the engine is to copy needs none, and
+        they would come after all that the engine was given. ``by_engine`` overrules the choice
+        between the two."""
+        if self._by_engine(transfer) if by_engine is None else by_engine:
+            return Plan(transfer, True)
         layout = transfer.layout
         parts: list[Any] = [
             np.ascontiguousarray(transfer.offsets, dtype=np.int64),
@@ -346,11 +352,12 @@ class CudaDevice:
         ]
         packed = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
         with self._upload_lock, self.device, self._uploads:
-            tables = cupy.asarray(packed)
-            self._uploads.synchronize()
+            tables = cupy.asarray(packed)  # by way of pinned memory, without waiting for it
+            ready = cupy.cuda.Event(disable_timing=True)
+            ready.record(self._uploads)
         starts = np.cumsum([0, *(part.nbytes for part in parts[:-1])])
         addresses = [int(tables.data.ptr) + int(start) for start in starts]
-        return Plan(transfer, self._by_engine(transfer), tables, *addresses)
+        return Plan(transfer, False, tables, ready, *addresses)
 
     def _by_engine(self, transfer: Transfer) -> bool:
         piece = transfer.layout.piece_bytes
@@ -399,6 +406,7 @@ class CudaDevice:
         units_per_piece = -(-layout.piece_bytes // UNIT_BYTES)
         units = len(transfer.offsets) * fragments * transfer.pages_per_block * units_per_piece
         with self.device, stream:
+            cupy.cuda.runtime.streamWaitEvent(stream.ptr, plan.ready.ptr)
             self._kernel(
                 self._grid,
                 self._threads,
@@ -441,6 +449,7 @@ class CudaDevice:
         )
         try:
             with self.device, stream:
+                cupy.cuda.runtime.streamWaitEvent(stream.ptr, plan.ready.ptr)
                 self._convert(self._grid, self._threads, arguments)
         except cupy.cuda.compiler.CompileException as exc:
             raise InvalidRequest(detail=f"this GPU does not know fp8: {exc}") from exc

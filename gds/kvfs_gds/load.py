@@ -32,6 +32,8 @@ from kvfs_base.limits import (
     LOADER_GROUP_BYTES,
     LOADER_GROUP_GROWTH,
     LOADER_QUEUED_BYTES,
+    LOADER_QUEUED_FACTOR,
+    LOADER_WINDOW_GROUPS,
 )
 from kvfs_gds.convert import Fp8
 from kvfs_gds.device import CpuEvent, Event
@@ -138,6 +140,8 @@ class Load:
         self._after = after
         self._lock = threading.Condition()
         self._next = 0
+        self._groups = 0
+        """Fetches begun."""
         self._fetching = 0
         self._listed = False
         self._gathered: list[_Group] = []
@@ -192,7 +196,7 @@ class Load:
             self._lock.wait_for(lambda: self._fetched or self._settled)
             if self._error is not None:
                 raise self._error
-        return [bool(f) for f in self._found]
+        return cast(list[bool], self._found.tolist())
 
     def result(self) -> list[bool]:
         """Waits for the copies; for each key, whether its whole block lies in its pages. Raises
@@ -200,7 +204,7 @@ class Load:
         self.wait()
         if self._error is not None:
             raise self._error
-        return [bool(hit) for hit in self._hits]
+        return cast(list[bool], self._hits.tolist())
 
     def wait(self) -> None:
         """Until nothing of this load is under way, however it ended."""
@@ -241,21 +245,28 @@ class Load:
                 return None  # without room: listed again when there is some
             first = self._next
             self._next = min(len(self.keys), first + count)
+            self._groups += 1
             self._fetching += 1
             self._asked_bytes += (self._next - first) * self._block_bytes
             end = self._next
-        self._list()
+            # From memory the first group takes 0.4 ms, with others beside it 1.4: it goes alone.
+            alone = self._groups == 1 and self._loader.growth > 0
+        if not alone:
+            self._list()
         return first, end
 
     def _group_blocks(self) -> int:
         """How many blocks the next fetch is for; 0 if it has to wait for room."""
         if not self._block_bytes:
             return PREFETCH_BLOCKS
-        # The first one is small also when all is in memory: it is what the link waits for.
-        growth = self._loader.growth if self._next else 0
+        # Also when all is in memory the first one is small, and none is much larger than those
+        # before: the link waits for the first, and has those before while it waits for the others.
+        growth = min(self._groups, self._loader.growth)
         wanted = LOADER_GROUP_BYTES * int(LOADER_GROUP_GROWTH**growth)
+        window = self._loader.window_bytes
         used = self._held_bytes + self._asked_bytes
-        blocks = min(wanted, self._loader.window_bytes - used) // self._block_bytes
+        wanted = min(max(window // LOADER_WINDOW_GROUPS, LOADER_GROUP_BYTES), wanted, window - used)
+        blocks = wanted // self._block_bytes
         return min(max(blocks, 0 if used else 1), BATCH_BLOCKS_MAX)
 
     def arrived(self, places: Int64s, fetched: Fetched) -> None:
@@ -292,8 +303,8 @@ class Load:
         with self._lock:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
-        self.pump()
         self._list()
+        self.pump()
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -335,15 +346,17 @@ class Load:
             self._fetched = True
             self._lock.notify_all()
             return parts
-        while self._gathered and self._queued_bytes < LOADER_QUEUED_BYTES:
-            self._queue_whole(self._gathered[0])
+        ahead = LOADER_QUEUED_BYTES
+        if self._next < len(self.keys):
+            ahead *= LOADER_QUEUED_FACTOR
+        while self._gathered and self._queued_bytes < ahead:
+            self._queue_whole(self._gathered[0], ahead - self._queued_bytes)
         return None
 
-    def _queue_whole(self, group: _Group) -> None:
+    def _queue_whole(self, group: _Group, room_bytes: int) -> None:
         """All layers of some blocks."""
         assert self._pages is not None
-        room = max(1, (LOADER_QUEUED_BYTES - self._queued_bytes) // self._block_bytes)
-        part = self._part(group, min(group.left, room))
+        part = self._part(group, min(group.left, max(1, room_bytes // self._block_bytes)))
         plan = self._plan(group.memory, part.offsets, part.places)
         self._device.copy(plan, 0, self._pages.layout.layers, self._lane.stream, store=False)
         nbytes = len(part.places) * self._block_bytes

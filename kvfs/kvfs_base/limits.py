@@ -504,6 +504,10 @@ LOADER_GROUP_GROWTH = 4
 LOADER_GROUP_GROWTH_MAX = 4
 """64 MiB x 4 x 4 x 4 x 4 is more than a window ever is."""
 
+LOADER_WINDOW_GROUPS = 4
+"""A group takes at most this part of a load's window: its room comes back when all of it has been
+copied, and meanwhile the next ones must be there."""
+
 LOADER_FAST_BYTES_PER_SECOND = 20_000_000_000
 LOADER_FAST_SECONDS = 0.002
 """A fetch of this rate, or this short, came from memory: an answer of the agent takes 0.5 to 1 ms,
@@ -512,6 +516,10 @@ whatever its size; the fastest disks read 14 GB/s."""
 LOADER_QUEUED_BYTES = 128 * MIB
 """Copies of whole blocks that a load queues ahead (2.4 ms at 55 GB/s): enough to keep the link busy
 while the rest is being fetched, and soon over when the rest can go layer by layer."""
+
+LOADER_QUEUED_FACTOR = 2
+"""As long as there are blocks that no fetch was begun for, layers are far away, and this many times
+as much is queued: the copy engine takes a description of 64 KiB as fast as it is written."""
 
 LOADER_FETCH_THREADS = 3
 """Requests to the source in flight: one is answered while the next one waits for the disk."""

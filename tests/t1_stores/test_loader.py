@@ -194,14 +194,45 @@ class SlowClock:
 def test_what_comes_from_memory_is_asked_for_at_once(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, clock: SlowClock | None
 ) -> None:
-    """The second load of a warm source is two requests; one of a disk is many small ones."""
+    """The second load of a warm source is a few requests, each four times as large as the one
+    before up to a quarter of the window; one of a disk is many small ones."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", 0.5)
+    sizes: list[int] = []
+    plain = rig.namespace.get
+
+    def get(keys: Any) -> Any:
+        sizes.append(len(keys))
+        return plain(keys)
+
+    monkeypatch.setattr(rig.namespace, "get", get)
     with Loader.open(rig.namespace, rig.device, clock=clock) as loader:
         loader.load(rig.keys, rig.pages(range(PAGES))).result()
-        before = rig.namespace.gets
+        sizes.clear()
         loader.load(rig.keys, rig.pages(range(PAGES))).result()
-        assert rig.namespace.gets - before == (2 if clock is None else PAGES)
+        assert sorted(sizes) == ([1, 4, 11, 16, 32] if clock is None else [1] * PAGES)
+
+
+def test_the_first_group_from_memory_goes_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer is what the link waits for: no other request is begun before it is there."""
+    monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
+    rig.loader.growth = 1
+    begun: list[int] = []
+    other = threading.Event()
+    plain = rig.namespace.get
+
+    def get(keys: Any) -> Any:
+        begun.append(len(keys))
+        if len(begun) > 1:
+            other.set()
+        elif other.wait(0.2):
+            raise InvalidRequest(detail="another request was begun")
+        return plain(keys)
+
+    monkeypatch.setattr(rig.namespace, "get", get)
+    load = rig.loader.load(rig.keys[:16], rig.pages(range(16)))
+    assert load.result() == [True] * 16
+    assert begun[0] == 1
 
 
 def test_a_lease_lasts_until_its_copies_have_happened(rig: Rig) -> None:
