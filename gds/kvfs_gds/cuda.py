@@ -37,9 +37,10 @@ UNIT_BYTES = 4096
 ENGINE_PIECE_BYTES = 16 * KIB
 """Pieces below this are never looked at for runs: there would be too many to look at."""
 
-BATCH_RUN_BYTES = 64 * KIB
-"""Contiguous runs of this size and more go through the copy engine in batches. At 32 KiB queueing
-one (0.5 us each) takes longer than copying it; at 64 KiB 0.4 of that."""
+BATCH_RUN_BYTES = 128 * KIB
+"""Contiguous runs of this size and more go through the copy engine in batches. Queueing one takes
+0.5 to 1.1 us of a core, copying 64 KiB 1.2: nothing is left for a thread that does more than that,
+and a load by the engine was slower there than one by the kernel."""
 
 LOOP_RUN_BYTES = 4 * MIB
 """The same, one by one, where the runtime has no batches: from there on a loop of cudaMemcpyAsync

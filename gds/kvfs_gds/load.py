@@ -10,8 +10,8 @@ Invariants, guarded by the load's lock:
   without one.
 - After ``stopping`` nothing more is queued. The load settles when what was queued has happened and
   no fetch is under way: from then on nobody writes to its pages.
-- The last copies are queued by one thread (``issuing``), without the lock: who waits for the first
-  layer does not wait until the last one is queued. ``events`` grows meanwhile, one a layer.
+- The last copies are queued by one thread (``issuing``), without the lock. Where that takes long,
+  who waits for the first layer does not wait until the last one is queued: ``events`` grows.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kvfs_base.limits import (
     LOADER_GROUP_GROWTH,
     LOADER_QUEUED_BYTES,
     LOADER_QUEUED_FACTOR,
+    LOADER_QUIET_SECONDS,
     LOADER_WINDOW_GROUPS,
 )
 from kvfs_gds.convert import Fp8
@@ -405,13 +406,18 @@ class Load:
                 if self._copies:
                     self._events = [self._device.record(stream)] * layers
             return
+        clock = self._loader.clock
+        quiet_until = clock.monotonic() + LOADER_QUIET_SECONDS
+        events: list[Event] = []
         for layer in range(layers):
             for plan in plans:
                 self._device.copy(plan, layer, layer + 1, stream, store=False)
-            event = self._device.record(stream)
-            with self._lock:
-                self._events.append(event)
-                self._lock.notify_all()
+            events.append(self._device.record(stream))
+            if layer == layers - 1 or clock.monotonic() >= quiet_until:
+                with self._lock:
+                    self._events += events
+                    self._lock.notify_all()
+                events.clear()
 
     def _plan(self, memory: HostMemory, offsets: Int64s, places: Int64s) -> Any:
         assert self._pages is not None

@@ -71,7 +71,7 @@ class Loader:
         self.device = device
         self.growth = 0
         """The next fetch is LOADER_GROUP_GROWTH to this power times as large as the first one."""
-        self._clock = clock or os_env().clock
+        self.clock = clock or os_env().clock
         self._source = source
         self._lock = threading.Condition()
         self._held_bytes = 0
@@ -259,7 +259,7 @@ class Loader:
         while not load.stopping:
             with self._lock:
                 held, releases = self._held_bytes, self._releases
-            start = self._clock.monotonic()
+            start = self.clock.monotonic()
             try:
                 fetched: Fetched = self._source.fetch(load.keys[first:end])
             except ArenaFull:
@@ -269,7 +269,7 @@ class Loader:
                 if end - first == 1:
                     raise
                 break
-            self._grow(fetched, self._clock.monotonic() - start)
+            self._grow(fetched, self.clock.monotonic() - start)
             load.arrived(np.arange(first, end), fetched)
             return
         if load.stopping:

@@ -504,6 +504,10 @@ LOADER_GROUP_GROWTH = 4
 LOADER_GROUP_GROWTH_MAX = 4
 """64 MiB x 4 x 4 x 4 x 4 is more than a window ever is."""
 
+LOADER_QUIET_SECONDS = 0.005
+"""Layers that are queued within this are shown together. Who waits for the first one computes then,
+and takes turns with the thread that queues the others: that delays both by more than it saves."""
+
 LOADER_WINDOW_GROUPS = 4
 """A group takes at most this part of a load's window: its room comes back when all of it has been
 copied, and meanwhile the next ones must be there."""

@@ -150,7 +150,7 @@ class Device(CpuDevice):
 def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) -> None:
     gate = threading.Event()
     device = Device(lambda layer: void(layer == 0 or gate.wait(WAIT_SECONDS)))
-    with Loader.open(rig.namespace, device) as loader:
+    with Loader.open(rig.namespace, device, clock=SlowClock()) as loader:  # it takes long
         load = loader.load(rig.keys[:4], rig.pages(range(4)))
         assert load.found() == [True] * 4
         load.wait_layer(0)

@@ -22,7 +22,7 @@ def test_every_row_is_measured_against_its_limit(
     out = tmp_path / "rows.json"
     options = ["--dir", str(tmp_path), "--device", "cpu", "--total-mib", "64", "--rounds", "1"]
     options += ["--json", str(out), "--commit", "abc"]
-    for section in ("arena", "store", "devices", "disk"):
+    for section in ("arena", "copies", "store", "devices", "disk"):
         options += ["--only", section]
     result = CliRunner().invoke(bench_gpu, options)
     assert result.exit_code == 0, result.output

@@ -21,7 +21,7 @@ from kvfs_base.limits import KIB, MIB
 from kvfs_tools import gpu_plot
 from kvfs_tools.gpu_rig import Rig, Row
 
-SECTIONS = ("arena", "store", "processes", "devices", "disk", "files")
+SECTIONS = ("arena", "copies", "store", "processes", "devices", "disk", "files")
 
 
 def _sections() -> dict[str, Callable[[Rig], list[Row]]]:
@@ -29,6 +29,7 @@ def _sections() -> dict[str, Callable[[Rig], list[Row]]]:
 
     return {
         "arena": gpu_rows.arena,
+        "copies": gpu_rows.copies,
         "store": gpu_rows.store,
         "processes": gpu_rows.processes,
         "devices": gpu_devices.devices,

@@ -37,6 +37,7 @@ from kvfs_tools.cluster import LocalCluster
 from kvfs_tools.gpu_rig import device_name, small_agent
 
 FRACTIONS = (0.5, 0.9, 1.0)
+PLACES = ("arena", "disk")
 BLOCK_TOKENS = 64
 CALIBRATION = (1024, 4096, 16384)
 """Lengths from which the rule learns; other ones than those it is tested with."""
@@ -178,13 +179,14 @@ class Bench:
                 seconds = self.median(2, partial(self.load_alone, place, tokens), place.before)
                 nbytes = tokens // BLOCK_TOKENS * self.block_bytes
                 self.rule.observe_load(nbytes, seconds, from_disk=place.name == "disk")
-        arena = places[0]
+        first = places[0]
         for tokens in (t for t in CALIBRATION if t <= tokens_max):
             for share in (2, 1):
                 stored = tokens // share // BLOCK_TOKENS * BLOCK_TOKENS
                 nbytes = stored // BLOCK_TOKENS * self.block_bytes
-                seconds = self.median(2, partial(self.load, arena, tokens, stored), arena.before)
-                self.rule.observe_first_token(tokens, stored, nbytes, 0, seconds)
+                seconds = self.median(2, partial(self.load, first, tokens, stored), first.before)
+                sizes = (0, nbytes) if first.name == "disk" else (nbytes, 0)
+                self.rule.observe_first_token(tokens, stored, *sizes, seconds)
 
     def _tail(self, tokens: int) -> int:
         return int(self.logits(tokens - 1, tokens).argmax())
@@ -315,9 +317,10 @@ def run_model(
     lengths: tuple[int, ...],
     rounds: int,
     shape: dict[str, Any] | None,
+    wanted: tuple[str, ...],
     report: Callable[[dict[str, Any]], None],
 ) -> None:
-    """All rows of one model; ``report`` is called with each."""
+    """All rows of one model, from the places ``wanted``; ``report`` is called with each."""
     bench = Bench(name, max(lengths), device, shape)
     layout = kvfs.KVLayout(block_tokens=BLOCK_TOKENS, block_bytes=bench.block_bytes)
     arena_bytes = 512 * MIB if bench.on_gpu else 64 * MIB
@@ -340,6 +343,7 @@ def run_model(
                 Place("arena", namespace, loader, nothing),
                 Place("disk", cold_namespace, cold_loader, filler.flush),
             ]
+            places = [place for place in places if place.name in wanted]
             bench.teach(places, max(lengths))
             for tokens in lengths:
                 recompute = bench.median(rounds, partial(bench.compute, tokens), nothing)
@@ -386,6 +390,7 @@ def show(row: dict[str, Any]) -> None:
 @click.option("--dir", "directory", help="Where the cluster lives.")
 @click.option("--model", "models", multiple=True, help="Some of the models alone.")
 @click.option("--tokens", "lengths", multiple=True, type=int, default=(2048, 8192, 32768))
+@click.option("--place", "places", multiple=True, type=click.Choice(PLACES), help="One alone.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--device", default="cuda", show_default=True, help="cuda, or cpu to try it out.")
 @click.option("--arena-mib", type=click.IntRange(64), default=8192, show_default=True)
@@ -398,6 +403,7 @@ def bench_ttft(
     directory: str | None,
     models: tuple[str, ...],
     lengths: tuple[int, ...],
+    places: tuple[str, ...],
     rounds: int,
     device: str,
     arena_mib: int,
@@ -437,6 +443,7 @@ def bench_ttft(
                     lengths=lengths,
                     rounds=rounds,
                     shape=shape,
+                    wanted=places or PLACES,
                     report=report,
                 )
                 free_memory()

@@ -66,7 +66,7 @@ class PagedCache:
 
 
 def arena(rig: Rig) -> list[Row]:
-    """All blocks lie in the arena: bulk, paged, and what a loop of copies makes of it."""
+    """All blocks lie in the arena: bulk and paged."""
     limit = rig.pinned_limit()
     memory = rig.empty(rig.total_bytes)
     rows = []
@@ -84,7 +84,19 @@ def arena(rig: Rig) -> list[Row]:
             row = _load_row(rig, loader, "arena, paged", cache.pages, limit)
             cache.check(rig, [0, rig.count // 2, rig.count - 1])
             rows.append(row)
-            rows += _loops(rig, cache, limit)
+    return rows
+
+
+def copies(rig: Rig) -> list[Row]:
+    """The same copies without a loader around them."""
+    if not rig.on_gpu:
+        return []
+    limit = rig.pinned_limit()
+    memory = rig.empty(rig.total_bytes)
+    rows = []
+    for fragment in FRAGMENTS:
+        if 2 * fragment <= rig.block_bytes:
+            rows += _loops(rig, PagedCache(rig, fragment, memory), limit)
     return rows
 
 
@@ -105,9 +117,7 @@ def _load_row(
 
 def _loops(rig: Rig, cache: PagedCache, limit: Callable[[], float]) -> list[Row]:
     """What engines do without a kernel: a copy call a piece, one by one or as a batch; and the
-    kernel, without a loader around it."""
-    if not rig.on_gpu:
-        return []
+    kernel."""
     offsets = np.array([offset for offset, _ in rig.extents], dtype=np.int64)
     near, far = Transfer(rig.arena, offsets, cache.layout, cache.table).addresses(0, cache.layers)
     if len(near) > MEMCPY_CALLS_MAX:
@@ -281,4 +291,4 @@ class Worker:
         self._rig.processes.remove(self._process)
 
 
-__all__ = ["PagedCache", "arena", "processes", "store"]
+__all__ = ["PagedCache", "arena", "copies", "processes", "store"]
