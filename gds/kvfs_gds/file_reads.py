@@ -1,18 +1,20 @@
 """A batch of blocks read from files into memory: threads take one read after the other until none
 is left, and blocks whose last byte has come are verified meanwhile, by other threads.
 
-A read is READ_BYTES at most. Small blocks that follow each other in a file are one read; a block
-that is larger is several, so that all threads end at about the same time.
+A read is READ_BYTES at most, through the page cache CACHED_READ_BYTES. Small blocks that follow
+each other in a file are one read; a block that is larger is several, so that all threads end at
+about the same time.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Sequence
 
 from kvfs_base.errors import TargetFailed
-from kvfs_base.limits import READ_BYTES
+from kvfs_base.limits import CACHED_READ_BYTES, READ_BYTES
 from kvfs_datapath.checksum import crc32c
 
 
@@ -99,17 +101,27 @@ class Batch:
 def _reads(blocks: Sequence[Block]) -> list[_Read]:
     found: list[_Read] = []
     end = (-1, -1)
+    most = {descriptor: _most(descriptor) for descriptor in {block.descriptor for block in blocks}}
     for block in blocks:
         done = 0
         while done < block.view.nbytes:
             here = (block.descriptor, block.offset + done)
-            step = min(READ_BYTES, block.view.nbytes - done)
-            if here != end or found[-1].nbytes + step > READ_BYTES:
+            step = min(most[block.descriptor], block.view.nbytes - done)
+            if here != end or found[-1].nbytes + step > most[block.descriptor]:
                 found.append(_Read(*here))
             found[-1].add(block, block.view[done : done + step])
             done += step
             end = (block.descriptor, block.offset + done)
     return found
+
+
+def _most(descriptor: int) -> int:
+    """Bytes of one read."""
+    try:
+        direct = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT
+    except OSError as exc:
+        raise TargetFailed(detail=os.strerror(exc.errno or 0)) from exc
+    return READ_BYTES if direct else CACHED_READ_BYTES
 
 
 def _read_fully(read: _Read) -> int:

@@ -144,9 +144,25 @@ def test_files_are_read_into_their_rows(
     files: Files, setting: str, ring_pages: int, read_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_reads, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(file_reads, "CACHED_READ_BYTES", read_bytes)
     hits, rows = load(files, setting, [*files.keys, bytes(32)[:31] + b"\1"], ring_pages)
     assert hits == [True] * BLOCKS + [False]
     assert (rows[:BLOCKS] == files.blocks).all()
+
+
+@pytest.mark.parametrize(("flags", "reads"), [(0, 2), (os.O_DIRECT, 6)], ids=["cached", "direct"])
+def test_the_page_cache_is_read_in_larger_parts(tmp_path: Path, flags: int, reads: int) -> None:
+    """Each read is a copy then, and shorter than a thread's wait for its turn."""
+    path = tmp_path / "blocks"
+    path.write_bytes(bytes(3 << 20))
+    try:
+        fd = os.open(path, os.O_RDONLY | flags)
+    except OSError:
+        pytest.skip("no O_DIRECT here")
+    view = memoryview(bytearray(3 << 20))
+    blocks = [file_reads.Block(fd, 0, 3 << 20, None, view) for _ in range(2)]
+    assert len(file_reads.Batch(blocks, lambda _: None)) == reads
+    os.close(fd)
 
 
 def test_wrong_or_missing_bytes_are_a_miss(files: Files, setting: str) -> None:
