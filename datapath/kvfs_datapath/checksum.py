@@ -1,18 +1,28 @@
 """CRC32C (Castagnoli), the checksum of every chunk.
 
 It is what storage and network hardware, ext4 and iSCSI compute, so a peer or a tool can check a
-chunk without us; the SSE 4.2 / ARMv8 instructions give about 5 GB/s a core. xxh3 is twice as fast
-and nobody else speaks it.
+chunk without us. The ``crc32c`` package reads memory at 15 GB/s a core with the instructions of
+SSE 4.2 or ARMv8; ``awscrt`` (the extra ``fast``) folds with carry-less products of 512 bits, where
+the processor has them, and gets 30 GB/s (measured together, blocks of 2 MiB that are in no cache).
 """
 
 from __future__ import annotations
 
-import crc32c as _crc32c
+import contextlib
+from collections.abc import Callable
+
+import crc32c as _portable
 
 from kvfs_base.seams import Buffer
 
+_compute: Callable[[Buffer, int], int] = _portable.crc32c
+with contextlib.suppress(ImportError):
+    from awscrt.checksums import crc32c as _folding
+
+    _compute = _folding
+
 
 def crc32c(data: Buffer, value: int = 0) -> int:
-    """CRC32C of ``data``, continuing from ``value``. Releases the GIL from 32 KiB up: below, giving
-    it up costs more than computing."""
-    return _crc32c.crc32c(data, value)
+    """CRC32C of ``data``, continuing from ``value``. Releases the GIL for all but small pieces (5
+    or 32 KiB): there, giving it up costs more than computing."""
+    return _compute(data, value)
