@@ -16,9 +16,9 @@ from kvfs_base.cluster import FindUnwanted
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError
 from kvfs_base.limits import (
-    CALL_SECONDS,
     CHUNK_LOCK_SECONDS,
     GARBAGE_PAUSE_SECONDS,
+    TARGET_LEASE_SECONDS,
     UNWANTED_INODES_MAX,
     UNWANTED_REMEMBERED_MAX,
 )
@@ -102,7 +102,7 @@ class GarbageCollector:
                 return
             version = self._version(chain)
             request = FindUnwanted(store.target_id, chain, tuple(page))
-            for index in self._rpc.call(request, CALL_SECONDS):
+            for index in self._rpc.call(request, TARGET_LEASE_SECONDS):
                 if index < len(page):
                     unwanted = (store.uuid, chain, page[index])
                     if unwanted in self._before:

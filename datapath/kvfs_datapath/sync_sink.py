@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import ChunkMismatch, ChunkNotFound, ServerBusy, StaleChain, VersionMismatch
-from kvfs_base.limits import CHUNK_LOCK_SECONDS, SYNC_CALL_SECONDS, SYNC_CAME_MAX
+from kvfs_base.limits import CHUNK_LOCK_SECONDS, PASS_SECONDS, SYNC_CAME_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath import rules
@@ -105,7 +105,7 @@ class SyncSinks:
             comparison = self._get(place)
         if comparison.begun:
             return
-        if not self._views.wait_quiet(place, SYNC_CALL_SECONDS / 2):
+        if not self._views.wait_quiet(place, 2 * PASS_SECONDS):
             raise ServerBusy(detail=f"chain {chain_id} is being written")
         self._wait_past()
         for chunk in store.versions.pendings(chain_id, scan=True):

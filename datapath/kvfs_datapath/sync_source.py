@@ -24,6 +24,7 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import (
     CHUNK_LOCK_SECONDS,
+    PASS_SECONDS,
     SYNC_CALL_SECONDS,
     SYNC_PAGE_CHUNKS,
     SYNC_RETRY_SECONDS,
@@ -160,7 +161,7 @@ class SyncSource:
         """Raises Unreached, Unresolved, and StaleChain as soon as the chain has changed."""
         sink, *rest = place.hops
         passing = place.passing(tuple(rest))
-        if not self._views.wait_quiet(place, SYNC_CALL_SECONDS):
+        if not self._views.wait_quiet(place, 2 * PASS_SECONDS):
             raise ServerBusy(detail=f"chain {place.chain.chain_id} is being written")
         self._peers.call(sink, m.SyncChain(sink, passing), seconds=SYNC_CALL_SECONDS)
         start = m.ChunkRef(0, 0, place.chain.chain_id)
