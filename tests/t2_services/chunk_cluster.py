@@ -36,12 +36,14 @@ class Cluster:
         prefer: str,
         durability: str = "cache",
         garbage_seconds: float = GARBAGE_SECONDS,
+        sync_bytes_per_second: int = 0,
     ) -> None:
         self.env = env
         self.root = root
         self.prefer = prefer
         self.durability = durability
         self.garbage_seconds = garbage_seconds
+        self.sync_bytes_per_second = sync_bytes_per_second
         self.metadata = FakeMetadata(env, Address.unix(f"{root}/metadata.sock"))
         self.servers: dict[int, ChunkServer] = {}
         self.clients: list[ChunkClient] = []
@@ -61,6 +63,7 @@ class Cluster:
             tcp=Address.tcp("127.0.0.1", 0),
             durability=self.durability,
             garbage_seconds=self.garbage_seconds,
+            sync_bytes_per_second=self.sync_bytes_per_second,
         )
         server = self.servers[number] = ChunkServer(self.env, config)
         server.start()

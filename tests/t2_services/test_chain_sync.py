@@ -272,6 +272,19 @@ def test_durability_that_was_asked_for_comes_with_the_chunk(cluster: ChainCluste
     assert info is not None and info.durable
 
 
+def test_what_is_sent_is_bounded_by_a_rate(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    with chains(tmp_path, sync_bytes_per_second=1000) as cluster:
+        cluster.set_chain([1])
+        for number in range(3):
+            cluster.write(1, payload(500), number=number, sequence=number)
+        stopping = cluster.servers[1]._chains._source._stopping
+        stopping.wait = lambda seconds: pauses.append(seconds)  # type: ignore
+        cluster.set_chain([1], syncing=[2])
+        wait_for_sync(cluster, 2)
+    assert pauses == [0.5] * 3
+
+
 # --- bad copies
 
 

@@ -25,7 +25,9 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import FENCE_SECONDS, SUSPECT_SECONDS, TRANSFER_BYTES
 from kvfs_base.types import ChunkId
+from kvfs_datapath import chain_service as chain_service_module
 from kvfs_datapath import messages as m
+from kvfs_datapath import peers as peers_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import path_of
 from kvfs_datapath.peers import Unreached
@@ -450,3 +452,47 @@ def test_removals_are_ordered_of_every_member(lazy: ChainCluster) -> None:
         seq = lazy.metadata.order_removals(number, [(7, 0, 1)], chain=CHAIN)
         lazy.metadata.wait_for_removals(number, seq)
         assert lazy.committed(number) is None
+
+
+def test_chains_in_all_orders_never_wait_in_a_circle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One buffer and one connection for each number of members behind: without that distinction
+    three servers soon wait for each other."""
+    monkeypatch.setattr(chain_service_module, "PASS_BUFFERS", 1)
+    monkeypatch.setattr(peers_module, "PASS_CONNECTIONS", 1)
+    orders = {CHAIN: (1, 2, 3), CHAIN + 1: (2, 3, 1), CHAIN + 2: (3, 1, 2)}
+    failures: list[object] = []
+    with chains(tmp_path) as cluster:
+        for chain, order in orders.items():
+            cluster.metadata.set_chain(chain, order)
+        wait_until(
+            lambda: all(
+                server._chains.views.chain(chain) is not None
+                for server in cluster.servers.values()
+                for chain in orders
+            )
+        )
+
+        def work(chain: int, worker: int) -> None:
+            for sequence in range(1, 9):
+                data = payload(20_000)
+                update = m.Update(7, worker, 0, len(data), crc32c(data), worker + 1, sequence)
+                head = orders[chain][0]
+                request = m.UpdateChunks(head, m.Passing(chain, 1), (update,))
+                try:
+                    failures.extend(cluster.call(head, request, [data]).errors.values())
+                except KvfsError as exc:
+                    failures.append(exc)
+
+        workers = [threading.Thread(target=work, args=(c, n)) for c in orders for n in range(3)]
+        for thread in workers:
+            thread.start()
+        for thread in workers:
+            thread.join()
+        assert failures == []
+        for chain in orders:
+            for worker in range(3):
+                chunk = ChunkId(7, worker, chain)
+                found = {cluster.store(n).recheck(chunk).crc32c for n in (1, 2, 3)}
+                assert len(found) == 1 and cluster.store(1).stat(chunk).version == 8
