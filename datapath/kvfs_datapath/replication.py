@@ -25,8 +25,10 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
+    Conflict,
     ConnectionLost,
     KvfsError,
+    ServerBusy,
     StaleChain,
     TargetFenced,
 )
@@ -93,6 +95,7 @@ class Replicator:
         self._unresolved: dict[tuple[ChunkStore, ChunkId], None] = {}
         self._removed: collections.OrderedDict[tuple[int, int, int], None]
         self._removed = collections.OrderedDict()
+        self._removing: set[tuple[int, int, int]] = set()
         self._guard = threads.lock()
         self.wake: Callable[[], None] = lambda: None
         """Somebody is to call ``resolve`` soon."""
@@ -124,17 +127,28 @@ class Replicator:
         with self._guard:
             if number in self._removed:
                 return
+            if number in self._removing:
+                raise Conflict(detail=f"chunks of inode {request.inode} are being removed")
+            if request.writer:
+                self._removing.add(number)
+        try:
+            self._cut_range(store, request, passing)
+            if request.writer:
+                with self._guard:
+                    self._removed[number] = None
+                    while len(self._removed) > UPDATES_REMEMBERED_MAX:
+                        self._removed.popitem(last=False)
+        finally:
+            with self._guard:
+                self._removing.discard(number)
+
+    def _cut_range(self, store: ChunkStore, request: m.RemoveRange, passing: m.Passing) -> None:
         chunks = store.list_directory(directory_of(request.inode, passing.chain), passing.chain)
         chunks += store.versions.pendings(passing.chain)
         for chunk in sorted(set(chunks)):
             if chunk.inode == request.inode and request.first <= chunk.number < request.end:
                 cut = m.Update(*chunk[:2], 0, 0, 0, request.writer, request.sequence, cut=True)
                 self.update(store, passing, cut, memoryview(b""))
-        if request.writer:
-            with self._guard:
-                self._removed[number] = None
-                while len(self._removed) > UPDATES_REMEMBERED_MAX:
-                    self._removed.popitem(last=False)
 
     def receive(self, store: ChunkStore, request: m.PassUpdate, data: memoryview) -> ChunkInfo:
         """At any other member: the chunk as it is afterwards, or another version of it, which asks
@@ -159,7 +173,12 @@ class Replicator:
             if info is None:
                 return committed or rules.nothing(chunk)
             if not place.serving:
-                self._in_step.came(place, chunk)
+                try:
+                    self._in_step.came(place, chunk)
+                except ServerBusy as exc:
+                    if receipt is rules.Receipt.PREPARE and not self._drop(store, chunk):
+                        raise self._remember(store, chunk, exc) from exc
+                    raise
             if receipt is rules.Receipt.ANSWER:
                 return info
             load = Load(request.update, data, request.whole)

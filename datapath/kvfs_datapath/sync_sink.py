@@ -70,6 +70,16 @@ class SyncSinks:
         self._comparisons: dict[tuple[int, int], _Comparison] = {}
         self._listings: dict[tuple[int, int], ChunkListing] = {}
         self._lock = threads.lock()
+        views.on_change(self._forget)
+
+    def _forget(self) -> None:
+        """What was known of versions that are past."""
+        with self._lock:
+            for key, comparison in list(self._comparisons.items()):
+                chain = self._views.chain(key[1])
+                if chain is None or chain.version != comparison.version:
+                    del self._comparisons[key]
+                    self._listings.pop(key, None)
 
     # --- which chunks are in step (replication.InStep)
 

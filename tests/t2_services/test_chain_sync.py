@@ -13,14 +13,17 @@ from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkNotFound,
     ChunkPending,
+    Conflict,
     ConnectionLost,
     KvfsError,
+    ServerBusy,
     StaleChain,
     TargetFenced,
 )
 from kvfs_base.limits import MIB
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
+from kvfs_datapath import sync_sink as sync_sink_module
 from kvfs_datapath import sync_source as sync_source_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
@@ -260,6 +263,27 @@ def test_what_comes_late_does_not_undo_what_came_since(cluster: ChainCluster) ->
     wait_for_sync(cluster, 2)
     cluster.set_chain([1, 2])
     assert cluster.read(2) == b"second"
+
+
+def test_a_member_that_cannot_keep_track_of_updates_has_none_of_them(
+    cluster: ChainCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync_sink_module, "SYNC_CAME_MAX", 1)
+    source = cluster.servers[1]._chains._source
+    bring = source._bring_in_step
+    source._bring_in_step = lambda *args: (_ for _ in ()).throw(Conflict())  # type: ignore
+    cluster.set_chain([1], syncing=[2])
+    cluster.write(1, b"x", sequence=1)
+    with pytest.raises(ServerBusy):
+        cluster.write(1, b"y", number=1, sequence=2)
+    assert [cluster.pending(n, chunk=1) for n in (1, 2)] == [None, None]
+    source._bring_in_step = bring  # type: ignore[method-assign]
+    wait_for_sync(cluster, 2)
+    cluster.write(1, b"y", number=1, sequence=2)
+    assert cluster.servers[2]._chains.sinks._comparisons
+    cluster.set_chain([1, 2])
+    wait_until(lambda: not cluster.servers[2]._chains.sinks._comparisons)
+    assert contents(cluster, 1) == contents(cluster, 2)
 
 
 def test_durability_that_was_asked_for_comes_with_the_chunk(cluster: ChainCluster) -> None:

@@ -423,6 +423,31 @@ def test_a_range_is_cut_to_nothing_once(lazy: ChainCluster) -> None:
         lazy.call(2, m.RemoveRange(2, 7, 1, 3, 1, lazy.passing(), 12))
 
 
+def test_a_range_is_not_cut_by_two_requests_with_one_number(lazy: ChainCluster) -> None:
+    """What somebody writes after the first one has ended is not for the second one to take."""
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"bytes", sequence=1)
+    request = m.RemoveRange(1, 7, 0, 9, 1, lazy.passing(), 10)
+    replicator = lazy.servers[1]._chains.replicator
+    update, inside, outside = replicator.update, threading.Event(), threading.Event()
+
+    def slowly(*args: Any) -> Any:
+        inside.set()
+        assert outside.wait(20)
+        return update(*args)
+
+    replicator.update = slowly  # type: ignore[method-assign]
+    first = threading.Thread(target=lazy.call, args=(1, request))
+    first.start()
+    assert inside.wait(20)
+    outcomes = lazy.call(1, request)
+    assert next(iter(outcomes.errors.values())).code == "conflict"
+    outside.set()
+    first.join()
+    assert lazy.call(1, request).errors == {}
+    assert lazy.read(2) == b"" and lazy.stat(1, CHUNK).version == 2
+
+
 def test_fsync_reaches_every_member(lazy: ChainCluster) -> None:
     lazy.set_chain([1, 2, 3])
     lazy.write(1, b"bytes", sequence=1)
