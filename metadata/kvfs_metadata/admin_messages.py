@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from kvfs_base.cluster import TargetState
+from kvfs_base.cluster import Chain, TargetState
 from kvfs_base.limits import TARGETS_PER_SERVER_MAX
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, Address, ShortText
@@ -33,6 +33,11 @@ class TargetDetails(msgspec.Struct, array_like=True, frozen=True):
     """Chunks that it has yet to remove."""
     heard_seconds: float
     """Since its last heartbeat, as far as the answering server knows."""
+    host: ShortText = ""
+    rack: ShortText = ""
+    """Failure domains."""
+    replaces: U32 = 0
+    """The target whose places in chains it takes."""
 
 
 class ServerDetails(msgspec.Struct, array_like=True, frozen=True):
@@ -52,10 +57,27 @@ class RemovedTarget(msgspec.Struct, array_like=True, frozen=True):
     removed_ns: int
 
 
+class SpreadDetails(msgspec.Struct, array_like=True, frozen=True):
+    """How evenly the chains of a class that take new chunks load their targets: the most over the
+    mean, so 1.0 is best."""
+
+    copies: U32
+    chains: U32
+    pairs: float
+    """Chains that two targets share."""
+    rebuild: float
+    """Chains that one target reads for a lost one, of the worst one lost."""
+    heads: float
+    """Chains of which a target is the head."""
+
+
 class ClusterDetails(msgspec.Struct, array_like=True, frozen=True):
     targets: tuple[TargetDetails, ...]
     servers: tuple[ServerDetails, ...]
     removed: tuple[RemovedTarget, ...]
+    chains: tuple[Chain, ...] = ()
+    spreads: tuple[SpreadDetails, ...] = ()
+    """Of each number of copies above one."""
 
 
 class DescribeCluster(Request, tag="describe_cluster"):
@@ -94,7 +116,8 @@ Targets = Annotated[tuple[U32, ...], msgspec.Meta(max_length=TARGETS_PER_SERVER_
 
 
 class SetDraining(Request, tag="set_draining"):
-    """With ``on`` nothing new is placed on the targets, and their blocks are given up in the
+    """With ``on`` nothing new is placed on the targets. Chains of several copies get another
+    member, and leave the target once that has everything; blocks of one copy are given up in the
     background, unless ``keep_blocks``. Without, they are as any others again. Raises
     TargetUnknown."""
 
@@ -112,6 +135,17 @@ class RemoveTarget(Request, tag="remove_target"):
     Reply: ClassVar = Changed
     targets: Targets
     force: bool = False
+
+
+class ReplaceTarget(Request, tag="replace_target"):
+    """``target_id`` takes the places of ``lost`` in its chains of several copies, one after the
+    other as it is brought in step; 0: the emptiest target of the same server, or else of any host
+    that has none of the copies. Raises TargetInUse if ``lost`` is there and not draining,
+    TargetUnknown, NoTarget if there is none for its places. The answer is which one it is."""
+
+    Reply: ClassVar = U32
+    lost: U32
+    target_id: U32 = 0
 
 
 class AdmitTarget(Request, tag="admit_target"):

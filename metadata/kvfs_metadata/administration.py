@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import stat
 from collections import defaultdict
+from collections.abc import Iterator
 
 from kvfs_base.errors import TargetInUse
-from kvfs_base.limits import COUNT_PAGE_RECORDS
+from kvfs_base.limits import COPIES_MAX, COUNT_PAGE_RECORDS
 from kvfs_base.seams import Clock
 from kvfs_base.types import Layout
 from kvfs_metadata import records
@@ -20,8 +21,10 @@ from kvfs_metadata.admin_messages import (
     DescribeCluster,
     RemovedTarget,
     RemoveTarget,
+    ReplaceTarget,
     ServerDetails,
     SetDraining,
+    SpreadDetails,
     TargetDetails,
 )
 from kvfs_metadata.cluster_state import ClusterState
@@ -68,7 +71,16 @@ class Administration:
                 RemovedTarget(uuid, record.target_id, record.server_id, record.removed_ns)
                 for uuid, record in self._cluster.departures.gone.items()
             ),
+            chains=self._cluster.map().chains,
+            spreads=tuple(self._spreads()),
         )
+
+    def _spreads(self) -> Iterator[SpreadDetails]:
+        placement = self._cluster.placement
+        for copies in range(2, COPIES_MAX + 1):
+            count = len(placement.usable(copies))
+            if count:
+                yield SpreadDetails(copies, count, *placement.spread(copies))
 
     def _target(self, entry: TargetEntry) -> TargetDetails:
         record = entry.record
@@ -87,6 +99,9 @@ class Administration:
             drained=record.drained,
             removals=self._removals.pending(record.target_id),
             heard_seconds=self._clock.monotonic() - entry.heard_at,
+            host=record.domain,
+            rack=record.rack,
+            replaces=record.replaces,
         )
 
     def _servers(self, kv: KVRead) -> tuple[ServerDetails, ...]:
@@ -129,6 +144,16 @@ class Administration:
                 exc.blocks, exc.files = self._drainer.left_on(target_id)
                 raise
         return Changed()
+
+    def replace(self, tx: Tx, request: ReplaceTarget) -> int:
+        lost = self._cluster.targets[request.lost]
+        if request.target_id:
+            other = self._cluster.targets[request.target_id]
+        else:
+            other = self._cluster.targets[self._cluster.placement.other_for(lost)]
+        self._cluster.membership.replace(tx, lost, other)
+        self._cluster.membership.settle(tx)
+        return other.target_id
 
     def admit(self, tx: Tx, request: AdmitTarget) -> Changed:
         self._cluster.departures.admit(tx, request.uuid)

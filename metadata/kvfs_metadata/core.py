@@ -26,6 +26,7 @@ from kvfs_metadata.admin_messages import (
     CountChunks,
     DescribeCluster,
     RemoveTarget,
+    ReplaceTarget,
     SetDraining,
 )
 from kvfs_metadata.administration import Administration
@@ -225,6 +226,7 @@ class MetadataCore:
             SetDraining: self._administration.set_draining,
             RemoveTarget: self._administration.remove,
             AdmitTarget: self._administration.admit,
+            ReplaceTarget: self._administration.replace,
         }
 
     def only_reads(self, requests: Sequence[Any]) -> bool:

@@ -28,6 +28,7 @@ from kvfs_metadata.admin_messages import (
     CountChunks,
     DescribeCluster,
     RemoveTarget,
+    ReplaceTarget,
     SetDraining,
 )
 from kvfs_metadata.fixes import RepairRecords, ScanRecords
@@ -340,6 +341,7 @@ Changing = (
     | SetDraining
     | RemoveTarget
     | AdmitTarget
+    | ReplaceTarget
 )
 """Requests for which twice is not as good as once."""
 
@@ -415,4 +417,5 @@ MetadataRequest = (
     | SetDraining
     | RemoveTarget
     | AdmitTarget
+    | ReplaceTarget
 )

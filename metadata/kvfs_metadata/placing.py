@@ -27,7 +27,7 @@ class Placement:
         self._chains = chains
         self._counters = counters
         self._turn = 0
-        self._usable: dict[int, tuple[int, list[int]]] = {}
+        self._found: dict[int, tuple[int, list[int]]] = {}
         self._plans: dict[int, _Plan] = {}
 
     # --- new chunks
@@ -50,7 +50,7 @@ class Placement:
     def place_instead(self, inode: int, chains: Sequence[int]) -> int | None:
         """A chain for chunks to come of a file that is on ``chains``, if possible another one."""
         known = [chain for chain in map(self._chains.get, chains) if chain is not None]
-        usable = self._takes_chunks(known[0].copies if known else 1)
+        usable = self.usable(known[0].copies if known else 1)
         if not usable:
             return None
         order = in_order(inode, usable, len(usable))
@@ -59,7 +59,7 @@ class Placement:
     def _require(self, tx: Tx, copies: int) -> list[int]:
         if copies > 1:
             self._grow(tx, copies)
-        usable = self._takes_chunks(copies)
+        usable = self.usable(copies)
         if usable:
             return usable
         if copies > 1:
@@ -77,15 +77,15 @@ class Placement:
                 detail=f"{copies} copies need targets on {copies} hosts, there are {len(hosts)}"
             )
 
-    def _takes_chunks(self, copies: int) -> list[int]:
+    def usable(self, copies: int) -> list[int]:
         """Chains of a class for new chunks: whole ones if there are any."""
         self._targets.expire()
         version = int(self._version)
-        known = self._usable.get(copies)
+        known = self._found.get(copies)
         if known is not None and known[0] == version:
             return known[1]
         found = self._find_usable(copies)
-        self._usable[copies] = version, found
+        self._found[copies] = version, found
         return found
 
     def _find_usable(self, copies: int) -> list[int]:
@@ -162,9 +162,37 @@ class Placement:
         found = loads.best(meant, members)
         return loads.best(sites, members) if found is None else found
 
+    def other_for(self, lost: TargetEntry) -> int:
+        """A target for all places of another one: of the same server if there is one, and the one
+        with the fewest chains. Raises NoTarget."""
+        others = {
+            member
+            for chain_id in self._chains.replicated(lost.target_id)
+            for member in self._chains[chain_id].everybody
+            if member != lost.target_id
+        }
+        hosts = {self._targets[other].record.domain for other in others}
+
+        def cost(entry: TargetEntry) -> tuple[bool, bool, int, int]:
+            return (
+                entry.record.server_id != lost.record.server_id,
+                entry.record.domain in hosts,
+                len(self._chains.of_target(entry.target_id)),
+                entry.target_id,
+            )
+
+        usable = [
+            entry
+            for entry in self._targets
+            if entry is not lost and entry.state is TargetState.SERVING
+        ]
+        if not usable:
+            raise NoTarget(detail="no other target is serving")
+        return min(usable, key=cost).target_id
+
     def spread(self, copies: int) -> Spread:
         """Of the chains of a class that take new chunks."""
-        usable = self._takes_chunks(copies)
+        usable = self.usable(copies)
         return measure(self._sites(), [self._chains[chain_id].everybody for chain_id in usable])
 
 

@@ -16,6 +16,7 @@ from kvfs_base import limits
 from kvfs_base.cluster import (
     Chain,
     ClusterMap,
+    FindUnwanted,
     GetClusterMap,
     Heartbeat,
     HeartbeatReply,
@@ -24,7 +25,7 @@ from kvfs_base.cluster import (
 )
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from kvfs_metadata.admin_messages import RemoveTarget, SetDraining
+from kvfs_metadata.admin_messages import DescribeCluster, RemoveTarget, ReplaceTarget, SetDraining
 from t2_services.metadata_rig import ROOT, TERABYTE, Rig, keys
 from t2_services.test_metadata_shared import Servers
 
@@ -429,6 +430,35 @@ def test_a_disk_that_comes_back_in_time_keeps_its_places(world: World) -> None:
     assert world.of(4) == [] and len(world.of(1)) > 0
 
 
+def test_one_command_gives_the_places_of_a_lost_disk_to_another(world: World) -> None:
+    with pytest.raises(e.TargetInUse):
+        world.rig.call(ReplaceTarget(1))
+    world.disks[0].silent = True
+    world.live(2 * LEASE)
+    places = {c.chain_id for c in world.of(1)}
+    assert all(c.offline == (1,) for c in world.of(1))
+    new = world.add(Disk("another", host="host of disk-1"))
+    assert world.rig.call(ReplaceTarget(1)) == 4
+    assert world.of(1) == []
+    assert {c.chain_id for c in world.of(4)} == places
+    world.live(2.0)
+    world.sync_all()
+    assert world.rig.statistics()["chains_short"] == 0
+    with pytest.raises(e.TargetUnknown):
+        world.rig.call(ReplaceTarget(99))
+    assert new.number > 0
+
+
+def test_a_draining_disk_hands_its_places_to_the_one_that_is_named() -> None:
+    world = World(disks=5)
+    world.file()
+    places = {c.chain_id for c in world.of(1) if 5 not in c.targets}
+    world.rig.call(SetDraining((1,), True))
+    assert world.rig.call(ReplaceTarget(1, 5)) == 5
+    world.live(2.0)
+    assert {c.chain_id for c in world.of(1) if c.syncing == (5,)} >= places
+
+
 def test_drain_brings_everything_to_others_first() -> None:
     world = World(disks=4)
     world.file()
@@ -517,6 +547,56 @@ def test_removals_go_to_everybody_and_name_the_chain(world: World) -> None:
 
 
 LAYOUT = records.KVLayout(block_tokens=16, model="test")
+
+
+def find(world: World, target_id: int, chain: int, *inodes: int) -> tuple[int, ...]:
+    found: tuple[int, ...] = world.rig.call(FindUnwanted(target_id, chain, inodes))
+    return found
+
+
+def test_chunks_that_nothing_refers_to_are_told_from_those_that_are_wanted(world: World) -> None:
+    namespace = world.rig.call(m.OpenNamespace("t/m", LAYOUT, create=True, copies=2)).inode
+    batch = world.rig.prepare(namespace, range(2))
+    (first, second) = (b for b in batch.blocks if b)
+    chain = world.chains()[first.chain]
+    member, stranger = chain.targets[0], 6 - sum(chain.targets)
+    assert find(world, member, first.chain, first.inode, second.inode) == (), "it may be committed"
+    versions = {(b.chain, world.chains()[b.chain].version) for b in batch.blocks if b}
+    world.rig.call(m.CommitBlocks(batch.batch_id, (0, 1), tuple(versions)))
+    assert find(world, member, first.chain, first.inode, second.inode) == ()
+    assert find(world, stranger, first.chain, first.inode) == (0,), "it is no member"
+    other = next(
+        c for c in world.chains() if c != first.chain and member in world.chains()[c].targets
+    )
+    assert find(world, member, other, first.inode) == (0,), "the block is on another chain"
+    world.rig.call(m.RemoveBlocks(namespace, keys([0])))
+    assert find(world, member, first.chain, first.inode, second.inode) == (0,)
+    file = world.file(b"g")
+    assert find(world, member, first.chain, file) == ()
+    world.rig.call(m.Unlink(world.directory, b"g"))
+    assert find(world, member, first.chain, file, 10**12) == (0,), "it will be given out one day"
+    assert find(world, member, 10**6, file) == (), "so will the chain"
+    with pytest.raises(e.TargetUnknown):
+        find(world, 77, 0, file)
+
+
+def test_chunks_of_one_copy_are_looked_for_as_well() -> None:
+    world = World(disks=2)
+    file = world.rig.make(ROOT, b"one copy").inode
+    assert find(world, 1, 0, file) == find(world, 2, 0, file) == ()
+    several = world.file()
+    assert find(world, 1, 0, several) == (0,)
+    world.rig.call(m.Unlink(ROOT, b"one copy"))
+    assert find(world, 1, 0, file) == (0,)
+
+
+def test_the_cluster_is_described_with_members_and_spread(world: World) -> None:
+    details = world.rig.call(DescribeCluster())
+    assert {c.chain_id for c in details.chains if c.copies == 2} == set(world.chains())
+    (spread,) = details.spreads
+    assert (spread.copies, spread.chains) == (2, len(world.chains()))
+    assert spread.pairs == spread.rebuild == 1.0
+    assert {t.host for t in details.targets} == {f"host of disk-{n}" for n in (1, 2, 3)}
 
 
 # --- everything at once: what servers believe, against what was acknowledged

@@ -13,6 +13,7 @@ import msgspec
 
 from kvfs.cli.targets import env_of, metadata_addresses, target_argument
 from kvfs.settings import format_size
+from kvfs_base.cluster import Chain
 from kvfs_base.errors import EntryNotFound, InodeStale, TargetInUse, TargetUnknown
 from kvfs_base.types import ROOT_INODE, Attr
 from kvfs_metadata.admin_messages import (
@@ -22,7 +23,9 @@ from kvfs_metadata.admin_messages import (
     DescribeCluster,
     RemovedTarget,
     RemoveTarget,
+    ReplaceTarget,
     SetDraining,
+    SpreadDetails,
     TargetDetails,
 )
 from kvfs_metadata.administration import chunks_by_chain
@@ -76,9 +79,9 @@ class Held(msgspec.Struct):
         self.file_chunks += other.file_chunks
 
 
-def count_chunks(client: BlockingMetadataClient) -> dict[int, Held]:
+def count_chunks(client: BlockingMetadataClient) -> defaultdict[int, Held]:
     """By chain. Page by page, so what changes meanwhile is counted or not."""
-    found: dict[int, Held] = defaultdict(Held)
+    found: defaultdict[int, Held] = defaultdict(Held)
     for files in (False, True):
         start: int | None = 0
         while start is not None:
@@ -125,6 +128,9 @@ def _describe_target(target: TargetDetails, held: Held | None) -> dict[str, Any]
         "chains": target.chains,
         "removals": target.removals,
         "heard_seconds": round(target.heard_seconds, 1),
+        "host": target.host,
+        "rack": target.rack,
+        "replaces": target.replaces,
     }
     return found if held is None else found | msgspec.structs.asdict(held)
 
@@ -182,6 +188,8 @@ def _describe_server(name: str, targets: list[TargetDetails]) -> dict[str, Any]:
     return {
         "server": name,
         "addresses": [str(a) for a in (targets[0].unix, targets[0].tcp) if a is not None],
+        "host": targets[0].host,
+        "rack": targets[0].rack,
         "targets": [target.target_id for target in targets],
         "states": [_state(target) for target in targets],
         "heard_seconds": round(min(target.heard_seconds for target in targets), 1),
@@ -278,36 +286,75 @@ def _held_cells(held: Held | None) -> tuple[str, ...]:
 @json_option
 @quick_option
 def chains(target: str, *, as_json: bool, quick: bool) -> None:
-    """List chains: the targets behind them and what lies on them. A chain without targets was
-    removed: files have lost chunks there."""
+    """List chains: the targets that hold them, in the order of writes, and what lies on them. A
+    chain without targets was removed: files have lost chunks there. Below stands how evenly chains
+    of several copies load the targets."""
     with _connected(target) as client:
         details: ClusterDetails = client.call(DescribeCluster())
-        counts = {} if quick else count_chunks(client)
-    behind: dict[int, list[TargetDetails]] = {chain: [] for chain in counts}
-    for one in details.targets:
-        for chain in one.chains:
-            behind.setdefault(chain, []).append(one)
+        counts = defaultdict(Held) if quick else count_chunks(client)
+    known = {chain.chain_id: chain for chain in details.chains}
+    numbers = sorted(known.keys() | counts.keys())
+    states = {one.target_id: one for one in details.targets}
     if as_json:
-        _print_json(
-            [
-                {"chain": chain, "targets": [one.target_id for one in on]}
-                | ({} if quick else msgspec.structs.asdict(counts.get(chain, Held())))
-                for chain, on in sorted(behind.items())
-            ]
-        )
+        found = {
+            "chains": [
+                _describe_chain(number, known.get(number), None if quick else counts[number])
+                for number in numbers
+            ],
+            "spreads": [_describe_spread(spread) for spread in details.spreads],
+        }
+        _print_json(found)
         return
     _print_table(
-        ("chain", "targets", "state", *(() if quick else _HELD_COLUMNS)),
+        ("chain", "copies", "targets", "state", *(() if quick else _HELD_COLUMNS)),
         [
             (
-                str(chain),
-                ", ".join(str(one.target_id) for one in on),
-                ", ".join(map(_state, on)) or "removed",
-                *_held_cells(None if quick else counts.get(chain, Held())),
+                *_chain_cells(number, known.get(number), states),
+                *_held_cells(None if quick else counts[number]),
             )
-            for chain, on in sorted(behind.items())
+            for number in numbers
         ],
     )
+    for spread in details.spreads:
+        click.echo(
+            f"{spread.copies} copies: {spread.chains} chains take new chunks; most over mean: "
+            f"shared by two targets {spread.pairs:.2f}, read for a lost target "
+            f"{spread.rebuild:.2f}, headed by a target {spread.heads:.2f}"
+        )
+
+
+def _describe_chain(number: int, chain: Chain | None, held: Held | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "chain": number,
+        "version": chain.version if chain else 0,
+        "copies": chain.copies if chain else 0,
+        "targets": chain.targets if chain else (),
+        "syncing": chain.syncing if chain else (),
+        "offline": chain.offline if chain else (),
+    }
+    return found if held is None else found | msgspec.structs.asdict(held)
+
+
+def _describe_spread(spread: SpreadDetails) -> dict[str, Any]:
+    return {name: getattr(spread, name) for name in SpreadDetails.__struct_fields__}
+
+
+def _chain_cells(
+    number: int, chain: Chain | None, states: dict[int, TargetDetails]
+) -> tuple[str, ...]:
+    if chain is None:
+        return str(number), "", "", "removed"
+    members = [f"{target_id}" for target_id in chain.targets]
+    members += [f"{target_id} (syncing)" for target_id in chain.syncing]
+    members += [f"{target_id} (offline)" for target_id in chain.offline]
+    serving = [states[target_id] for target_id in chain.targets if target_id in states]
+    if not chain.is_replicated:
+        state = ", ".join(map(_state, serving))
+    elif all(one.state == "offline" for one in serving):
+        state = "unavailable"
+    else:
+        state = "whole" if len(serving) >= chain.copies else "short"
+    return str(number), str(chain.copies), ", ".join(members), state
 
 
 # --- changing
@@ -347,10 +394,12 @@ def _told(numbers: Sequence[int]) -> str:
 @names_argument
 @click.option("--keep-blocks", is_flag=True, help="Blocks stay until they are evicted.")
 def drain(target: str, names: tuple[str, ...], *, keep_blocks: bool) -> None:
-    """Place nothing new on targets, and give up the blocks that lie there.
+    """Place nothing new on targets, bring copies that lie there to others, and give up the blocks
+    of which there is one copy.
 
-    Files stay, and stay readable: nothing is moved. `kvfs cluster targets` shows what is left; once
-    nothing is, the state is "drained" and the target can be removed. `kvfs cluster add` undoes it.
+    Files of one copy stay, and stay readable: they are not moved. `kvfs cluster targets` shows what
+    is left; once nothing is, the state is "drained" and the target can be removed. `kvfs cluster
+    add` undoes it.
     """
     with _connected(target) as client:
         details: ClusterDetails = client.call(DescribeCluster())
@@ -359,6 +408,33 @@ def drain(target: str, names: tuple[str, ...], *, keep_blocks: bool) -> None:
             client.call(SetDraining(numbers, True, keep_blocks))
             blocks = "its blocks stay" if keep_blocks else "blocks there are given up"
             click.echo(f"{_told(numbers)}: takes nothing new, {blocks}")
+
+
+@cluster.command()
+@target_argument
+@click.argument("old")
+@click.argument("new", required=False)
+def replace(target: str, old: str, new: str | None) -> None:
+    """Give the places of target OLD in chains of several copies to target NEW: an exchanged disk.
+
+    OLD is away, or draining. NEW is brought in step from the other copies while all goes on;
+    `kvfs cluster chains` shows how far it is. Without NEW: the emptiest target of the same server,
+    or else of another one. What had one copy on OLD is not brought back.
+    """
+    with _connected(target) as client:
+        details: ClusterDetails = client.call(DescribeCluster())
+        lost = _one(details, old)
+        other = 0 if new is None else _one(details, new)
+        found = client.call(ReplaceTarget(lost, other))
+    click.echo(f"target {found} takes the places of target {lost}")
+
+
+def _one(details: ClusterDetails, name: str) -> int:
+    """Raises TargetUnknown, click.UsageError if ``name`` stands for several."""
+    found = _require(details, name)
+    if len(found) > 1:
+        raise click.UsageError(f"{name} has several targets: {_told(_numbers(found))}")
+    return found[0].target_id
 
 
 @cluster.command()
@@ -381,7 +457,7 @@ def remove(target: str, names: tuple[str, ...], *, force: bool, as_json: bool) -
         for leaving in chosen:
             numbers = _numbers(leaving)
             if force:
-                on = {chain for one in leaving for chain in one.chains}
+                on = _only_on(details, set(numbers))
                 lost += [{"path": p, "lost_chunks": n} for p, n in files_on(client, on)]
             _remove(client, leaving, force)
             removed += numbers
@@ -391,6 +467,12 @@ def remove(target: str, names: tuple[str, ...], *, force: bool, as_json: bool) -
     click.echo(f"{_told(removed)}: removed")
     for file in lost:
         click.echo(f"lost {file['lost_chunks']} chunks of {file['path']}")
+
+
+def _only_on(details: ClusterDetails, numbers: set[int]) -> set[int]:
+    """Chains that nobody has but these targets."""
+    everybody = {c.chain_id: c.targets + c.syncing + c.offline for c in details.chains}
+    return {chain_id for chain_id, members in everybody.items() if numbers.issuperset(members)}
 
 
 def _remove(client: BlockingMetadataClient, leaving: list[TargetDetails], force: bool) -> None:
