@@ -62,6 +62,19 @@ class MemoryTargets:
                 found.append(ChunkCorrupt(*chunk) if chunk in self.rotten else info)
         return found
 
+    def repair(self, target_id: int, chunks: Sequence[ChunkId]) -> bool:
+        """From another target that has them."""
+        for chunk in chunks:
+            others = [
+                held[chunk] for t, held in self.chunks.items() if t != target_id and chunk in held
+            ]
+            good = [info for info in others if not isinstance(info, str)]
+            if not good:
+                return False
+            self.chunks[target_id][chunk] = good[0]
+            self.rotten.discard(chunk)
+        return True
+
 
 def _listed(chunk: ChunkId, held: dict[ChunkId, ChunkInfo | str]) -> ListedChunk:
     info = held[chunk]

@@ -345,6 +345,10 @@ FSCK_SETTLE_SECONDS = 2.0
 """A check of a kvfs at work looks again after this long for bytes that files lack: a truncation
 takes two calls, some milliseconds apart."""
 
+FSCK_CHAIN_PAGE_CHUNKS = 128
+"""Chunks in one page of a chain's listing. A check holds a page of each chain of each target while
+it merges them: 64 chains of 100 targets are 160 MB."""
+
 FINDINGS_MAX = 100_000
 """Findings that one check keeps, about 50 MB. A store with more is repaired in several rounds."""
 

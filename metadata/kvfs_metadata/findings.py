@@ -7,6 +7,7 @@ import enum
 import msgspec
 
 from kvfs_base.errors import KvfsError
+from kvfs_base.types import ChunkId
 from kvfs_metadata import records
 from kvfs_metadata.fixes import Fix
 
@@ -40,6 +41,9 @@ class Kind(enum.StrEnum):
     FILE_HOLE = "file-hole"
     FILE_DAMAGED = "file-damaged"
     FILE_TAIL = "file-tail"
+    COPY_LOST = "copy-lost"
+    COPY_DAMAGED = "copy-damaged"
+    COPY_DIFFERS = "copy-differs"
     CHUNK_ORPHAN = "chunk-orphan"
     CHUNK_MISPLACED = "chunk-misplaced"
 
@@ -54,6 +58,16 @@ class Place(msgspec.Struct, frozen=True):
     end: int
     expected: int = 0
     was_read: bool = False
+    chain: int = 0
+    """If it has several copies."""
+    source: int = 0
+    """Of a copy: another member, whose copy is good."""
+    version: int = 0
+    """That the copy had."""
+
+    def chunk(self, inode: int) -> ChunkId:
+        """The first one."""
+        return ChunkId(inode, self.first, self.chain)
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):

@@ -192,6 +192,8 @@ class RemoveChunks(FixBase, frozen=True, tag="chunks"):
     first: U32
     end: U32
     size: U64 = 0
+    chain: U32 = 0
+    """Of which it holds them, if that has several copies."""
 
 
 class SetUsage(FixBase, frozen=True, tag="usage"):

@@ -423,7 +423,7 @@ class MetadataCheck:
     def _read_chains(self) -> Iterator[Finding]:
         bad: list[Finding] = []
         named = {
-            int.from_bytes(key[4:], "big"): set(records.decode_chain(value).targets)
+            int.from_bytes(key[4:], "big"): set(records.decode_chain(value).everybody)
             for key, value in self._sound(records.CHAIN, "chains", bad)
         }
         self._chains.update(named)

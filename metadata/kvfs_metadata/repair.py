@@ -453,8 +453,10 @@ class Repairer:
             return False
         tx.kv.delete(records.block_key(fix.inode))
         if chain is not None:
-            targets = records.decode_chain(chain).targets
-            self._removals.add(tx, targets, RemovalValue(fix.inode, 0, 1, block.size))
+            members = records.decode_chain(chain)
+            number = block.chain if members.is_replicated else 0
+            removal = RemovalValue(fix.inode, 0, 1, block.size, number)
+            self._removals.add(tx, members.everybody, removal)
         self._memory.block_dropped(tx, fix.inode, fix.other)
         return True
 
@@ -514,7 +516,7 @@ class Repairer:
             return False
         if not self._was_given(tx, fix.inode):
             self._skip_to(tx, fix.inode)
-        removal = RemovalValue(fix.inode, fix.first, fix.end, fix.size)
+        removal = RemovalValue(fix.inode, fix.first, fix.end, fix.size, fix.chain)
         self._removals.add(tx, (fix.target_id,), removal)
         return True
 
@@ -523,7 +525,7 @@ class Repairer:
         value = kv.get(records.block_key(fix.inode))
         if value is not None:
             chain = records.unpack_block(value).chain
-            return fix.first == 0 and fix.target_id in _targets(kv, chain)
+            return fix.first == 0 and _has_place(kv, chain, fix)
         record = _record(kv, fix.inode)
         if record is not None and is_file(record):
             return self._is_wanted_of(kv, record, fix)
@@ -539,7 +541,7 @@ class Repairer:
         if layout is None or not layout.chains:
             return False
         numbers = range(fix.first, min(fix.end, fix.first + len(layout.chains)))
-        return any(fix.target_id in _targets(kv, layout.chain_of(n)) for n in numbers)
+        return any(_has_place(kv, layout.chain_of(n), fix) for n in numbers)
 
 
 def _record(kv: KVRead, inode: int) -> InodeRecord | None:
@@ -548,9 +550,14 @@ def _record(kv: KVRead, inode: int) -> InodeRecord | None:
     return None if value is None else records.decode_inode(value)
 
 
-def _targets(kv: KVRead, chain: int) -> tuple[int, ...]:
+def _has_place(kv: KVRead, chain: int, fix: f.RemoveChunks) -> bool:
+    """Whether the target holds chunks of the chain where the fix says they are."""
     value = kv.get(records.chain_key(chain))
-    return () if value is None else records.decode_chain(value).targets
+    if value is None:
+        return False
+    members = records.decode_chain(value)
+    place = chain if members.is_replicated else 0
+    return fix.chain == place and fix.target_id in members.everybody
 
 
 def _is_namespace(kv: KVRead, inode: int) -> bool:

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from kvfs_base.types import Layout
+from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.messages import ListedChunk
 from kvfs_metadata import fixes as f
 from kvfs_metadata import records
 from kvfs_metadata.findings import Finding, Kind, Place
 from kvfs_metadata.fsck import Batches, MetadataCheck, RecordReader, is_file, read_sound
 from kvfs_metadata.inodes import chunks_to_remove
-from kvfs_metadata.records import BlockValue, InodeRecord
+from kvfs_metadata.records import BlockValue, ChainRecord, InodeRecord
 
 PROGRESS_INODES = 1024
 
@@ -99,7 +100,7 @@ class ChunkCheck:
         self._listings = listings
         self._progress = progress or (lambda stage, count: None)
         self._examine = examine
-        self._chains: dict[int, tuple[int, ...]] = {}
+        self._chains: dict[int, ChainRecord] = {}
         self.chunk_count = 0
         self.unchecked = 0
 
@@ -126,9 +127,9 @@ class ChunkCheck:
 
     def _load_chains(self) -> None:
         for key, value in read_sound(self._reader, records.CHAIN):
-            self._chains[int.from_bytes(key[4:], "big")] = records.decode_chain(value).targets
+            self._chains[int.from_bytes(key[4:], "big")] = records.decode_chain(value)
 
-    def _targets(self, chain: int) -> tuple[int, ...] | None:
+    def _chain(self, chain: int) -> ChainRecord | None:
         """None for a chain that does not exist. One that is new is looked for again."""
         if chain not in self._chains:
             self._load_chains()
@@ -173,12 +174,18 @@ class ChunkCheck:
         left = [
             one for one in found if not self._queued.covers(one.target_id, inode, one.chunk.number)
         ]
-        left.sort(key=lambda one: (one.target_id, one.chunk.number))
+        left.sort(key=lambda one: (one.target_id, one.chunk.chain, one.chunk.number))
         for _, run in itertools.groupby(
-            enumerate(left), key=lambda pair: (pair[1].target_id, pair[1].chunk.number - pair[0])
+            enumerate(left),
+            key=lambda pair: (
+                pair[1].target_id,
+                pair[1].chunk.chain,
+                pair[1].chunk.number - pair[0],
+            ),
         ):
             chunks = [one for _, one in run]
             target_id, first = chunks[0].target_id, chunks[0].chunk.number
+            chain = chunks[0].chunk.chain
             size = sum(one.chunk.info.length for one in chunks if one.chunk.info is not None)
             end = first + len(chunks)
             what = "nothing refers to" if kind is Kind.CHUNK_ORPHAN else "nobody looks there for"
@@ -186,43 +193,59 @@ class ChunkCheck:
                 kind=kind,
                 inode=inode,
                 detail=f"{what} {_numbers(first, end)} on target {target_id}, {size} bytes",
-                fix=f.RemoveChunks(target_id, inode, first, end, size),
-                place=Place(target_id, first, end),
+                fix=f.RemoveChunks(target_id, inode, first, end, size, chain),
+                place=Place(target_id, first, end, chain=chain),
             )
 
     def _check_block(
         self, inode: int, block: BlockValue, found: list[Located]
     ) -> Iterator[Finding]:
-        targets = self._targets(block.chain)
-        if targets is None:  # the block is a finding already
+        chain = self._chain(block.chain)
+        if chain is None:  # the block is a finding already
             yield from self._unused(Kind.CHUNK_ORPHAN, inode, found)
             return
-        own = {one.target_id: one for one in found if one.chunk.number == 0}
-        yield from self._unused(
-            Kind.CHUNK_MISPLACED,
-            inode,
-            [one for one in found if one.chunk.number or one.target_id not in targets],
-        )
-        if not self._all_listed(targets):
+        own: dict[int, Located] = {}
+        misplaced: list[Located] = []
+        for one in found:
+            if one.chunk.number == 0 and _belongs(one, block.chain, chain):
+                own[one.target_id] = one
+            else:
+                misplaced.append(one)
+        yield from self._unused(Kind.CHUNK_MISPLACED, inode, misplaced)
+        if not self._all_listed(chain.targets):
             self.unchecked += 1
             return
-        problems = {}
-        for target_id in targets:
+        yield from self._judge_block(inode, block, chain, own)
+
+    def _judge_block(
+        self, inode: int, block: BlockValue, chain: ChainRecord, own: Mapping[int, Located]
+    ) -> Iterator[Finding]:
+        """Members that serve have it. While one of them does, it is no miss."""
+        problems: dict[int, str | None] = {}
+        for target_id in chain.targets:
             one = own.get(target_id)
             problems[target_id] = "missing" if one is None else block_problem(block, one.chunk)
-        # While there is a copy that is good, the block is no miss.
-        fix = f.DropBlock(inode, "chunk") if all(problems.values()) else None
+        good = [target_id for target_id, problem in problems.items() if problem is None]
+        fix = None if good else f.DropBlock(inode, "chunk")
         for target_id, problem in problems.items():
             if problem is None:
                 if self._examine is not None:
                     yield from self._examine(target_id, own[target_id])
                 continue
+            kinds = (Kind.COPY_DAMAGED, Kind.COPY_LOST) if good else _BLOCK_KINDS
             yield Finding(
-                kind=Kind.BLOCK_DAMAGED if target_id in own else Kind.BLOCK_LOST,
+                kind=kinds[target_id not in own],
                 inode=inode,
                 detail=f"the block's chunk on target {target_id}: {problem}",
                 fix=fix,
-                place=Place(target_id, 0, 1, block.size),
+                place=Place(
+                    target_id,
+                    0,
+                    1,
+                    block.size,
+                    chain=_tag(block.chain, chain),
+                    source=good[0] if good else 0,
+                ),
             )
 
     def _all_listed(self, targets: Iterable[int]) -> bool:
@@ -233,20 +256,24 @@ class ChunkCheck:
         if layout is None or not layout.chains:
             yield from self._unused(Kind.CHUNK_MISPLACED, record.inode, found)
             return
-        places = [self._targets(chain) for chain in layout.chains]
-        known = [targets for targets in places if targets is not None]
+        places = [self._chain(chain) for chain in layout.chains]
+        known = [chain for chain in places if chain is not None]
         if len(known) < len(places):
             detail = "a file on chains that do not exist"
             yield Finding(kind=Kind.CHAIN_MISSING, inode=record.inode, detail=detail)
         own: list[Located] = []
         misplaced: list[Located] = []
         for one in found:
-            targets = places[one.chunk.number % len(places)]
-            (own if targets is not None and one.target_id in targets else misplaced).append(one)
+            chain = places[one.chunk.number % len(places)]
+            number = layout.chain_of(one.chunk.number)
+            if chain is None or not _belongs(one, number, chain):
+                misplaced.append(one)
+            elif one.target_id in chain.targets:  # others need not have it yet
+                own.append(one)
         own.sort(key=lambda one: (one.chunk.number, one.target_id))
         yield from self._unused(Kind.CHUNK_MISPLACED, record.inode, misplaced)
         yield from self._check_tail(record, own)
-        if len(known) < len(places) or not all(map(self._all_listed, known)):
+        if len(known) < len(places) or not all(self._all_listed(c.targets) for c in known):
             self.unchecked += 1
             return
         yield from self._check_data(record, layout, own)
@@ -262,7 +289,7 @@ class ChunkCheck:
             inode=record.inode,
             detail=f"chunk {number} lies behind the end of a file of {record.size} bytes",
             fix=f.CoverTail(record.inode, number + 1),
-            place=Place(last.target_id, number, number + 1),
+            place=Place(last.target_id, number, number + 1, chain=last.chunk.chain),
         )
 
     def _check_data(
@@ -277,6 +304,12 @@ class ChunkCheck:
                 yield from self._hole(record, layout, next_number, number)
             next_number = number + 1
             expected = 0 if complete else _expected(record, layout, number)
+            chain = self._chain(layout.chain_of(number))
+            if chain is not None and chain.is_replicated:
+                members = chain.targets
+                good, found = compare_copies(record.inode, number, members, copies)
+                yield from found
+                copies = good or copies
             yield from self._check_copies(record, copies, expected)
         if not complete:
             end = -(-record.size // layout.chunk_bytes)
@@ -287,7 +320,7 @@ class ChunkCheck:
     ) -> Iterator[Finding]:
         for one in copies:
             info, number = one.chunk.info, one.chunk.number
-            place = Place(one.target_id, number, number + 1, expected)
+            place = Place(one.target_id, number, number + 1, expected, chain=one.chunk.chain)
             if info is None:
                 yield Finding(
                     kind=Kind.FILE_DAMAGED,
@@ -311,7 +344,9 @@ class ChunkCheck:
         end = min(end, -(-record.size // layout.chunk_bytes))
         if first >= end:
             return
-        targets = self._targets(layout.chain_of(first)) or (0,)
+        number = layout.chain_of(first)
+        chain = self._chain(number)
+        target_id = 0 if chain is None else chain.targets[0]
         yield Finding(
             kind=Kind.FILE_HOLE,
             inode=record.inode,
@@ -319,8 +354,68 @@ class ChunkCheck:
             if end - first > 1
             else f"chunk {first} of a file of {record.size} bytes is missing",
             fix=f.MarkSparse(record.inode, record.ctime_ns),
-            place=Place(targets[0], first, end, _expected(record, layout, first)),
+            place=Place(
+                target_id,
+                first,
+                end,
+                _expected(record, layout, first),
+                chain=0 if chain is None else _tag(number, chain),
+            ),
         )
+
+
+_BLOCK_KINDS = (Kind.BLOCK_DAMAGED, Kind.BLOCK_LOST)
+
+
+def _tag(number: int, chain: ChainRecord) -> int:
+    """How chunks of a chain are named on its targets."""
+    return number if chain.is_replicated else 0
+
+
+def _belongs(one: Located, number: int, chain: ChainRecord) -> bool:
+    """Whether a chunk lies where a member of the chain keeps it."""
+    return one.chunk.chain == _tag(number, chain) and one.target_id in chain.everybody
+
+
+def same_copy(one: ChunkInfo, other: ChunkInfo) -> bool:
+    return (one.version, one.length, one.crc32c) == (other.version, other.length, other.crc32c)
+
+
+def compare_copies(
+    inode: int, number: int, members: Sequence[int], copies: Sequence[Located]
+) -> tuple[list[Located], list[Finding]]:
+    """Copies that are as those of the chain's last member are (it commits first), or as the newest
+    if that has none; and a finding for each other member."""
+    own = {one.target_id: one for one in copies}
+    infos = {one.target_id: one.chunk.info for one in copies if one.chunk.info is not None}
+    if not infos:
+        return [], []
+    source = members[-1] if members[-1] in infos else max(infos, key=lambda t: infos[t].version)
+    good: list[Located] = []
+    found: list[Finding] = []
+    chain = own[source].chunk.chain
+    for target_id in members:
+        info = infos.get(target_id)
+        if info is not None and same_copy(info, infos[source]):
+            good.append(own[target_id])
+            continue
+        kind, problem = Kind.COPY_LOST, "missing"
+        if info is not None:
+            kind = Kind.COPY_DIFFERS
+            problem = f"version {info.version}, target {source} has {infos[source].version}"
+        elif target_id in own:
+            kind, problem = Kind.COPY_DAMAGED, own[target_id].chunk.problem
+        place = Place(
+            target_id,
+            number,
+            number + 1,
+            chain=chain,
+            source=source,
+            version=0 if info is None else info.version,
+        )
+        detail = f"chunk {number} on target {target_id}: {problem}"
+        found.append(Finding(kind=kind, inode=inode, detail=detail, place=place))
+    return good, found
 
 
 def _expected(record: InodeRecord, layout: Layout, number: int) -> int:
@@ -340,4 +435,4 @@ def check(reader: RecordReader, listings: Mapping[int, Iterable[ListedChunk]]) -
     return findings
 
 
-__all__ = ["ChunkCheck", "Located", "QueuedRemovals", "block_problem", "check"]
+__all__ = ["ChunkCheck", "Located", "QueuedRemovals", "block_problem", "check", "same_copy"]

@@ -30,7 +30,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from kvfs.fsck.compare import ChunkCheck, Located, QueuedRemovals, block_problem
+from kvfs.fsck.compare import ChunkCheck, Located, QueuedRemovals, block_problem, same_copy
 from kvfs.fsck.sources import Store, Targets
 from kvfs_base.errors import ChunkCorrupt
 from kvfs_base.limits import (
@@ -50,6 +50,8 @@ from kvfs_metadata.fsck import MetadataCheck
 Progress = Callable[[str, int], None]
 
 LOST = (Kind.BLOCK_LOST, Kind.BLOCK_DAMAGED, Kind.FILE_HOLE, Kind.FILE_DAMAGED)
+COPIES = (Kind.COPY_LOST, Kind.COPY_DAMAGED, Kind.COPY_DIFFERS)
+"""Another member of the chain has what is missing."""
 UNUSED = (Kind.CHUNK_ORPHAN, Kind.CHUNK_MISPLACED, Kind.FILE_TAIL)
 
 
@@ -148,19 +150,29 @@ class Fsck:
                 blocked = verdict is Verdict.BLOCKED
                 one.state = State.BLOCKED if blocked else State.REPAIRED
             self._progress("repairs", start + len(part))
+        self._repair_copies([one for one in report.outcomes if one.finding.kind in COPIES])
+
+    def _repair_copies(self, outcomes: Sequence[Outcome]) -> None:
+        """The target that has a bad copy gets it from another member itself."""
+        for one in outcomes:
+            place = one.finding.place
+            assert place is not None
+            done = self._targets.repair(place.target_id, [place.chunk(one.finding.inode)])
+            one.state = State.REPAIRED if done else State.BLOCKED
 
     # --- the second look
 
     def _settled(self, found: list[Finding]) -> list[Finding]:
-        if not self._settle_seconds or not any(one.kind is Kind.FILE_HOLE for one in found):
+        passing = (Kind.FILE_HOLE, *COPIES)
+        if not self._settle_seconds or not any(one.kind in passing for one in found):
             return found
         threading.Event().wait(self._settle_seconds)
-        holes = iter([one for one in found if one.kind is Kind.FILE_HOLE])
-        still = {id(one) for batch in _batches(holes) for one in self._confirm(batch)}
-        return [one for one in found if one.kind is not Kind.FILE_HOLE or id(one) in still]
+        again = iter([one for one in found if one.kind in passing])
+        still = {id(one) for batch in _batches(again) for one in self._confirm(batch)}
+        return [one for one in found if one.kind not in passing or id(one) in still]
 
     def _confirm(self, batch: Sequence[Finding]) -> Iterator[Finding]:
-        batch = self._still_lost(batch)
+        batch = self._still_bad(self._still_lost(batch))
         fixes: list[Fix] = [one.fix for one in batch if one.fix is not None]
         verdicts = iter(self._store.repair(fixes, dry=True) if fixes else ())
         batch = [one for one in batch if one.fix is None or next(verdicts) is not Verdict.GONE]
@@ -168,7 +180,7 @@ class Fsck:
 
     def _still_lost(self, batch: Sequence[Finding]) -> list[Finding]:
         places = [
-            (one.place.target_id, ChunkId(one.inode, one.place.first))
+            (one.place.target_id, one.place.chunk(one.inode))
             for one in batch
             if one.kind in LOST and one.place is not None and not one.place.was_read
         ]
@@ -179,8 +191,34 @@ class Fsck:
             if one.kind not in LOST
             or one.place is None
             or one.place.was_read
-            or self._is_lost(one, found.get((one.place.target_id, one.inode, one.place.first)))
+            or self._is_lost(one, found.get((one.place.target_id, one.place.chunk(one.inode))))
         ]
+
+    def _still_bad(self, batch: Sequence[Finding]) -> list[Finding]:
+        """Copies that are neither as another one is nor newer than they were."""
+        places = [
+            (target_id, one.place.chunk(one.inode))
+            for one in batch
+            if one.kind in COPIES and one.place is not None and not one.place.was_read
+            for target_id in (one.place.target_id, one.place.source)
+        ]
+        found = self._look(places)
+
+        def is_bad(one: Finding) -> bool:
+            place = one.place
+            if one.kind not in COPIES or place is None or place.was_read:
+                return True
+            good = found.get((place.source, place.chunk(one.inode)))
+            own = found.get((place.target_id, place.chunk(one.inode)))
+            if good is None or good.info is None:
+                return False  # it went meanwhile, or is another finding
+            if place.target_id not in self._serving(place.chain):
+                return False  # it is out, and comes back in step
+            if own is None or own.info is None:
+                return True
+            return own.info.version == place.version and not same_copy(own.info, good.info)
+
+        return [one for one in batch if is_bad(one)]
 
     def _is_lost(self, finding: Finding, chunk: ListedChunk | None) -> bool:
         assert finding.place is not None
@@ -196,6 +234,11 @@ class Fsck:
         info = None if chunk is None else chunk.info
         return info is None or info.length < finding.place.expected
 
+    def _serving(self, chain: int) -> tuple[int, ...]:
+        key = records.chain_key(chain)
+        found = self._store.range(key, key + b"\x00", 1)
+        return records.decode_chain(found[0][1]).targets if found else ()
+
     def _still_unused(self, batch: Sequence[Finding]) -> Iterator[Finding]:
         unused = [one for one in batch if one.kind in UNUSED]
         if not unused:
@@ -203,7 +246,7 @@ class Fsck:
             return
         queued = QueuedRemovals(self._store)
         found = self._look([chunk for one in unused for chunk in _chunks_of(one)])
-        there = Counter((target_id, inode) for target_id, inode, _ in found)
+        there = Counter((target_id, chunk.inode) for target_id, chunk in found)
         for one in batch:
             place = one.place
             if one.kind not in UNUSED or place is None:
@@ -215,12 +258,12 @@ class Fsck:
 
     def _look(
         self, places: Iterable[tuple[int, ChunkId]]
-    ) -> dict[tuple[int, int, int], ListedChunk]:
+    ) -> dict[tuple[int, ChunkId], ListedChunk]:
         by_target: dict[int, list[ChunkId]] = {}
         for target_id, chunk in places:
             by_target.setdefault(target_id, []).append(chunk)
         return {
-            (target_id, chunk.inode, chunk.number): chunk
+            (target_id, chunk.chunk): chunk
             for target_id, chunks in by_target.items()
             for chunk in self._targets.look(target_id, chunks)
         }
@@ -230,7 +273,7 @@ def _chunks_of(finding: Finding) -> Iterator[tuple[int, ChunkId]]:
     place = finding.place
     assert place is not None
     for number in range(place.first, min(place.end, place.first + ITEMS_PER_REQUEST_MAX)):
-        yield place.target_id, ChunkId(finding.inode, number)
+        yield place.target_id, ChunkId(finding.inode, number, place.chain)
 
 
 def _batches(candidates: Iterator[Finding]) -> Iterator[list[Finding]]:
@@ -269,6 +312,13 @@ def _corrupt(one: Located, error: ChunkCorrupt) -> Finding:
     info, number = one.chunk.info, one.chunk.number
     assert info is not None
     found = f"checksum {error.found_crc32c:08x} instead of {error.expected_crc32c:08x}"
+    if one.chunk.chain:  # other members have it, or the target will say that nobody has
+        return Finding(
+            kind=Kind.COPY_DAMAGED,
+            inode=one.chunk.inode,
+            detail=f"chunk {number} on target {one.target_id}: {found}",
+            place=Place(one.target_id, number, number + 1, was_read=True, chain=one.chunk.chain),
+        )
     return Finding(
         kind=Kind.BLOCK_DAMAGED if info.key else Kind.FILE_DAMAGED,
         inode=one.chunk.inode,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from kvfs_base.cluster import ClusterMap, GetClusterMap, Target, TargetState
 from kvfs_base.errors import ConnectionLost, KvfsError, NoTarget, TargetFailed, VersionMismatch
 from kvfs_base.limits import (
+    FSCK_CHAIN_PAGE_CHUNKS,
     ITEMS_PER_REQUEST_MAX,
     LIST_CHUNKS_MAX,
     SERVER_CHECK_BYTES,
@@ -63,6 +65,9 @@ class Targets(Protocol):
     ) -> list[KvfsError | ChunkInfo | None]:
         """Reads each again; its attribute, or what is wrong. At most CHECK_CHUNKS_PER_REQUEST."""
 
+    def repair(self, target_id: int, chunks: Sequence[ChunkId]) -> bool:
+        """Has a target get copies from other members. Whether all are whole now."""
+
 
 # --- a service that runs
 
@@ -101,26 +106,46 @@ class RemoteTargets:
             else:
                 self._addresses[target.target_id] = address
         self._names = {target.target_id: _name_of(target) for target in cluster.targets}
+        self._chains = {
+            target_id: [
+                chain.chain_id
+                for chain in cluster.chains
+                if chain.is_replicated and target_id in chain.members + chain.offline
+            ]
+            for target_id in self._addresses
+        }
 
     def listings(self) -> dict[int, Iterator[m.ListedChunk]]:
-        found = {}
+        found: dict[int, Iterator[m.ListedChunk]] = {}
         for target_id, address in self._addresses.items():
             try:
                 first = self._page(target_id, address, FIRST)
             except (ConnectionLost, NoTarget, TargetFailed) as exc:
                 self.unreachable[self._names[target_id]] = str(exc)
             else:
-                found[target_id] = self._list(target_id, address, first)
+                streams = [self._list(target_id, address, first)]
+                streams += [
+                    self._list_chain(target_id, address, chain) for chain in self._chains[target_id]
+                ]
+                found[target_id] = heapq.merge(*streams, key=_order)
         return found
 
-    def _list(self, target_id: int, address: Address, page: m.ChunkPage) -> Iterator[m.ListedChunk]:
+    def _list_chain(self, target_id: int, address: Address, chain: int) -> Iterator[m.ListedChunk]:
+        first = self._page(target_id, address, ChunkId(0, 0, chain), FSCK_CHAIN_PAGE_CHUNKS)
+        yield from self._list(target_id, address, first, FSCK_CHAIN_PAGE_CHUNKS)
+
+    def _list(
+        self, target_id: int, address: Address, page: m.ChunkPage, limit: int = LIST_CHUNKS_MAX
+    ) -> Iterator[m.ListedChunk]:
         yield from page.chunks
         while page.next is not None:
-            page = self._page(target_id, address, page.next.chunk)
+            page = self._page(target_id, address, page.next.chunk, limit)
             yield from page.chunks
 
-    def _page(self, target_id: int, address: Address, start: ChunkId) -> m.ChunkPage:
-        request = m.ListChunks(target_id, m.ChunkRef(*start))
+    def _page(
+        self, target_id: int, address: Address, start: ChunkId, limit: int = LIST_CHUNKS_MAX
+    ) -> m.ChunkPage:
+        request = m.ListChunks(target_id, m.ChunkRef(*start), limit)
         page: m.ChunkPage = self._pool.run(address, lambda c: c.call(request))
         return page
 
@@ -137,6 +162,13 @@ class RemoteTargets:
     ) -> list[KvfsError | ChunkInfo | None]:
         outcomes = self._ask(m.CheckChunks(target_id, _refs(chunks)))
         return [outcomes.error(place) or info for place, info in enumerate(outcomes.infos)]
+
+    def repair(self, target_id: int, chunks: Sequence[ChunkId]) -> bool:
+        try:
+            outcomes = self._ask(m.RepairChunks(target_id, _refs(chunks)))
+        except KvfsError:
+            return False
+        return not outcomes.errors
 
     def _ask(self, request: m.ChunkRequest) -> m.Outcomes:
         address = self._addresses[request.target_id]
@@ -209,6 +241,11 @@ class LocalTargets:
     def __init__(self, env: Env, reader: RecordReader, directories: Sequence[str]) -> None:
         self.unreachable: dict[str, str] = {}
         self._stores: dict[int, ChunkStore] = {}
+        self._chains: dict[int, list[int]] = {}
+        for key, value in read_sound(reader, records.CHAIN):
+            chain = records.decode_chain(value)
+            for target_id in chain.everybody if chain.is_replicated else ():
+                self._chains.setdefault(target_id, []).append(int.from_bytes(key[4:8], "big"))
         by_uuid = {
             key[4:].decode(): records.decode_target(value)
             for key, value in read_sound(reader, records.TARGET)
@@ -234,7 +271,13 @@ class LocalTargets:
             self.unreachable[f"{record.target_id} ({record.server_id})"] = "no directory"
 
     def listings(self) -> dict[int, Iterator[m.ListedChunk]]:
-        return {target_id: _all_chunks(store) for target_id, store in self._stores.items()}
+        return {
+            target_id: heapq.merge(
+                *(_all_chunks(store, chain) for chain in (0, *self._chains.get(target_id, ()))),
+                key=_order,
+            )
+            for target_id, store in self._stores.items()
+        }
 
     def look(self, target_id: int, chunks: Sequence[ChunkId]) -> list[m.ListedChunk]:
         return list(look_at(self._stores[target_id], list(chunks)))
@@ -250,13 +293,21 @@ class LocalTargets:
                 found.append(exc)
         return found
 
+    def repair(self, target_id: int, chunks: Sequence[ChunkId]) -> bool:
+        """Servers do that."""
+        return False
+
     def close(self) -> None:
         for store in self._stores.values():
             store.close()
 
 
-def _all_chunks(store: ChunkStore) -> Iterator[m.ListedChunk]:
-    listing = ChunkListing(store, FIRST)
+def _order(chunk: m.ListedChunk) -> tuple[int, int]:
+    return chunk.inode, chunk.number
+
+
+def _all_chunks(store: ChunkStore, chain: int) -> Iterator[m.ListedChunk]:
+    listing = ChunkListing(store, ChunkId(0, 0, chain))
     while listing.next is not None:
         yield from listing.page(LIST_CHUNKS_MAX).chunks
 
