@@ -62,8 +62,6 @@ class Decision:
 
     group: Group[Any]
     undo: list[Callable[[], None]]
-    urgent: bool = False
-    """To be on stable storage before anybody hears of it."""
 
 
 class MetadataCore:
@@ -309,7 +307,8 @@ class MetadataCore:
         self.cluster.map_version.urgent = False
         try:
             group = self._engine.run(fns)
-            return Decision(group, undo, urgent=self.cluster.map_version.urgent)
+            group.urgent = self.cluster.map_version.urgent
+            return Decision(group, undo)
         except BaseException:
             roll_back(undo)  # the store went away while functions were at work
             raise
@@ -317,7 +316,7 @@ class MetadataCore:
     def commit(self, decision: Decision) -> None:
         """Writes a group; from any thread. If it raises, ``take_back`` must follow."""
         self._engine.commit(decision.group)
-        if decision.urgent and self._config.durability != "strict":
+        if decision.group.urgent and not self._engine.shared:
             try:
                 self._engine.sync()
             except KvfsError as exc:

@@ -61,6 +61,9 @@ class Group(Generic[T]):
 
     results: list[T | KvfsError]
     writes: dict[bytes, bytes | None]
+    urgent: bool = False
+    """To be on stable storage before any other process sees it, whatever the durability; only
+    shared engines look. Whoever owns his store calls ``sync``."""
 
 
 class Listener(Protocol):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -119,6 +119,7 @@ FIND_CUT = Statement(
     b"FROM kvfs_metadata.log WHERE version > $1::bigint) AS sums WHERE newer <= $2::bigint",
 )
 CUT_LOG = Statement(b"cut_log", b"DELETE FROM kvfs_metadata.log WHERE version < $1::bigint")
+COMMIT_SYNCED = Statement(b"commit_synced", b"SELECT set_config('synchronous_commit', 'on', true)")
 SYNC = Statement(b"sync", b"UPDATE kvfs_metadata.synced SET number = number + 1 WHERE one = 1")
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -402,7 +403,7 @@ class PostgresEngine:
         with self._memory:
             self._pending, self._pending_seen = made, False
         try:
-            self._write(turn, made, group.writes)
+            self._write(turn, made, group)
         except Lost as exc:
             self._look_up(made, exc)
         except BaseException:
@@ -415,19 +416,19 @@ class PostgresEngine:
                 self._cache.apply(group.writes, own=True)
                 self._seen = made
 
-    def _write(self, turn: Head, made: State, writes: Writes) -> None:
-        told: bytes | None = _encode(dict(writes))
+    def _write(self, turn: Head, made: State, group: Group[Any]) -> None:
+        told: bytes | None = _encode(group.writes)
         assert told is not None
         size = len(told)
         if size > POSTGRES_LOG_ENTRY_BYTES_MAX:
             told, size = None, 0
         start, log_bytes = self._cut(turn)
-        last: list[Command] = []
+        last: list[Command] = [Command(COMMIT_SYNCED)] if group.urgent else []
         if start != turn.log_start:
             last.append(Command(CUT_LOG, (int8(start),)))
         numbers = (int8(start), int8(log_bytes + size), int8(size))
         last.append(Command(ADD_LOG, (int8(made.version), made.token, *numbers, told)))
-        *rounds, final = _rounds(writes)
+        *rounds, final = _rounds(group.writes)
         for commands in rounds:
             self._writer.round(commands)
         self._writer.commit(final + last)

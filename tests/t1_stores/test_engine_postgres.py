@@ -739,6 +739,29 @@ def test_cache_does_not_wait_for_the_disk(
     assert behind > 0
 
 
+def test_what_is_urgent_is_in_the_files_before_anybody_sees_it(
+    engines: Callable[..., PostgresEngine], postgres_url: str
+) -> None:
+    engine = engines()
+    with psycopg.connect(postgres_url, autocommit=True) as admin:
+        for number in range(20):
+            before, _ = flushed(admin)
+            group = engine.run([put(a=b"%d" % number * 1000)])
+            group.urgent = True
+            engine.commit(group)
+            _, after = flushed(admin)
+            assert admin.execute("SELECT %s::pg_lsn < %s::pg_lsn", [before, after]).fetchone() == (
+                True,
+            )
+            assert get(engine, b"a") == b"%d" % number * 1000
+        behind = 0
+        for number in range(200):
+            engine.update([put(a=b"%d" % number)])
+            inserted, flush = flushed(admin)
+            behind += inserted != flush
+    assert behind > 0, "only for that one"
+
+
 @pytest.fixture
 def small_tablespace(postgres_server: PostgresServer) -> Iterator[str]:
     """A tablespace of 2 MiB."""

@@ -316,6 +316,33 @@ def test_a_service_that_stood_still_cannot_tell_who_was_silent(world: World) -> 
     assert world.chains() == before
 
 
+def test_members_are_on_stable_storage_before_anybody_hears_of_them(world: World) -> None:
+    """With the ``cache`` durability, too: a store that forgot them could let two serve."""
+    synced: list[dict[int, Chain]] = []
+    engine = world.rig.engine
+    engine.sync = lambda: synced.append(world.chains())  # type: ignore[method-assign]
+    world.rig.make(ROOT, b"f")
+    world.live(2.0)
+    assert synced == [], "only for that"
+    world.restart(world.disks[0])
+    assert synced and synced[-1] == world.chains()
+    count = len(synced)
+    world.disks[1].silent = True
+    world.live(2 * LEASE)
+    assert len(synced) > count and synced[-1] == world.chains()
+
+
+def test_a_change_that_may_be_lost_again_is_told_to_nobody(world: World) -> None:
+    def fail() -> None:
+        raise e.DiskFull(path="store")
+
+    world.rig.engine.sync = fail  # type: ignore[method-assign]
+    disk = world.disks[0]
+    disk.healthy = False
+    with pytest.raises(e.DiskFull):
+        world.beat(disk)
+
+
 # --- fences
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from kvfs_base.cluster import GetClusterMap
 from kvfs_base.errors import InodeStale, VersionMismatch
 from kvfs_base.os_env import os_env
 from kvfs_metadata import messages as m
 from kvfs_metadata import migrations, records
 from kvfs_metadata.engine import Group, KVEngine, KVTransaction, scan_all
 from kvfs_metadata.lmdb_engine import LmdbEngine
-from kvfs_metadata.memory_engine import MemoryEngine
+from kvfs_metadata.memory_engine import MemoryEngine, MemoryStore
 from kvfs_metadata.migrations import convert_all, migrate
 from kvfs_metadata.stores import update
 from t2_services.metadata_rig import ROOT, Rig, keys
@@ -25,11 +26,20 @@ attribute, a symbolic link, an unlinked open file, a namespace with two blocks o
 batch."""
 
 
-def raw_format_1() -> dict[bytes, bytes]:
+FORMAT_2 = Path(__file__).with_name("metadata_format_2.json")
+"""What version 2 wrote on a shared store: three targets, one of them draining, with heartbeats and
+a queue each, a file, a namespace with three blocks of four, a prepared batch."""
+
+
+def raw(path: Path) -> dict[bytes, bytes]:
     return {
         bytes.fromhex(key): bytes.fromhex(value)
-        for key, value in json.loads(FORMAT_1.read_text()).items()
+        for key, value in json.loads(path.read_text()).items()
     }
+
+
+def raw_format_1() -> dict[bytes, bytes]:
+    return raw(FORMAT_1)
 
 
 def fill(engine: KVEngine, items: dict[bytes, bytes]) -> None:
@@ -78,6 +88,52 @@ def test_a_store_of_version_1_is_opened_with_everything_in_it() -> None:
     rig.work(60)
     with pytest.raises(InodeStale):
         rig.attr(orphan)
+
+
+def test_a_store_of_version_2_is_opened_with_everything_in_it() -> None:
+    old = raw(FORMAT_2)
+    assert old[records.FORMAT_KEY] == b"kvfs-metadata 2"
+    engine = MemoryEngine(MemoryStore())
+    fill(engine, old)
+    rig = Rig(engine=engine, server=b"B" * 16, targets=0, grace_over=False)
+    now = content(engine)
+    assert now[records.FORMAT_KEY] == records.FORMAT
+    queued = [key for key in old if key.startswith(records.REMOVAL)]
+    assert queued
+    for key in queued:
+        before, after = old[key], records.unpack_removal(now[key])
+        assert (after.inode, after.size) == (
+            int.from_bytes(before[:8], "little"),
+            int.from_bytes(before[16:], "little"),
+        )
+        assert after.chain == 0
+    beats = [key for key in old if key.startswith(records.BEAT)]
+    assert len(beats) == 3
+    for key in beats:
+        assert records.unpack_beat(now[key]) == records.BeatValue(10**12, True, 0)
+    found = rig.call(GetClusterMap())
+    assert [c.targets for c in found.chains] == [(1,), (2,), (3,)]
+    assert {(c.version, c.copies, c.syncing, c.offline) for c in found.chains} == {(1, 1, (), ())}
+    assert [t.state for t in found.targets] == ["serving", "serving", "draining"]
+    assert found.version > 1 << 32, "as many starts as there were, and this one"
+    assert [r.chain for r in rig.heartbeat("target-2").targets[0].removals] != []
+    namespace = rig.namespace()
+    assert rig.stored(namespace, [1, 2, 3, 4]) == [1, 3, 4]
+    (batch,) = [records.number_at(k) for k in old if k.startswith(records.PREPARED)]
+    rig.call(m.CommitBlocks(batch, (0, 1)))
+    assert rig.stored(namespace, [7, 8]) == [7, 8]
+    assert rig.attr(rig.resolve(b"/models/weights").inode).size == 70_000_000
+    migrate(engine)  # nothing is left to do
+    assert rig.call(m.GetXattr(ROOT, b"user.kvfs.copies")) == b"1"
+
+
+def test_a_removal_and_a_heartbeat_are_converted_once() -> None:
+    engine = MemoryEngine()
+    fill(engine, raw(FORMAT_2))
+    migrations.STEPS[2](engine)
+    once = content(engine)
+    migrations.STEPS[2](engine)
+    assert content(engine) == once != raw(FORMAT_2)
 
 
 def test_an_empty_store_stays_empty() -> None:

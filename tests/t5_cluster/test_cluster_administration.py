@@ -89,21 +89,22 @@ def test_a_server_is_drained_removed_and_comes_back(own: Cluster) -> None:
 def test_a_server_that_is_removed_by_force(own: Cluster) -> None:
     own.up()
     kv = own.directory
-    contents = {name: os.urandom(100_000) for name in ("a", "b", "c", "d", "e", "f")}
+    contents = {name: os.urandom(100_000) for name in "abcdefghijkl"}
     (own.mountpoint / "files").mkdir()
     for name, content in contents.items():
         (own.mountpoint / "files" / name).write_bytes(content)
     with kvfs.connect(kv) as client:
         own.put(client, range(30))
     target = target_of(own, "chunks-1")
-    held = {c["chain"]: c for c in listed(own, "chains")}[target["chains"][0]]
-    assert (held["blocks"], held["files"], held["file_chunks"]) == (10, 2, 2)
+    held = {c["chain"]: c for c in listed(own, "chains")["chains"]}[target["chains"][0]]
+    assert (held["blocks"], held["copies"], held["targets"]) == (10, 1, [target["target_id"]])
+    assert 0 < held["files"] == held["file_chunks"] < len(contents)
 
     done = run("cluster", "remove", kv, target["target_id"], "--force", "--json")
     assert done.returncode == ExitCode.OK, done.stderr
     report = json.loads(done.stdout)
     assert report["removed"] == [target["target_id"]]
-    assert [file["lost_chunks"] for file in report["lost_files"]] == [1, 1]
+    assert [file["lost_chunks"] for file in report["lost_files"]] == [1] * held["files"]
     lost = {file["path"].removeprefix("/files/") for file in report["lost_files"]}
     assert lost < contents.keys()
     assert b"removed" in run("cluster", "chains", kv).stdout
