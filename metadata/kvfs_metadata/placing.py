@@ -114,7 +114,7 @@ class Placement:
         there = {site.target_id for site in sites if self._targets.is_alive(site.target_id)}
         basis = _Basis(sites, there, self._members(copies))
         planned = plan.chains if plan is not None else []
-        if plan is None or plan.basis != basis:
+        if plan is None or not basis.is_covered_by(plan.basis):
             planned = self._make(tx, basis, copies)
             basis = _Basis(sites, there, self._members(copies))
         self._plans[copies] = _Plan(int(self._version), basis, planned)
@@ -197,11 +197,16 @@ class Placement:
 
 
 class _Basis(NamedTuple):
-    """What a table is made for: if it is the same, the table is."""
+    """What a table is made for."""
 
     sites: tuple[Site, ...]
     there: set[int]
     members: dict[int, frozenset[int]]
+
+    def is_covered_by(self, other: _Basis) -> bool:
+        """Whether the table made for ``other`` does. Who has gone away needs no other one."""
+        same = self.sites == other.sites and self.members == other.members
+        return same and self.there <= other.there
 
 
 class _Plan(NamedTuple):
