@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from kvfs_base import threads
-from kvfs_base.errors import ChunkNotFound, KvfsError
+from kvfs_base.errors import ChunkNotFound, KvfsError, WriteUncertain
 from kvfs_base.limits import (
     CHAIN_WRITE_SECONDS,
     ITEMS_PER_REQUEST_MAX,
@@ -24,7 +24,7 @@ from kvfs_base.limits import (
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.client import ChunkClient
-from kvfs_datapath.connections import Attempt
+from kvfs_datapath.connections import Attempt, seconds_for
 from kvfs_datapath.outcomes import raise_first
 from kvfs_datapath.patience import Patience
 from kvfs_datapath.routes import ChainRoutes, Route
@@ -93,33 +93,43 @@ class ChainedFile:
         """Bytes read: fewer than asked where the chunk ends."""
         chunk = self._chunk(segment.number)
 
-        def ask(route: Route, attempt: Attempt, buffer: memoryview | None) -> int:
+        def ask(route: Route, attempt: Attempt, buffer: memoryview | None) -> tuple[int, int]:
             target = view if buffer is None else buffer[: len(view)]
             return self._fetch(route, attempt, m.Piece(*chunk, offset, len(view)), target)
 
         def take(buffer: memoryview) -> None:
             view[:] = buffer[: len(view)]
 
-        received = self._reader.ask(chunk, len(view), ask, take)
+        received, version = self._reader.ask(chunk, len(view), ask, take)
+        with self._condition:
+            self._know(segment.number, version)
         if received < len(view):
             view[received:] = bytes(len(view) - received)
         return received
 
-    def _fetch(self, route: Route, attempt: Attempt, piece: m.Piece, view: memoryview) -> int:
-        received = 0
+    def _fetch(
+        self, route: Route, attempt: Attempt, piece: m.Piece, view: memoryview
+    ) -> tuple[int, int]:
+        """How many bytes there were, and of which version of the chunk."""
+        received = version = 0
 
         def into(outcomes: m.Outcomes) -> list[memoryview]:
-            nonlocal received
+            nonlocal received, version
             (info,) = outcomes.infos
-            received = 0 if info is None else max(0, min(len(view), info.length - piece.offset))
+            if info is not None:
+                version = info.version
+                received = max(0, min(len(view), info.length - piece.offset))
             return [view[:received]] if received else []
 
         request = m.ReadPieces(route.target_id, (piece,))
         outcomes = self._shared.pool.run(
-            route.address, lambda c: c.call(request, into=into), attempt=attempt
+            route.address,
+            lambda c: c.call(request, into=into),
+            seconds=seconds_for(0),
+            attempt=attempt,
         )
         raise_first(outcomes)
-        return received
+        return received, version
 
     # --- writing
 
@@ -128,7 +138,8 @@ class ChainedFile:
         for segment in wanted:
             by_chain.setdefault(self._layout.chain_of(segment.number), []).append(segment)
         with self._writing([s.number for s in wanted]):
-            self._learn_versions(by_chain)
+            for chain, group in by_chain.items():
+                self._learn_versions(chain, [s.number for s in group])
             jobs: list[Callable[[], None]] = []
             for chain, group in by_chain.items():
                 changes = [self._change(s, view, at) for s in group for at in _parts(s.length)]
@@ -166,11 +177,21 @@ class ChainedFile:
         )
 
     def _send(self, chain: int, changes: Sequence[Change]) -> None:
-        infos = self._updater.update(chain, changes, self._patience(CHAIN_WRITE_SECONDS))
+        try:
+            infos = self._updater.update(chain, changes, self._patience(CHAIN_WRITE_SECONDS))
+        except WriteUncertain:
+            self._forget({change.number for change in changes})
+            raise
         with self._condition:
             for info in infos:
                 if info is not None:
                     self._know(info.number, info.version)
+
+    def _forget(self, numbers: Collection[int]) -> None:
+        """Others have changed these chunks, or nobody said what became of them."""
+        with self._condition:
+            for number in numbers:
+                self._versions.pop(number, None)
 
     def _know(self, number: int, version: int) -> None:
         """Holds the lock."""
@@ -178,21 +199,18 @@ class ChainedFile:
         if len(self._versions) > VERSIONS_KEPT_MAX:
             del self._versions[next(iter(self._versions))]
 
-    def _learn_versions(self, by_chain: dict[int, list[Segment]]) -> None:
+    def _learn_versions(self, chain: int, numbers: Sequence[int]) -> None:
         """Asks what versions chunks have of which nothing is known, and those after them on the
         same chain. Without it a write whose answer is lost could not be repeated when its head is
         lost, too. Nothing depends on the answer: 0 is always true enough."""
-        for chain, group in by_chain.items():
-            unknown = [s.number for s in group if s.number not in self._versions]
-            if not unknown:
-                continue
-            step = len(self._layout.chains)
-            ahead = {unknown[-1] + step * n for n in range(STAT_AHEAD_CHUNKS)}
-            numbers = sorted({*unknown, *ahead})[:ITEMS_PER_REQUEST_MAX]
-            try:
-                self._stat(chain, [n for n in numbers if self._layout.chain_of(n) == chain])
-            except KvfsError:
-                continue  # the write tells what is wrong
+        unknown = [number for number in numbers if number not in self._versions]
+        if not unknown:
+            return
+        step = len(self._layout.chains)
+        ahead = {unknown[-1] + step * n for n in range(STAT_AHEAD_CHUNKS)}
+        wanted = sorted({*unknown, *ahead})[:ITEMS_PER_REQUEST_MAX]
+        with contextlib.suppress(KvfsError):  # the write tells what is wrong
+            self._stat(chain, wanted)
 
     def _stat(self, chain: int, numbers: Sequence[int]) -> None:
         refs = self._updater.refs(self._inode, numbers, chain)
@@ -200,7 +218,7 @@ class ChainedFile:
         def ask(route: Route, attempt: Attempt, buffer: memoryview | None) -> m.Outcomes:
             request = m.StatChunks(route.target_id, refs)
             found: m.Outcomes = self._shared.pool.run(
-                route.address, lambda c: c.call(request), attempt=attempt
+                route.address, lambda c: c.call(request), seconds=seconds_for(0), attempt=attempt
             )
             raise_first(found, besides=ChunkNotFound)
             return found
@@ -216,14 +234,19 @@ class ChainedFile:
         chunk_bytes = self._layout.chunk_bytes
         first, end = -(-new_size // chunk_bytes), -(-old_size // chunk_bytes)
         if first < end:
-            with self._writing([n for n in self._versions if first <= n < end]):
+            with self._condition:
+                known = [n for n in self._versions if first <= n < end]
+            with self._writing(known):
                 self._remove(first, end)
+                self._forget(known)
         number, inside = divmod(new_size, chunk_bytes)
         if inside:
             with self._writing([number]):
+                chain = self._layout.chain_of(number)
+                self._learn_versions(chain, [number])
                 base = self._versions.get(number, 0)
                 cut = Change(self._inode, number, inside, memoryview(b""), base, cut=True)
-                self._send(self._layout.chain_of(number), [cut])
+                self._send(chain, [cut])
 
     def _remove(self, first: int, end: int) -> None:
         """Every head looks for the whole range, and cuts what it finds to nothing. The number makes

@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from kvfs_base.errors import (
+    ChunkCorrupt,
     Conflict,
     KvfsError,
     NoTarget,
@@ -73,7 +74,10 @@ class ChainWriter:
             for index in served:
                 if results[index] is None:
                     writes[index].version = routes[writes[index].chain].version
-            left = [i for i in served if isinstance(results[i], PASSING_ERRORS)]
+            # Bytes that broke on their way are sent once more. If the caller's memory is what
+            # changed, they are wrong again.
+            worth = PASSING_ERRORS if fresh else (*PASSING_ERRORS, ChunkCorrupt)
+            left = [i for i in served if isinstance(results[i], worth)]
             if not left:
                 return results
             if patience is None:

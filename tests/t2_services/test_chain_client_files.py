@@ -29,6 +29,7 @@ from kvfs_base.errors import (
     WriteUncertain,
 )
 from kvfs_base.limits import MIB, TRANSFER_BYTES
+from kvfs_base.seams import Buffer
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.client import ChunkClient
@@ -88,8 +89,32 @@ def assert_quiet(cluster: FakeCluster) -> None:
 # --- the model
 
 
-def test_random_operations_against_the_model(cluster: FakeCluster) -> None:
+class PersistentFile(StripedFile):
+    """Who has seen an older version than there is may be told that a lost write is uncertain.
+    Nobody else writes here at the same time: it may be done again."""
+
+    def write(self, offset: int, data: Buffer) -> None:
+        try:
+            super().write(offset, data)
+        except WriteUncertain:
+            super().write(offset, data)
+
+    def truncate(self, old_size: int, new_size: int) -> None:
+        try:
+            super().truncate(old_size, new_size)
+        except WriteUncertain:
+            super().truncate(old_size, new_size)
+
+
+def persistent_file(client: ChunkClient, inode: int) -> StripedFile:
+    return PersistentFile(client, inode, LAYOUT, retry_seconds=SECONDS)
+
+
+def test_random_operations_against_the_model(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Answers are lost, heads are refused, chains change: the model does not notice."""
+    monkeypatch.setattr("t2_services.test_chunk_files.new_file", persistent_file)
 
     class Machine(FileMachine):
         @rule(
@@ -274,6 +299,45 @@ def test_what_was_there_before_is_known(cluster: FakeCluster) -> None:
     file = new_file(cluster.client())
     file.write(100, b"c")
     assert [u.base for u in updates(cluster)] == [0, 1, 2]
+
+
+def test_who_has_read_knows_the_version(cluster: FakeCluster) -> None:
+    written(cluster, b"a" * CHUNK_BYTES)
+    file, other = new_file(cluster.client()), new_file(cluster.client())
+    file.write(0, b"b")
+    other.write(1, b"c")
+    assert file.read(0, 2, 2, False) == b"bc"
+    file.write(0, b"d")
+    assert [u.base for u in updates(cluster)] == [0, 1, 2, 3]
+
+
+def test_what_was_removed_is_asked_for_again(cluster: FakeCluster) -> None:
+    file = new_file(cluster.client())
+    file.write(0, b"a" * 900)
+    file.truncate(900, 0)
+    cluster.servers[1].script = first(1, Fault(lose=True), m.UpdateChunks)
+    file.write(0, b"b")
+    assert [u.base for u in updates(cluster)] == [0, 2, 2]
+
+
+def test_who_was_told_that_it_is_uncertain_asks_before_the_next_write(
+    cluster: FakeCluster,
+) -> None:
+    file = new_file(cluster.client())
+    file.write(0, b"old")
+    new_file(cluster.client()).write(0, b"new")
+    cluster.servers[1].script = first(2, Fault(lose=True), m.UpdateChunks)
+    with pytest.raises(WriteUncertain):
+        file.write(0, b"mine")
+    file.write(0, b"mine")
+    assert updates(cluster)[-1].base == 2
+
+
+def test_a_cut_asks_what_is_there(cluster: FakeCluster) -> None:
+    written(cluster, b"a" * 900)
+    cluster.servers[1].script = first(1, Fault(lose=True), m.UpdateChunks)
+    new_file(cluster.client()).truncate(900, 100)
+    assert [u.base for u in updates(cluster)] == [0, 1, 1]
 
 
 def test_two_clients_have_different_writers(cluster: FakeCluster) -> None:

@@ -110,17 +110,19 @@ def test_random_operations_against_the_model(
 
         def teardown(self) -> None:
             if hasattr(self, "files"):
+                if self.model:
+                    assert cluster.committed(1, inode=self.inode) is not None or self.sparse
                 assert_in_step(cluster, self.inode, 1 + len(self.model) // 1000)
                 for client in self.clients:
                     client.close()
                     cluster.clients.remove(client)
 
-    monkeypatch.setattr("t2_services.test_chunk_files.LAYOUT", LAYOUT)
+    monkeypatch.setattr("t2_services.test_chunk_files.new_file", new_file)
     Machine.cluster = cluster
     run_state_machine_as_test(  # type: ignore[no-untyped-call]
         Machine,
         settings=settings(
-            max_examples=6,
+            max_examples=15,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
@@ -168,7 +170,7 @@ def test_truncate_and_grow_again(cluster: ChainCluster) -> None:
 
 
 @pytest.mark.logs_warnings
-def test_a_damaged_copy_is_read_elsewhere(cluster: ChainCluster) -> None:
+def test_a_damaged_copy_is_read_elsewhere_and_repaired(cluster: ChainCluster) -> None:
     client = cluster.client()
     writes = make_writes([5_000] * 4, chains=[CHAIN])
     assert client.write_chunks(writes) == [None] * 4
@@ -181,6 +183,11 @@ def test_a_damaged_copy_is_read_elsewhere(cluster: ChainCluster) -> None:
     reads = reads_of(writes)
     assert client.read_chunks(reads) == [None] * 4
     assert_equal(reads, writes)
+    wait_until(lambda: client.statistics()["repairs_asked"] == 4)
+    wait_until(
+        lambda: sum(s.statistics()["chunks_repaired"] for s in cluster.servers.values()) == 4
+    )
+    assert_stored(cluster, writes, [1, 2, 3])
 
 
 def test_the_kind_of_a_file_is_decided_once(cluster: ChainCluster) -> None:

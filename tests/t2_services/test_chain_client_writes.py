@@ -214,13 +214,24 @@ def test_nobody_serves(cluster: FakeCluster) -> None:
     assert isinstance(result, NoTarget)
 
 
-@pytest.mark.parametrize("error", [DiskFull(), ChunkCorrupt()])
-def test_what_time_does_not_heal(remote: FakeCluster, error: KvfsError) -> None:
+@pytest.mark.parametrize(("error", "requests"), [(DiskFull(), 1), (ChunkCorrupt(), 2)])
+def test_what_time_does_not_heal(remote: FakeCluster, error: KvfsError, requests: int) -> None:
+    """Bytes that do not match are sent once more: they may have broken on their way."""
     for server in remote.servers.values():
         server.script = always(Fault(error=error))
     (result,) = remote.client().write_chunks(make_writes([100], chains=[CHAIN]))
     assert type(result) is type(error)
-    assert sum(len(s.requests) for s in remote.servers.values()) == 1
+    assert sum(len(s.requests) for s in remote.servers.values()) == requests
+
+
+def test_bytes_that_broke_on_their_way(cluster: FakeCluster) -> None:
+    for server in cluster.servers.values():
+        server.script = first(1, Fault(error=ChunkCorrupt()), m.WriteChunks)
+    writes = make_writes([7000] * 3, chains=[CHAIN])
+    # One request to the first of a pass, then, the order being the same, another to it.
+    results = cluster.client().write_chunks(writes)
+    assert results == [None] * 3
+    assert_everywhere(cluster, writes)
 
 
 def test_closing_ends_the_wait(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
