@@ -3,10 +3,11 @@ fast to start, and tests can reach into each."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import trio
@@ -14,7 +15,7 @@ import trio
 import kvfs
 from kvfs.agent.config import AgentConfig
 from kvfs.agent.server import Agent
-from kvfs_base.cluster import TargetState
+from kvfs_base.cluster import Chain, TargetState
 from kvfs_base.os_env import os_env
 from kvfs_base.types import Address
 from kvfs_datapath.config import ChunkServerConfig
@@ -115,6 +116,30 @@ class ApiCluster:
         """It may be stopped already."""
         self.servers[number].stop()
         self.servers[number] = self._start_server(number)
+
+    @contextlib.contextmanager
+    def without_server(self, number: int) -> Iterator[None]:
+        """A server stops before the body; after it the server starts, is found to be another one,
+        taken out of its chains, brought in step and put back into each of them."""
+        view = ClusterView(os_env(), self.metadata_address)
+        try:
+            before = {chain.chain_id: chain for chain in view.refresh().chains}
+            server = self.servers[number]
+            targets = {t.target_id for t in view.current().targets if t.unix in server.addresses}
+            assert targets
+            server.stop()
+            yield
+            self.restart_server(number)
+
+            def is_back(chain: Chain) -> bool:
+                known = before.get(chain.chain_id)
+                if known is None or not known.is_replicated or targets.isdisjoint(known.members):
+                    return True
+                return chain.version > known.version and len(chain.targets) == chain.copies
+
+            wait_until(lambda: all(map(is_back, view.refresh().chains)), 60)
+        finally:
+            view.close()
 
     def _wait_for_targets(self, count: int) -> None:
         view = ClusterView(os_env(), self.metadata_address)

@@ -15,9 +15,7 @@ from typing import Any
 import pytest
 
 from api_cluster import MIB, ApiCluster
-from kvfs_base.os_env import os_env
-from kvfs_metadata.client import ClusterView
-from t4_mount.harness import Role, detach, wait_until
+from t4_mount.harness import Role, detach
 
 
 @pytest.fixture
@@ -49,35 +47,6 @@ def copies_of(cluster: ApiCluster) -> set[int]:
     return {names.count(name) for name in set(names)}
 
 
-@contextlib.contextmanager
-def coming_back(cluster: ApiCluster, number: int) -> Iterator[None]:
-    """A server stops before the body; after it the server starts, is found to be another one, taken
-    out of its chains, brought in step and put back into each of them."""
-    view = ClusterView(os_env(), cluster.metadata_address)
-    try:
-        before = {chain.chain_id: chain for chain in view.refresh().chains}
-        server = cluster.servers[number]
-        targets = {t.target_id for t in view.current().targets if t.tcp in server.addresses}
-        assert targets
-        server.stop()
-        yield
-        cluster.restart_server(number)
-        wait_until(
-            lambda: all(
-                len(chain.targets) == chain.copies
-                and (
-                    not chain.is_replicated
-                    or targets.isdisjoint(chain.targets)
-                    or chain.version > before[chain.chain_id].version
-                )
-                for chain in view.refresh().chains
-            ),
-            60,
-        )
-    finally:
-        view.close()
-
-
 def test_files_survive_each_of_their_servers(hosts: ApiCluster) -> None:
     data = os.urandom(7 * MIB + 123)
     with mounted(hosts, "one") as mount:
@@ -96,7 +65,7 @@ def test_files_survive_each_of_their_servers(hosts: ApiCluster) -> None:
         assert file.read_bytes() == data
         for number in (1, 2, 0):
             # Another mount: nothing of it is in a page cache.
-            with coming_back(hosts, number), mounted(hosts, f"without-{number}") as other:
+            with hosts.without_server(number), mounted(hosts, f"without-{number}") as other:
                 assert (other / "safe" / "below" / "file").read_bytes() == data
 
 
