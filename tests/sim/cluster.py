@@ -84,12 +84,14 @@ class ChunkHost:
         durability: str,
         knobs: Callable[[], DiskKnobs],
         capacity_bytes: int,
+        sync_rate: int,
     ) -> None:
         self.site = site
         self.name = name
         self.host = site.network.host(name)
         self.clock = HostClock(site.hub)
         self.durability = durability
+        self.sync_rate = sync_rate
         self.disks = {
             f"/{name}/{number}": SimDisk(
                 random.Random(site.hub.rng.getrandbits(64)), knobs(), capacity_bytes
@@ -137,6 +139,7 @@ class ChunkHost:
             unix=None,
             tcp=Address.tcp(self.host.ip, CHUNK_PORT),
             durability=self.durability,
+            sync_bytes_per_second=self.sync_rate,
         )
 
         def begin() -> ChunkServer:

@@ -76,6 +76,8 @@ class Plan:
     outage_seconds: float
     pause_seconds: float
     late_seconds: float
+    sync_rate: int
+    """Bytes a second that bring members in step; 0 is no bound."""
     network: NetworkKnobs
     disk: DiskKnobs
 
@@ -128,6 +130,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         outage_seconds=rng.choice((0.5, 2.0, 6.0)),
         pause_seconds=0.05 if kind == "leases" else rng.choice((0.05, 0.15, 0.4)),
         late_seconds=rng.choice((0.0, 1.0, 10.0)),
+        sync_rate=20_000 if kind == "leases" else rng.choice((0, 0, 20_000)),
         network=NetworkKnobs(
             latency=rng.choice((0.0001, 0.001, 0.01)),
             slow_chance=0.0 if files and copies == 1 else rng.choice((0.0, 0.001, 0.02)),
@@ -204,6 +207,7 @@ class World:
                 plan.durability,
                 lambda: dataclasses.replace(plan.disk),
                 64 * MIB,
+                plan.sync_rate,
             )
             for n in range(plan.chunk_servers)
         ]
