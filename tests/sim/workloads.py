@@ -245,7 +245,7 @@ class BlockWorker(Worker):
     def _lost(self, number: int, info: BlockInfo, error: KvfsError) -> None:
         """A block that was there and cannot be read any more is removed, as readers do. Where
         nothing may be lost, it must have been removed by somebody meanwhile."""
-        if not self.world.plan.lossy:
+        if not self.world.plan.lossy and "rot" not in self.world.plan.faults:
             (now,) = self.lookup([number])
             if now is not None and now.inode == info.inode:
                 raise WrongBytes(f"block {info.inode} is committed and cannot be read: {error}")
@@ -318,7 +318,7 @@ class FileWorker(Worker):
             data = file.read(first * PAGE_BYTES, count * PAGE_BYTES, FILE_BYTES, True)
         except KvfsError as exc:
             self.failed("read file", exc)
-            if isinstance(exc, IntegrityError) and not self.world.plan.files_lossy:
+            if isinstance(exc, IntegrityError) and not self.world.plan.may_be_damaged:
                 raise WrongBytes(f"file {inode} page {first}: {exc}") from exc
             for thing, entry in zip(things, entries, strict=True):
                 self.world.history.forget(thing, entry)
@@ -369,7 +369,7 @@ class ChurnWorker(Worker):
         try:
             data = file.read(0, size, size, False)
         except (IntegrityError, ChunkNotFound) as exc:
-            if self.world.plan.files_lossy:
+            if self.world.plan.may_be_damaged:
                 raise
             raise WrongBytes(f"own file {attr.inode}: {exc}") from exc
         if not self.world.plan.files_lossy:

@@ -81,9 +81,14 @@ class Plan:
     network: NetworkKnobs
     disk: DiskKnobs
 
+    @property
+    def may_be_damaged(self) -> bool:
+        """For a while nobody may have a good copy: the others are away. In the end somebody has."""
+        return self.files_lossy or "rot" in self.faults
+
 
 SINGLE_COPY = ("restarts", "network", "power", "anything")
-CHAINS = ("chains", "leases", "chains and power", "chains and disks")
+CHAINS = ("chains", "leases", "chains and power", "chains and disks", "chains and rot")
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
 
 
@@ -109,7 +114,9 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         durability = "strict"
         faults = (*faults, *NETWORK, "power chunks", "power metadata", "power all")
     elif kind == "chains and disks":
-        faults = (*faults, *NETWORK, "dead disk", "full disk", "rot")
+        faults = (*faults, *NETWORK, "dead disk", "full disk")
+    elif kind == "chains and rot":  # and nobody else away: of two copies one may rot
+        faults = ("rot", "rot", "kill client", "clock", "break", "kill metadata")
     chosen = tuple(f for f in faults if rng.random() < 0.7) or faults[:1]
     return Plan(
         kind=kind,
