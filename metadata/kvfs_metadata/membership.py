@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from kvfs_base.cluster import Synced
-from kvfs_base.errors import TargetInUse
+from kvfs_base.errors import InvalidRequest, TargetInUse
 from kvfs_base.limits import REPLACE_SECONDS
 from kvfs_metadata import members
 from kvfs_metadata.chains import ChainTable
@@ -236,6 +236,8 @@ class Membership:
     def replace(self, tx: Tx, entry: TargetEntry, other: TargetEntry) -> None:
         """``other`` takes the places of ``entry``: at once where that is away, else while it is
         drained. Raises TargetInUse if it is neither."""
+        if other is entry:
+            raise InvalidRequest(detail="a target does not take its own places")
         if self._targets.is_alive(entry.target_id) and not entry.record.draining:
             detail = "it is there: drain it first"
             raise TargetInUse(target_id=entry.target_id, detail=detail)

@@ -473,6 +473,8 @@ def test_one_command_gives_the_places_of_a_lost_disk_to_another(world: World) ->
     assert world.rig.statistics()["chains_short"] == 0
     with pytest.raises(e.TargetUnknown):
         world.rig.call(ReplaceTarget(99))
+    with pytest.raises(e.InvalidRequest):
+        world.rig.call(ReplaceTarget(1, 1))
     assert new.number > 0
 
 

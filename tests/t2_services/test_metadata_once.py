@@ -15,7 +15,7 @@ from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.rpc import Request
 from kvfs_metadata import messages as m
-from kvfs_metadata.admin_messages import AdmitTarget, RemoveTarget, SetDraining
+from kvfs_metadata.admin_messages import AdmitTarget, RemoveTarget, ReplaceTarget, SetDraining
 from kvfs_metadata.client import BlockingMetadataClient
 from t2_services.metadata_rig import FILE, ROOT, Rig, key, keys
 from t2_services.metadata_stage import CHANGING, SESSION, Stage, blocking_stage, run
@@ -35,6 +35,8 @@ class Prepared:
     def __post_init__(self) -> None:
         self.rig.heartbeat("gone")
         self.rig.call(RemoveTarget((2,), force=True))
+        self.rig.heartbeat("leaving")
+        self.rig.call(SetDraining((3,), True))
         self.file = self.rig.make(ROOT, b"file").inode
         self.rig.make(ROOT, b"other")
         self.rig.call(m.SetXattr(self.file, b"user.old", b"1"))
@@ -63,6 +65,7 @@ CHANGES: dict[str, Callable[[Prepared], Request]] = {
     "remove": lambda p: m.RemoveBlocks(p.namespace, keys([2, 3, 9])),
     "set_draining": lambda p: SetDraining((1,), True),
     "remove_target": lambda p: RemoveTarget((1,), force=True),
+    "replace_target": lambda p: ReplaceTarget(3, 1),
     "admit_target": lambda p: AdmitTarget("gone"),
 }
 
