@@ -37,7 +37,7 @@ from kvfs.mount import system
 from kvfs.supervisor.child import PARENT_VARIABLE
 from kvfs_base.errors import KvfsError
 from kvfs_base.os_env import os_env
-from kvfs_base.rpc import BlockingRpcClient
+from kvfs_base.rpc import BlockingRpcClient, Request
 from kvfs_base.types import Address
 from kvfs_metadata.admin_messages import ClusterDetails, DescribeCluster, TargetDetails
 from t5_cluster.processes import DEADLINE_SECONDS, KVFS, wait_until
@@ -124,7 +124,9 @@ class Service:
             )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, f"{self.name} did not start:\n{self.log.read_text()[-2000:]}"
+        if not line:
+            self.end()
+            raise AssertionError(f"{self.name} did not start:\n{self.log.read_text()[-2000:]}")
         self.ready = json.loads(line)
 
     @property
@@ -172,6 +174,12 @@ class Service:
         if self.running:
             self._process.kill()
         self._reap()
+
+
+def _flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"
 
 
 class Host:
@@ -232,7 +240,7 @@ class Host:
             mountpoint.mkdir(exist_ok=True)
             self._mounts.append(mountpoint)
             words = ["mount", str(filled.pop("metadata")), str(mountpoint)]
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in filled.items()]
+        flags = [_flag(key.replace("_", "-"), value) for key, value in filled.items()]
         environment = {} if failing is None else self._failing(failing)
         arguments = [*self._namespace.enter(), *KVFS, *words, *flags]
         service = Service(name, arguments, self.directory / f"{name}.log", environment)
@@ -338,6 +346,7 @@ class Hosts:
         self._stack = contextlib.ExitStack()
         self._hosts: dict[int, Host] = {}
         self._drops: dict[tuple[int, int], int] = {}
+        self._shut: set[tuple[int, int, int]] = set()
         self._slow: dict[tuple[int, int], SlowLink] = {}
 
     def __enter__(self) -> Hosts:
@@ -417,6 +426,11 @@ class Hosts:
             self._drops[pair] = percent
         self._apply()
 
+    def shut(self, one: int, other: int, port: int) -> None:
+        """Nothing that ``one`` sends to this TCP port of ``other`` arrives."""
+        self._shut.add((one, other, port))
+        self._apply()
+
     def delay(self, one: int, other: int, seconds: float, jitter: float = 0.0) -> SlowLink:
         """TCP connections that ``one`` opens to ``other`` from now on pass a proxy, which keeps
         each piece of bytes back for ``seconds`` and up to ``jitter`` more, both ways."""
@@ -436,6 +450,7 @@ class Hosts:
     def heal(self) -> None:
         """All links are as they were at first. Connections that went through a proxy break."""
         self._drops.clear()
+        self._shut.clear()
         self._apply()
         self._close_links()  # while packets that say so still find their way
         self._slow.clear()
@@ -453,6 +468,11 @@ class Hosts:
                 else f"ip saddr {self[source].address} drop"
                 for (source, target), percent in self._drops.items()
                 if target == host.number and percent
+            ]
+            drops += [
+                f"ip saddr {self[source].address} tcp dport {port} drop"
+                for source, target, port in sorted(self._shut)
+                if target == host.number
             ]
             redirects = [
                 f"ip saddr {self[source].address} meta l4proto tcp redirect to :{link.port}"
@@ -473,23 +493,31 @@ class Hosts:
 
     # --- waiting
 
-    def targets(self) -> dict[str, TargetDetails]:
-        """What the metadata service says of the targets, by server; nothing while it is away."""
-        unix = next(
+    def ask_metadata(self, request: Request) -> Any:
+        """The answer, or None while the service is away."""
+        client = BlockingRpcClient(os_env().blocking_network, Address.parse(self.metadata_unix))
+        try:
+            return client.call(request)
+        except KvfsError:
+            return None
+        finally:
+            client.close()
+
+    @property
+    def metadata_unix(self) -> str:
+        """The Unix address of the first metadata service."""
+        return next(
             address
             for host in self
             for service in host.services
             for address in service.addresses
             if service.ready["role"] == "metadata" and address.startswith("unix:")
         )
-        client = BlockingRpcClient(os_env().blocking_network, Address.parse(unix))
-        try:
-            details: ClusterDetails = client.call(DescribeCluster())
-        except KvfsError:
-            return {}
-        finally:
-            client.close()
-        return {target.server_id: target for target in details.targets}
+
+    def targets(self) -> dict[str, TargetDetails]:
+        """What the metadata service says of the targets, by server; nothing while it is away."""
+        details: ClusterDetails | None = self.ask_metadata(DescribeCluster())
+        return {} if details is None else {one.server_id: one for one in details.targets}
 
     def wait_for_states(self, **states: str) -> None:
         """Until the targets have these states, by server: ``host2="offline"``."""
