@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvfs_base.counters import Counters
-from kvfs_base.errors import ChunkCorrupt, KvfsError
+from kvfs_base.errors import ChunkCorrupt, ConnectionLost, DeadlineExceeded, KvfsError
 from kvfs_base.seams import Buffer
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
@@ -16,6 +16,23 @@ from kvfs_datapath.store import ChunkStore, StagedChunk
 
 def info_of(new: m.NewChunk) -> ChunkInfo:
     return ChunkInfo(*new.chunk, ChunkState.SEALED, length=new.size, crc32c=new.crc32c, key=new.key)
+
+
+def publish(
+    store: ChunkStore, batch: Sequence[tuple[StagedChunk, ChunkInfo]], counters: Counters
+) -> list[KvfsError | None]:
+    """As ``publish_all``, and counts."""
+    results = store.publish_all(batch)
+    for (_, info), error in zip(batch, results, strict=True):
+        if error is None:
+            counters.add(chunks_written=1, written_bytes=info.length)
+    return results
+
+
+def raise_error(error: KvfsError | None) -> None:
+    """What went wrong with an item, if anything did."""
+    if error is not None:
+        raise error
 
 
 class BlockWriter:
@@ -31,9 +48,32 @@ class BlockWriter:
         self._receive = receive
         self._relay = relay
 
-    def write(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> None:
-        """Receives a chunk to its end in pieces as large as the buffer, and publishes it. Raises
-        ChunkCorrupt, DiskFull, TargetFailed and what receiving raises."""
+    def write(
+        self, store: ChunkStore, chunks: Sequence[m.NewChunk], buffer: memoryview
+    ) -> list[KvfsError | None]:
+        """Receives chunks in pieces as large as the buffer, and publishes those that came whole all
+        at once. What went wrong with each: ChunkCorrupt, DiskFull, TargetFailed. Raises what
+        receiving raises."""
+        results: list[KvfsError | None] = [None] * len(chunks)
+        staged: dict[int, StagedChunk] = {}
+        try:
+            for index, new in enumerate(chunks):
+                try:
+                    staged[index] = self._take(store, new, buffer)
+                except (ConnectionLost, DeadlineExceeded):
+                    raise
+                except KvfsError as exc:
+                    results[index] = exc
+        except BaseException:
+            for one in staged.values():
+                store.discard(one)
+            raise
+        batch = [(one, info_of(chunks[index])) for index, one in staged.items()]
+        for index, error in zip(staged, publish(store, batch, self._counters), strict=True):
+            results[index] = error
+        return results
+
+    def _take(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> StagedChunk:
         try:
             staged = store.stage()
         except KvfsError:
@@ -44,8 +84,7 @@ class BlockWriter:
         except BaseException:
             store.discard(staged)
             raise
-        store.publish(staged, info_of(new))
-        self._counters.add(chunks_written=1, written_bytes=new.size)
+        return staged
 
     def _fill(
         self, store: ChunkStore, new: m.NewChunk, staged: StagedChunk | None, buffer: memoryview

@@ -20,7 +20,7 @@ from kvfs_base.limits import PASS_PIECE_BYTES, STALL_SECONDS
 from kvfs_base.seams import DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath.block_writes import BlockWriter
+from kvfs_datapath.block_writes import BlockWriter, raise_error
 from kvfs_datapath.chain_service import ChainService
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo
@@ -113,7 +113,8 @@ class ChainSession:
                 service.counters, self._receive, None if relay is None else relay.send
             )
             piece = buffer[:PASS_PIECE_BYTES]
-            errors = self._each(request.chunks, lambda new: writer.write(store, new, piece)).errors
+            results = writer.write(store, request.chunks, piece)
+            errors = self._each(results, raise_error).errors
             if relay is not None:
                 errors = self._errors_behind(relay, len(request.chunks)) | errors
         for index, new in enumerate(request.chunks):

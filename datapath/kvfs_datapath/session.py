@@ -29,7 +29,7 @@ from kvfs_base.limits import KIB, STALL_SECONDS, UNSEALED_CHUNKS_MAX
 from kvfs_base.seams import Connection, DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath.block_writes import BlockWriter, info_of
+from kvfs_datapath.block_writes import BlockWriter, info_of, publish, raise_error
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chain_service import ChainService
 from kvfs_datapath.chain_session import ChainSession, refuse_versioned
@@ -269,8 +269,8 @@ class DataSession:
         self._chains.check_block(store, request.chunks, None)
         writer = BlockWriter(self._counters, self._receive)
         with self._buffers.lend(STALL_SECONDS) as buffer:
-            outcomes = self._each(request.chunks, lambda c: writer.write(store, c, buffer))
-        return _Answer(outcomes, store)
+            results = writer.write(store, request.chunks, buffer)
+        return _Answer(self._each(results, raise_error), store)
 
     def _stage_chunks(self, store: ChunkStore, request: m.StageChunks) -> _Answer:
         self._require_descriptors()
@@ -289,18 +289,23 @@ class DataSession:
     def _publish_chunks(self, store: ChunkStore, request: m.PublishChunks) -> _Answer:
         self._chains.check_block(store, [i.chunk for i in request.chunks], request.passing)
 
-        def publish(item: m.StagedItem) -> None:
-            found = self._staged.pop(item.token, None)
-            if found is None or found[0] is not store:
-                raise InvalidRequest(detail=f"nothing is staged as {item.token}")
-            store.publish(found[1], info_of(item.chunk))
-            self._counters.add(chunks_written=1, written_bytes=item.chunk.size)
-
         for token in request.discard:
             dropped = self._staged.pop(token, None)
             if dropped is not None:
                 dropped[0].discard(dropped[1])
-        return _Answer(self._each(request.chunks, publish), store)
+        results: list[KvfsError | None] = [None] * len(request.chunks)
+        batch: dict[int, tuple[StagedChunk, ChunkInfo]] = {}
+        for index, item in enumerate(request.chunks):
+            found = self._staged.get(item.token)
+            if found is None or found[0] is not store:
+                results[index] = InvalidRequest(detail=f"nothing is staged as {item.token}")
+                continue
+            del self._staged[item.token]
+            batch[index] = (found[1], info_of(item.chunk))
+        published = publish(store, list(batch.values()), self._counters)
+        for index, error in zip(batch, published, strict=True):
+            results[index] = error
+        return _Answer(self._each(results, raise_error), store)
 
     # --- chunks of ordinary files
 

@@ -18,6 +18,8 @@ only unlinked.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
@@ -60,6 +62,22 @@ class StagedChunk:
         self.path = path
 
 
+Batch = Sequence[tuple[StagedChunk, ChunkInfo]]
+Results = list[KvfsError | None]
+
+
+@dataclasses.dataclass(slots=True)
+class _Appearing:
+    """A chunk that has its name, of which is not known yet whether it lasts."""
+
+    is_new: bool
+    """Nobody could find it before."""
+    waiting: int = 0
+    """Those who store it now, each the same bytes."""
+    lasts: bool = False
+    """For one of them it did."""
+
+
 class ChunkStore(InPlace):
     """See ChunkTree."""
 
@@ -67,6 +85,7 @@ class ChunkStore(InPlace):
         """See ChunkTree."""
         super().__init__(disk, uuid, buffers=buffers, strict=strict)
         self._staging_slots = threads.semaphore(STAGED_CHUNKS_MAX)
+        self._appearing: dict[ChunkId, _Appearing] = {}
         try:
             self.versions = Versions(self)
             """File chunks on chains of several copies."""
@@ -101,55 +120,118 @@ class ChunkStore(InPlace):
         whole or not at all. The staged file is used up in any case. Publishing the same block again
         replaces it with itself. Raises Conflict over a chunk that is open, ChunkMismatch if fewer
         bytes were written than ``info.length``, DiskFull."""
-        published = False
-        try:
-            with self.io(), self.guard(info.chunk):
-                self._refuse_to_replace_open(info.chunk)
-                self._publish(staged, info)
-                published = True
-                self._sync_directory_or_take_back(info.chunk)
-        finally:
-            if published:
-                staged.file.close()
-                self._staging_slots.release()
-            else:
-                self.discard(staged)
+        (error,) = self.publish_all([(staged, info)])
+        if error is not None:
+            raise error
 
-    def _publish(self, staged: StagedChunk, info: ChunkInfo) -> None:
+    def publish_all(self, batch: Batch) -> Results:
+        """As ``publish``, with what went wrong with each. In ``strict`` all files are synced
+        together, then all directories: a batch costs about as much waiting as one chunk."""
+        results: list[KvfsError | None] = [None] * len(batch)
+        done = False
+        try:
+            self._each(batch, results, self._complete)
+            if self.strict:
+                self._sync_files(batch, results)
+                self._make_places(batch, results)
+            self._each(batch, results, self._name)
+            if self.strict:
+                self._make_last(batch, results)
+            done = True
+        finally:
+            for (staged, _), error in zip(batch, results, strict=True):
+                if done and error is None:
+                    staged.file.close()
+                    self._staging_slots.release()
+                else:
+                    self.discard(staged)
+        return results
+
+    def _each(
+        self, batch: Batch, results: Results, act: Callable[[StagedChunk, ChunkInfo], None]
+    ) -> None:
+        """With those that nothing went wrong with so far."""
+        for index, (staged, info) in enumerate(batch):
+            if results[index] is None:
+                try:
+                    with self.io():
+                        act(staged, info)
+                except KvfsError as exc:
+                    results[index] = exc
+
+    def _complete(self, staged: StagedChunk, info: ChunkInfo) -> None:
         size = staged.file.size()
         if size < info.length:
             raise ChunkMismatch(*info.chunk, detail=f"{size} of {info.length} bytes were staged")
         if size > info.length:
             staged.file.truncate(info.length)
         staged.file.set_attribute(ATTRIBUTE, pack(info))
-        if self.strict:
-            staged.file.sync(attributes=True)
-        self.appear(staged.path, info.chunk)
 
-    def _sync_directory_or_take_back(self, chunk: ChunkId) -> None:
-        if not self.strict:
-            return
-        try:
-            self.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
-        except KvfsError:
-            # The writer will be told that it failed: nobody may find it.
-            with contextlib.suppress(TargetFailed, FileNotFoundError):
-                self.disk.unlink(path_of(chunk))
-            raise
+    def _sync_files(self, batch: Batch, results: Results) -> None:
+        left = _left(results)
+        files = [batch[index][0].file for index in left]
+        syncs = [functools.partial(file.sync, attributes=True) for file in files]
+        for index, error in zip(left, self.parallel(syncs), strict=True):
+            results[index] = error
 
-    def _refuse_to_replace_open(self, chunk: ChunkId) -> None:
+    def _make_places(self, batch: Batch, results: Results) -> None:
+        """All directories that are missing, for one sync of what leads to them."""
+        left = _left(results)
+        chunks = [batch[index][1].chunk for index in left]
+        for chain in sorted({chunk.chain for chunk in chunks}):
+            try:
+                with self.io():
+                    own = {directory_of(c.inode, chain) for c in chunks if c.chain == chain}
+                    self.make_directories(own, chain)
+            except KvfsError as exc:
+                for index, chunk in zip(left, chunks, strict=True):
+                    if chunk.chain == chain:
+                        results[index] = exc
+
+    def _name(self, staged: StagedChunk, info: ChunkInfo) -> None:
+        chunk = info.chunk
+        with self.guard(chunk):
+            is_new = not self._may_replace(chunk)
+            self.appear(staged.path, chunk)
+            if self.strict:
+                self._appearing.setdefault(chunk, _Appearing(is_new)).waiting += 1
+
+    def _make_last(self, batch: Batch, results: Results) -> None:
+        """The names of new chunks. A writer who is told that it failed is not to leave something
+        that can be found, and not to take away what another one was told is there."""
+        left = _left(results)
+        places = {index: _place_of(batch[index][1]) for index in left}
+        errors = self.sync_directories(places.values())
+        for index, directory in places.items():
+            chunk = batch[index][1].chunk
+            results[index] = errors.get(directory)
+            with self.guard(chunk):
+                appearing = self._appearing[chunk]
+                appearing.waiting -= 1
+                appearing.lasts |= results[index] is None
+                if not appearing.waiting:
+                    del self._appearing[chunk]
+                    if appearing.is_new and not appearing.lasts:
+                        with contextlib.suppress(TargetFailed, FileNotFoundError):
+                            self.disk.unlink(path_of(chunk))
+
+    def _may_replace(self, chunk: ChunkId) -> bool:
+        """Whether there is a block of this name. Raises Conflict over anything else that is whole;
+        what is damaged may be replaced."""
         if not self.disk.exists(path_of(chunk)):
-            return
+            return False
         file = self.disk.open(path_of(chunk))
         try:
-            with contextlib.suppress(ChunkMismatch):  # what is damaged may be replaced
-                info = unpack(file.get_attribute(ATTRIBUTE), chunk)
-                if not info.is_sealed:
-                    raise Conflict(detail=f"chunk {chunk} is open for writing")
-                if info.version:
-                    raise Conflict(detail=f"chunk {chunk} is a file's, at version {info.version}")
+            info = unpack(file.get_attribute(ATTRIBUTE), chunk)
+        except ChunkMismatch:
+            return False
         finally:
             file.close()
+        if not info.is_sealed:
+            raise Conflict(detail=f"chunk {chunk} is open for writing")
+        if info.version:
+            raise Conflict(detail=f"chunk {chunk} is a file's, at version {info.version}")
+        return True
 
     def discard(self, staged: StagedChunk) -> None:
         """Drops a staged file. Never raises: the staging directory is emptied at the next start."""
@@ -198,10 +280,8 @@ class ChunkStore(InPlace):
             directories = {directory_of(inode, chain) for inode in inodes}
             if chain and inodes:
                 directories.add(pending_directory_of(chain))
-            with self.io():
-                for directory in sorted(directories):
-                    if self.disk.exists(directory):
-                        self.disk.sync_directory(directory)
+            for error in self.sync_directories(directories).values():
+                raise error
 
     def drop_chain(self, chain: int, *, stopping: Callable[[], bool] = lambda: False) -> int:
         """Removes everything that this target has of a chain of several copies that it has left;
@@ -214,11 +294,20 @@ class ChunkStore(InPlace):
             if stopping():
                 return removed
             removed += self.remove(chunk)
+        self.forget_directories(chain)
         with self.io():
             for number in range(DIRECTORIES):
                 self.disk.remove_directory(f"{root_of(chain)}/{number:02x}")
             self.disk.remove_directory(pending_directory_of(chain))
             if self.disk.remove_directory(root_of(chain)) and self.strict:
                 self.disk.sync_directory(CHAINS)
-            self.forget_directories(chain)
         return removed
+
+
+def _left(results: Results) -> list[int]:
+    """Items that nothing went wrong with so far."""
+    return [index for index, error in enumerate(results) if error is None]
+
+
+def _place_of(info: ChunkInfo) -> str:
+    return directory_of(info.inode, info.chain)

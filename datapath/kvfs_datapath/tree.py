@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -20,9 +21,10 @@ from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
     ChunkNotFound,
+    KvfsError,
     TargetFailed,
 )
-from kvfs_base.limits import CALL_SECONDS, VERIFIED_CHUNKS_MAX
+from kvfs_base.limits import BATCH_SYNC_THREADS, CALL_SECONDS, VERIFIED_CHUNKS_MAX
 from kvfs_base.seams import Disk, DiskFile, DiskUsage
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
@@ -80,8 +82,10 @@ class ChunkTree:
         self._locks = [threads.lock() for _ in range(LOCKS)]
         self._verified: collections.OrderedDict[ChunkId, int] = collections.OrderedDict()
         self._verified_lock = threads.lock()
-        self._lasting: set[int] = set()
-        """Chains whose directory has been synced since the start."""
+        self._lasting: set[str] = set()
+        """Directories whose names last, as far as that is known since the start."""
+        self._threads = threads.pool(BATCH_SYNC_THREADS, "kvfs-sync")
+        """Of this target alone: a disk that hangs holds up nobody else."""
 
     # --- the target itself
 
@@ -118,6 +122,7 @@ class ChunkTree:
             self._failure = TargetFailed(target_id=self.target_id, detail=failure.detail)
 
     def close(self) -> None:
+        self._threads.shutdown(wait=True)
         self._lock_file.close()
 
     def read_note(self, name: str) -> bytes:
@@ -172,27 +177,74 @@ class ChunkTree:
         self.move(path, path_of(chunk), chunk.chain)
 
     def move(self, path: str, target: str, chain: int) -> None:
-        """A rename into a directory that may not be there yet. In ``strict`` the directory lasts;
-        that the name does is the caller's to see to."""
+        """A rename into a directory that may not be there yet. In ``strict`` the directory lasts
+        before that; that the name does is the caller's to see to."""
+        directory = target.rpartition("/")[0]
+        if self.strict:
+            self.make_directories([directory], chain)
         try:
             self.disk.rename(path, target)
         except FileNotFoundError:  # the first file in its directory
-            self.disk.make_directory(target.rpartition("/")[0])
+            self.disk.make_directory(directory)
             if self.strict:
-                self.make_last(chain)
+                self._sync_root(chain)
             self.disk.rename(path, target)
 
-    def make_last(self, chain: int) -> None:
-        """Syncs what leads to the directories of a chain."""
-        self.disk.sync_directory(root_of(chain))
-        if chain and chain not in self._lasting:
-            self.disk.sync_directory(CHAINS)
+    def make_directories(self, directories: Iterable[str], chain: int) -> None:
+        """They are there, and last. What leads to them is synced once since the start, whoever made
+        them: a killed process may not have come to it."""
+        known = self._lasting
+        unsure = sorted(set(directories) - known)
+        if unsure:
+            for directory in unsure:
+                self.disk.make_directory(directory)
+            self._sync_root(chain)
+            known.update(unsure)
+
+    def _sync_root(self, chain: int) -> None:
+        root = root_of(chain)
+        known = self._lasting
+        self._sync_directory(root)
+        if root not in known:
+            if chain:
+                self.disk.sync_directory(CHAINS)
             self.disk.sync_directory("")
-            self._lasting.add(chain)
+            known.add(root)
 
     def forget_directories(self, chain: int) -> None:
-        """They were removed: who makes them again syncs them again."""
-        self._lasting.discard(chain)
+        """They are about to be removed: who makes them again syncs them again. Whoever is syncing
+        them now will note that where nobody looks any more."""
+        root = root_of(chain)
+        known = self._lasting.copy()
+        self._lasting = {d for d in known if d != root and not d.startswith(f"{root}/")}
+
+    # --- syncing
+
+    def parallel(self, jobs: Sequence[Callable[[], None]]) -> list[KvfsError | None]:
+        """Uses of the disk, all at the same time, with what went wrong with each. Syncs that wait
+        together wait for the same commit of the journal and the same flush of the disk."""
+
+        def attempt(job: Callable[[], None]) -> KvfsError | None:
+            try:
+                with self.io():
+                    job()
+            except KvfsError as exc:
+                return exc
+            return None
+
+        others = [self._threads.submit(attempt, job) for job in jobs[1:]]
+        outcomes = [attempt(job) for job in jobs[:1]]
+        return outcomes + [future.result() for future in others]
+
+    def sync_directories(self, directories: Iterable[str]) -> dict[str, KvfsError]:
+        """What went wrong, by directory."""
+        wanted = sorted(set(directories))
+        outcomes = self.parallel([functools.partial(self._sync_directory, d) for d in wanted])
+        return {d: exc for d, exc in zip(wanted, outcomes, strict=True) if exc is not None}
+
+    def _sync_directory(self, directory: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # nothing of it is wanted any more
+            self.disk.sync_directory(directory)
 
     # --- reading
 

@@ -532,8 +532,9 @@ class Versions:
                 file.sync(attributes=True)
             finally:
                 file.close()
-            tree.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
-            tree.make_last(chunk.chain)
+            directory = directory_of(chunk.inode, chunk.chain)
+            tree.make_directories([directory], chunk.chain)
+            tree.disk.sync_directory(directory)
             self._sync_pending(chunk)
 
     def _sync_pending(self, chunk: ChunkId) -> None:

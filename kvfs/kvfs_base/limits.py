@@ -448,6 +448,10 @@ gives back its buffer."""
 STAGED_CHUNKS_MAX = 4096
 """Staging files open in one chunk server, a descriptor each."""
 
+BATCH_SYNC_THREADS = 8
+"""Syncs of a batch that wait together on one target. 32 files and as many directories, on ext4 on a
+disk whose flush takes 3 ms: one thread 195 ms, four 10, eight 8, more no less."""
+
 UNSEALED_CHUNKS_MAX = 65_536
 """Chunks that one connection wrote to and did not seal: 1 TiB of files. The oldest is sealed (or
 left open, if it still has a writer) to make room."""

@@ -263,6 +263,8 @@ class OsDisk:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+        except FileNotFoundError:
+            raise
         except OSError as exc:
             raise TargetFailed(detail=f"fsync {path}: {exc.strerror}") from exc
 

@@ -161,6 +161,8 @@ class MemoryDisk:
 
     def sync_directory(self, path: str) -> None:
         self.before("sync_directory", path)
+        if path not in self._directories:
+            raise FileNotFoundError(path)
 
     def usage(self) -> DiskUsage:
         used = sum(os.fstat(inode.fd).st_size for inode in list(self._files.values()))

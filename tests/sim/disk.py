@@ -390,6 +390,8 @@ class SimDisk:
     def sync_directory(self, path: str) -> None:
         """Changes of this directory are durable, with those before them of the same names."""
         self.enter("sync_directory", path)
+        if path not in self.entries:
+            raise FileNotFoundError(path)
         kept: list[_Change] = []
         wanted: set[str] = set()
         for change in reversed(self._pending):

@@ -244,6 +244,8 @@ def test_directories(disk: Disk) -> None:
     assert disk.exists("x/y") and disk.exists("x/y/1") and not disk.exists("x/y/2")
     with pytest.raises(FileNotFoundError):
         disk.list("missing")
+    with pytest.raises(FileNotFoundError):
+        disk.sync_directory("missing")
     disk.sync_directory("x/y")
     disk.sync_directory("")
 

@@ -299,6 +299,9 @@ def _numbers(text: str, parse: Callable[[str], int], low: int, high: int) -> lis
 @click.option("--total-mib", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--servers", default="1", show_default=True, help="How many, with commas: 1,2,4.")
 @click.option("--replicas", type=click.IntRange(1, 3), default=1, show_default=True)
+@click.option(
+    "--durability", type=click.Choice(["cache", "strict"]), default="cache", show_default=True
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "json_path", help="Write the figures here too.")
 def bench_chunks(
@@ -308,6 +311,7 @@ def bench_chunks(
     total_mib: int,
     servers: str,
     replicas: int,
+    durability: str,
     rounds: int,
     json_path: str | None,
 ) -> None:
@@ -325,7 +329,7 @@ def bench_chunks(
         for number in _numbers(servers, int, 1, 16):
             folder = Path(name, str(number))
             folder.mkdir()
-            with ChunkRig(folder / "rig", number, replicas) as rig:
+            with ChunkRig(folder / "rig", number, replicas, durability) as rig:
                 for size in chunk_sizes:
                     total = min(total_mib * MIB, 16 * GIB)
                     count = max(8, min(CHUNKS_MAX, total // size))

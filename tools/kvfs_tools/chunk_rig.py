@@ -36,10 +36,13 @@ class ChunkRig:
     """A metadata service and ``servers`` chunk servers below ``directory``, each with a Unix and a
     TCP address on this machine, and clients of both ways."""
 
-    def __init__(self, directory: Path, servers: int, copies: int) -> None:
+    def __init__(
+        self, directory: Path, servers: int, copies: int, durability: str = "cache"
+    ) -> None:
         self._directory = directory
         self._servers = servers
         self._copies = copies
+        self._durability = durability
         self._processes: list[subprocess.Popen[bytes]] = []
         self._inodes = itertools.count(FIRST_INODE)
 
@@ -56,6 +59,7 @@ class ChunkRig:
                     f"--host=bench-{number}",  # copies are on different hosts
                     f"--directories={self.target(number)}",
                     f"--metadata={metadata}",
+                    f"--durability={self._durability}",
                     f"--unix=unix:{self._directory}/{number}.sock",
                     "--tcp=tcp:127.0.0.1:0",
                 )
