@@ -350,6 +350,13 @@ class CheckChunks(ChunkRequest, tag="check"):
     ]
 
 
+class Statistics(Request, tag="statistics"):
+    """Counters and gauges of the server by name (docs/metrics.md). The only request that names no
+    target: it is answered when none can be used, too. Any connection."""
+
+    Reply: ClassVar[Any] = dict[str, int]
+
+
 DataRequest = (
     ReadChunks
     | OpenChunks
@@ -371,4 +378,5 @@ DataRequest = (
     | RepairChunks
     | ListChunks
     | CheckChunks
+    | Statistics
 )

@@ -188,7 +188,12 @@ class ChunkServer:
     def _serve(self, connection: Connection) -> None:
         try:
             DataSession(
-                connection, self._targets, self._buffers, self._counters, self._chains
+                connection,
+                self._targets,
+                self._buffers,
+                self._counters,
+                self._chains,
+                statistics=self.statistics,
             ).run()
         except KvfsError:
             log.exception("a connection failed")

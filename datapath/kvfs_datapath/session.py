@@ -49,7 +49,8 @@ DRAIN_BYTES = 64 * KIB
 @dataclasses.dataclass(slots=True)
 class _Answer:
     message: Any
-    store: ChunkStore
+    store: ChunkStore | None
+    """Whose disk the answer comes from."""
     files: list[DiskFile] = dataclasses.field(default_factory=list)
     """Closed once the answer is sent."""
     passed: list[int] = dataclasses.field(default_factory=list)
@@ -72,11 +73,14 @@ class DataSession:
         buffers: BufferPool,
         counters: Counters,
         chains: ChainService,
+        *,
+        statistics: Callable[[], dict[str, int]],
     ) -> None:
         self._connection = connection
         self._targets = targets
         self._buffers = buffers
         self._counters = counters
+        self._statistics = statistics
         self._unread = 0
         self._staged: dict[int, tuple[ChunkStore, StagedChunk]] = {}
         self._next_token = 1
@@ -151,16 +155,20 @@ class DataSession:
             request = _requests.decode(body)
         except frames.UNDECODABLE as exc:
             raise ProtocolError(detail=str(exc)) from exc
-        store = self._targets.find(request.target_id)
-        handler = self._handlers.get(type(request))
-        if handler is not None:
-            answer = handler(store, request)
-        else:
-            answer = _Answer(self._chains.handlers[type(request)](store, request), store)
+        answer = self._answer(request)
         if self._unread:
             answer.close()
             raise InvalidRequest(detail=f"{self._unread} bytes of payload too many")
         return answer
+
+    def _answer(self, request: m.DataRequest) -> _Answer:
+        if isinstance(request, m.Statistics):
+            return _Answer(self._statistics(), None)
+        store = self._targets.find(request.target_id)
+        handler = self._handlers.get(type(request))
+        if handler is not None:
+            return handler(store, request)
+        return _Answer(self._chains.handlers[type(request)](store, request), store)
 
     def _send(self, request_id: int, answer: _Answer) -> None:
         total = sum(length for _, _, length in answer.pieces)
@@ -177,6 +185,7 @@ class DataSession:
                 self._connection.send_file(file, offset, length)
         except TargetFailed as exc:
             # The answer is under way: only breaking off can still say that it went wrong.
+            assert answer.store is not None
             answer.store.fail(exc)
             raise ConnectionLost(detail="the disk failed during a transfer") from exc
         self._counters.add(read_bytes=total, descriptors_passed=len(answer.passed))

@@ -586,6 +586,32 @@ def test_requests_that_make_no_sense(cluster: Cluster) -> None:
     connection.close()
 
 
+@pytest.mark.logs_warnings
+def test_a_server_answers_for_itself(in_memory: Cluster) -> None:
+    """Also when no target can be used any more."""
+    (write,) = make_writes([5_000], chains=(1,))
+    assert in_memory.client().write_chunks([write]) == [None]
+    connection = DataConnection(in_memory.connection(1))
+    figures = connection.call(m.Statistics())
+    assert figures["chunks_written"] == 1 and figures["written_bytes"] == 5_000
+    assert figures["failed_targets"] == 0 and figures["connections"] >= 2
+    with pytest.raises(InvalidRequest):
+        connection.call(m.Statistics(), [b"nobody asked"])
+    disk = in_memory.disk(1)
+    assert isinstance(disk, MemoryDisk)
+
+    def before(operation: str, path: str) -> None:
+        raise TargetFailed(detail="Input/output error")
+
+    disk.before = before
+    outcomes = connection.call(m.StatChunks(1, (m.ChunkRef(*write.chunk),)))
+    assert isinstance(outcomes.error(0), TargetFailed)
+    later = connection.call(m.Statistics())
+    assert later["failed_targets"] == 1
+    assert later["requests"] == figures["requests"] + 3
+    connection.close()
+
+
 def test_descriptors_are_for_unix_sockets(tmp_path: Path) -> None:
     with running("os", "tcp", tmp_path) as cluster:
         connection = DataConnection(cluster.connection(1, "tcp"))

@@ -8,6 +8,8 @@ from pathlib import Path
 import kvfs
 from api_cluster import ApiCluster
 from kvfs_base.os_env import os_env
+from kvfs_base.rpc import BlockingRpcClient
+from kvfs_datapath.messages import Statistics as ChunkStatistics
 from kvfs_metadata.client import BlockingMetadataClient
 from kvfs_metadata.messages import Statistics
 
@@ -31,6 +33,11 @@ def test_metadata(cluster: ApiCluster) -> None:
 def test_chunk_server(cluster: ApiCluster) -> None:
     for server in cluster.servers:
         assert documented("Chunk server") == set(server.statistics())
+        client = BlockingRpcClient(os_env().blocking_network, server.addresses[0])
+        try:
+            assert documented("Chunk server") == set(client.call(ChunkStatistics()))
+        finally:
+            client.close()
 
 
 def test_agent(client: kvfs.Client) -> None:

@@ -155,5 +155,10 @@ def test_lists_for_people(running: Cluster) -> None:
         done = run("cluster", what, running.directory)
         assert done.returncode == ExitCode.OK
         assert all(word in done.stdout for word in words), done.stdout
+    done = run("cluster", "nodes", running.directory, "--metrics")
+    assert b"heartbeats" in done.stdout and not done.stderr
+    metadata = running.endpoints()["metadata"]
+    nodes = json.loads(run("cluster", "nodes", metadata, "--metrics", "--json").stdout)
+    assert all(server["metrics"]["connections"] >= 1 for server in nodes["chunk_servers"])
     quick = run("cluster", "targets", running.endpoints()["metadata"], "--quick", "--json")
     assert all("blocks" not in target for target in json.loads(quick.stdout))

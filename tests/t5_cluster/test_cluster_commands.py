@@ -41,6 +41,9 @@ def test_status_tells_programs_and_people(running: Cluster) -> None:
     assert found["used_bytes"] >= 64 * 1024
     assert found["metadata"]["blocks"] >= 1
     assert found["agent"]["put_blocks"] >= 1
+    servers = found["chunk_servers"]
+    assert set(servers) == {"chunks-0", "chunks-1", "chunks-2"}
+    assert sum(figures["chunks_written"] for figures in servers.values()) >= 1
     assert found["uptime_seconds"] > 0
     endpoints = running.endpoints()
     assert endpoints["format"] == 1
@@ -50,6 +53,7 @@ def test_status_tells_programs_and_people(running: Cluster) -> None:
     assert told.returncode == ExitCode.OK
     assert b"healthy" in told.stdout
     assert b"chunks-2" in told.stdout
+    assert b"heartbeats" in told.stdout
 
 
 def test_everything_is_private_and_logged(running: Cluster) -> None:

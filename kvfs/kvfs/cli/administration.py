@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from kvfs.cli.figures import chunk_server_figures, told
 from kvfs.cli.targets import env_of, metadata_addresses, target_argument
 from kvfs.settings import format_size
-from kvfs_base.cluster import Chain
+from kvfs_base.cluster import Chain, GetClusterMap
 from kvfs_base.errors import EntryNotFound, InodeStale, TargetInUse, TargetUnknown
 from kvfs_base.types import ROOT_INODE, Attr
 from kvfs_metadata.admin_messages import (
@@ -157,10 +158,13 @@ def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @cluster.command()
 @target_argument
 @json_option
-def nodes(target: str, *, as_json: bool) -> None:
+@click.option("--metrics", is_flag=True, help="Ask the chunk servers for what they count, too.")
+def nodes(target: str, *, as_json: bool, metrics: bool) -> None:
     """List metadata servers, chunk servers and removed targets."""
     with _connected(target) as client:
         details: ClusterDetails = client.call(DescribeCluster())
+        known = client.call(GetClusterMap()).targets if metrics else ()
+    figures, silent = chunk_server_figures(env_of(target), known)
     servers: dict[str, list[TargetDetails]] = defaultdict(list)
     for one in details.targets:
         servers[one.server_id].append(one)
@@ -175,13 +179,20 @@ def nodes(target: str, *, as_json: bool) -> None:
             }
             for server in details.servers
         ],
-        "chunk_servers": [_describe_server(name, on) for name, on in servers.items()],
+        "chunk_servers": [
+            _describe_server(name, on) | ({"metrics": figures.get(name)} if metrics else {})
+            for name, on in servers.items()
+        ],
         "removed": [_describe_removed(gone) for gone in details.removed],
     }
     if as_json:
         _print_json(found)
     else:
         _show_nodes(found)
+        for name, counted in figures.items():
+            click.echo(f"{name}  {told(counted)}")
+    for error in silent:
+        click.echo(f"no answer from {error}", err=True)
 
 
 def _describe_server(name: str, targets: list[TargetDetails]) -> dict[str, Any]:

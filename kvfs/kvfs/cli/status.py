@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from kvfs.cli.exits import ExitCode
+from kvfs.cli.figures import ANSWER_SECONDS, chunk_server_figures, told
 from kvfs.cli.targets import running
 from kvfs.client import connect
 from kvfs.settings import format_size
@@ -19,8 +20,6 @@ from kvfs_base.os_env import os_env
 from kvfs_base.rpc import BlockingRpcClient, Request
 from kvfs_base.types import Address
 from kvfs_metadata.messages import StatFs, Statistics
-
-ANSWER_SECONDS = 5.0
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -37,6 +36,7 @@ class Status(msgspec.Struct, kw_only=True):
     used_bytes: int | None = None
     metadata: dict[str, int] = {}
     agent: dict[str, int] = {}
+    chunk_servers: dict[str, dict[str, int]] = {}
     errors: list[str] = []
 
 
@@ -79,6 +79,8 @@ def gather(home: Home, endpoints: Endpoints) -> Status:
     except KvfsError as exc:
         errors.append(f"{endpoints.agent}: {exc}")
     targets = () if cluster is None else cluster.targets
+    chunk_servers, silent = chunk_server_figures(os_env(), targets)
+    errors += silent
     return Status(
         directory=str(home.directory),
         healthy=not errors
@@ -93,6 +95,7 @@ def gather(home: Home, endpoints: Endpoints) -> Status:
         used_bytes=None if space is None else space.used_bytes,
         metadata=figures or {},
         agent=agent,
+        chunk_servers=chunk_servers,
         errors=errors,
     )
 
@@ -131,8 +134,8 @@ def _show(found: Status) -> None:
         sizes = [format_size(target[key]) for key in ("capacity_bytes", "free_bytes")]
         table.add_row(str(target["target_id"]), target["server"], target["state"], *sizes)
     console.print(table)
-    for title, figures in (("metadata", found.metadata), ("agent", found.agent)):
-        shown = ", ".join(f"{name} {value:,}" for name, value in sorted(figures.items()) if value)
-        console.print(f"[dim]{title}[/]  {shown or 'no figures'}", soft_wrap=True)
+    services = {"metadata": found.metadata, "agent": found.agent} | found.chunk_servers
+    for title, figures in services.items():
+        console.print(f"[dim]{title}[/]  {told(figures)}", soft_wrap=True)
     for error in found.errors:
         console.print(f"no answer from {error}", soft_wrap=True)
