@@ -82,21 +82,19 @@ class Node:
         return found[:length]
 
 
-@dataclasses.dataclass(frozen=True)
 class _Change:
-    """Of directories: ``source`` is the name that goes, ``target`` the one that comes."""
+    """Of directories: ``source`` is the name that goes, ``target`` the one that comes. ``node`` is
+    None for a directory."""
 
-    source: str | None
-    target: str | None
-    node: Node | None
-    """None for a directory."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        return tuple(path for path in (self.source, self.target) if path is not None)
+    def __init__(self, source: str | None, target: str | None, node: Node | None) -> None:
+        self.source = source
+        self.target = target
+        self.node = node
+        self.paths = tuple(path for path in (source, target) if path is not None)
+        self._directories = tuple(map(_parent, self.paths))
 
     def touches(self, directory: str) -> bool:
-        return any(_parent(path) == directory for path in self.paths)
+        return directory in self._directories
 
 
 Entries = dict[str, Node | None]

@@ -88,7 +88,14 @@ class Plan:
 
 
 SINGLE_COPY = ("restarts", "network", "power", "anything")
-CHAINS = ("chains", "leases", "chains and power", "chains and disks", "chains and rot")
+CHAINS = (
+    "chains",
+    "leases",
+    "chains and power",
+    "chains and disks",
+    "chains and rot",
+    "chains and memory",
+)
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
 
 
@@ -110,6 +117,9 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         faults = (*faults, *NETWORK)
     elif kind == "leases":
         faults = ("estrange", "estrange", "pause", "kill chunks", "partition")
+    elif kind == "chains and memory":  # what the metadata service decided may be forgotten
+        durability, lossy = "cache", True
+        faults = ("power metadata", "estrange", "estrange", "kill chunks", "partition", "break")
     elif kind == "chains and power":
         durability = "strict"
         faults = (*faults, *NETWORK, "power chunks", "power metadata", "power all")
@@ -130,7 +140,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         lossy=lossy,
         evicts=lossy or "full disk" in chosen,
         files=files,
-        files_lossy=lossy or (copies == 1 and "power chunks" in chosen),
+        files_lossy=copies == 1 and (lossy or "power chunks" in chosen),
         late_writes=not set(chosen) <= {"kill metadata", "clock", "kill chunks"},
         seconds=rng.uniform(10.0, 25.0),
         fault_seconds=rng.choice((0.7, 2.0, 4.0)),
