@@ -15,11 +15,12 @@ from kvfs_base.os_env import os_env
 from kvfs_base.types import ChunkId
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.messages import ListedChunk
-from kvfs_metadata import fixes, records
 from kvfs_metadata import messages as m
-from kvfs_metadata.engine import KVRead, scan
-from kvfs_metadata.findings import Finding
-from kvfs_metadata.fsck import RecordReader
+from kvfs_metadata import records
+from kvfs_metadata.check import fixes
+from kvfs_metadata.check.findings import Finding
+from kvfs_metadata.check.fsck import RecordReader
+from kvfs_metadata.engines.engine import KVRead, scan
 from t2_services.metadata_rig import DIRECTORY, FILE, ROOT, Rig, key
 
 CHUNK = 16 << 20

@@ -13,9 +13,9 @@ import lmdb
 from kvfs_base.os_env import os_env
 from kvfs_base.types import ROOT_INODE
 from kvfs_metadata import records
-from kvfs_metadata.fsck import MetadataCheck
+from kvfs_metadata.check.fsck import MetadataCheck
+from kvfs_metadata.engines.memory_engine import MemoryStore
 from kvfs_metadata.inodes import charged_bytes
-from kvfs_metadata.memory_engine import MemoryStore
 from kvfs_metadata.records import InodeRecord
 
 Dump = dict[bytes, bytes]
@@ -39,7 +39,7 @@ def dump(location: str) -> Dump:
     if "://" not in location:
         with _environment(location) as environment, environment.begin() as txn:
             return dict(txn.cursor())
-    engine = importlib.import_module("kvfs_metadata.postgres_engine").PostgresEngine
+    engine = importlib.import_module("kvfs_metadata.engines.postgres_engine").PostgresEngine
     opened = engine(os_env(), location)
     try:
         return dict(opened.view(lambda read: read.range(b"", b"\xff", 1 << 30)))

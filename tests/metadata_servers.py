@@ -1,7 +1,7 @@
 """Metadata services as processes of their own, on each kind of store, to race against and to kill.
 
 A test that takes ``store`` runs on all of them. PostgreSQL takes part once there is an engine for
-it (``kvfs_metadata.postgres_engine``), a setting ``store``, and the fixture ``postgres_url`` (in
+it (``engines.postgres_engine``), a setting ``store``, and the fixture ``postgres_url`` (in
 ``tests/postgres_server.py``).
 """
 
@@ -61,7 +61,7 @@ def store(request: pytest.FixtureRequest) -> Store:
     found: Store = request.param
     if not found.name.startswith("postgres"):
         return found
-    for module in ("kvfs_metadata.postgres_engine", "postgres_server"):
+    for module in ("kvfs_metadata.engines.postgres_engine", "postgres_server"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"there is no {module}")
     if not any(setting.name == "store" for setting in settings_of(MetadataConfig, "metadata")):

@@ -19,7 +19,7 @@ from kvfs_base.limits import BLOCK_KEY_BYTES
 from kvfs_base.types import KVLayout
 from kvfs_metadata import records
 from kvfs_metadata.block_table import Block, BlocksByInode, BlockTable
-from kvfs_metadata.engine import Item, KVRead, prefix_end, scan, scan_pages
+from kvfs_metadata.engines.engine import Item, KVRead, prefix_end, scan, scan_pages
 from kvfs_metadata.policy import CachePolicy
 
 LOAD_PAGE = 1024

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvfs_base.types import BlockInfo
 from kvfs_metadata import records
-from kvfs_metadata.engine import Item
+from kvfs_metadata.engines.engine import Item
 
 ROW = np.dtype(
     [("inode", "<u8"), *((n, records.BLOCK_VALUE[n]) for n in records.BLOCK_VALUE.fields or ())]

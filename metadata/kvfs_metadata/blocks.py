@@ -36,9 +36,9 @@ from kvfs_base.types import BlockInfo
 from kvfs_metadata import records
 from kvfs_metadata.block_index import BlockIndex, KVNamespace, split_keys
 from kvfs_metadata.block_table import Block
-from kvfs_metadata.cluster_state import ClusterState
+from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.copies import Copies
-from kvfs_metadata.engine import KVRead, scan
+from kvfs_metadata.engines.engine import KVRead, scan
 from kvfs_metadata.inodes import load
 from kvfs_metadata.messages import (
     AbortBlocks,

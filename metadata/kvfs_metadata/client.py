@@ -30,9 +30,9 @@ from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GR
 from kvfs_base.rpc import BlockingRpcClient, Done, Request, RpcClient
 from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
-from kvfs_metadata import fixes
 from kvfs_metadata import messages as m
-from kvfs_metadata.admin_messages import CountChunks, DescribeCluster
+from kvfs_metadata.check import fixes
+from kvfs_metadata.cluster.admin_messages import CountChunks, DescribeCluster
 
 REPEATABLE: frozenset[type[Request]] = frozenset(
     {

@@ -19,9 +19,14 @@ from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError
 from kvfs_base.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
-from kvfs_metadata import fixes, records
 from kvfs_metadata import messages as m
-from kvfs_metadata.admin_messages import (
+from kvfs_metadata import records
+from kvfs_metadata.answers import Answers
+from kvfs_metadata.block_index import BlockIndex
+from kvfs_metadata.blocks import BlockCounts, Blocks
+from kvfs_metadata.check import fixes
+from kvfs_metadata.check.repair import Repairer, ServiceMemory, scan_records
+from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     CountChunks,
     DescribeCluster,
@@ -29,24 +34,20 @@ from kvfs_metadata.admin_messages import (
     ReplaceTarget,
     SetDraining,
 )
-from kvfs_metadata.administration import Administration
-from kvfs_metadata.answers import Answers
-from kvfs_metadata.block_index import BlockIndex
-from kvfs_metadata.blocks import BlockCounts, Blocks
-from kvfs_metadata.cluster_state import CAPACITY_FRACTION, ClusterState
+from kvfs_metadata.cluster.administration import Administration
+from kvfs_metadata.cluster.cluster_state import CAPACITY_FRACTION, ClusterState
+from kvfs_metadata.cluster.draining import Drainer
+from kvfs_metadata.cluster.removals import Removals
+from kvfs_metadata.cluster.unwanted import find_unwanted
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.copies import Copies
-from kvfs_metadata.draining import Drainer
-from kvfs_metadata.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
-from kvfs_metadata.migrations import migrate
+from kvfs_metadata.engines.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
+from kvfs_metadata.engines.migrations import migrate
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
-from kvfs_metadata.removals import Removals
 from kvfs_metadata.rename import rename
-from kvfs_metadata.repair import Repairer, ServiceMemory, scan_records
 from kvfs_metadata.sessions import Sessions
 from kvfs_metadata.transaction import ANY_CONNECTION, Counters, Tx, roll_back
-from kvfs_metadata.unwanted import find_unwanted
 from kvfs_metadata.xattrs import Xattrs
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from kvfs_base.errors import InodeStale, InvalidRequest, NameTooLong, NotADirect
 from kvfs_base.limits import MOUNT_UNPUSHED_BYTES, NAME_BYTES_MAX
 from kvfs_base.types import ROOT_INODE
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVRead
+from kvfs_metadata.engines.engine import KVRead
 from kvfs_metadata.records import InodeRecord
 from kvfs_metadata.transaction import Tx
 

@@ -23,7 +23,8 @@ from kvfs_base.limits import (
 )
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, Attr, BlockInfo, KVLayout, Name, ShortText
-from kvfs_metadata.admin_messages import (
+from kvfs_metadata.check.fixes import RepairRecords, ScanRecords
+from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     CountChunks,
     DescribeCluster,
@@ -31,7 +32,6 @@ from kvfs_metadata.admin_messages import (
     ReplaceTarget,
     SetDraining,
 )
-from kvfs_metadata.fixes import RepairRecords, ScanRecords
 
 Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYTES)]
 """Block keys, 32 bytes each, end to end: slicing a string costs less than a msgpack list."""

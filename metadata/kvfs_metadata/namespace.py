@@ -29,9 +29,9 @@ from kvfs_metadata import records
 from kvfs_metadata.block_index import KVNamespace
 from kvfs_metadata.block_table import Block
 from kvfs_metadata.blocks import Blocks
-from kvfs_metadata.cluster_state import ClusterState
+from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.copies import Copies
-from kvfs_metadata.engine import KVRead, scan
+from kvfs_metadata.engines.engine import KVRead, scan
 from kvfs_metadata.inodes import (
     KV_INODE,
     charged_bytes,

@@ -14,7 +14,7 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import LINKS_MAX
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVRead
+from kvfs_metadata.engines.engine import KVRead
 from kvfs_metadata.inodes import (
     KV_INODE,
     check_name,

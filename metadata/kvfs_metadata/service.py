@@ -23,9 +23,9 @@ from kvfs_base.seams import Env
 from kvfs_base.types import Address
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.core import MetadataCore, Operation
-from kvfs_metadata.engine import KVEngine
+from kvfs_metadata.engines.engine import KVEngine
+from kvfs_metadata.engines.stores import open_store
 from kvfs_metadata.messages import Done, MetadataRequest, Sync
-from kvfs_metadata.stores import open_store
 from kvfs_metadata.turns import CacheTurns, SharedTurns, StrictTurns, Turns, update
 
 log = logging.getLogger(__name__)

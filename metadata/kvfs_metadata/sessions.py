@@ -28,7 +28,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVRead, Writes, scan
+from kvfs_metadata.engines.engine import KVRead, Writes, scan
 from kvfs_metadata.records import ServerRecord
 from kvfs_metadata.transaction import Tx
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from kvfs_base.limits import INODE_RANGE
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVTransaction
+from kvfs_metadata.engines.engine import KVTransaction
 
 ANY_CONNECTION = 0
 """Connection id of the service's own transactions."""

@@ -12,7 +12,7 @@ from kvfs_base.types import Layout
 from kvfs_metadata import records
 from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.copies import Copies
-from kvfs_metadata.engine import KVRead, scan
+from kvfs_metadata.engines.engine import KVRead, scan
 from kvfs_metadata.inodes import load, save
 from kvfs_metadata.messages import Done, GetXattr, ListXattr, RemoveXattr, SetXattr
 from kvfs_metadata.records import InodeRecord

@@ -20,9 +20,9 @@ from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.sync_sink import SyncSinks
 from kvfs_datapath.versions import Versions
 from kvfs_datapath.views import Views
-from kvfs_metadata import members
 from kvfs_metadata.blocks import Blocks
-from kvfs_metadata.cluster_state import ClusterState
+from kvfs_metadata.cluster import members
+from kvfs_metadata.cluster.cluster_state import ClusterState
 
 
 def _publish_before_the_bytes() -> Any:

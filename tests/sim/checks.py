@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from kvfs.fsck import Fsck
 from kvfs.fsck.sources import RemoteStore, RemoteTargets
-from kvfs_metadata.findings import Finding, Kind
-from kvfs_metadata.fsck import MetadataCheck
+from kvfs_metadata.check.findings import Finding, Kind
+from kvfs_metadata.check.fsck import MetadataCheck
 from sim import replicas
 from sim.history import check_key, check_register
 from sim.workloads import FILE_PAGES, KEYS, BlockWorker, FileWorker

@@ -1,6 +1,6 @@
 """The metadata store: in memory, with what a disk would have of it after the power is gone.
 
-As LMDB does it (``metadata/kvfs_metadata/lmdb_engine.py``): with ``strict`` every commit is durable
+As LMDB does it (``engines/lmdb_engine.py``): with ``strict`` every commit is durable
 before it returns; with ``cache`` a killed process loses nothing, and a machine that lost its power
 goes back to the last sync, which is noted in the store. Engines of one store that is ``shared``
 take turns, as servers on one PostgreSQL do.
@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from kvfs_base.errors import KvfsError, StoreUnavailable
 from kvfs_metadata import records
-from kvfs_metadata.engine import Group, KVRead, KVTransaction, Listener, Writes, run_group
-from kvfs_metadata.memory_engine import _State
+from kvfs_metadata.engines.engine import Group, KVRead, KVTransaction, Listener, Writes, run_group
+from kvfs_metadata.engines.memory_engine import _State
 from sim.hub import Hub, Process
 from sim.sim_threads import SimLock
 

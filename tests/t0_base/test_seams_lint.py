@@ -30,8 +30,8 @@ OUTER = {
     "kvfs/kvfs_base/seams.py": "names the type of chance",
     "kvfs/kvfs_base/testing.py": "memory seams, over socket pairs",
     "kvfs/kvfs/mount/fusermount.py": "is passed a descriptor by a program",
-    "metadata/kvfs_metadata/lmdb_engine.py": "the engine's own files and boot id",
-    "metadata/kvfs_metadata/postgres_link.py": "waits for libpq's sockets",
+    "metadata/kvfs_metadata/engines/lmdb_engine.py": "the engine's own files and boot id",
+    "metadata/kvfs_metadata/engines/postgres_link.py": "waits for libpq's sockets",
 }
 OUTER_FOLDERS = ("tools/", "kvfs/kvfs/cli", "kvfs/kvfs/supervisor", "kvfs/kvfs/integrations/")
 

@@ -13,8 +13,8 @@ from kvfs_base.types import KVLayout
 from kvfs_metadata import block_table, records
 from kvfs_metadata.block_index import BlockIndex, KVNamespace
 from kvfs_metadata.block_table import Block, InodeRows
-from kvfs_metadata.engine import scan
-from kvfs_metadata.memory_engine import MemoryEngine
+from kvfs_metadata.engines.engine import scan
+from kvfs_metadata.engines.memory_engine import MemoryEngine
 from kvfs_metadata.policy import LruPolicy
 from kvfs_metadata.records import NamespaceRecord
 

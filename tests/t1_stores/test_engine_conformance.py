@@ -10,7 +10,7 @@ import pytest
 
 from kvfs_base.errors import EntryExists, EntryNotFound, KvfsError
 from kvfs_base.os_env import os_env
-from kvfs_metadata.engine import (
+from kvfs_metadata.engines.engine import (
     KVEngine,
     KVRead,
     KVTransaction,
@@ -19,9 +19,9 @@ from kvfs_metadata.engine import (
     scan,
     scan_all,
 )
-from kvfs_metadata.lmdb_engine import LmdbEngine
-from kvfs_metadata.memory_engine import MemoryEngine
-from kvfs_metadata.postgres_engine import PostgresEngine
+from kvfs_metadata.engines.lmdb_engine import LmdbEngine
+from kvfs_metadata.engines.memory_engine import MemoryEngine
+from kvfs_metadata.engines.postgres_engine import PostgresEngine
 
 KINDS = ("memory", "lmdb-cache", "lmdb-strict", "postgres-cache", "postgres-strict")
 

@@ -20,9 +20,10 @@ import pytest
 from kvfs_base.errors import Conflict, DiskFull, EntryNotFound, TargetFailed, VersionMismatch
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk
-from kvfs_metadata import checkpoint, records
-from kvfs_metadata.engine import Group, KVEngine, KVTransaction
-from kvfs_metadata.lmdb_engine import READERS_MAX, LmdbEngine
+from kvfs_metadata import records
+from kvfs_metadata.engines import checkpoint
+from kvfs_metadata.engines.engine import Group, KVEngine, KVTransaction
+from kvfs_metadata.engines.lmdb_engine import READERS_MAX, LmdbEngine
 
 
 def put(key: bytes, value: bytes) -> object:
@@ -73,7 +74,7 @@ KILLED = """
 import os, sys
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk
-from kvfs_metadata.lmdb_engine import LmdbEngine
+from kvfs_metadata.engines.lmdb_engine import LmdbEngine
 engine = LmdbEngine(os_env(), sys.argv[1], durability=sys.argv[2])
 number = 0
 while True:

@@ -25,11 +25,11 @@ from kvfs_base.errors import (
     VersionMismatch,
 )
 from kvfs_base.os_env import os_env
-from kvfs_metadata import postgres_engine
-from kvfs_metadata.engine import Group, KVRead, KVTransaction, Writes
-from kvfs_metadata.postgres_engine import PostgresEngine
-from kvfs_metadata.postgres_link import Patience, error_for
-from kvfs_metadata.value_cache import UNKNOWN, ValueCache
+from kvfs_metadata.engines import postgres_engine
+from kvfs_metadata.engines.engine import Group, KVRead, KVTransaction, Writes
+from kvfs_metadata.engines.postgres_engine import PostgresEngine
+from kvfs_metadata.engines.postgres_link import Patience, error_for
+from kvfs_metadata.engines.value_cache import UNKNOWN, ValueCache
 from postgres_proxy import Proxy
 from postgres_server import NOBODY, PostgresServer
 
@@ -121,7 +121,7 @@ def test_servers_that_start_at_once(engines: Callable[..., PostgresEngine]) -> N
 COUNTING = """
 import json, sys
 from kvfs_base.os_env import os_env
-from kvfs_metadata.postgres_engine import PostgresEngine
+from kvfs_metadata.engines.postgres_engine import PostgresEngine
 engine = PostgresEngine(os_env(), sys.argv[1])
 own, heard = [], []
 first = engine.view(lambda read: int(read.get(b"counter") or 0))
@@ -573,8 +573,8 @@ STOPPED = """
 import os, signal, sys
 from kvfs_base.errors import Conflict
 from kvfs_base.os_env import os_env
-from kvfs_metadata.postgres_engine import PostgresEngine
-from kvfs_metadata.postgres_link import Patience
+from kvfs_metadata.engines.postgres_engine import PostgresEngine
+from kvfs_metadata.engines.postgres_link import Patience
 engine = PostgresEngine(os_env(), sys.argv[1], patience=Patience(idle_seconds=0.5))
 group = engine.run([lambda txn: txn.put(b"a", b"stopped")])
 os.kill(os.getpid(), signal.SIGSTOP)

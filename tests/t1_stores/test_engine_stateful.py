@@ -14,10 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kvfs_base.errors import Conflict
 from kvfs_base.os_env import os_env
-from kvfs_metadata.engine import KVEngine, KVRead, KVTransaction, Writes
-from kvfs_metadata.lmdb_engine import LmdbEngine
-from kvfs_metadata.memory_engine import MemoryEngine
-from kvfs_metadata.postgres_engine import PostgresEngine
+from kvfs_metadata.engines.engine import KVEngine, KVRead, KVTransaction, Writes
+from kvfs_metadata.engines.lmdb_engine import LmdbEngine
+from kvfs_metadata.engines.memory_engine import MemoryEngine
+from kvfs_metadata.engines.postgres_engine import PostgresEngine
 from postgres_server import PostgresServer
 
 KEYS = st.binary(min_size=1, max_size=3).map(lambda b: b[:1].replace(b"\xff", b"a") + b[1:])

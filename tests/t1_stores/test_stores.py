@@ -29,11 +29,12 @@ from kvfs_base.errors import (
     VersionMismatch,
 )
 from kvfs_base.os_env import os_env
-from kvfs_metadata import backup, records, stores
-from kvfs_metadata.engine import Item, KVEngine, KVRead, KVTransaction, scan_all
-from kvfs_metadata.lmdb_engine import LmdbEngine
-from kvfs_metadata.migrations import migrate
-from kvfs_metadata.stores import Summary
+from kvfs_metadata import records
+from kvfs_metadata.engines import backup, stores
+from kvfs_metadata.engines.engine import Item, KVEngine, KVRead, KVTransaction, scan_all
+from kvfs_metadata.engines.lmdb_engine import LmdbEngine
+from kvfs_metadata.engines.migrations import migrate
+from kvfs_metadata.engines.stores import Summary
 from postgres_server import PostgresServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -451,7 +452,7 @@ def test_pages_that_a_killed_backup_held_are_used_again(tmp_path: Path) -> None:
     engine.update([lambda txn: txn.put(b"a", b"1")])
     holding = (
         "import os, signal, sys\n"
-        "from kvfs_metadata.lmdb_engine import read_environment\n"
+        "from kvfs_metadata.engines.lmdb_engine import read_environment\n"
         "with read_environment(sys.argv[1]) as read:\n"
         "    assert read.get(b'a') == b'1'\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

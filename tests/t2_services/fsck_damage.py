@@ -12,7 +12,7 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from kvfs_metadata.findings import Kind
+from kvfs_metadata.check.findings import Kind
 from t2_services.metadata_rig import FILE, ROOT, key
 
 Found = set[tuple[Kind, int]]

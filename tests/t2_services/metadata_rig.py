@@ -14,8 +14,8 @@ from kvfs_base.types import Address, Attr, KVLayout
 from kvfs_metadata import messages as m
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.core import MetadataCore
-from kvfs_metadata.engine import scan
-from kvfs_metadata.memory_engine import MemoryEngine
+from kvfs_metadata.engines.engine import scan
+from kvfs_metadata.engines.memory_engine import MemoryEngine
 
 ROOT = 1
 FILE = stat.S_IFREG | 0o644

@@ -15,9 +15,10 @@ from kvfs.fsck import run as run_module
 from kvfs_base.limits import FIXES_PER_REQUEST
 from kvfs_base.types import ChunkId
 from kvfs_datapath.format import ChunkInfo, ChunkState
-from kvfs_metadata import fixes, records
 from kvfs_metadata import messages as m
-from kvfs_metadata.findings import Finding, Kind
+from kvfs_metadata import records
+from kvfs_metadata.check import fixes
+from kvfs_metadata.check.findings import Finding, Kind
 from t2_services.fsck_damage import (
     DAMAGE,
     NOBODY,

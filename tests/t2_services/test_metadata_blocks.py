@@ -20,7 +20,7 @@ from kvfs_base import limits
 from kvfs_base.types import BlockInfo, KVLayout
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from kvfs_metadata.memory_engine import MemoryEngine
+from kvfs_metadata.engines.memory_engine import MemoryEngine
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from t2_services.metadata_rig import LAYOUT, ROOT, Rig, key, keys
 

@@ -170,7 +170,7 @@ def test_each_target_has_its_own_queue(rig: Rig) -> None:
 
 
 def test_a_heartbeat_carries_a_bounded_list(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_metadata.removals.REMOVALS_PER_HEARTBEAT", 3)
+    monkeypatch.setattr("kvfs_metadata.cluster.removals.REMOVALS_PER_HEARTBEAT", 3)
     rig.heartbeat("target-1")
     namespace = rig.namespace()
     rig.put(namespace, range(8))

@@ -17,7 +17,7 @@ from kvfs_base.cluster import GetClusterMap, TargetState
 from kvfs_base.types import Layout
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from kvfs_metadata.admin_messages import (
+from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     ClusterDetails,
     CountChunks,
@@ -26,8 +26,8 @@ from kvfs_metadata.admin_messages import (
     SetDraining,
     TargetDetails,
 )
-from kvfs_metadata.administration import chunks_by_chain
-from kvfs_metadata.memory_engine import MemoryStore
+from kvfs_metadata.cluster.administration import chunks_by_chain
+from kvfs_metadata.engines.memory_engine import MemoryStore
 from t2_services.metadata_rig import FILE, ROOT, Rig, keys
 from t2_services.test_metadata_shared import Servers, snapshot
 
@@ -134,7 +134,7 @@ def test_records_of_before_there_was_draining_are_read(rig: Rig) -> None:
 
 
 def test_blocks_are_given_up_a_page_at_a_time(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_metadata.draining.DRAIN_PAGE_RECORDS", 4)
+    monkeypatch.setattr("kvfs_metadata.cluster.draining.DRAIN_PAGE_RECORDS", 4)
     namespace = rig.namespace()
     placed = {b.inode: b.chain for b in rig.put(namespace, range(30)).blocks if b}
     assert rig.core.update([rig.core.drain]) == [False], "nothing to do"
@@ -177,7 +177,7 @@ def test_a_batch_that_was_prepared_before_is_waited_for(rig: Rig) -> None:
 
 
 def test_blocks_that_come_behind_a_pass_spoil_it(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_metadata.draining.DRAIN_PAGE_RECORDS", 1)
+    monkeypatch.setattr("kvfs_metadata.cluster.draining.DRAIN_PAGE_RECORDS", 1)
     namespace = rig.namespace()
     batch = rig.prepare(namespace, range(3))
     rig.put(namespace, range(10, 40))
@@ -338,7 +338,7 @@ def test_a_change_that_cannot_be_written_did_not_happen(
 def test_a_pass_that_cannot_be_written_is_begun_again(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvfs_metadata.draining.DRAIN_PAGE_RECORDS", 4)
+    monkeypatch.setattr("kvfs_metadata.cluster.draining.DRAIN_PAGE_RECORDS", 4)
     rig.put(rig.namespace(), range(30))
     inode, _ = make_file(rig, b"f", 0)
     rig.call(SetDraining((2,), True))
@@ -426,7 +426,7 @@ def test_a_removed_target_is_refused_and_its_server_keeps_the_others(rig: Rig) -
 def test_removed_targets_are_remembered_up_to_a_bound(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvfs_metadata.departures.REMOVED_TARGETS_MAX", 2)
+    monkeypatch.setattr("kvfs_metadata.cluster.departures.REMOVED_TARGETS_MAX", 2)
     for target_id in (3, 1, 2):
         rig.clock.advance(0.1)
         rig.call(RemoveTarget((target_id,), force=True))
@@ -437,7 +437,7 @@ def test_removed_targets_are_remembered_up_to_a_bound(
 def test_force_loses_blocks_and_chunks_and_nothing_else(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvfs_metadata.draining.DRAIN_PAGE_RECORDS", 4)
+    monkeypatch.setattr("kvfs_metadata.cluster.draining.DRAIN_PAGE_RECORDS", 4)
     namespace = rig.namespace()
     rig.put(namespace, range(30))
     rig.call(m.RemoveBlocks(namespace, keys(range(15))))
@@ -508,7 +508,7 @@ def test_chunks_of_a_file_by_chain(chunks: int) -> None:
 
 
 def test_counts_come_in_pages(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_metadata.administration.COUNT_PAGE_RECORDS", 3)
+    monkeypatch.setattr("kvfs_metadata.cluster.administration.COUNT_PAGE_RECORDS", 3)
     rig.put(rig.namespace(), range(9), size=10)
     for n in range(7):
         make_file(rig, b"%d" % n, n)
@@ -582,7 +582,7 @@ def test_a_file_that_is_open_at_another_server_is_left_alone() -> None:
 
 
 def test_a_pass_notices_what_another_server_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_metadata.draining.DRAIN_PAGE_RECORDS", 1)
+    monkeypatch.setattr("kvfs_metadata.cluster.draining.DRAIN_PAGE_RECORDS", 1)
     servers = Servers(2, targets=3)
     a, b = servers.rigs
     namespace = a.namespace()
@@ -717,7 +717,7 @@ class Chaos:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_targets_that_come_and_go_at_random(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_metadata.draining.DRAIN_PAGE_RECORDS", 3)
+    monkeypatch.setattr("kvfs_metadata.cluster.draining.DRAIN_PAGE_RECORDS", 3)
     chaos = Chaos(seed)
     for _ in range(600):
         chaos.step()

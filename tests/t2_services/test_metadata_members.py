@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvfs_base.limits import HOPS_MAX
-from kvfs_metadata import members
+from kvfs_metadata.cluster import members
 from kvfs_metadata.records import ChainRecord
 
 

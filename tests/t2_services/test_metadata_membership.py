@@ -25,7 +25,12 @@ from kvfs_base.cluster import (
 )
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from kvfs_metadata.admin_messages import DescribeCluster, RemoveTarget, ReplaceTarget, SetDraining
+from kvfs_metadata.cluster.admin_messages import (
+    DescribeCluster,
+    RemoveTarget,
+    ReplaceTarget,
+    SetDraining,
+)
 from t2_services.metadata_rig import ROOT, TERABYTE, Rig, keys
 from t2_services.test_metadata_shared import Servers
 

@@ -12,12 +12,13 @@ from kvfs_base.cluster import GetClusterMap
 from kvfs_base.errors import InodeStale, VersionMismatch
 from kvfs_base.os_env import os_env
 from kvfs_metadata import messages as m
-from kvfs_metadata import migrations, records
-from kvfs_metadata.engine import Group, KVEngine, KVTransaction, scan_all
-from kvfs_metadata.lmdb_engine import LmdbEngine
-from kvfs_metadata.memory_engine import MemoryEngine, MemoryStore
-from kvfs_metadata.migrations import convert_all, migrate
-from kvfs_metadata.stores import update
+from kvfs_metadata import records
+from kvfs_metadata.engines import migrations
+from kvfs_metadata.engines.engine import Group, KVEngine, KVTransaction, scan_all
+from kvfs_metadata.engines.lmdb_engine import LmdbEngine
+from kvfs_metadata.engines.memory_engine import MemoryEngine, MemoryStore
+from kvfs_metadata.engines.migrations import convert_all, migrate
+from kvfs_metadata.engines.stores import update
 from t2_services.metadata_rig import ROOT, Rig, keys
 
 FORMAT_1 = Path(__file__).with_name("metadata_format_1.json")

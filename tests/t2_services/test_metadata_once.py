@@ -15,8 +15,13 @@ from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.rpc import Request
 from kvfs_metadata import messages as m
-from kvfs_metadata.admin_messages import AdmitTarget, RemoveTarget, ReplaceTarget, SetDraining
 from kvfs_metadata.client import BlockingMetadataClient
+from kvfs_metadata.cluster.admin_messages import (
+    AdmitTarget,
+    RemoveTarget,
+    ReplaceTarget,
+    SetDraining,
+)
 from t2_services.metadata_rig import FILE, ROOT, Rig, key, keys
 from t2_services.metadata_stage import CHANGING, SESSION, Stage, blocking_stage, run
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfs_metadata.placement import (
+from kvfs_metadata.cluster.placement import (
     Loads,
     Site,
     chains_per_target,

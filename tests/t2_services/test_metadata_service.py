@@ -25,9 +25,9 @@ from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.client import BlockingMetadataClient, MetadataClient
 from kvfs_metadata.config import MetadataConfig
-from kvfs_metadata.engine import Group, KVEngine
-from kvfs_metadata.lmdb_engine import LmdbEngine
-from kvfs_metadata.memory_engine import MemoryEngine
+from kvfs_metadata.engines.engine import Group, KVEngine
+from kvfs_metadata.engines.lmdb_engine import LmdbEngine
+from kvfs_metadata.engines.memory_engine import MemoryEngine
 from kvfs_metadata.service import MetadataService, serve_metadata
 from t2_services.metadata_rig import FILE, LAYOUT, ROOT, keys
 

@@ -16,7 +16,7 @@ from kvfs_base.testing import ManualClock
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.core import MetadataCore
-from kvfs_metadata.memory_engine import MemoryEngine, MemoryStore
+from kvfs_metadata.engines.memory_engine import MemoryEngine, MemoryStore
 from t2_services.metadata_rig import FILE, ROOT, Rig, keys
 from t2_services.test_posix_model import check
 

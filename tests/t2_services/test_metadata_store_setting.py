@@ -11,9 +11,10 @@ from kvfs_base.errors import InvalidRequest
 from kvfs_base.os_env import os_env
 from kvfs_base.types import Address
 from kvfs_metadata import messages as m
-from kvfs_metadata import records, stores
+from kvfs_metadata import records
 from kvfs_metadata.client import MetadataClient
 from kvfs_metadata.config import MetadataConfig
+from kvfs_metadata.engines import stores
 from kvfs_metadata.service import serve_metadata
 from t2_services.metadata_rig import DIRECTORY, ROOT
 

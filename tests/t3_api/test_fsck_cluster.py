@@ -26,8 +26,8 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client import ChunkClient, ChunkWrite
 from kvfs_datapath.connections import ConnectionPool
 from kvfs_datapath.format import path_of
+from kvfs_metadata.check.findings import Kind
 from kvfs_metadata.client import BlockingMetadataClient, ClusterView
-from kvfs_metadata.findings import Kind
 from kvfs_metadata.messages import (
     AbortBlocks,
     Link,

@@ -39,7 +39,7 @@ from kvfs_base.errors import KvfsError
 from kvfs_base.os_env import os_env
 from kvfs_base.rpc import BlockingRpcClient, Request
 from kvfs_base.types import Address
-from kvfs_metadata.admin_messages import ClusterDetails, DescribeCluster, TargetDetails
+from kvfs_metadata.cluster.admin_messages import ClusterDetails, DescribeCluster, TargetDetails
 from t5_cluster.processes import DEADLINE_SECONDS, KVFS, wait_until
 from t5_cluster.slow_link import SlowLink
 

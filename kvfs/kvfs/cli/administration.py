@@ -17,7 +17,8 @@ from kvfs.settings import format_size
 from kvfs_base.cluster import Chain, GetClusterMap
 from kvfs_base.errors import EntryNotFound, InodeStale, TargetInUse, TargetUnknown
 from kvfs_base.types import ROOT_INODE, Attr
-from kvfs_metadata.admin_messages import (
+from kvfs_metadata.client import BlockingMetadataClient
+from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     ClusterDetails,
     CountChunks,
@@ -29,8 +30,7 @@ from kvfs_metadata.admin_messages import (
     SpreadDetails,
     TargetDetails,
 )
-from kvfs_metadata.administration import chunks_by_chain
-from kvfs_metadata.client import BlockingMetadataClient
+from kvfs_metadata.cluster.administration import chunks_by_chain
 from kvfs_metadata.messages import ReadDir
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -19,7 +19,7 @@ from kvfs.supervisor.home import Home
 from kvfs_base.errors import AlreadyRunning, Conflict, NotKvfsDirectory
 from kvfs_base.limits import FSCK_SETTLE_SECONDS
 from kvfs_base.os_env import os_env
-from kvfs_metadata.fixes import MarkSparse
+from kvfs_metadata.check.fixes import MarkSparse
 
 PROGRESS_SECONDS = 5.0
 SHOWN_MAX = 200

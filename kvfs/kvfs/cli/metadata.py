@@ -12,11 +12,11 @@ from kvfs import settings
 from kvfs.supervisor.home import Home
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk
-from kvfs_metadata import backup as backups
-from kvfs_metadata import stores
-from kvfs_metadata.engine import KVRead
-from kvfs_metadata.migrations import check_format
-from kvfs_metadata.stores import Summary
+from kvfs_metadata.engines import backup as backups
+from kvfs_metadata.engines import stores
+from kvfs_metadata.engines.engine import KVRead
+from kvfs_metadata.engines.migrations import check_format
+from kvfs_metadata.engines.stores import Summary
 
 
 @click.group()

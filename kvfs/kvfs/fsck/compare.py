@@ -19,10 +19,10 @@ import numpy as np
 from kvfs_base.types import Layout
 from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.messages import ListedChunk
-from kvfs_metadata import fixes as f
 from kvfs_metadata import records
-from kvfs_metadata.findings import Finding, Kind, Place
-from kvfs_metadata.fsck import Batches, MetadataCheck, RecordReader, is_file, read_sound
+from kvfs_metadata.check import fixes as f
+from kvfs_metadata.check.findings import Finding, Kind, Place
+from kvfs_metadata.check.fsck import Batches, MetadataCheck, RecordReader, is_file, read_sound
 from kvfs_metadata.inodes import chunks_to_remove
 from kvfs_metadata.records import BlockValue, ChainRecord, InodeRecord
 

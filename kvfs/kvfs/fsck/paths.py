@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from kvfs_base.types import ROOT_INODE
 from kvfs_metadata import records
-from kvfs_metadata.findings import record_problem
-from kvfs_metadata.fsck import RecordReader, read_all, read_sound
+from kvfs_metadata.check.findings import record_problem
+from kvfs_metadata.check.fsck import RecordReader, read_all, read_sound
 
 DEPTH_MAX = 64
 """Directories above a file that are looked up for its path."""

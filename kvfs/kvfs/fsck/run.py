@@ -1,13 +1,13 @@
 """One check, from candidates to repairs.
 
-What the two streams of the check yield (``kvfs_metadata.fsck``, ``compare``) was read over many
+What the two streams of the check yield (``check.fsck``, ``compare``) was read over many
 pages while others wrote. It becomes a finding after a second look, whose order matters:
 
 * A chunk that is missing or wrong: first the chunk is looked at again, then the metadata, in one
   transaction. A block is published before it is committed and its number is never used again: if
   its record is there before and after the chunk was found missing, the chunk was missing while the
   block existed.
-* A chunk that belongs to nothing: first the metadata, in one transaction (``kvfs_metadata.repair``
+* A chunk that belongs to nothing: first the metadata, in one transaction (``check.repair``
   says why its answer is final); then the queues of removals, where it may wait for its end; then
   the chunk. Whatever referred to it went into a queue in the transaction that dropped it, and
   leaves the queue only when the chunk is gone. So what is in no queue, and still there after
@@ -43,9 +43,9 @@ from kvfs_base.limits import (
 from kvfs_base.types import ChunkId
 from kvfs_datapath.messages import ListedChunk
 from kvfs_metadata import records
-from kvfs_metadata.findings import Finding, Kind, Place, record_problem
-from kvfs_metadata.fixes import DropBlock, Fix, MarkSparse, Verdict
-from kvfs_metadata.fsck import MetadataCheck
+from kvfs_metadata.check.findings import Finding, Kind, Place, record_problem
+from kvfs_metadata.check.fixes import DropBlock, Fix, MarkSparse, Verdict
+from kvfs_metadata.check.fsck import MetadataCheck
 
 Progress = Callable[[str, int], None]
 

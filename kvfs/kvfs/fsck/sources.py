@@ -25,13 +25,13 @@ from kvfs_datapath.listing import ChunkListing, look_at
 from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.target import IDENTITY
 from kvfs_metadata import records
+from kvfs_metadata.check.fixes import Fix, RecordPage, RepairRecords, ScanRecords, Verdict
+from kvfs_metadata.check.fsck import RecordReader, read_sound
+from kvfs_metadata.check.repair import NoMemory, Repairer
 from kvfs_metadata.client import BlockingMetadataClient
-from kvfs_metadata.engine import Item, KVEngine, KVTransaction
-from kvfs_metadata.fixes import Fix, RecordPage, RepairRecords, ScanRecords, Verdict
-from kvfs_metadata.fsck import RecordReader, read_sound
-from kvfs_metadata.lmdb_engine import LmdbEngine
-from kvfs_metadata.removals import Removals
-from kvfs_metadata.repair import NoMemory, Repairer
+from kvfs_metadata.cluster.removals import Removals
+from kvfs_metadata.engines.engine import Item, KVEngine, KVTransaction
+from kvfs_metadata.engines.lmdb_engine import LmdbEngine
 from kvfs_metadata.transaction import ANY_CONNECTION, Counters, Tx
 
 NEW_UUID = "00000000-0000-0000-0000-000000000000"

@@ -25,7 +25,7 @@ from kvfs_base.cluster import TargetState
 from kvfs_base.errors import AlreadyRunning, KvfsError, RoleFailed
 from kvfs_base.os_env import os_env
 from kvfs_base.rpc import RpcClient
-from kvfs_metadata.admin_messages import ClusterDetails, DescribeCluster
+from kvfs_metadata.cluster.admin_messages import ClusterDetails, DescribeCluster
 
 log = logging.getLogger(__name__)
 

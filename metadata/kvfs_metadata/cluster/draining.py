@@ -26,11 +26,11 @@ from kvfs_base.limits import DRAIN_PAGE_RECORDS
 from kvfs_base.types import Layout
 from kvfs_metadata import records
 from kvfs_metadata.blocks import Blocks
-from kvfs_metadata.cluster_state import ClusterState
-from kvfs_metadata.engine import prefix_end
+from kvfs_metadata.cluster.cluster_state import ClusterState
+from kvfs_metadata.cluster.removals import Removals
+from kvfs_metadata.engines.engine import prefix_end
 from kvfs_metadata.inodes import chunks_to_remove, save
 from kvfs_metadata.records import InodeRecord
-from kvfs_metadata.removals import Removals
 from kvfs_metadata.transaction import Tx
 
 

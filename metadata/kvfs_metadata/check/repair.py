@@ -37,12 +37,13 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import SCAN_BYTES
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE
-from kvfs_metadata import fixes as f
 from kvfs_metadata import records
 from kvfs_metadata.block_index import BlockIndex
-from kvfs_metadata.engine import KVRead, Overlay, scan
-from kvfs_metadata.findings import DROPPABLE, record_problem
-from kvfs_metadata.fsck import Batches, is_file, leads_nowhere
+from kvfs_metadata.check import fixes as f
+from kvfs_metadata.check.findings import DROPPABLE, record_problem
+from kvfs_metadata.check.fsck import Batches, is_file, leads_nowhere
+from kvfs_metadata.cluster.removals import Removals
+from kvfs_metadata.engines.engine import KVRead, Overlay, scan
 from kvfs_metadata.inodes import (
     KV_INODE,
     charged_bytes,
@@ -56,7 +57,6 @@ from kvfs_metadata.inodes import (
 )
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.records import BlockValue, InodeRecord, RemovalValue
-from kvfs_metadata.removals import Removals
 from kvfs_metadata.sessions import Sessions
 from kvfs_metadata.transaction import Counters, Tx, change_usage, roll_back
 

@@ -32,14 +32,14 @@ from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import TARGET_UUID_CHARS_MAX
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
-from kvfs_metadata.chains import ChainTable, MapVersion
-from kvfs_metadata.departures import Departures
-from kvfs_metadata.engine import KVRead, Writes, scan
-from kvfs_metadata.membership import Membership
-from kvfs_metadata.placing import Placement
+from kvfs_metadata.cluster.chains import ChainTable, MapVersion
+from kvfs_metadata.cluster.departures import Departures
+from kvfs_metadata.cluster.membership import Membership
+from kvfs_metadata.cluster.placing import Placement
+from kvfs_metadata.cluster.removals import Removals
+from kvfs_metadata.cluster.targets import TargetEntry, TargetTable, as_target, evict_below_bytes
+from kvfs_metadata.engines.engine import KVRead, Writes, scan
 from kvfs_metadata.records import BeatValue, ChainRecord, TargetRecord
-from kvfs_metadata.removals import Removals
-from kvfs_metadata.targets import TargetEntry, TargetTable, as_target, evict_below_bytes
 from kvfs_metadata.transaction import Counters, Tx
 
 CAPACITY_FRACTION = 0.90

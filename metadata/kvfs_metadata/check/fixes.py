@@ -1,7 +1,7 @@
 """How the check of a store is asked for over the wire: raw records, and repairs of single findings.
 
 A fix names what was found wrong and what would be right. It is never taken on trust: the service
-looks again, in the transaction that repairs (``kvfs_metadata.repair``), and does nothing if things
+looks again, in the transaction that repairs (``check.repair``), and does nothing if things
 are not, or no longer, as the fix says.
 """
 

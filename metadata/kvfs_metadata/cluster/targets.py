@@ -17,7 +17,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
-from kvfs_metadata.chains import MapVersion
+from kvfs_metadata.cluster.chains import MapVersion
 from kvfs_metadata.records import BeatValue, TargetRecord
 from kvfs_metadata.transaction import Tx
 

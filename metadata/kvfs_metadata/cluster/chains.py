@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVRead
+from kvfs_metadata.engines.engine import KVRead
 from kvfs_metadata.records import ChainRecord
 from kvfs_metadata.transaction import Tx
 

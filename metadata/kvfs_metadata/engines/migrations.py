@@ -18,8 +18,8 @@ from functools import partial
 
 from kvfs_base.errors import VersionMismatch
 from kvfs_metadata import records
-from kvfs_metadata.engine import KEYS_END, KVEngine, KVTransaction, prefix_end, scan
-from kvfs_metadata.stores import unfinished, update
+from kvfs_metadata.engines.engine import KEYS_END, KVEngine, KVTransaction, prefix_end, scan
+from kvfs_metadata.engines.stores import unfinished, update
 
 log = logging.getLogger(__name__)
 

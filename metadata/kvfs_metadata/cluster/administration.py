@@ -11,7 +11,7 @@ from kvfs_base.limits import COPIES_MAX, COUNT_PAGE_RECORDS
 from kvfs_base.seams import Clock
 from kvfs_base.types import Layout
 from kvfs_metadata import records
-from kvfs_metadata.admin_messages import (
+from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     ChainCount,
     Changed,
@@ -27,12 +27,12 @@ from kvfs_metadata.admin_messages import (
     SpreadDetails,
     TargetDetails,
 )
-from kvfs_metadata.cluster_state import ClusterState
-from kvfs_metadata.draining import Drainer
-from kvfs_metadata.engine import Item, KVRead, prefix_end, scan
-from kvfs_metadata.removals import Removals
+from kvfs_metadata.cluster.cluster_state import ClusterState
+from kvfs_metadata.cluster.draining import Drainer
+from kvfs_metadata.cluster.removals import Removals
+from kvfs_metadata.cluster.targets import TargetEntry
+from kvfs_metadata.engines.engine import Item, KVRead, prefix_end, scan
 from kvfs_metadata.sessions import Sessions
-from kvfs_metadata.targets import TargetEntry
 from kvfs_metadata.transaction import Tx
 
 _Counts = defaultdict[int, list[int]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from kvfs_metadata.engine import Writes
+from kvfs_metadata.engines.engine import Writes
 
 OVERHEAD_BYTES = 200
 """Of two bytes objects and their place in the dictionary."""

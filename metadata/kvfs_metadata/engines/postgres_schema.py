@@ -7,7 +7,7 @@ holds. Standard SQL but for ``bytea``, ``unnest`` of two arrays and ``ON CONFLIC
 from __future__ import annotations
 
 from kvfs_base.errors import EntryNotFound, VersionMismatch
-from kvfs_metadata.postgres_link import Command, Link, Statement, int8_of
+from kvfs_metadata.engines.postgres_link import Command, Link, Statement, int8_of
 
 FORMAT = 1
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvfs_base.errors import KvfsError
-from kvfs_metadata.engine import (
+from kvfs_metadata.engines.engine import (
     Group,
     Item,
     KVRead,
@@ -139,7 +139,7 @@ class MemoryEngine:
 
     def copy_to(self, path: str) -> None:
         # Imported here so that the memory engine works without LMDB.
-        from kvfs_metadata.lmdb_engine import write_environment
+        from kvfs_metadata.engines.lmdb_engine import write_environment
 
         with self._store.lock:
             write_environment(path, sorted(self._store.state.values.items()))

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from kvfs_base.cluster import FindUnwanted
 from kvfs_metadata import records
 from kvfs_metadata.blocks import Blocks
-from kvfs_metadata.cluster_state import ClusterState
+from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.transaction import Counters, Tx
 
 

@@ -17,7 +17,7 @@ from functools import partial
 from kvfs_base.cluster import Removal
 from kvfs_base.limits import REMOVALS_PER_HEARTBEAT
 from kvfs_metadata import records
-from kvfs_metadata.engine import KVRead, Writes, prefix_end, scan
+from kvfs_metadata.engines.engine import KVRead, Writes, prefix_end, scan
 from kvfs_metadata.records import RemovalState, RemovalValue
 from kvfs_metadata.transaction import Tx
 

@@ -26,8 +26,8 @@ from crc32c import crc32c
 from kvfs_base.errors import BackupDamaged, LimitExceeded, VersionMismatch
 from kvfs_base.limits import BACKUP_FRAME_BYTES_MAX
 from kvfs_base.seams import Disk, DiskFile
-from kvfs_metadata.engine import Item
-from kvfs_metadata.stores import Summary
+from kvfs_metadata.engines.engine import Item
+from kvfs_metadata.engines.stores import Summary
 
 MAGIC = b"KVFSMETA"
 VERSION = 1

@@ -2,7 +2,7 @@
 
 LMDB never writes a page that a committed state uses, so a process may die at any moment. With
 ``durability="strict"`` each commit is synced before it returns; with "cache" the kernel holds the
-last writes until ``sync``, and checkpoints (``kvfs_metadata.checkpoint``) keep the store whole if
+last writes until ``sync``, and checkpoints (``engines.checkpoint``) keep the store whole if
 the machine dies.
 
 Commits may come from a worker thread while views go on in another: LMDB allows one writer beside
@@ -26,9 +26,10 @@ import lmdb
 from kvfs_base.errors import Conflict, DiskFull, KvfsError, TargetFailed, VersionMismatch
 from kvfs_base.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX, MIB, PAGE_BYTES
 from kvfs_base.seams import Env
-from kvfs_metadata import checkpoint, records
-from kvfs_metadata.checkpoint import Checkpoint
-from kvfs_metadata.engine import Group, Item, KVRead, KVTransaction, Listener, run_group
+from kvfs_metadata import records
+from kvfs_metadata.engines import checkpoint
+from kvfs_metadata.engines.checkpoint import Checkpoint
+from kvfs_metadata.engines.engine import Group, Item, KVRead, KVTransaction, Listener, run_group
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

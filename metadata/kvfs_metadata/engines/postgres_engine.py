@@ -1,6 +1,6 @@
 """The engine that many servers share: one PostgreSQL database.
 
-The tables are described in ``kvfs_metadata.postgres_schema``, the argument why this is correct in
+The tables are described in ``engines.postgres_schema``, the argument why this is correct in
 ``docs/design/0003-many-servers.md``. In short: whoever commits has locked the row of ``turn``, so
 the commits of all servers have one order; each leaves its writes in ``log``; before ``run`` and
 ``view`` call anything they read the log from the last commit seen.
@@ -37,8 +37,8 @@ from kvfs_base.limits import (
     POSTGRES_ROUND_BYTES,
 )
 from kvfs_base.seams import Env
-from kvfs_metadata import postgres_schema
-from kvfs_metadata.engine import (
+from kvfs_metadata.engines import postgres_schema
+from kvfs_metadata.engines.engine import (
     Group,
     Item,
     KVRead,
@@ -48,8 +48,8 @@ from kvfs_metadata.engine import (
     run_group,
     scan_all,
 )
-from kvfs_metadata.lmdb_engine import write_environment
-from kvfs_metadata.postgres_link import (
+from kvfs_metadata.engines.lmdb_engine import write_environment
+from kvfs_metadata.engines.postgres_link import (
     Command,
     Link,
     Lost,
@@ -60,7 +60,7 @@ from kvfs_metadata.postgres_link import (
     int8,
     int8_of,
 )
-from kvfs_metadata.value_cache import UNKNOWN, ValueCache
+from kvfs_metadata.engines.value_cache import UNKNOWN, ValueCache
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import msgspec
 from kvfs_base.errors import KvfsError
 from kvfs_base.types import ChunkId
 from kvfs_metadata import records
-from kvfs_metadata.fixes import Fix
+from kvfs_metadata.check.fixes import Fix
 
 
 class Kind(enum.StrEnum):

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvfs_base.errors import Conflict, EntryNotFound, InvalidRequest, KvfsError, VersionMismatch
 from kvfs_base.limits import COPY_BATCH_BYTES, POSTGRES_RETRIES
 from kvfs_base.seams import Env
-from kvfs_metadata import checkpoint, records
-from kvfs_metadata.engine import KEYS_END, Item, KVEngine, KVRead, KVTransaction, scan_all
-from kvfs_metadata.lmdb_engine import STORE_FILES, LmdbEngine, read_environment
+from kvfs_metadata import records
+from kvfs_metadata.engines import checkpoint
+from kvfs_metadata.engines.engine import KEYS_END, Item, KVEngine, KVRead, KVTransaction, scan_all
+from kvfs_metadata.engines.lmdb_engine import STORE_FILES, LmdbEngine, read_environment
 
 if TYPE_CHECKING:
-    from kvfs_metadata.postgres_engine import PostgresEngine
+    from kvfs_metadata.engines.postgres_engine import PostgresEngine
 
 T = TypeVar("T")
 
@@ -73,7 +74,7 @@ def open_store(env: Env, store: str, *, durability: str = "cache", create: bool 
 def _postgres_engine() -> type[PostgresEngine]:
     try:
         # Only those who use it have psycopg, and importing it takes 0.1 s.
-        from kvfs_metadata.postgres_engine import PostgresEngine
+        from kvfs_metadata.engines.postgres_engine import PostgresEngine
     except ImportError as exc:
         raise InvalidRequest(detail=f"PostgreSQL needs psycopg: {exc}; install kvfs[pg]") from exc
     return PostgresEngine

@@ -3,7 +3,7 @@
 ``MetadataCheck`` reads records page by page, of whatever kinds it knows (others are not its), and
 yields what does not fit together. It needs no consistent state: on a store that is being changed
 what it yields are *candidates*, and whether they are true is decided where they would be repaired
-(``kvfs_metadata.repair``), in one transaction. For that every candidate names what the check relied
+(``check.repair``), in one transaction. For that every candidate names what the check relied
 on. The important part is how names are counted without holding the store still:
 
 * Inodes are read first, with their ctime. Entries are read after that. Whoever gives an inode a
@@ -31,10 +31,10 @@ import numpy as np
 
 from kvfs_base.limits import BATCH_BLOCKS_MAX, SCAN_RECORDS_MAX
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE
-from kvfs_metadata import fixes as f
 from kvfs_metadata import records
-from kvfs_metadata.engine import Item, prefix_end
-from kvfs_metadata.findings import DROPPABLE, Finding, Kind, record_problem
+from kvfs_metadata.check import fixes as f
+from kvfs_metadata.check.findings import DROPPABLE, Finding, Kind, record_problem
+from kvfs_metadata.engines.engine import Item, prefix_end
 from kvfs_metadata.inodes import KV_INODE, charged_bytes
 from kvfs_metadata.records import BlockValue, InodeRecord, Usage
 
