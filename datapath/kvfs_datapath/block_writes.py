@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kvfs_base.counters import Counters
 from kvfs_base.errors import ChunkCorrupt, ConnectionLost, DeadlineExceeded, KvfsError
+from kvfs_base.limits import PUBLISH_TOGETHER_MAX
 from kvfs_base.seams import Buffer
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
@@ -51,10 +52,11 @@ class BlockWriter:
     def write(
         self, store: ChunkStore, chunks: Sequence[m.NewChunk], buffer: memoryview
     ) -> list[KvfsError | None]:
-        """Receives chunks in pieces as large as the buffer, and publishes those that came whole all
-        at once. What went wrong with each: ChunkCorrupt, DiskFull, TargetFailed. Raises what
-        receiving raises."""
+        """Receives chunks in pieces as large as the buffer, and publishes those that came whole, in
+        ``strict`` many together. What went wrong with each: ChunkCorrupt, DiskFull, TargetFailed.
+        Raises what receiving raises."""
         results: list[KvfsError | None] = [None] * len(chunks)
+        together = PUBLISH_TOGETHER_MAX if store.strict else 1
         staged: dict[int, StagedChunk] = {}
         try:
             for index, new in enumerate(chunks):
@@ -64,14 +66,28 @@ class BlockWriter:
                     raise
                 except KvfsError as exc:
                     results[index] = exc
+                if len(staged) == together:
+                    self._publish(store, chunks, staged, results)
         except BaseException:
             for one in staged.values():
                 store.discard(one)
             raise
-        batch = [(one, info_of(chunks[index])) for index, one in staged.items()]
-        for index, error in zip(staged, publish(store, batch, self._counters), strict=True):
-            results[index] = error
+        self._publish(store, chunks, staged, results)
         return results
+
+    def _publish(
+        self,
+        store: ChunkStore,
+        chunks: Sequence[m.NewChunk],
+        staged: dict[int, StagedChunk],
+        results: list[KvfsError | None],
+    ) -> None:
+        """Empties ``staged``."""
+        batch = {index: (one, info_of(chunks[index])) for index, one in staged.items()}
+        staged.clear()
+        outcomes = publish(store, list(batch.values()), self._counters)
+        for index, error in zip(batch, outcomes, strict=True):
+            results[index] = error
 
     def _take(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> StagedChunk:
         try:

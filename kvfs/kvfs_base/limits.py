@@ -448,6 +448,11 @@ gives back its buffer."""
 STAGED_CHUNKS_MAX = 4096
 """Staging files open in one chunk server, a descriptor each."""
 
+PUBLISH_TOGETHER_MAX = 32
+"""Chunks that come in over one connection and wait for the disk together. Each is an open file
+until then, and no more connections receive at a time than there are buffers (SERVER_BUFFERS: 512
+files), where many systems allow a process 1,024."""
+
 BATCH_SYNC_THREADS = 8
 """Syncs of a batch that wait together on one target. 32 files and as many directories, on ext4 on a
 disk whose flush takes 3 ms: one thread 195 ms, four 10, eight 8, more no less."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvfs_base import frames
@@ -30,7 +31,7 @@ from kvfs_base.errors import (
     TargetFailed,
 )
 from kvfs_base.frames import Kind
-from kvfs_base.limits import ITEMS_PER_REQUEST_MAX, MIB, TRANSFER_BYTES
+from kvfs_base.limits import ITEMS_PER_REQUEST_MAX, MIB, PUBLISH_TOGETHER_MAX, TRANSFER_BYTES
 from kvfs_base.seams import Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import ChunkId
@@ -105,6 +106,31 @@ def test_strict_durability_changes_no_answer(tmp_path: Path) -> None:
             writes = make_writes([10_000] * 6)
             assert client.write_chunks(writes) == [None] * 6
             assert client.read_chunks(reads_of(writes)) == [None] * 6
+
+
+@pytest.mark.parametrize("durability", ["cache", "strict"])
+def test_bad_chunks_of_a_long_request_cost_only_themselves(tmp_path: Path, durability: str) -> None:
+    """More than are published together, and two bad ones, one at the end."""
+    count = PUBLISH_TOGETHER_MAX + 9
+    bad = [PUBLISH_TOGETHER_MAX - 1, count - 1]
+    writes = make_writes([5_000] * count, chains=(1,))
+    messages = [write.message() for write in writes]
+    for index in bad:
+        messages[index] = msgspec.structs.replace(messages[index], crc32c=1)
+    with running("memory", "tcp", tmp_path, durability=durability) as cluster:
+        connection = DataConnection(cluster.connection(1))
+        request = m.WriteChunks(1, tuple(messages))
+        outcomes = connection.call(request, [write.view[: write.size] for write in writes])
+        connection.close()
+        assert sorted(outcomes.errors) == bad
+        assert all(isinstance(outcomes.error(index), ChunkCorrupt) for index in bad)
+        good = [write for index, write in enumerate(writes) if index not in bad]
+        reads = reads_of(good)
+        assert cluster.client().read_chunks(reads) == [None] * len(good)
+        assert_equal(reads, good)
+        lost = cluster.client().read_chunks(reads_of([writes[index] for index in bad]))
+        assert all(isinstance(error, ChunkNotFound) for error in lost)
+        assert cluster.disk(1).list("staging") == []
 
 
 def test_many_small_chunks(cluster: Cluster) -> None:
