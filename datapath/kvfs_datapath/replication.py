@@ -65,6 +65,9 @@ class InStep(Protocol):
     def came(self, place: Place, chunk: ChunkId) -> None:
         """It is in step from now on. Raises ServerBusy."""
 
+    def went(self, place: Place, chunk: ChunkId) -> None:
+        """It is not: what came was dropped again."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Load:
@@ -182,7 +185,13 @@ class Replicator:
             if receipt is rules.Receipt.ANSWER:
                 return info
             load = Load(request.update, data, request.whole)
-            return self._carry(store, place, info, load, clean=known and pending is None)
+            try:
+                return self._carry(store, place, info, load, clean=known and pending is None)
+            except rules.NOWHERE:
+                # Dropped: what is here now is what was here before, which the source has to send.
+                if not in_step:
+                    self._in_step.went(place, chunk)
+                raise
 
     def _look(
         self, store: ChunkStore, chunk: ChunkId

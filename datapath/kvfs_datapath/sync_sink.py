@@ -50,6 +50,11 @@ class _Comparison:
         else:
             self.came.add(name)
 
+    def remove(self, name: _Name) -> None:
+        self.came.discard(name)
+        if name < self.position:
+            self.wanted.add(name)
+
     def advance(self, to: _Name | None, wanted: set[_Name]) -> None:
         self.wanted |= wanted
         if to is None:
@@ -92,6 +97,10 @@ class SyncSinks:
         """Also before the source has asked for anything. Raises ServerBusy."""
         with self._lock:
             self._get(place).add(chunk[:2])
+
+    def went(self, place: Place, chunk: ChunkId) -> None:
+        with self._lock:
+            self._get(place).remove(chunk[:2])
 
     def _find(self, place: Place) -> _Comparison | None:
         found = self._comparisons.get((place.target_id, place.chain.chain_id))

@@ -241,6 +241,28 @@ def test_several_members_come_in_one_after_the_other(cluster: ChainCluster) -> N
     wait_for_sync(cluster, 3)
 
 
+def test_a_member_whose_follower_refused_a_chunk_is_sent_it_again(cluster: ChainCluster) -> None:
+    """Nothing came to stay: it must not count as in step with what it had before."""
+    cluster.set_chain([1, 2])
+    cluster.write(1, b"old", sequence=1)
+    cluster.set_chain([1], offline=[2])
+    cluster.write(1, b"new", sequence=2)
+    replicator = cluster.servers[3]._chains.replicator
+    receive, refused = replicator.receive, threading.Event()
+
+    def refuse_once(*args: object) -> ChunkInfo:
+        if refused.is_set():
+            return receive(*args)  # type: ignore[arg-type]
+        refused.set()
+        raise TargetFenced(target_id=3, detail="its lease is over")
+
+    replicator.receive = refuse_once  # type: ignore[method-assign]
+    cluster.set_chain([1], syncing=[2, 3])
+    wait_for_sync(cluster, 2)
+    assert refused.is_set()
+    assert contents(cluster, 1) == contents(cluster, 2) == contents(cluster, 3) != {}
+
+
 def test_only_the_source_may_compare(cluster: ChainCluster) -> None:
     cluster.set_chain([1, 2], syncing=[3])
     wait_for_sync(cluster, 3)
