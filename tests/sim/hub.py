@@ -25,7 +25,7 @@ import greenlet
 STEPS_AT_ONE_MOMENT_MAX = 200_000
 """More than this without any time going by is a loop that never ends."""
 
-TRACE_LINES = 2000
+TRACE_LINES = 20_000
 """The last lines of the trace are kept for whoever looks at a failure."""
 
 

@@ -38,7 +38,7 @@ class Outcome:
     """What else repeats it."""
 
 
-def run_seed(seed: int, bug: str = "", kind: str = "") -> Outcome:
+def run_seed(seed: int, bug: str = "", kind: str = "", lines: int = TAIL_LINES) -> Outcome:
     """With the production code as it is, or with one of ``bugs`` in it."""
     begun = time.perf_counter()
     if bug and not kind:
@@ -58,7 +58,7 @@ def run_seed(seed: int, bug: str = "", kind: str = "") -> Outcome:
         real_seconds=time.perf_counter() - begun,
         operations=world.history.count,
         counts=world.hub.counts,
-        tail=world.hub.trace_tail(TAIL_LINES),
+        tail=world.hub.trace_tail(lines),
         plan=str(world.plan),
         arguments="".join(
             f' --{name} "{value}"' for name, value in (("bug", bug), ("kind", kind)) if value
@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep-going", action="store_true", help="after a failure, too")
     options = parser.parse_args(arguments)
     if options.seed is not None:
-        outcome = run_seed(options.seed, options.bug, options.kind)
+        outcome = run_seed(options.seed, options.bug, options.kind, options.lines)
         print(describe(outcome, options.lines) if outcome.failure else "\n".join(outcome.tail))
         print(f"trace hash {outcome.trace_hash}")
         print(summary([outcome], outcome.real_seconds))
