@@ -148,6 +148,7 @@ class ChainHosts:
             self._all_succeed(f"before: {scenario}")
             before = self.checker.acknowledged
             self.checker.open_window()
+            self.checker.blocks.evicting = evicting
             fault()
             self.checker.wait(seconds)
             restarted = repair()
@@ -158,12 +159,13 @@ class ChainHosts:
             self._all_succeed(f"after: {scenario}")
         finally:
             self.checker.stop()
-        away = self.checker.verify(evicting=evicting)
+        self.checker.verify()
         self.compare_copies()
+        self.checker.blocks.evicting = False
         told = sum((one.errors for one in window.values()), start=type(window["put"].errors)())
         errors = ", ".join(f"{count} {name}" for name, count in sorted(told.items()))
-        if away:
-            errors += f"; {away} blocks evicted"
+        if evicting:
+            errors += f"; {self.checker.blocks.evicted} blocks evicted"
         gaps = tuple(window[name].gap for name in ("put", "get", "write", "read"))
         done = self.checker.acknowledged - before
         row = Row(self.copies, scenario, done, gaps, recovery, errors or "none")

@@ -7,6 +7,8 @@ of copies; `pytest -s` ends with a table."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -19,12 +21,16 @@ REASON = missing()
 LONG = os.environ.get("KVFS_HOSTS_SECONDS")
 SECONDS = float(LONG or 5.5)
 """A little more than a lease: whoever is away is taken out of his chains."""
+CUT_SECONDS = max(SECONDS, 10.0)
+"""Who is there, but not for his neighbour, is noticed later."""
 SEED = int(os.environ.get("KVFS_HOSTS_SEED", "1"))
 
 pytestmark = [
     pytest.mark.skipif(bool(REASON), reason=REASON),
     pytest.mark.timeout(300 + 20 * SECONDS),
 ]
+
+PIECE = 256 << 10
 
 Scenario = Callable[[ChainHosts], tuple[Callable[[], None], Callable[[], dict[int, int]]]]
 """What breaks it, and what repairs it."""
@@ -100,12 +106,12 @@ def full_disk(
     filler = disk / "filler"
 
     def fill() -> None:
-        with filler.open("wb") as file:
-            free = os.statvfs(disk)
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize)
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            for start in itertools.count(step=PIECE):
+                os.posix_fallocate(file.fileno(), start, PIECE)
+        cluster.hosts.wait_for_states(host3="full")
 
     def repair() -> dict[int, int]:
-        cluster.hosts.wait_for_states(host3="full")
         filler.unlink()
         cluster.hosts.wait_for_states(host3="serving")
         return {}
@@ -129,6 +135,7 @@ SCENARIOS: dict[str, tuple[tuple[int, ...], Scenario]] = {
     "EIO on host 2": ((2,), dead_disk),
     "host 3's disk full": ((2,), full_disk),
 }
+CUTS = ("hosts 2 and 3 cut", "host 2 to 3 cut one way")
 DISKS = ("EIO on host 2", "host 3's disk full")
 
 
@@ -154,7 +161,8 @@ def play(cluster: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]) -> 
     if name in DISKS and cluster.small_disk_reason:
         pytest.skip(cluster.small_disk_reason)
     fault, repair = SCENARIOS[name][1](cluster)
-    row = cluster.play(name, SECONDS, fault, repair, evicting=name == "host 3's disk full")
+    seconds = CUT_SECONDS if name in CUTS else SECONDS
+    row = cluster.play(name, seconds, fault, repair, evicting=name == "host 3's disk full")
     with capsys.disabled():
         print(f"\n{row}")
 
