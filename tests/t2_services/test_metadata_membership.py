@@ -382,6 +382,37 @@ def test_a_suspect_that_does_not_answer_loses_its_lease(world: World) -> None:
     assert all(suspect in c.offline for c in world.of(suspect))
 
 
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_suspect_that_was_away_need_not_wait_when_it_is_back(world: World, again: int) -> None:
+    """Whoever passes writes on notices a death before the lease is over."""
+    for _ in range(again):
+        shared = next(c for c in world.of(1) if c.targets[0] == 1)
+        suspect = shared.targets[1]
+        disk = world.disks[suspect - 1]
+        disk.silent = True
+        world.live(2.0)
+        world.beat(world.disks[0], suspects=[suspect])
+        world.live(LEASE + BEAT)
+        assert all(suspect in c.offline for c in world.of(suspect))
+        disk.silent = False
+        world.restart(disk)
+        world.live(2 * BEAT)
+        assert all(suspect in c.syncing for c in world.of(suspect))
+        for chain in world.of(suspect):
+            synced = Synced(chain.chain_id, chain.version, suspect)
+            world.beat(world.disks[chain.targets[-1] - 1], synced=[synced])
+        assert all(suspect in c.targets for c in world.of(suspect))
+
+
+def test_a_suspect_that_is_another_process_need_not_wait(world: World) -> None:
+    shared = next(c for c in world.of(1) if c.targets[0] == 1)
+    suspect = shared.targets[1]
+    world.beat(world.disks[0], suspects=[suspect])
+    world.restart(world.disks[suspect - 1])
+    world.live(2 * BEAT)
+    assert all(suspect in c.syncing for c in world.of(suspect))
+
+
 def test_only_whoever_passes_something_on_can_suspect(world: World) -> None:
     shared = next(c for c in world.of(1) if c.targets[0] == 1)
     tail = shared.targets[1]

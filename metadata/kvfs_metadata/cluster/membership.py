@@ -66,13 +66,16 @@ class Membership:
             return members.lost(chain, target_id) if entry.record.suspected else chain
 
         self._change(tx, self._serving(target_id), step)
-        self._unfence(tx, entry)
+        self._unfence(tx, entry, holds=True)
 
-    def _unfence(self, tx: Tx, entry: TargetEntry) -> None:
-        """It is out of the chains, or is not to leave them any more."""
+    def _unfence(self, tx: Tx, entry: TargetEntry, *, holds: bool = False) -> None:
+        """It is out of the chains, or is not to leave them any more. A suspicion ``holds`` if it
+        was there all the time: one that was away, or is another process now, was rightly not
+        reached, and need not wait when it is back."""
         record = entry.record
         if record.is_to_be_fenced:
-            count = self._targets.suspicions(entry) if record.suspected else record.suspicions
+            held = record.suspected and holds
+            count = self._targets.suspicions(entry) if held else record.suspicions
             self._replace(tx, entry, leaving=False, suspected=False, suspicions=count)
 
     def heard(self, tx: Tx, entry: TargetEntry) -> None:
@@ -205,7 +208,8 @@ class Membership:
         """Fences that are called for, and those that have done their work or are not."""
         record, target_id = entry.record, entry.target_id
         if not self._targets.is_alive(target_id):
-            count = self._targets.suspicions(entry) if record.suspected else record.suspicions
+            held = record.suspected and self._targets.is_heard_of(entry)
+            count = self._targets.suspicions(entry) if held else record.suspicions
             record = _with(record, leaving=False, suspected=False, suspicions=count)
         elif record.draining:
             serving = self._serving(target_id)

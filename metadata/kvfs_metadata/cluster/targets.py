@@ -127,6 +127,10 @@ class TargetTable:
         """How long ago its lease was renewed."""
         return self._clock.monotonic() - entry.renewed_at
 
+    def is_heard_of(self, entry: TargetEntry) -> bool:
+        """Whether it talks: also one that does not obey, whose lease is not renewed."""
+        return self._clock.monotonic() - entry.heard_at <= TARGET_LEASE_SECONDS
+
     def is_alive(self, target_id: int) -> bool:
         """Whether it may be serving its chains."""
         entry = self._by_id.get(target_id)
