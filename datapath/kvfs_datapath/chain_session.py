@@ -105,7 +105,7 @@ class ChainSession:
             if hops:
                 behind = m.Passing(passing.chain, passing.version, hops[1:])
                 onward = m.WriteChunks(hops[0], request.chunks, behind)
-                total = sum(new.size for new in request.chunks)
+                total = m.payload_bytes(request)
                 relay = on.enter_context(
                     contextlib.closing(Relay(service.peers, hops[0], onward, total, len(hops) - 1))
                 )
@@ -170,7 +170,7 @@ class ChainSession:
 
     def _take(self, update: m.Update, chain: int, buffer: memoryview) -> memoryview:
         """The bytes of an update. Raises ChunkCorrupt, InvalidRequest."""
-        data = buffer[: 0 if update.cut else update.length]
+        data = buffer[: update.payload_bytes]
         self._receive(data)
         if update.offset + len(data) > len(buffer):
             raise InvalidRequest(detail=f"a chunk of {update.offset + len(data)} bytes")

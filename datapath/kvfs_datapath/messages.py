@@ -245,6 +245,10 @@ class Update(msgspec.Struct, array_like=True, frozen=True):
     again: bool = False
     base: U32 | None = None
 
+    @property
+    def payload_bytes(self) -> int:
+        return 0 if self.cut else self.length
+
 
 class UpdateChunks(ChunkRequest, tag="update"):
     """To the head of a chain. Payload: the bytes of the updates. Each is answered, by the chunk as
@@ -380,3 +384,17 @@ DataRequest = (
     | CheckChunks
     | Statistics
 )
+
+
+def payload_bytes(request: ChunkRequest) -> int:
+    """How long the payload of a request is: what its items say."""
+    match request:
+        case WriteChunks():
+            return sum(chunk.size for chunk in request.chunks)
+        case WritePieces():
+            return sum(piece.length for piece in request.pieces)
+        case UpdateChunks():
+            return sum(update.payload_bytes for update in request.updates)
+        case PassUpdate():
+            return request.update.payload_bytes
+    return 0

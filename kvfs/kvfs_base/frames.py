@@ -62,8 +62,9 @@ class Frame:
     body: bytes
 
 
-UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError)
-"""What decoding a stranger's bytes may raise: msgspec lets the error of invalid UTF-8 through."""
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a stranger's bytes may raise: msgspec lets the error of invalid UTF-8 through, and
+the one of arrays in arrays in arrays."""
 
 _encoder = msgspec.msgpack.Encoder()
 _error_decoder = msgspec.msgpack.Decoder(ErrorBody)
