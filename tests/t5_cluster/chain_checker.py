@@ -31,7 +31,7 @@ FILE_PAGES = 512
 """Two chunks of a replicated chain."""
 RUN_PAGES_MAX = 12
 BATCH = 16
-PACE_SECONDS = 0.02
+PACE_SECONDS = 0.05
 STOP_SECONDS = 100.0
 """What is under way when a window ends waits for a chain no longer than this."""
 PATIENCE_SECONDS = 40.0

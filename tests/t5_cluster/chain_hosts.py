@@ -162,8 +162,11 @@ class ChainHosts:
         self.checker.verify()
         self.compare_copies()
         self.checker.blocks.evicting = False
-        told = sum((one.errors for one in window.values()), start=type(window["put"].errors)())
-        errors = ", ".join(f"{count} {name}" for name, count in sorted(told.items()))
+        errors = ", ".join(
+            f"{name}: {count} {error}"
+            for name, one in window.items()
+            for error, count in sorted(one.errors.items())
+        )
         if evicting:
             errors += f"; {self.checker.blocks.evicted} blocks evicted"
         gaps = tuple(window[name].gap for name in ("put", "get", "write", "read"))

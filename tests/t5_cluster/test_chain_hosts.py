@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from t5_cluster.chain_hosts import CLIENT, HEADER, SERVERS, ChainHosts, chain_hosts
-from t5_cluster.hosts import METADATA_PORT, Service, missing
+from t5_cluster.hosts import CHUNKS_PORT, METADATA_PORT, Service, missing
 
 REASON = missing()
 LONG = os.environ.get("KVFS_HOSTS_SECONDS")
@@ -77,8 +77,9 @@ def slow(cluster: ChainHosts) -> None:
             if one != other:
                 cluster.hosts.delay(one, other, 0.05, 0.15)
     # Connections from before do not pass the proxies: they break.
-    for server in SERVERS:
-        cluster.hosts[server].run("ss", "--kill", "state", "established", "dport", "=", ":7001")
+    for host in cluster.hosts:
+        done = host.run("ss", "--kill", "state", "established", "dport", "=", f":{CHUNKS_PORT}")
+        assert done.returncode == 0, done.stderr
 
 
 def dead_disk(
@@ -147,14 +148,10 @@ def names(copies: int) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def three() -> Iterator[ChainHosts]:
-    yield from chain_hosts(3, SEED)
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ChainHosts]:
-    yield from chain_hosts(2, SEED)
+@pytest.fixture(scope="class")
+def cluster(request: pytest.FixtureRequest) -> Iterator[ChainHosts]:
+    """One ends before the next one begins: of a class, so that it does not matter to the other."""
+    yield from chain_hosts(request.cls.COPIES, SEED)
 
 
 def play(cluster: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,23 +170,31 @@ def look(cluster: ChainHosts, capsys: pytest.CaptureFixture[str]) -> None:
         print("\n" + "\n".join([HEADER, *map(str, cluster.rows)]))
 
 
-@pytest.mark.parametrize("name", names(3))
-def test_three_copies(three: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    play(three, name, capsys)
+class TestThreeCopies:
+    COPIES = 3
+
+    @pytest.mark.parametrize("name", names(COPIES))
+    def test_a_fault(
+        self, cluster: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        play(cluster, name, capsys)
+
+    def test_fsck_finds_nothing(
+        self, cluster: ChainHosts, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        look(cluster, capsys)
 
 
-def test_three_copies_leave_nothing_behind(
-    three: ChainHosts, capsys: pytest.CaptureFixture[str]
-) -> None:
-    look(three, capsys)
+class TestTwoCopies:
+    COPIES = 2
 
+    @pytest.mark.parametrize("name", names(COPIES))
+    def test_a_fault(
+        self, cluster: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        play(cluster, name, capsys)
 
-@pytest.mark.parametrize("name", names(2))
-def test_two_copies(two: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    play(two, name, capsys)
-
-
-def test_two_copies_leave_nothing_behind(
-    two: ChainHosts, capsys: pytest.CaptureFixture[str]
-) -> None:
-    look(two, capsys)
+    def test_fsck_finds_nothing(
+        self, cluster: ChainHosts, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        look(cluster, capsys)
