@@ -151,6 +151,8 @@ class ChainHosts:
             self.checker.blocks.evicting = evicting
             fault()
             self.checker.wait(seconds)
+            # Blocks are read whatever is broken; writes may wait for a chain to change.
+            assert self.checker.window["get"].done, f"no block was read: {scenario}"
             restarted = repair()
             began = time.monotonic()
             wait_until(lambda: self._checked() and self.is_whole(restarted), "chains are whole")
