@@ -398,3 +398,29 @@ def payload_bytes(request: ChunkRequest) -> int:
         case PassUpdate():
             return request.update.payload_bytes
     return 0
+
+
+def reply_problem(request: Request, reply: Any) -> str:
+    """What is wrong with an answer whose fields are right one by one, or nothing. Callers go by the
+    places of their items: each that is asked about has an info or an error."""
+    count = 0
+    match request:
+        case ReadChunks() | OpenChunks() | OpenForWrite() | StatChunks() | SealChunks():
+            count = len(request.chunks)
+        case ReadPieces():
+            count = len(request.pieces)
+        case UpdateChunks():
+            count = len(request.updates)
+        case PassUpdate():
+            count = 1
+        case StageChunks():
+            fits = len(reply.tokens) == request.count
+            return "" if fits else f"{len(reply.tokens)} of {request.count} tokens"
+        case CompareChunks():
+            return "" if all(p < len(request.held) for p in reply.places) else "another page"
+        case _:
+            return ""
+    fits = len(reply.infos) == count and all(
+        (info is None) == (index in reply.errors) for index, info in enumerate(reply.infos)
+    )
+    return "" if fits else f"{len(reply.infos)} infos, {len(reply.errors)} errors, {count} items"

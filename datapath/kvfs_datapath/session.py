@@ -130,6 +130,8 @@ class DataSession:
         connection = self._connection
         connection.set_timeout(None)  # an idle connection may stay
         header = receive_header(connection)
+        if header.kind is not Kind.REQUEST:
+            raise ProtocolError(detail=f"a frame of kind {header.kind.name} for a request")
         connection.set_timeout(STALL_SECONDS)
         self._unread = header.payload_bytes
         body = receive_body(connection, header)

@@ -13,6 +13,7 @@ from kvfs_base.errors import ProtocolError
 from kvfs_base.frames import FrameHeader, Kind
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Buffer, Connection
+from kvfs_datapath.messages import reply_problem
 
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
 
@@ -67,11 +68,17 @@ def decode_reply(header: FrameHeader, body: bytes, request: Request) -> Any:
     """The reply, or raises the error that the frame carries."""
     if header.kind is Kind.ERROR:
         raise frames.decode_error(body)
+    if header.kind is not Kind.REPLY:
+        raise ProtocolError(detail=f"a frame of kind {header.kind.name} for an answer")
     reply_type = type(request).Reply
     decoder = _decoders.get(reply_type)
     if decoder is None:
         decoder = _decoders[reply_type] = msgspec.msgpack.Decoder(reply_type)
     try:
-        return decoder.decode(body)
+        reply = decoder.decode(body)
     except frames.UNDECODABLE as exc:
         raise ProtocolError(detail=f"reply to {type(request).__name__}: {exc}") from exc
+    problem = reply_problem(request, reply)
+    if problem:
+        raise ProtocolError(detail=f"reply to {type(request).__name__}: {problem}")
+    return reply

@@ -99,14 +99,27 @@ class KvfsError(Exception):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
 
+FIELD_TYPES: dict[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "str": str,
+    "bytes | str": (bytes, str),
+}
+"""What the fields of errors are, by annotation."""
+
+
 def from_wire(code: str, data: dict[str, Any]) -> KvfsError:
-    """The error that a peer sent. An unknown code (a newer peer) becomes ProtocolError."""
+    """The error that a peer sent. An unknown code (a newer peer) becomes ProtocolError, and so do
+    fields of other types: callers compute with them."""
     cls = WIRE_CODES.get(code)
     if cls is None:
         return ProtocolError(detail=f"unknown error code {code!r}")
-    known = {f.name for f in dataclasses.fields(cls)}
+    types = {f.name: FIELD_TYPES[str(f.type)] for f in dataclasses.fields(cls)}
+    known = {k: v for k, v in data.items() if k in types}
+    if not all(isinstance(v, types[k]) for k, v in known.items()):
+        return ProtocolError(detail=f"error {code!r} with fields of other types")
     try:
-        return cls(**{k: v for k, v in data.items() if k in known})
+        return cls(**known)
     except TypeError:
         return ProtocolError(detail=f"error {code!r} lacks fields")
 

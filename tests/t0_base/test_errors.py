@@ -55,6 +55,12 @@ def test_errors_carry_data_across_the_wire_and_ignore_what_they_do_not_know() ->
     assert (back.inode, back.found_crc32c) == (7, 3)
 
 
+def test_fields_of_other_types_are_a_protocol_error() -> None:
+    for value in ("3", None, [3], b"3"):
+        assert isinstance(from_wire("stale_chain", {"version": value}), ProtocolError)
+    assert all(f.type in errors.FIELD_TYPES for c in leaves() for f in dataclasses.fields(c))
+
+
 def test_an_unknown_code_is_a_protocol_error() -> None:
     assert isinstance(from_wire("from_the_future", {}), ProtocolError)
 

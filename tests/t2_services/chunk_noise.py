@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import threading
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -13,9 +14,13 @@ import msgspec
 
 from kvfs_base import frames
 from kvfs_base.cluster import Chain
+from kvfs_base.errors import WIRE_CODES, ConnectionLost
 from kvfs_base.frames import Kind
+from kvfs_base.limits import FRAME_BODY_BYTES_MAX
+from kvfs_base.seams import Connection
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.wire import send_message
 
 REQUESTS: tuple[type[m.ChunkRequest], ...] = typing.get_args(m.DataRequest)
 BODY_DEPTH = 100_000
@@ -68,7 +73,7 @@ class Noise:
         """Every field within its bounds, and most of them of one chain that the target knows."""
         cls = self._rng.choice(REQUESTS) if kind is None else kind
         self._chain = self._rng.choice((None, *self._chains))
-        made = self._value(msgspec.inspect.type_info(cls))
+        made = self.value(msgspec.inspect.type_info(cls))
         assert isinstance(made, cls)
         if isinstance(made, m.PassUpdate) and self._rng.random() < 0.9:
             # Whoever passes on is believed: other chunks than those that are updated.
@@ -76,23 +81,29 @@ class Noise:
             made = msgspec.structs.replace(made, update=update)
         return made
 
-    def _value(self, info: Any, name: str = "", made: dict[str, Any] | None = None) -> Any:
+    def value(self, info: Any, name: str = "", made: dict[str, Any] | None = None) -> Any:
         """One of a type, or of a field of that name, beside fields that were ``made`` before."""
         rng = self._rng
         match info:
             case msgspec.inspect.StructType():
                 fields: dict[str, Any] = {}
                 for field in info.fields:
-                    fields[field.name] = self._value(field.type, field.name, fields)
+                    fields[field.name] = self.value(field.type, field.name, fields)
                 return info.cls(**fields)
             case msgspec.inspect.UnionType():
                 absent = name == "passing" and self._chain is None and rng.random() < 0.9
                 types = [t for t in info.types if isinstance(t, msgspec.inspect.NoneType) == absent]
-                return self._value(rng.choice(types if name == "passing" else info.types), name)
+                return self.value(rng.choice(types if name == "passing" else info.types), name)
             case msgspec.inspect.NoneType():
                 return None
             case msgspec.inspect.BoolType():
                 return rng.random() < 0.3
+            case msgspec.inspect.EnumType():
+                return rng.choice(list(info.cls))
+            case msgspec.inspect.DictType():
+                return {}
+            case msgspec.inspect.StrType():
+                return rng.choice(("", "conflict", "no_such_error"))
             case msgspec.inspect.BytesType():
                 return rng.choice((b"", bytes(32), bytes(range(32)), b"short"))
             case msgspec.inspect.VarTupleType():
@@ -100,7 +111,7 @@ class Noise:
                     return self._hops()
                 most = 8 if info.max_length is None else min(8, info.max_length)
                 count = rng.randint(info.min_length or 0, most)
-                return tuple(self._value(info.item_type, name) for _ in range(count))
+                return tuple(self.value(info.item_type, name) for _ in range(count))
             case msgspec.inspect.IntType():
                 return self._number(info, name, made or {})
         raise AssertionError(f"no values for {info}")
@@ -217,3 +228,135 @@ def payload_of(request: m.ChunkRequest) -> bytes:
             sizes = []
     # Nobody sends a quarter of a GiB here: then it is shorter than the items say.
     return bytes(min(sum(sizes), ZEROS_MAX))
+
+
+Honest = tuple[Any, bytes, list[int]]
+"""Reply, payload and descriptors."""
+
+
+class Answers:
+    """What a server says instead of what it should. Descriptors are whoever's who passes them."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._noise = Noise(rng, 1, ())
+
+    def send(self, connection: Connection, number: int, honest: Honest) -> None:
+        """May go on until the asker gives up. Raises ConnectionLost when it ends the connection."""
+        kinds = (
+            self._as_it_should_be,
+            self._other_fields,
+            self._other_counts,
+            self._other_payload,
+            self._other_bytes,
+            self._other_descriptors,
+            self._other_header,
+            self._error,
+            self._deep_error,
+            self._just_bytes,
+            self._drop_by_drop,
+        )
+        self._rng.choice(kinds)(connection, number, honest)
+
+    def _as_it_should_be(self, connection: Connection, number: int, honest: Honest) -> None:
+        reply, payload, descriptors = honest
+        parts = [payload] if payload else []
+        send_message(connection, Kind.REPLY, number, reply, parts, descriptors=descriptors)
+
+    def _other_fields(self, connection: Connection, number: int, honest: Honest) -> None:
+        info = msgspec.inspect.type_info(type(honest[0]))
+        reply = self._noise.value(info)
+        self._as_it_should_be(connection, number, (reply, *honest[1:]))
+
+    def _other_counts(self, connection: Connection, number: int, honest: Honest) -> None:
+        """As many infos, errors, tokens as nobody asked for."""
+        reply, payload, descriptors = honest
+        if isinstance(reply, m.Outcomes):
+            infos = list(reply.infos)
+            match self._rng.randrange(3):
+                case 0:
+                    infos = infos[:-1]
+                case 1:
+                    infos += infos or [None]
+                case 2:
+                    infos = [None] * len(infos)
+            reply = m.Outcomes(tuple(infos), self._rng.choice(({}, reply.errors)))
+        elif isinstance(reply, m.Staged):
+            reply = m.Staged(reply.tokens[:-1])
+            descriptors = self._rng.choice((descriptors, descriptors[:-1]))
+        self._as_it_should_be(connection, number, (reply, payload, descriptors))
+
+    def _other_payload(self, connection: Connection, number: int, honest: Honest) -> None:
+        reply, payload, descriptors = honest
+        size = self._rng.choice((0, 1, len(payload) + 1, max(0, len(payload) - 1), 512 << 20))
+        sent = payload[:size] + bytes(max(0, min(size, ZEROS_MAX) - len(payload)))
+        send_message(
+            connection, Kind.REPLY, number, reply, payload_bytes=size, descriptors=descriptors
+        )
+        connection.send([sent[: self._rng.choice((len(sent), len(sent) // 2))] or b"\0"])
+        raise ConnectionLost
+
+    def _other_bytes(self, connection: Connection, number: int, honest: Honest) -> None:
+        reply, payload, descriptors = honest
+        if payload:
+            place = self._rng.randrange(len(payload))
+            payload = payload[:place] + bytes([payload[place] ^ 1]) + payload[place + 1 :]
+        self._as_it_should_be(connection, number, (reply, payload, descriptors))
+
+    def _other_descriptors(self, connection: Connection, number: int, honest: Honest) -> None:
+        reply, payload, descriptors = honest
+        if connection.can_pass_descriptors:
+            descriptors = self._rng.choice((descriptors[1:], [0, 1, *descriptors], [0] * 250))
+        self._as_it_should_be(connection, number, (reply, payload, descriptors))
+
+    def _other_header(self, connection: Connection, number: int, honest: Honest) -> None:
+        kind, version, magic, size = Kind.REPLY, frames.VERSION, frames.MAGIC, None
+        match self._rng.randrange(5):
+            case 0:
+                kind = self._rng.choice((Kind.REQUEST, Kind.NOTIFICATION, Kind.ERROR))
+            case 1:
+                version = self._rng.choice((0, 2, 255))
+            case 2:
+                magic ^= 1
+            case 3:
+                number += self._rng.choice((-1, 1, 1 << 40))
+            case 4:
+                size = self._rng.choice((FRAME_BODY_BYTES_MAX, FRAME_BODY_BYTES_MAX + 1))
+        body = msgspec.msgpack.encode(honest[0])
+        size = len(body) if size is None else size
+        head = frames.HEADER.pack(magic, version, kind, size, number, len(honest[1]))
+        connection.send([head, body, honest[1]])
+        raise ConnectionLost
+
+    def _error(self, connection: Connection, number: int, honest: Honest) -> None:
+        """Any error, its fields of any type."""
+        values = (None, -1, 1 << 62, "text", b"bytes", [1], {"a": 1}, 0.5, True)
+        cls = self._rng.choice(list(WIRE_CODES.values()))
+        names = [field.name for field in dataclasses.fields(cls)]
+        data = {name: self._rng.choice(values) for name in names if self._rng.random() < 0.8}
+        body = frames.ErrorBody(self._rng.choice((cls.wire_code, "no_such_error")), data)
+        if isinstance(honest[0], m.Outcomes) and self._rng.random() < 0.5:
+            count = len(honest[0].infos)
+            reply = m.Outcomes((None,) * count, dict.fromkeys(range(count), body))
+            connection.send([frames.encode(Kind.REPLY, number, reply)])
+        else:
+            connection.send([frames.encode(Kind.ERROR, number, body)])
+
+    def _deep_error(self, connection: Connection, number: int, honest: Honest) -> None:
+        body = b"\x92\xa8conflict\x81\xa6detail" + b"\x91" * BODY_DEPTH + b"\xc0"
+        head = frames.HEADER.pack(frames.MAGIC, 1, Kind.ERROR, len(body), number, 0)
+        connection.send([head + body])
+
+    def _just_bytes(self, connection: Connection, number: int, honest: Honest) -> None:
+        connection.send([self._rng.randbytes(self._rng.randint(1, 200))])
+        raise ConnectionLost
+
+    def _drop_by_drop(self, connection: Connection, number: int, honest: Honest) -> None:
+        """An answer that never ends, and is never late either."""
+        whole = frames.HEADER.pack(frames.MAGIC, 1, Kind.REPLY, 1 << 20, number, 0)
+        whole = self._rng.choice((whole, bytes(0)))
+        pause = threading.Event()
+        connection.send([whole or b"K"])
+        while True:
+            pause.wait(0.01)
+            connection.send([b"V"])

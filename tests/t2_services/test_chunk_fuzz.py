@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from chain_fakes import FakeCluster, FakeServer, Stored
 from kvfs_base import frames
-from kvfs_base.errors import ConnectionLost, InternalError, InvalidRequest, ProtocolError
+from kvfs_base.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    KvfsError,
+    ProtocolError,
+)
 from kvfs_base.frames import Kind
 from kvfs_base.seams import Connection
+from kvfs_base.types import ChunkId, Layout
+from kvfs_datapath import chain_reads as chain_reads_module
+from kvfs_datapath import chain_writes as chain_writes_module
+from kvfs_datapath import connections as connections_module
 from kvfs_datapath import messages as m
 from kvfs_datapath import session as session_module
 from kvfs_datapath import views as views_module
 from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.files import StripedFile
+from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.server import ChunkServer
 from kvfs_datapath.wire import (
     close_all,
+    decode_reply,
     receive_body,
     receive_header_and_descriptors,
     send_message,
 )
 from t2_services.chain_cluster import CHAIN, ChainCluster, chains, payload
 from t2_services.chunk_cluster import assert_equal, make_writes, reads_of, wait_until
-from t2_services.chunk_noise import BODY_DEPTH, REQUESTS, Attack, Noise, frame_of
+from t2_services.chunk_noise import BODY_DEPTH, REQUESTS, Answers, Attack, Noise, frame_of
 
 FILE = 0x7A7A_7A7A_7A01
 BLOCK = 0x7A7A_7A7A_7A02
@@ -202,6 +219,152 @@ def test_whoever_stands_still_gives_back_what_he_has(
             with pytest.raises(ConnectionLost):
                 answer_of(connection)
         attacked.check()
+
+
+# --- clients
+
+
+class Hostile(FakeServer):
+    """Does what it is asked, and says something else."""
+
+    rng = random.Random(0)
+
+    def _do(
+        self, request: Any, payload: bytes, staged: dict[int, int]
+    ) -> tuple[Any, bytes, list[int]]:
+        match request:
+            case m.PublishChunks() if {c.token for c in request.chunks} - staged.keys():
+                raise InvalidRequest(detail="tokens that were made up")
+            case m.RemoveRange(passing=None):
+                return m.Outcomes((), {}), b"", []
+            case m.WritePieces():
+                return m.Outcomes((None,) * len(request.pieces), {}), b"", []
+            case m.TruncateChunks():
+                return m.Outcomes((None,) * len(request.chunks), {}), b"", []
+            case m.SealChunks() | m.OpenForWrite():
+                infos = tuple(ChunkInfo(*c.chunk, ChunkState.OPEN) for c in request.chunks)
+                is_open = isinstance(request, m.OpenForWrite)
+                made = [os.memfd_create("hostile") for _ in infos] if is_open else []
+                return m.Outcomes(infos, {}), b"", made
+        return super()._do(request, payload, staged)
+
+    def _answer(
+        self,
+        connection: Connection,
+        number: int,
+        request: m.ChunkRequest,
+        payload: bytes,
+        staged: dict[int, int],
+    ) -> None:
+        descriptors: list[int] = []
+        try:
+            with self.cluster.lock:
+                reply, out, descriptors = self._do(request, payload, staged)
+                answers = Answers(random.Random(self.rng.getrandbits(64)))
+            answers.send(connection, number, (reply, out, descriptors))
+        except KvfsError as exc:
+            if isinstance(exc, ConnectionLost | DeadlineExceeded):
+                raise
+            connection.send([frames.encode_error(number, exc)])
+        finally:
+            close_all([d for d in descriptors if d not in staged.values()])
+
+
+class Deceived:
+    """A client of three hostile servers: chains 1 and 2 of one copy, chain 10 of three."""
+
+    def __init__(self, cluster: FakeCluster, prefer: str) -> None:
+        self.client = cluster.client(prefer)
+        self.writes = make_writes([5000, 0, 70_000, 4096], SINGLE, chains=(1, 2))
+        chained = make_writes([5000, 70_000], BLOCK, chains=(10,))
+        for write in chained:
+            write.chunk = ChunkId(write.chunk.inode, write.chunk.number, 10)
+        self.writes += chained
+        for server in cluster.servers.values():
+            for write in self.writes:
+                chunk, state = write.chunk, ChunkState.SEALED
+                info = ChunkInfo(*chunk, state, write.size, write.crc32c, write.key)
+                server.chunks[chunk] = Stored(bytes(write.view[: write.size]), info)
+
+    def attempt(self, rng: random.Random) -> None:
+        """Something that clients do: it works, or fails as the tree of errors has it."""
+        what = (self.read, self.read, self.write, self.open, self.files)
+        with contextlib.suppress(KvfsError):
+            rng.choice(what)(rng)
+
+    def read(self, rng: random.Random) -> None:
+        wanted = rng.sample(self.writes, rng.randint(1, len(self.writes)))
+        reads = reads_of(wanted)
+        for read, write, error in zip(reads, wanted, self.client.read_chunks(reads), strict=True):
+            assert error is None or isinstance(error, KvfsError)
+            assert str(error)
+            if error is None:
+                assert read.view[: read.size] == write.view[: write.size]
+
+    def write(self, rng: random.Random) -> None:
+        for error in self.client.write_chunks(rng.sample(self.writes, 3)):
+            assert error is None or isinstance(error, KvfsError)
+
+    def open(self, rng: random.Random) -> None:
+        write = rng.choice(self.writes)
+        os.close(self.client.open_sealed(write.chunk, write.chain))
+
+    def files(self, rng: random.Random) -> None:
+        layout = Layout(4096, rng.choice(((1, 2), (10,))))
+        file = StripedFile(self.client, FILE + rng.randrange(4), layout, retry_seconds=0)
+        for _ in range(3):
+            with contextlib.suppress(KvfsError):
+                match rng.randrange(4):
+                    case 0:
+                        file.write(rng.randrange(9000), bytes(rng.randrange(9000)))
+                    case 1:
+                        file.read(rng.randrange(9000), 5000, 18_000, True)
+                    case 2:
+                        file.truncate(18_000, rng.randrange(9000))
+                    case 3:
+                        file.sync()
+        file.close()
+
+
+@pytest.mark.parametrize("prefer", ["auto", "tcp"])
+def test_clients_survive_noise(prefer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections_module, "DATA_SECONDS", 0.03)
+    monkeypatch.setattr(connections_module, "CALL_SECONDS", 0.03)
+    monkeypatch.setattr(chain_reads_module, "CHAIN_READ_SECONDS", 0.05)
+    monkeypatch.setattr(chain_writes_module, "CHAIN_WRITE_SECONDS", 0.05)
+    before = threading.active_count(), open_descriptors()
+    cluster = FakeCluster(local=(1, 2) if prefer == "auto" else ())
+    for number, honest in list(cluster.servers.items()):
+        cluster.servers[number] = Hostile(cluster, number, honest.host)
+    cluster.set_chain(1, (1,))
+    cluster.set_chain(2, (2,))
+    cluster.set_chain(10, (1, 2, 3))
+    cluster.start()
+    try:
+        deceived = Deceived(cluster, prefer)
+        for seed in range(150):
+            Hostile.rng = random.Random(seed)
+            deceived.attempt(random.Random(seed))
+    finally:
+        cluster.stop()
+    wait_until(lambda: (threading.active_count(), open_descriptors()) <= before)
+
+
+@pytest.mark.parametrize("infos", [(), (None,), (None, None)])
+def test_an_answer_without_a_reason_is_none(infos: tuple[None, ...]) -> None:
+    """An item without info and error once counted as read, its memory as it was before."""
+    request = m.ReadChunks(1, (m.SizedChunk(1, 0, 0, 5000),))
+    reply = m.Outcomes(infos, {})
+    assert m.reply_problem(request, reply)
+    assert not m.reply_problem(request, m.Outcomes((None,), {0: frames.ErrorBody("conflict", {})}))
+    frame = frames.encode(Kind.REPLY, 1, reply)
+    header = frames.decode_header(frame)
+    with pytest.raises(ProtocolError):
+        decode_reply(header, frame[frames.HEADER_BYTES :], request)
+
+
+def open_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 def test_the_documents_name_every_request() -> None:
