@@ -329,9 +329,9 @@ def test_a_bad_replica_is_reported(cluster: FakeCluster) -> None:
     wait_until(lambda: client.statistics()["repairs_asked"] == 12)
     wait_until(
         lambda: all(
-            s.chunks[ChunkId(w.chunk.inode, 0, CHAIN)].data == bytes(w.view[:1000])
+            found is not None and found.data == bytes(w.view[:1000])
             for w in writes
-            for s in cluster.servers.values()
+            for _, found in cluster.everywhere(ChunkId(w.chunk.inode, 0, CHAIN))
         )
     )
     asked = client.statistics()["replica_retries"]
