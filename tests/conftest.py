@@ -1,10 +1,12 @@
 """Rules that hold for every test: an unasked-for WARNING in a log is a failure, a hang dumps
-stacks."""
+stacks, and a module that leaves hundreds of descriptors open has failed."""
 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -54,3 +56,15 @@ def postgres_url(postgres_server: PostgresServer) -> Iterator[str]:
     """The URL of an empty database."""
     with postgres_server.fresh_database() as url:
         yield url
+
+
+DESCRIPTORS_MAX = 400
+"""What the services of a module may leave open for a while: select() and small limits are far."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def descriptors_are_closed() -> Iterator[None]:
+    yield
+    if len(os.listdir("/proc/self/fd")) > DESCRIPTORS_MAX:
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) <= DESCRIPTORS_MAX, "descriptors leak"

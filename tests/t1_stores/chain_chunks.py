@@ -100,7 +100,7 @@ class Faults:
             seen += 1
             if seen == fail_at:
                 self.last = operation
-                raise error
+                raise error.with_traceback(None)
 
         self._disk.before = before
 
@@ -109,7 +109,7 @@ class Faults:
 
         def before(operation: str, path: str) -> None:
             if operation == name:
-                raise error
+                raise error.with_traceback(None)
 
         self._disk.before = before
 

@@ -93,7 +93,7 @@ class Nth:
                 self.seen.append((operation, path))
                 count = len(self.seen)
             if count == number or (for_good and count > number):
-                raise error
+                raise error.with_traceback(None)
 
         self._disk.before = before
 

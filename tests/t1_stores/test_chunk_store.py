@@ -250,7 +250,7 @@ class Faults:
         def before(operation: str, path: str) -> None:
             self.seen += 1
             if self.seen == fail_at:
-                raise error
+                raise error.with_traceback(None)
 
         self._disk.before = before
 

@@ -170,7 +170,7 @@ def only(outcomes: m.Outcomes) -> ChunkInfo:
     """The info of a request with one item. Raises its error."""
     error = outcomes.error(0)
     if error is not None:
-        raise error
+        raise error.with_traceback(None)
     info = outcomes.infos[0]
     assert info is not None
     return info

@@ -55,7 +55,7 @@ def stat(cluster: Cluster, chunk: ChunkId, target: int) -> ChunkInfo:
         connection.close()
     error = outcomes.error(0)
     if error is not None:
-        raise error
+        raise error.with_traceback(None)
     (info,) = outcomes.infos
     assert isinstance(info, ChunkInfo)
     return info

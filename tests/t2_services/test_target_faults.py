@@ -57,7 +57,7 @@ class World:
 
         def before(operation: str, path: str) -> None:
             if operation in ("pwritev", "set_attribute", "truncate", "make_directory", "sync"):
-                raise error
+                raise error.with_traceback(None)
 
         self.disk(number).before = before
 
