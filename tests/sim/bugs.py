@@ -13,11 +13,10 @@ import msgspec
 from kvfs_base.errors import KvfsError, StaleChain, TargetFenced
 from kvfs_datapath import chain_session, replication, rules, views
 from kvfs_datapath.client import ChunkClient
-from kvfs_datapath.format import ATTRIBUTE, ChunkState, pack
+from kvfs_datapath.format import ChunkState
 from kvfs_datapath.peers import Unreached
 from kvfs_datapath.replication import Replicator
 from kvfs_datapath.store import ChunkStore
-from kvfs_datapath.sync_sink import SyncSinks
 from kvfs_datapath.versions import Versions
 from kvfs_datapath.views import Views
 from kvfs_metadata.blocks import Blocks
@@ -27,14 +26,16 @@ from kvfs_metadata.cluster.cluster_state import ClusterState
 
 def _publish_before_the_bytes() -> Any:
     """A chunk gets its name before its attribute and length."""
+    complete, name = ChunkStore._complete, ChunkStore._name
 
-    def publish(self: ChunkStore, staged: Any, info: Any) -> None:
-        self._appear(staged.path, info.chunk)
-        self._disk.sync_directory("")  # where others get their turn
-        staged.file.truncate(info.length)
-        staged.file.set_attribute(ATTRIBUTE, pack(info))
+    def named_first(self: ChunkStore, staged: Any, info: Any) -> None:
+        name(self, staged, info)
+        complete(self, staged, info)
 
-    return mock.patch.object(ChunkStore, "_publish", publish)
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(ChunkStore, "_complete", lambda *args: None))
+    stack.enter_context(mock.patch.object(ChunkStore, "_name", named_first))
+    return stack
 
 
 def _remove_other_generation() -> Any:
@@ -151,16 +152,6 @@ def _no_memory_of_updates() -> Any:
     return mock.patch.object(rules, "is_repeated", lambda update, committed, seen: False)
 
 
-def _keep_pending_at_rejoin() -> Any:
-    """A member that begins to sync does not forget what it has pending."""
-
-    def begin(self: SyncSinks, store: Any, place: Any) -> None:
-        with self._lock:
-            self._get(place).begun = True
-
-    return mock.patch.object(SyncSinks, "begin", begin)
-
-
 def _serve_while_syncing() -> Any:
     """A member answers readers before it is in step."""
 
@@ -215,7 +206,6 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "serve pending": (_serve_pending, "chains"),
     "no fence": (_no_fence, "leases"),
     "no memory of updates": (_no_memory_of_updates, "chains"),
-    "keep pending at a rejoin": (_keep_pending_at_rejoin, "chains"),
     "serve while syncing": (_serve_while_syncing, "leases"),
     "take silence for no": (_take_silence_for_no, "chains"),
     "synced at once": (_synced_at_once, "chains"),
