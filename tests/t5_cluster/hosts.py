@@ -77,13 +77,15 @@ def _command(*words: object, script: str | None = None) -> None:
 
 
 class _Namespace:
-    """A network namespace that lives as long as the process that holds it."""
+    """A network namespace that lives as long as the process that holds it, which also changes its
+    rules. A child of our own would close what we have open as it starts: a file of a mount that
+    hangs, because of the rules, maybe."""
 
     def __init__(self) -> None:
-        holder = "echo; exec sleep infinity"
+        holder = 'echo; while read -r file; do nft -f "$file" 2>&1; echo "$?"; done'
         self._holder = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sh", "-c", holder],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
         assert self._holder.stdout is not None
@@ -95,10 +97,21 @@ class _Namespace:
         """What comes before a command that is to run in here. It keeps its process id."""
         return ["nsenter", f"--net={self.path}"]
 
+    def rules(self, script: Path) -> None:
+        """Carries out a script of nft."""
+        assert self._holder.stdin is not None
+        assert self._holder.stdout is not None
+        self._holder.stdin.write(f"{script}\n".encode())
+        self._holder.stdin.flush()
+        answer = self._holder.stdout.readline()
+        assert answer == b"0\n", answer.decode()
+
     def close(self) -> None:
         self._holder.kill()
         self._holder.wait()
+        assert self._holder.stdin is not None
         assert self._holder.stdout is not None
+        self._holder.stdin.close()
         self._holder.stdout.close()
 
 
@@ -319,8 +332,9 @@ class Host:
             *(f"add rule ip kvfs drops {rule}" for rule in drops),
             *(f"add rule ip kvfs redirects {rule}" for rule in redirects),
         ]
-        script = "".join(f"{line}\n" for line in lines)
-        _command(*self._namespace.enter(), "nft", "-f", "-", script=script)
+        script = self.directory / "rules.nft"
+        script.write_text("".join(f"{line}\n" for line in lines))
+        self._namespace.rules(script)
 
     def close(self) -> None:
         for service in self.services:
