@@ -54,6 +54,25 @@ def test_chunks_of_several_copies_are_on_as_many_servers(tmp_path: Path) -> None
         assert rig.server_seconds() > 0
 
 
+def test_a_server_that_lost_everything_is_timed(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = ["--rebuild", "--dir", str(tmp_path), "--sizes", "64K", "--total-mib", "1"]
+    options += ["--servers", "3", "--replicas", "2", "--rounds", "1", "--json", str(out)]
+    result = CliRunner().invoke(bench_chunks, options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())
+    assert [(row["what"], row["chunk_bytes"]) for row in rows] == [
+        ("blocks", 64 << 10),
+        ("files", 1 << 20),
+    ]
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["rate"] > 0
+        assert row["write_rate"] > 0
+        assert 1 <= row["spread"] <= 2
+    assert 0 < rows[0]["lost_bytes"] <= 1 << 20
+
+
 def test_a_limit_is_the_better_of_both_sides() -> None:
     limits = iter([Sample(3.0), Sample(1.0), Sample(2.0)])
     figures, best = measure(2, {"disk": lambda: next(limits)}, lambda: Sample(0.5))
@@ -64,7 +83,13 @@ def test_a_limit_is_the_better_of_both_sides() -> None:
 @needs_fio
 @pytest.mark.parametrize(
     "options",
-    [["--sizes", "ten"], ["--sizes", "1000"], ["--servers", "0"], ["--replicas", "4"]],
+    [
+        ["--sizes", "ten"],
+        ["--sizes", "1000"],
+        ["--servers", "0"],
+        ["--replicas", "4"],
+        ["--rebuild"],
+    ],
 )
 def test_what_cannot_be_measured_is_refused(options: list[str]) -> None:
     result = CliRunner().invoke(bench_chunks, options)

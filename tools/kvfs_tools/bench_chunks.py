@@ -34,6 +34,7 @@ from kvfs_base.limits import BLOCK_BYTES_MAX, CLIENT_THREADS_PER_TARGET, GIB, MI
 from kvfs_datapath.client import ChunkClient, ChunkWrite
 from kvfs_tools.bench import fio_read
 from kvfs_tools.chunk_pair import Pair
+from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table
 from kvfs_tools.chunk_rig import ChunkRig, check, write_json
 
 CHUNKS_MAX = 2048
@@ -303,6 +304,11 @@ def _numbers(text: str, parse: Callable[[str], int], low: int, high: int) -> lis
     "--durability", type=click.Choice(["cache", "strict"]), default="cache", show_default=True
 )
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--rebuild",
+    is_flag=True,
+    help="Measure only how fast a member that lost its data gets it back.",
+)
 @click.option("--json", "json_path", help="Write the figures here too.")
 def bench_chunks(
     *,
@@ -313,31 +319,40 @@ def bench_chunks(
     replicas: int,
     durability: str,
     rounds: int,
+    rebuild: bool,
     json_path: str | None,
 ) -> None:
     """Measure chunk servers and a chunk client against fio and a plain socket pair.
 
     A size's data is --total-mib, but at most 2,048 chunks.
     """
-    if shutil.which("fio") is None:
+    if shutil.which("fio") is None and not rebuild:
         raise click.ClickException("fio is not installed (apt-get install fio)")
     chunk_sizes = _numbers(sizes, parse_size, 1, BLOCK_BYTES_MAX)
     if any(size % PAGE_BYTES for size in chunk_sizes):
         raise click.BadParameter(f"sizes are multiples of {PAGE_BYTES} bytes")
+    if rebuild and replicas < 2:
+        raise click.BadParameter("--rebuild takes --replicas of 2 or 3")
     figures: list[Figure] = []
+    rebuilds: list[Rebuild] = []
     with tempfile.TemporaryDirectory(prefix="kvfs-bench-", dir=directory) as name:
         for number in _numbers(servers, int, 1, 16):
             folder = Path(name, str(number))
             folder.mkdir()
             with ChunkRig(folder / "rig", number, replicas, durability) as rig:
+                if rebuild:
+                    again = RebuildBench(rig, number, replicas, total_mib * MIB, rounds, _tell)
+                    rebuilds += [*map(again.blocks, chunk_sizes), again.files()]
+                    continue
                 for size in chunk_sizes:
                     total = min(total_mib * MIB, 16 * GIB)
                     count = max(8, min(CHUNKS_MAX, total // size))
                     bench = Bench(rig, number, replicas, size, count, rounds, folder, _tell)
                     figures += bench.run()
-    Console().print(table(figures))
+    Console().print(rebuild_table(rebuilds) if rebuild else table(figures))
     if json_path:
-        write_json(json_path, [dataclasses.asdict(figure) for figure in figures])
+        rows: list[Figure | Rebuild] = [*figures, *rebuilds]
+        write_json(json_path, [dataclasses.asdict(row) for row in rows])
 
 
 def _tell(text: str) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from kvfs_metadata.client import BlockingMetadataClient, ClusterView
 from kvfs_tools.cluster import cpu_clock
 
 START_SECONDS = 60.0
+REBUILD_SECONDS = 600.0
 POLL_SECONDS = 0.02
 FIRST_INODE = 1 << 40
 """The benchmark makes chunks that no metadata knows, far from those that it does."""
@@ -43,30 +45,22 @@ class ChunkRig:
         self._servers = servers
         self._copies = copies
         self._durability = durability
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._metadata = Address.unix(f"{directory}/m.sock")
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._inodes = itertools.count(FIRST_INODE)
 
     def __enter__(self) -> ChunkRig:
         with contextlib.ExitStack() as stack:
             stack.callback(self._stop)
             self._directory.mkdir()
-            metadata = f"unix:{self._directory}/m.sock"
-            self._start("metadata", f"--directory={self._directory}/metadata", f"--unix={metadata}")
+            home = f"--directory={self._directory}/metadata"
+            self._start("metadata", "metadata", home, f"--unix={self._metadata}")
             for number in range(self._servers):
-                self._start(
-                    "chunks",
-                    f"--server-id=bench-{number}",
-                    f"--host=bench-{number}",  # copies are on different hosts
-                    f"--directories={self.target(number)}",
-                    f"--metadata={metadata}",
-                    f"--durability={self._durability}",
-                    f"--unix=unix:{self._directory}/{number}.sock",
-                    "--tcp=tcp:127.0.0.1:0",
-                )
+                self._start_server(number)
             env = os_env()
-            view = ClusterView(env, Address.parse(metadata))
+            self._view = view = ClusterView(env, self._metadata)
             stack.callback(view.close)
-            self.chains = self._chains(view, Address.parse(metadata))
+            self.chains = self._chains()
             self.local = ChunkClient(env, view, prefer="local")
             stack.callback(self.local.close)
             self.remote = ChunkClient(env, view, prefer="tcp")
@@ -85,37 +79,50 @@ class ChunkRig:
     def target(self, number: int) -> Path:
         return self._directory / f"target-{number}"
 
-    def _start(self, role: str, *flags: str) -> None:
-        log = self._directory / f"{role}-{len(self._processes)}.log"
-        with log.open("wb") as errors:
+    def _start_server(self, number: int) -> None:
+        self._start(
+            f"chunks-{number}",
+            "chunks",
+            f"--server-id=bench-{number}",
+            f"--host=bench-{number}",  # copies are on different hosts
+            f"--directories={self.target(number)}",
+            f"--metadata={self._metadata}",
+            f"--durability={self._durability}",
+            f"--unix=unix:{self._directory}/{number}.sock",
+            "--tcp=tcp:127.0.0.1:0",
+        )
+
+    def _start(self, name: str, role: str, *flags: str) -> None:
+        log = self._directory / f"{name}.log"
+        with log.open("ab") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-m", "kvfs", "serve", role, *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
             )
-        self._processes.append(process)
+        self._processes[name] = process
         assert process.stdout is not None
         if not process.stdout.readline():
             raise click.ClickException(f"kvfs serve {role} did not start:\n{log.read_text()}")
 
     def _stop(self) -> None:
-        for process in reversed(self._processes):
+        for name in reversed(list(self._processes)):
+            process = self._processes.pop(name)
             process.terminate()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            _reap(process)
 
-    def _chains(self, view: ClusterView, metadata: Address) -> list[Chain]:
+    def _chains(self) -> list[Chain]:
         """Chains of as many copies as are to be measured. Everything below writes to them and reads
         from them through ChunkClient, however many targets they have."""
+        view = self._view
         deadline = time.monotonic() + START_SECONDS
         while True:
             cluster = view.refresh()
             serving = {t.target_id for t in cluster.targets if t.state is TargetState.SERVING}
             if len(serving) == self._servers:
                 if self._copies > 1:
-                    _ask_for_chains(metadata, self._copies)
+                    _ask_for_chains(self._metadata, self._copies)
                     cluster = view.refresh()
                 found = [
                     chain
@@ -131,7 +138,62 @@ class ChunkRig:
 
     def server_seconds(self) -> float:
         """CPU that the chunk servers have used."""
-        return sum(cpu_clock(process.pid) for process in self._processes[1:])
+        return sum(cpu_clock(process.pid) for process in self._servers_alone())
+
+    def _servers_alone(self, besides: int | None = None) -> list[subprocess.Popen[bytes]]:
+        numbers = (number for number in range(self._servers) if number != besides)
+        return [self._processes[f"chunks-{number}"] for number in numbers]
+
+    def bytes_read(self, besides: int) -> list[int]:
+        """What each other chunk server has read of files (not of sockets) since it was started."""
+        return [_bytes_read(process.pid) for process in self._servers_alone(besides)]
+
+    # --- a member that has lost everything
+
+    def lose(self, number: int) -> int:
+        """Kills a server and takes from its disk what it held: so many bytes."""
+        process = self._processes.pop(f"chunks-{number}")
+        process.kill()
+        _reap(process)
+        lost = self.held(number)
+        self._clear(number)
+        return lost
+
+    def held(self, number: int) -> int:
+        """Bytes of the chunks that a server has."""
+        return sum(path.stat().st_size for path in self._chunk_files(number))
+
+    def clear(self) -> None:
+        """Takes all chunks away, behind the servers' backs."""
+        for number in range(self._servers):
+            self._clear(number)
+
+    def _clear(self, number: int) -> None:
+        for path in self._chunk_files(number):
+            path.unlink()
+
+    def _chunk_files(self, number: int) -> list[Path]:
+        return [path for path in self.target(number).glob("ch*/**/*.*") if path.is_file()]
+
+    def bring_back(self, number: int) -> float:
+        """Starts it again. How many seconds it takes until every chain has all its copies, from
+        the moment at which it can be asked."""
+        before = {c.chain_id: c.version for c in self._view.refresh().chains}
+        self._start_server(number)
+        (target,) = (t for t in self._view.current().targets if t.server_id == f"bench-{number}")
+        wanted = {c.chain_id for c in self.chains if target.target_id in c.targets}
+        began = time.monotonic()
+        while True:
+            now = {c.chain_id: c for c in self._view.refresh().chains}
+            # One change to be left out, one to sync, one to serve: what has all its copies under
+            # the version from before has only not been looked at yet.
+            if all(
+                now[c].version > before[c] and len(now[c].targets) == self._copies for c in wanted
+            ):
+                return time.monotonic() - began
+            if time.monotonic() - began > REBUILD_SECONDS:
+                raise click.ClickException("a server does not come back into its chains")
+            time.sleep(POLL_SECONDS)
 
     # --- chunks
 
@@ -168,8 +230,8 @@ class ChunkRig:
         wanted = {write.chunk.inode for write in writes}
         return [
             path
-            for path in self.target(number).glob("ch*/**/*.*")
-            if path.is_file() and int(path.name.partition(".")[0], 16) in wanted
+            for path in self._chunk_files(number)
+            if int(path.name.partition(".")[0], 16) in wanted
         ]
 
     def remove(self, writes: Sequence[ChunkWrite]) -> None:
@@ -177,6 +239,17 @@ class ChunkRig:
         for number in range(self._servers):
             for path in self.files_of(writes, number):
                 os.unlink(path)
+
+
+def _bytes_read(pid: int) -> int:
+    (line,) = re.findall(r"rchar: (\d+)", Path(f"/proc/{pid}/io").read_text())
+    return int(line)
+
+
+def _reap(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 def _ask_for_chains(metadata: Address, copies: int) -> None:
