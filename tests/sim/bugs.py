@@ -16,26 +16,11 @@ from kvfs_datapath.client import ChunkClient
 from kvfs_datapath.format import ChunkState
 from kvfs_datapath.peers import Unreached
 from kvfs_datapath.replication import Replicator
-from kvfs_datapath.store import ChunkStore
 from kvfs_datapath.versions import Versions
 from kvfs_datapath.views import Views
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster import members
 from kvfs_metadata.cluster.cluster_state import ClusterState
-
-
-def _publish_before_the_bytes() -> Any:
-    """A chunk gets its name before its attribute and length."""
-    complete, name = ChunkStore._complete, ChunkStore._name
-
-    def named_first(self: ChunkStore, staged: Any, info: Any) -> None:
-        name(self, staged, info)
-        complete(self, staged, info)
-
-    stack = contextlib.ExitStack()
-    stack.enter_context(mock.patch.object(ChunkStore, "_complete", lambda *args: None))
-    stack.enter_context(mock.patch.object(ChunkStore, "_name", named_first))
-    return stack
 
 
 def _remove_other_generation() -> Any:
@@ -195,7 +180,6 @@ def _synced_at_once() -> Any:
 
 
 BUGS: dict[str, tuple[Callable[[], Any], str]] = {
-    "publish before the bytes": (_publish_before_the_bytes, "network"),
     "remove another generation": (_remove_other_generation, "network"),
     "commit without chunks": (_commit_without_chunks, "network"),
     "collect too early": (_collect_early, "network"),
