@@ -181,8 +181,10 @@ class _BreakingConnection:
         self._network = network
         self._connection = connection
 
-    def send(self, parts: Sequence[Buffer], descriptors: Sequence[int] = ()) -> None:
-        self._connection.send(parts, descriptors)
+    def send(
+        self, parts: Sequence[Buffer], descriptors: Sequence[int] = (), *, more: bool = False
+    ) -> None:
+        self._connection.send(parts, descriptors, more=more)
         if self._network.breaks():
             raise ConnectionLost(detail="broken after a request")
 

@@ -181,6 +181,7 @@ class DataSession:
             answer.message,
             payload_bytes=total,
             descriptors=answer.passed,
+            more=total > 0,
         )
         try:
             for file, offset, length in answer.pieces:

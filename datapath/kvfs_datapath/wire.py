@@ -27,11 +27,13 @@ def send_message(
     *,
     payload_bytes: int | None = None,
     descriptors: Sequence[int] = (),
+    more: bool = False,
 ) -> None:
-    """One frame. ``payload_bytes`` announces a payload that the caller sends after this call."""
+    """One frame. ``payload_bytes`` announces a payload that the caller sends after this call, with
+    ``more`` at once."""
     announced = sum(len(p) for p in payload) if payload_bytes is None else payload_bytes
     head = frames.encode(kind, request_id, message, announced)
-    connection.send([head, *payload], descriptors)
+    connection.send([head, *payload], descriptors, more=more)
 
 
 def receive_header(connection: Connection) -> FrameHeader:

@@ -400,17 +400,20 @@ class OsConnection:
             return DeadlineExceeded(operation=str(self._peer), seconds=self._timeout)
         return ConnectionLost(address=str(self._peer), detail=exc.strerror or str(exc))
 
-    def send(self, parts: Sequence[Buffer], descriptors: Sequence[int] = ()) -> None:
+    def send(
+        self, parts: Sequence[Buffer], descriptors: Sequence[int] = (), *, more: bool = False
+    ) -> None:
         wanted = sum(map(len, parts))
         ancillary = (
             [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
             if descriptors
             else []
         )
+        flags = socket.MSG_MORE if more else 0
         done = 0
         try:
             while done < wanted:
-                done += self._sock.sendmsg(_tail(parts, done), ancillary)
+                done += self._sock.sendmsg(_tail(parts, done), ancillary, flags)
                 ancillary = []
         except OSError as exc:
             raise self._lost(exc) from exc

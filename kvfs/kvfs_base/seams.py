@@ -131,8 +131,11 @@ class Connection(Protocol):
 
     can_pass_descriptors: bool
 
-    def send(self, parts: Sequence[Buffer], descriptors: Sequence[int] = ()) -> None:
-        """Everything, or ConnectionLost / DeadlineExceeded."""
+    def send(
+        self, parts: Sequence[Buffer], descriptors: Sequence[int] = (), *, more: bool = False
+    ) -> None:
+        """Everything, or ConnectionLost / DeadlineExceeded. ``more`` follows at once: it may wait
+        for that, to go in one packet and to wake the peer once."""
 
     def send_file(self, file: DiskFile, offset: int, count: int) -> None:
         """``count`` bytes of an open file, without bringing them to user space. Raises

@@ -353,7 +353,9 @@ class SimConnection:
         self._peer = str(peer)
         self._timeout: float | None = None
 
-    def send(self, parts: Sequence[Buffer], descriptors: Sequence[int] = ()) -> None:
+    def send(
+        self, parts: Sequence[Buffer], descriptors: Sequence[int] = (), *, more: bool = False
+    ) -> None:
         assert not descriptors, "no descriptor passes to another host"
         self._hub.checkpoint()
         left = self._end.network.damaged(b"".join(parts))

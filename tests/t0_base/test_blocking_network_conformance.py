@@ -123,13 +123,14 @@ def test_shutdown_wakes_who_waits_for_much(pair: Pair) -> None:
         received.result(SECONDS)
 
 
-def test_files_are_sent_from_their_middle(pair: Pair) -> None:
+@pytest.mark.parametrize("more", [False, True])
+def test_files_are_sent_from_their_middle(pair: Pair, more: bool) -> None:
     data = os.urandom(3 << 20)
     disk = MemoryDisk()
     with contextlib.closing(disk.open("sent", write=True, create=True)) as file:
         file.pwritev([data], 0)
         received = pair.threads.submit(receive, pair.far, (2 << 20) + 4)
-        pair.near.send([b"head"])
+        pair.near.send([b"head"], more=more)
         pair.near.send_file(file, 1000, 2 << 20)
         assert received.result(SECONDS) == b"head" + data[1000 : 1000 + (2 << 20)]
         with pytest.raises(ConnectionLost):
