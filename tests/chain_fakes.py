@@ -211,6 +211,9 @@ class FakeServer:
                 return reply, out, []
             case m.ReadPieces():
                 reply, out = self._read([(p.chunk, p.offset, p.length) for p in request.pieces])
+                if request.summed:
+                    (_,) = request.pieces
+                    reply = msgspec.structs.replace(reply, sums=(crc32c(out),))
                 return reply, out, []
             case m.OpenChunks():
                 return self._open(request)

@@ -13,10 +13,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from kvfs_base import threads
-from kvfs_base.errors import ChunkNotFound, KvfsError, WriteUncertain
+from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, KvfsError, WriteUncertain
 from kvfs_base.limits import (
     CHAIN_WRITE_SECONDS,
     ITEMS_PER_REQUEST_MAX,
+    READ_ATTEMPTS,
     STAT_AHEAD_CHUNKS,
     TRANSFER_BYTES,
     VERSIONS_KEPT_MAX,
@@ -25,7 +26,7 @@ from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.client import ChunkClient
 from kvfs_datapath.connections import Attempt, seconds_for
-from kvfs_datapath.outcomes import raise_first
+from kvfs_datapath.outcomes import raise_first, wrong_piece
 from kvfs_datapath.patience import Patience
 from kvfs_datapath.routes import ChainRoutes, Route
 from kvfs_datapath.segments import Segment
@@ -121,15 +122,21 @@ class ChainedFile:
                 received = max(0, min(len(view), info.length - piece.offset))
             return [view[:received]] if received else []
 
-        request = m.ReadPieces(route.target_id, (piece,))
-        outcomes = self._shared.pool.run(
-            route.address,
-            lambda c: c.call(request, into=into),
-            seconds=seconds_for(0),
-            attempt=attempt,
-        )
-        raise_first(outcomes)
-        return received, version
+        request = m.ReadPieces(route.target_id, (piece,), summed=True)
+        error: ChunkCorrupt | None = None
+        for _ in range(READ_ATTEMPTS):
+            outcomes = self._shared.pool.run(
+                route.address,
+                lambda c: c.call(request, into=into),
+                seconds=seconds_for(0),
+                attempt=attempt,
+            )
+            raise_first(outcomes)
+            error = wrong_piece(piece, outcomes, view[:received])
+            if error is None:
+                return received, version
+        assert error is not None
+        raise error
 
     # --- writing
 

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from kvfs_base import threads
 from kvfs_base.errors import (
+    ChunkCorrupt,
     ChunkNotFound,
     ConnectionLost,
     InvalidRequest,
@@ -31,6 +32,7 @@ from kvfs_base.limits import (
     FILE_RETRY_PAUSE_SECONDS,
     FILE_RETRY_SECONDS,
     ITEMS_PER_REQUEST_MAX,
+    READ_ATTEMPTS,
     SEAL_CHUNKS_PER_REQUEST,
     TRANSFER_BYTES,
 )
@@ -40,7 +42,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.chain_files import ChainedFile
 from kvfs_datapath.client import ChunkClient
 from kvfs_datapath.descriptors import Descriptor
-from kvfs_datapath.outcomes import raise_first
+from kvfs_datapath.outcomes import raise_first, wrong_piece
 from kvfs_datapath.patience import Patience
 from kvfs_datapath.routes import Route
 from kvfs_datapath.segments import Segment, segments
@@ -159,10 +161,16 @@ class StripedFile:
             received = 0 if info is None else max(0, min(len(view), info.length - offset))
             return [view[:received]] if received else []
 
-        request = m.ReadPieces(route.target_id, (piece,))
-        outcomes = self._client.pool.run(route.address, lambda c: c.call(request, into=into))
-        raise_first(outcomes)
-        return received
+        request = m.ReadPieces(route.target_id, (piece,), summed=True)
+        error: ChunkCorrupt | None = None
+        for _ in range(READ_ATTEMPTS):
+            outcomes = self._client.pool.run(route.address, lambda c: c.call(request, into=into))
+            raise_first(outcomes)
+            error = wrong_piece(piece, outcomes, view[:received])
+            if error is None:
+                return received
+        assert error is not None
+        raise error
 
     def read_now(self, offset: int, length: int, size: int, sparse: bool) -> bytes | None:
         """As ``read``, but only if no disk and no server need be waited for; else None."""

@@ -85,6 +85,8 @@ class Outcomes(msgspec.Struct, array_like=True, frozen=True):
 
     infos: tuple[ChunkInfo | None, ...]
     errors: dict[int, ErrorBody]
+    sums: tuple[U32, ...] = ()
+    """CRC32C of each item's payload, where that was asked for; 0 where there is none."""
 
     def error(self, index: int) -> KvfsError | None:
         body = self.errors.get(index)
@@ -174,9 +176,12 @@ class OpenForWrite(ChunkRequest, tag="open_for_write"):
 
 class ReadPieces(ChunkRequest, tag="read_pieces"):
     """Payload of the answer: the pieces without error. A piece is shorter where the chunk ends;
-    ``infos[i].length`` says how long the chunk is. Any connection."""
+    ``infos[i].length`` says how long the chunk is. Any connection. ``summed``: with a checksum of
+    each piece, for which the server has to read them (TRANSFER_BYTES in all): the chunk's is of no
+    use for a part of it."""
 
     pieces: Annotated[tuple[Piece, ...], _ITEMS]
+    summed: bool = False
 
 
 class WritePieces(ChunkRequest, tag="write_pieces"):
@@ -409,6 +414,8 @@ def reply_problem(request: Request, reply: Any) -> str:
             count = len(request.chunks)
         case ReadPieces():
             count = len(request.pieces)
+            if request.summed and len(reply.sums) != count:
+                return f"{len(reply.sums)} sums of {count} pieces"
         case UpdateChunks():
             count = len(request.updates)
         case PassUpdate():

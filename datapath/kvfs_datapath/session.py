@@ -20,6 +20,7 @@ from kvfs_base.errors import (
     InternalError,
     InvalidRequest,
     KvfsError,
+    LimitExceeded,
     ProtocolError,
     TargetFailed,
     VersionMismatch,
@@ -33,6 +34,7 @@ from kvfs_datapath.block_writes import BlockWriter, info_of, publish, raise_erro
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chain_service import ChainService
 from kvfs_datapath.chain_session import ChainSession, refuse_versioned
+from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.listing import ChunkListing
 from kvfs_datapath.store import ChunkStore, StagedChunk
@@ -57,10 +59,14 @@ class _Answer:
     """Descriptors that the peer gets."""
     pieces: list[tuple[DiskFile, int, int]] = dataclasses.field(default_factory=list)
     """Payload: (file, offset, length)."""
+    memory: list[memoryview] = dataclasses.field(default_factory=list)
+    """Or bytes that were read already, in a buffer that goes back with ``lent``."""
+    lent: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
     def close(self) -> None:
         for file in self.files:
             file.close()
+        self.lent.close()
 
 
 class DataSession:
@@ -173,15 +179,17 @@ class DataSession:
         return _Answer(self._chains.handlers[type(request)](store, request), store)
 
     def _send(self, request_id: int, answer: _Answer) -> None:
-        total = sum(length for _, _, length in answer.pieces)
+        sent = sum(map(len, answer.memory))
+        total = sent + sum(length for _, _, length in answer.pieces)
         send_message(
             self._connection,
             Kind.REPLY,
             request_id,
             answer.message,
+            answer.memory,
             payload_bytes=total,
             descriptors=answer.passed,
-            more=total > 0,
+            more=total > sent,
         )
         try:
             for file, offset, length in answer.pieces:
@@ -344,6 +352,8 @@ class DataSession:
         return answer
 
     def _read_pieces(self, store: ChunkStore, request: m.ReadPieces) -> _Answer:
+        if request.summed:
+            return self._read_summed(store, request)
         answer = _Answer(None, store)
 
         def read(item: m.Piece) -> ChunkInfo:
@@ -357,6 +367,46 @@ class DataSession:
         with _closing_on_error(answer):
             answer.message = self._each(request.pieces, read)
         return answer
+
+    def _read_summed(self, store: ChunkStore, request: m.ReadPieces) -> _Answer:
+        """What was summed is what is sent: the file may be written to meanwhile."""
+        answer = _Answer(None, store)
+        sums: list[int] = []
+        room = memoryview(b"")
+
+        def read(item: m.Piece) -> ChunkInfo:
+            nonlocal room
+            sums.append(0)
+            info, data = self._read_piece(store, item, room)
+            sums[-1] = crc32c(data)
+            answer.memory.append(data)
+            room = room[len(data) :]
+            return info
+
+        with _closing_on_error(answer):
+            room = answer.lent.enter_context(self._buffers.lend(STALL_SECONDS))
+            outcomes = self._each(request.pieces, read)
+            answer.message = msgspec.structs.replace(outcomes, sums=tuple(sums))
+        return answer
+
+    def _read_piece(
+        self, store: ChunkStore, item: m.Piece, room: memoryview
+    ) -> tuple[ChunkInfo, memoryview]:
+        file, info = self._chains.open(store, item.chunk)
+        try:
+            store.verify(file, info)
+            wanted = max(0, min(item.length, info.length - item.offset))
+            if wanted > len(room):
+                raise LimitExceeded(detail="bytes of pieces with sums", limit=len(room))
+            count = file.preadv([room[:wanted]], item.offset) if wanted else 0
+        except TargetFailed as exc:
+            store.fail(exc)
+            raise
+        finally:
+            file.close()
+        if count < wanted:  # it was cut meanwhile
+            info = msgspec.structs.replace(info, length=item.offset + count)
+        return info, room[:count]
 
     def _write_pieces(self, store: ChunkStore, request: m.WritePieces) -> _Answer:
         refuse_versioned(request.pieces)

@@ -98,6 +98,9 @@ when first used."""
 PASS_PIECE_BYTES = 1 * MIB
 """A block goes on in pieces of this size: while one is sent the next one comes in."""
 
+READ_ATTEMPTS = 2
+"""How often a server is asked for a piece whose bytes changed on their way."""
+
 COPIES_MAX = 3
 HOPS_MAX = 8
 """Members that a write passes: the copies, and those that are being brought in step."""

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-from chain_fakes import SECONDS, FakeCluster, Fault, always, first
+from chain_fakes import SECONDS, FakeCluster, Fault, Stored, always, first
 from kvfs_base.cluster import ClusterMap, TargetState
 from kvfs_base.errors import (
     ChunkCorrupt,
@@ -32,8 +32,10 @@ from kvfs_base.limits import MIB, TRANSFER_BYTES
 from kvfs_base.seams import Buffer
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
+from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client import ChunkClient
 from kvfs_datapath.files import StripedFile
+from kvfs_datapath.format import ChunkInfo, ChunkState
 from t2_services.chunk_cluster import wait_until
 from t2_services.test_chunk_files import CHUNK_BYTES, LAYOUT, FileMachine
 
@@ -186,6 +188,7 @@ def test_a_file_comes_back(cluster: FakeCluster) -> None:
     [
         Fault(lose=True),
         Fault(cut=100),
+        Fault(flip=True),
         Fault(error=TargetFenced()),
         Fault(error=DeadlineExceeded()),
         Fault(error=InternalError()),
@@ -656,6 +659,21 @@ def test_a_file_on_single_copies_is_not_touched(cluster: FakeCluster) -> None:
     with pytest.raises(StaleChain):
         client.router.route(1)
     assert client.router.route(4).target_id == 1
+
+
+def test_bytes_that_change_on_their_way(cluster: FakeCluster) -> None:
+    """A chunk's checksum is of no use for a part of it: each piece has its own."""
+    cluster.set_chain(4, [1], copies=1)
+    server = cluster.servers[1]
+    data = os.urandom(5000)
+    info = ChunkInfo(INODE, 0, 0, ChunkState.SEALED, len(data), crc32c(data))
+    server.chunks[ChunkId(INODE, 0)] = Stored(data, info)
+    file = new_file(cluster.client(), Layout(MIB, (4,)))
+    server.script = first(1, Fault(flip=True), m.ReadPieces)
+    assert file.read(100, 3000, 5000, False) == data[100:3100]
+    server.script = always(Fault(flip=True), m.ReadPieces)
+    with pytest.raises(ChunkCorrupt):
+        file.read(100, 3000, 5000, False)
 
 
 def test_a_head_whose_copy_is_damaged(cluster: FakeCluster) -> None:
