@@ -58,8 +58,9 @@ class Role:
                 start_new_session=True,
             )
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], START_SECONDS)
-        line = self.process.stdout.readline() if ready else b""
+        poll = select.poll()  # select() takes no descriptor above 1,023
+        poll.register(self.process.stdout, select.POLLIN)
+        line = self.process.stdout.readline() if poll.poll(1000 * START_SECONDS) else b""
         if line.strip() != b"ready":
             self.kill()
             pytest.fail(f"{self.argv[0]} did not start:\n{self.log.read_text()[-3000:]}")
