@@ -11,9 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvfs_base.errors import KvfsError, StoreUnavailable
+from kvfs_base.errors import StoreUnavailable
 from kvfs_metadata import records
-from kvfs_metadata.engines.engine import Group, KVRead, KVTransaction, Listener, Writes, run_group
+from kvfs_metadata.engines.engine import (
+    Group,
+    KVEngine,
+    KVRead,
+    KVTransaction,
+    Listener,
+    Writes,
+    run_group,
+)
 from kvfs_metadata.engines.memory_engine import _State
 from sim.hub import Hub, Process
 from sim.sim_threads import SimLock
@@ -51,7 +59,7 @@ class SimStore:
         return True
 
 
-class SimEngine:
+class SimEngine(KVEngine):
     """One process's way to the store. Does nothing once the process is dead."""
 
     def __init__(self, store: SimStore, process: Process) -> None:
@@ -115,15 +123,6 @@ class SimEngine:
 
     def abandon(self, group: Group[T]) -> None:
         self._give_up_turn()
-
-    def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
-        group = self.run(fns)
-        try:
-            self.commit(group)
-        except BaseException:
-            self.abandon(group)
-            raise
-        return group.results
 
     def sync(self) -> None:
         self._require_alive()

@@ -6,11 +6,8 @@ import contextlib
 import mmap
 import os
 import random
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
@@ -24,7 +21,6 @@ from kvfs_base.errors import (
     TargetFailed,
 )
 from kvfs_base.limits import REMOVE_BY_NAME_MAX
-from kvfs_base.os_env import OsDisk
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
@@ -34,27 +30,6 @@ from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
 from kvfs_datapath.listing import ChunkListing
 from kvfs_datapath.store import ChunkStore
 from t1_stores.chain_chunks import Faults, open_store, pending, prepare, read, update, write
-
-
-@pytest.fixture(params=["os-disk", "os-tmpfs", "memory"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    if request.param == "memory":
-        yield MemoryDisk()
-    elif request.param == "os-disk":
-        (tmp_path / "target").mkdir()
-        yield OsDisk(str(tmp_path / "target"))
-    else:
-        directory = tempfile.mkdtemp(dir="/dev/shm")
-        yield OsDisk(directory)
-        shutil.rmtree(directory)
-
-
-@pytest.fixture
-def store(disk: Disk, tmp_path: Path) -> Iterator[ChunkStore]:
-    """Strict where syncing costs nothing."""
-    store = open_store(disk, strict=not (tmp_path / "target").exists())
-    yield store
-    store.close()
 
 
 def put(store: ChunkStore, chunk: ChunkId, data: bytes) -> ChunkInfo:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +21,6 @@ from kvfs_base.errors import (
     KvfsError,
     NotPermitted,
 )
-from kvfs_base.os_env import OsDisk
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
@@ -45,28 +41,6 @@ from t1_stores.chain_chunks import (
     whole,
     write,
 )
-
-
-@pytest.fixture(params=["os-disk", "os-tmpfs", "memory"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    if request.param == "memory":
-        yield MemoryDisk()
-    elif request.param == "os-disk":
-        (tmp_path / "target").mkdir()
-        yield OsDisk(str(tmp_path / "target"))
-    else:
-        directory = tempfile.mkdtemp(dir="/dev/shm")
-        yield OsDisk(directory)
-        shutil.rmtree(directory)
-
-
-@pytest.fixture
-def store(disk: Disk, tmp_path: Path) -> Iterator[ChunkStore]:
-    """Strict where syncing costs nothing."""
-    store = open_store(disk, strict=not (tmp_path / "target").exists())
-    yield store
-    store.close()
-
 
 # --- versions
 

@@ -103,7 +103,14 @@ class KVEngine(Protocol):
         store may raise StoreUnavailable."""
 
     def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
-        """``run`` and ``commit``."""
+        """``run`` and ``commit``, which engines inherit."""
+        group = self.run(fns)
+        try:
+            self.commit(group)
+        except BaseException:
+            self.abandon(group)
+            raise
+        return group.results
 
     def sync(self) -> None:
         """Returns once everything committed before is on stable storage. Any thread."""

@@ -29,7 +29,15 @@ from kvfs_base.seams import Env
 from kvfs_metadata import records
 from kvfs_metadata.engines import checkpoint
 from kvfs_metadata.engines.checkpoint import Checkpoint
-from kvfs_metadata.engines.engine import Group, Item, KVRead, KVTransaction, Listener, run_group
+from kvfs_metadata.engines.engine import (
+    Group,
+    Item,
+    KVEngine,
+    KVRead,
+    KVTransaction,
+    Listener,
+    run_group,
+)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -140,7 +148,7 @@ def _backward(cursor: lmdb.Cursor[bytes], start: bytes, end: bytes, limit: int) 
     return items
 
 
-class LmdbEngine:
+class LmdbEngine(KVEngine):
     """Owns ``directory`` (created if missing) while it lives. Raises Conflict if another service
     does, VersionMismatch if the files are another LMDB's, DiskFull, TargetFailed."""
 
@@ -266,11 +274,6 @@ class LmdbEngine:
 
     def abandon(self, group: Group[T]) -> None:
         pass  # nothing is held between run and commit
-
-    def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
-        group = self.run(fns)
-        self.commit(group)
-        return group.results
 
     def sync(self) -> None:
         if self._failed is not None:

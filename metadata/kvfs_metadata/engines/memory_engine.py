@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from kvfs_base.errors import KvfsError
 from kvfs_metadata.engines.engine import (
     Group,
     Item,
+    KVEngine,
     KVRead,
     KVTransaction,
     Listener,
@@ -65,7 +65,7 @@ class MemoryStore:
         """An engine that lags behind by more is told to load everything."""
 
 
-class MemoryEngine:
+class MemoryEngine(KVEngine):
     """Everything is gone when the object is. ``before_commit`` is called with a group's writes and
     may raise, which is how tests make disks fail. Engines over one ``store`` are shared ones."""
 
@@ -124,15 +124,6 @@ class MemoryEngine:
 
     def abandon(self, group: Group[T]) -> None:
         self._end_turn()
-
-    def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
-        group = self.run(fns)
-        try:
-            self.commit(group)
-        except BaseException:
-            self.abandon(group)
-            raise
-        return group.results
 
     def sync(self) -> None:
         pass

@@ -41,6 +41,7 @@ from kvfs_metadata.engines import postgres_schema
 from kvfs_metadata.engines.engine import (
     Group,
     Item,
+    KVEngine,
     KVRead,
     KVTransaction,
     Listener,
@@ -205,7 +206,7 @@ def _items(rows: Rows) -> list[Item]:
     return [(key or b"", value or b"") for key, value in rows]
 
 
-class PostgresEngine:
+class PostgresEngine(KVEngine):
     """A share of the store in the database ``url`` (libpq's URL or ``key=value`` form; several
     hosts are tried in turn), which is made if it is missing. ``durability``: with "strict" a commit
     is on the database's stable storage before it returns; with "cache" that takes until ``sync``.
@@ -481,15 +482,6 @@ class PostgresEngine:
         self._writer.end()
         with self._memory:
             self._undecided = False
-
-    def update(self, fns: Sequence[Callable[[KVTransaction], T]]) -> list[T | KvfsError]:
-        group = self.run(fns)
-        try:
-            self.commit(group)
-        except BaseException:
-            self.abandon(group)
-            raise
-        return group.results
 
     # --- the rest
 
