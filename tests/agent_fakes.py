@@ -10,7 +10,7 @@ from kvfs_base.errors import ChunkNotFound, KvfsError, PrepareExpired, StaleChai
 from kvfs_base.rpc import Request
 from kvfs_base.types import Attr, BlockInfo, ChunkId, KVLayout
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkRead, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkRead, ChunkWrite
 from kvfs_metadata import messages as m
 
 BLOCK_MODE = 0o100444

@@ -19,7 +19,7 @@ from kvfs_base.cluster import Chain, TargetState
 from kvfs_base.os_env import os_env
 from kvfs_base.types import Address
 from kvfs_datapath.config import ChunkServerConfig
-from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_metadata.client import ClusterView
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.service import serve_metadata

@@ -36,7 +36,7 @@ from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.wire import receive_body, receive_header, send_message
 

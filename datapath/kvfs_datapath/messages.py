@@ -391,7 +391,7 @@ DataRequest = (
 )
 
 
-def payload_bytes(request: ChunkRequest) -> int:
+def payload_bytes(request: Request) -> int:
     """How long the payload of a request is: what its items say."""
     match request:
         case WriteChunks():

@@ -11,13 +11,15 @@ from unittest import mock
 import msgspec
 
 from kvfs_base.errors import KvfsError, StaleChain, TargetFenced
-from kvfs_datapath import chain_session, replication, rules, views
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath import rules
+from kvfs_datapath.chains import replication, views
+from kvfs_datapath.chains import requests as chain_session
+from kvfs_datapath.chains.peers import Unreached
+from kvfs_datapath.chains.replication import Replicator
+from kvfs_datapath.chains.views import Views
+from kvfs_datapath.chunks.versions import Versions
+from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.format import ChunkState
-from kvfs_datapath.peers import Unreached
-from kvfs_datapath.replication import Replicator
-from kvfs_datapath.versions import Versions
-from kvfs_datapath.views import Views
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster import members
 from kvfs_metadata.cluster.cluster_state import ClusterState

@@ -12,9 +12,9 @@ from kvfs_base.cluster import ClusterMap
 from kvfs_base.errors import KvfsError
 from kvfs_base.seams import Disk, Env
 from kvfs_base.types import Address
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.config import ChunkServerConfig
-from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_metadata.client import BlockingMetadataClient, ClusterView
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.service import MetadataService

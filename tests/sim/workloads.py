@@ -23,8 +23,8 @@ from kvfs_base.limits import COMMIT_ATTEMPTS_MAX, PAGE_BYTES
 from kvfs_base.types import ROOT_INODE, Attr, BlockInfo, ChunkId, KVLayout
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkRead, ChunkWrite
-from kvfs_datapath.files import StripedFile
+from kvfs_datapath.client.chunk_client import ChunkRead, ChunkWrite
+from kvfs_datapath.client.files import StripedFile
 from kvfs_metadata import messages as m
 from sim.history import Entry, WrongBytes, page, read_page
 

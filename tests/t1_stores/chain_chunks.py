@@ -12,8 +12,8 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
-from kvfs_datapath.store import ChunkStore
 
 CHUNK = ChunkId(77, 3, 5)
 UUID = str(uuid.UUID(int=5, version=4))

@@ -12,7 +12,7 @@ import pytest
 from kvfs_base.os_env import OsDisk
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
-from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.chunks.store import ChunkStore
 from t1_stores.chain_chunks import open_store
 
 

@@ -21,12 +21,12 @@ from kvfs_base.limits import (
 )
 from kvfs_base.testing import ManualClock, memory_env
 from kvfs_base.types import Address, ChunkId
+from kvfs_datapath.client.health import Health
+from kvfs_datapath.client.patience import Patience
+from kvfs_datapath.client.routes import Router
+from kvfs_datapath.client.segments import segments
+from kvfs_datapath.client.workers import cut
 from kvfs_datapath.connections import Attempt
-from kvfs_datapath.health import Health
-from kvfs_datapath.patience import Patience
-from kvfs_datapath.routes import Router
-from kvfs_datapath.segments import segments
-from kvfs_datapath.workers import cut
 
 # --- health
 

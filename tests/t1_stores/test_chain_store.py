@@ -26,9 +26,9 @@ from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.listing import ChunkListing
+from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
-from kvfs_datapath.listing import ChunkListing
-from kvfs_datapath.store import ChunkStore
 from t1_stores.chain_chunks import Faults, open_store, pending, prepare, read, update, write
 
 

@@ -17,8 +17,8 @@ from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of
-from kvfs_datapath.store import ChunkStore
 from t1_stores.chain_chunks import open_store
 from t1_stores.power_disk import PowerDisk
 

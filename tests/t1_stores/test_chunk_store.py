@@ -31,10 +31,11 @@ from kvfs_base.os_env import OsDisk
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
-from kvfs_datapath import store as store_module
-from kvfs_datapath import tree as tree_module
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks import store as store_module
+from kvfs_datapath.chunks import tree as tree_module
+from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import (
     ATTRIBUTE,
     ChunkInfo,
@@ -43,7 +44,6 @@ from kvfs_datapath.format import (
     pack,
     path_of,
 )
-from kvfs_datapath.store import ChunkStore
 
 KEY = bytes(range(32))
 CHUNK = ChunkId(77, 0)

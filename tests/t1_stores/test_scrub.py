@@ -18,12 +18,12 @@ from kvfs_base.os_env import OsDisk, os_env
 from kvfs_base.seams import Disk, DiskFile, Env
 from kvfs_base.testing import ManualClock, MemoryDisk, memory_env
 from kvfs_base.types import ChunkId
-from kvfs_datapath import scrub
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
-from kvfs_datapath.scrub import Repair, Scrubber
-from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.server import scrub
+from kvfs_datapath.server.scrub import Repair, Scrubber
 from t1_stores.chain_chunks import Faults, update
 
 RATE = MIB

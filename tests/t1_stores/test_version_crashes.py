@@ -13,7 +13,7 @@ import pytest
 from kvfs_base.errors import ChunkCorrupt, ChunkMismatch, ChunkNotFound
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
-from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.chunks.store import ChunkStore
 from t1_stores.chain_chunks import (
     CHUNK,
     commit,

@@ -14,7 +14,7 @@ from kvfs_base.errors import ChunkNotFound, DiskFull, KvfsError, TargetFailed
 from kvfs_base.os_env import OsDisk, _disk_error
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
-from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.chunks.store import ChunkStore
 from t1_stores.chain_chunks import (
     CHUNK,
     Faults,

@@ -24,10 +24,10 @@ from kvfs_base.errors import (
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
-from kvfs_datapath import versions as versions_module
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks import versions as versions_module
+from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of, pending_path_of
-from kvfs_datapath.store import ChunkStore
 from t1_stores.chain_chunks import (
     CHUNK,
     commit,

@@ -17,10 +17,10 @@ from kvfs_base.testing import ManualClock, MemoryBlockingNetwork, MemoryDisk, me
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import ChunkInfo
-from kvfs_datapath.server import ChunkServer
-from kvfs_datapath.store import ChunkStore
+from kvfs_datapath.server.chunk_server import ChunkServer
 from t2_services.chunk_cluster import Cluster, wait_until
 
 CHAIN = 100

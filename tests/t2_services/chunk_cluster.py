@@ -17,9 +17,9 @@ from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, ChunkId
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient, ChunkRead, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite
 from kvfs_datapath.config import ChunkServerConfig
-from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_datapath.testing import FakeMetadata
 
 SECONDS = 20.0

@@ -33,8 +33,8 @@ from kvfs_base.seams import Buffer
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient
-from kvfs_datapath.files import StripedFile
+from kvfs_datapath.client.chunk_client import ChunkClient
+from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from t2_services.chunk_cluster import wait_until
 from t2_services.test_chunk_files import CHUNK_BYTES, LAYOUT, FileMachine
@@ -57,7 +57,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[FakeCluster]:
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_datapath.chain_reads.CHAIN_READ_SECONDS", 0.2)
+    monkeypatch.setattr("kvfs_datapath.client.chain_reads.CHAIN_READ_SECONDS", 0.2)
 
 
 def new_file(

@@ -13,7 +13,7 @@ from kvfs_base.errors import ConnectionLost, StaleChain
 from kvfs_base.limits import COMMIT_ATTEMPTS_MAX
 from kvfs_base.rpc import Request
 from kvfs_base.types import ChunkId
-from kvfs_datapath.client import ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkWrite
 from kvfs_metadata import messages as m
 from t2_services.test_agent import KEYS, NAMESPACE, RunningAgent, block
 

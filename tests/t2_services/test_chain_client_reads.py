@@ -27,7 +27,7 @@ from kvfs_base.errors import (
 from kvfs_base.limits import HEDGES_AT_ONCE, MIB, TRANSFER_BYTES
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath.client import ChunkClient, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from t2_services.chunk_cluster import assert_equal, make_writes, reads_of, wait_until
 
 CHAIN = 7
@@ -54,7 +54,7 @@ def remote() -> Iterator[FakeCluster]:
 
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_datapath.chain_reads.CHAIN_READ_SECONDS", 0.2)
+    monkeypatch.setattr("kvfs_datapath.client.chain_reads.CHAIN_READ_SECONDS", 0.2)
 
 
 def stored(cluster: FakeCluster, sizes: list[int], chain: int = CHAIN) -> list[ChunkWrite]:
@@ -296,7 +296,7 @@ def test_what_the_caller_did_wrong_is_not_repeated(remote: FakeCluster) -> None:
 
 
 def test_closing_ends_the_wait(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_datapath.chain_reads.CHAIN_READ_SECONDS", 1e6)
+    monkeypatch.setattr("kvfs_datapath.client.chain_reads.CHAIN_READ_SECONDS", 1e6)
     client = cluster.client()
     (write,) = stored(cluster, [2000])
     fail_all(cluster, always(Fault(error=TargetFenced(3))))
@@ -340,7 +340,7 @@ def test_a_bad_replica_is_reported(cluster: FakeCluster) -> None:
 
 
 def test_reports_are_bounded(remote: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_datapath.repairs.REPAIRS_QUEUED_MAX", 3)
+    monkeypatch.setattr("kvfs_datapath.client.repairs.REPAIRS_QUEUED_MAX", 3)
     client = remote.client()
     held = threading.Event()
     writes = stored(remote, [100] * 200)

@@ -15,9 +15,9 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from kvfs_base.errors import ChunkNotFound, KvfsError
 from kvfs_base.limits import MIB
 from kvfs_base.types import ChunkId, Layout
-from kvfs_datapath import files as files_module
-from kvfs_datapath.client import ChunkClient, ChunkWrite
-from kvfs_datapath.files import StripedFile
+from kvfs_datapath.client import files as files_module
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
+from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.format import path_of
 from t2_services.chain_cluster import CHAIN, ChainCluster, chains
 from t2_services.chunk_cluster import SECONDS, assert_equal, make_writes, reads_of, wait_until

@@ -22,7 +22,7 @@ from kvfs_base.errors import (
 from kvfs_base.limits import MIB
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath.client import ChunkClient, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from t2_services.chunk_cluster import assert_equal, make_writes, reads_of, wait_until
 
 CHAIN = 7
@@ -197,7 +197,7 @@ def test_a_member_without_a_way_is_waited_for(cluster: FakeCluster) -> None:
 
 
 def test_a_chain_that_never_recovers(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_datapath.chain_writes.CHAIN_WRITE_SECONDS", 0.2)
+    monkeypatch.setattr("kvfs_datapath.client.chain_writes.CHAIN_WRITE_SECONDS", 0.2)
     cluster.servers[3].stop()
     client = cluster.client()
     assert {type(r) for r in client.write_chunks(make_writes([100] * 3, chains=[CHAIN]))} == {
@@ -235,7 +235,7 @@ def test_bytes_that_broke_on_their_way(cluster: FakeCluster) -> None:
 
 
 def test_closing_ends_the_wait(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs_datapath.chain_writes.CHAIN_WRITE_SECONDS", 1e6)
+    monkeypatch.setattr("kvfs_datapath.client.chain_writes.CHAIN_WRITE_SECONDS", 1e6)
     client = cluster.client()
     for server in cluster.servers.values():
         server.script = always(Fault(error=TargetFenced(1)))

@@ -23,8 +23,8 @@ from kvfs_base.errors import (
 from kvfs_base.limits import MIB
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath import sync_sink as sync_sink_module
-from kvfs_datapath import sync_source as sync_source_module
+from kvfs_datapath.chains import sync_sink as sync_sink_module
+from kvfs_datapath.chains import sync_source as sync_source_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
 from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload

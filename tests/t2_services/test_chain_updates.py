@@ -25,12 +25,12 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import FENCE_SECONDS, SUSPECT_SECONDS, TRANSFER_BYTES
 from kvfs_base.types import ChunkId
-from kvfs_datapath import chain_service as chain_service_module
 from kvfs_datapath import messages as m
-from kvfs_datapath import peers as peers_module
+from kvfs_datapath.chains import peers as peers_module
+from kvfs_datapath.chains import service as chain_service_module
+from kvfs_datapath.chains.peers import Unreached
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import path_of
-from kvfs_datapath.peers import Unreached
 from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload
 from t2_services.chunk_cluster import wait_until
 

@@ -32,12 +32,12 @@ from kvfs_base.errors import (
 from kvfs_base.limits import MIB, TRANSFER_BYTES
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId, Layout
-from kvfs_datapath import client as client_module
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient
-from kvfs_datapath.files import StripedFile
+from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.client import chunk_client as client_module
+from kvfs_datapath.client.chunk_client import ChunkClient
+from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.format import path_of
-from kvfs_datapath.store import ChunkStore
 from t2_services.chunk_cluster import SECONDS, Cluster, running, wait_until
 
 CHUNK_BYTES = 1000

@@ -27,16 +27,16 @@ from kvfs_base.errors import (
 from kvfs_base.frames import Kind
 from kvfs_base.seams import Connection
 from kvfs_base.types import ChunkId, Layout
-from kvfs_datapath import chain_reads as chain_reads_module
-from kvfs_datapath import chain_writes as chain_writes_module
 from kvfs_datapath import connections as connections_module
 from kvfs_datapath import messages as m
-from kvfs_datapath import session as session_module
-from kvfs_datapath import views as views_module
 from kvfs_datapath.buffers import BufferPool
-from kvfs_datapath.files import StripedFile
+from kvfs_datapath.chains import views as views_module
+from kvfs_datapath.client import chain_reads as chain_reads_module
+from kvfs_datapath.client import chain_writes as chain_writes_module
+from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.format import ChunkInfo, ChunkState
-from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.server import session as session_module
+from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_datapath.wire import (
     close_all,
     decode_reply,

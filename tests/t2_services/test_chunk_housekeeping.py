@@ -24,12 +24,12 @@ from kvfs_base.os_env import os_env
 from kvfs_base.types import Address, ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.client.chunk_client import ChunkClient
+from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.connections import DataConnection
-from kvfs_datapath.files import StripedFile
 from kvfs_datapath.format import ChunkInfo, path_of
-from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_datapath.testing import FakeMetadata
 from t2_services.chunk_cluster import (
     SERVERS,
@@ -350,7 +350,7 @@ import sys
 from kvfs_base.os_env import os_env
 from kvfs_base.types import Address
 from kvfs_datapath.config import ChunkServerConfig
-from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.server.chunk_server import ChunkServer
 
 root = sys.argv[1]
 config = ChunkServerConfig(

@@ -36,12 +36,12 @@ from kvfs_base.seams import Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath import server as server_module
-from kvfs_datapath import session as session_module
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient, ChunkRead, ChunkWrite, ClusterSource
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite, ClusterSource
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of, path_of
+from kvfs_datapath.server import chunk_server as server_module
+from kvfs_datapath.server import session as session_module
 from t2_services.chunk_cluster import (
     SECONDS,
     Cluster,

@@ -11,9 +11,9 @@ from kvfs_base.os_env import _disk_error
 from kvfs_base.seams import Env
 from kvfs_base.testing import MemoryDisk, memory_env
 from kvfs_base.types import Address
-from kvfs_datapath.client import ChunkClient, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from kvfs_datapath.config import ChunkServerConfig
-from kvfs_datapath.server import ChunkServer
+from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_datapath.testing import FakeMetadata
 from t2_services.chunk_cluster import make_writes, reads_of, wait_until
 

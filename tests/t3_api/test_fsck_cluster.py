@@ -23,7 +23,7 @@ from kvfs_base.os_env import os_env
 from kvfs_base.types import ChunkId, KVLayout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from kvfs_datapath.connections import ConnectionPool
 from kvfs_datapath.format import path_of
 from kvfs_metadata.check.findings import Kind

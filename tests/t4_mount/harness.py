@@ -139,7 +139,7 @@ class Cluster:
     @contextlib.contextmanager
     def chunk_client(self) -> Iterator[Any]:
         from kvfs_base.os_env import os_env
-        from kvfs_datapath.client import ChunkClient
+        from kvfs_datapath.client.chunk_client import ChunkClient
         from kvfs_metadata.client import ClusterView
 
         view = ClusterView(os_env(), self.address)
@@ -171,7 +171,7 @@ class Cluster:
         from kvfs_base.limits import PAGE_BYTES
         from kvfs_base.types import ChunkId, KVLayout
         from kvfs_datapath.checksum import crc32c
-        from kvfs_datapath.client import ChunkWrite
+        from kvfs_datapath.client.chunk_client import ChunkWrite
         from kvfs_metadata.messages import (
             CommitBlocks,
             LookupBlocks,

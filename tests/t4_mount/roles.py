@@ -61,7 +61,7 @@ def known_port(directory: str, number: int) -> int:
 
 def run_chunks(directory: str, count: int) -> None:
     from kvfs_datapath.config import ChunkServerConfig
-    from kvfs_datapath.server import ChunkServer
+    from kvfs_datapath.server.chunk_server import ChunkServer
 
     servers = []
     for number in range(count):

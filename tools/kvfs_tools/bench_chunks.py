@@ -31,7 +31,7 @@ from rich.table import Table
 
 from kvfs.settings import format_size, parse_size
 from kvfs_base.limits import BLOCK_BYTES_MAX, CLIENT_THREADS_PER_TARGET, GIB, MIB, PAGE_BYTES
-from kvfs_datapath.client import ChunkClient, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from kvfs_tools.bench import fio_read
 from kvfs_tools.chunk_pair import Pair
 from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table

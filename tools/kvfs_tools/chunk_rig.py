@@ -22,7 +22,7 @@ from kvfs_base.errors import KvfsError
 from kvfs_base.os_env import os_env
 from kvfs_base.types import Address, ChunkId, KVLayout
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkClient, ChunkRead, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite
 from kvfs_metadata import messages as m
 from kvfs_metadata.client import BlockingMetadataClient, ClusterView
 from kvfs_tools.cluster import cpu_clock

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from kvfs_base.errors import KvfsError
 from kvfs_base.rpc import Request
-from kvfs_datapath.client import ChunkRead, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkRead, ChunkWrite
 
 
 class MetadataCalls(Protocol):

@@ -14,7 +14,7 @@ from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError
 from kvfs_base.limits import LOAD_WAIT_SECONDS, PAGE_BYTES
 from kvfs_base.seams import Clock
 from kvfs_base.types import BlockInfo, ChunkId
-from kvfs_datapath.client import ChunkRead
+from kvfs_datapath.client.chunk_client import ChunkRead
 from kvfs_gds.block_cache import Entry, Grant, State
 from kvfs_metadata.messages import LookupBlocks, RemoveBlocks
 

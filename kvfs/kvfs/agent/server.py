@@ -50,7 +50,7 @@ from kvfs_base.frames import Frame, Kind
 from kvfs_base.limits import BLOCK_KEY_BYTES
 from kvfs_base.rpc import receive_frame
 from kvfs_base.seams import Connection, Env, Listener
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_gds.arena import Arena
 from kvfs_gds.block_cache import BlockCache
 from kvfs_metadata.client import BlockingMetadataClient, ClusterView

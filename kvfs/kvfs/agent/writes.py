@@ -40,7 +40,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.types import BlockInfo, ChunkId
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.client import ChunkRead, ChunkWrite
+from kvfs_datapath.client.chunk_client import ChunkRead, ChunkWrite
 from kvfs_gds.block_cache import Grant
 from kvfs_gds.extents import pages_of
 from kvfs_metadata.messages import (

@@ -61,7 +61,7 @@ def chunks(config_path: Path | None, **flags: Any) -> None:
         raise InvalidRequest(
             detail=f"{config.tcp}: clients are told this address: name one that they can reach"
         )
-    from kvfs_datapath.server import ChunkServer
+    from kvfs_datapath.server.chunk_server import ChunkServer
 
     server = ChunkServer(env, config)
     run_threaded("chunks", server, lambda: server.addresses)

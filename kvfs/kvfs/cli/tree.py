@@ -25,7 +25,7 @@ from kvfs_base.errors import (
 from kvfs_base.limits import MOUNT_IO_BYTES
 from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address, Attr
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_metadata.client import ClusterView, MetadataClient
 
 LINKS_FOLLOWED_MAX = 40

@@ -19,11 +19,11 @@ from kvfs_base.seams import Env
 from kvfs_base.types import Address, ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.chunks.listing import ChunkListing, look_at
+from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.chunks.target import IDENTITY
 from kvfs_datapath.connections import ConnectionPool
 from kvfs_datapath.format import ChunkInfo
-from kvfs_datapath.listing import ChunkListing, look_at
-from kvfs_datapath.store import ChunkStore
-from kvfs_datapath.target import IDENTITY
 from kvfs_metadata import records
 from kvfs_metadata.check.fixes import Fix, RecordPage, RepairRecords, ScanRecords, Verdict
 from kvfs_metadata.check.fsck import RecordReader, read_sound

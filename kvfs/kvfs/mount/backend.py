@@ -12,7 +12,7 @@ import trio
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Env
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.client.chunk_client import ChunkClient
 
 T = TypeVar("T")
 

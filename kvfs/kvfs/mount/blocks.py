@@ -19,7 +19,7 @@ from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError, NoTarget,
 from kvfs_base.limits import MOUNT_BLOCK_BUFFER_BYTES, MOUNT_IO_BYTES, PAGE_BYTES
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr, ChunkId
-from kvfs_datapath.client import ChunkRead
+from kvfs_datapath.client.chunk_client import ChunkRead
 from kvfs_metadata.messages import RemoveBlocks
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
-from kvfs_datapath.files import StripedFile
+from kvfs_datapath.client.files import StripedFile
 from kvfs_metadata.messages import GetAttr, SetAttr
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import Choice, Frontend, choose, make
 from kvfs_base.errors import ConnectionLost, KvfsError, MountFailed, MountPointBusy
 from kvfs_base.seams import Env
-from kvfs_datapath.client import ChunkClient
+from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_metadata.client import ClusterView, MetadataClient
 from kvfs_metadata.messages import StatFs
 

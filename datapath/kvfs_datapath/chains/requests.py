@@ -1,0 +1,251 @@
+"""What a connection asks of chains of several copies: checks, payloads, and who does the work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvfs_base.errors import (
+    ChunkCorrupt,
+    ChunkMismatch,
+    ConnectionLost,
+    DeadlineExceeded,
+    InvalidRequest,
+    KvfsError,
+    NotSupported,
+)
+from kvfs_base.frames import ErrorBody
+from kvfs_base.limits import PASS_PIECE_BYTES, STALL_SECONDS
+from kvfs_base.seams import DiskFile
+from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
+from kvfs_datapath.chains.block_writes import BlockWriter, raise_error
+from kvfs_datapath.chains.peers import Relay, Unreached
+from kvfs_datapath.chains.replication import Unresolved
+from kvfs_datapath.chains.service import ChainService
+from kvfs_datapath.chains.views import (
+    Place,
+    require_block,
+    require_head,
+    require_hops,
+    require_syncing,
+)
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.format import ChunkInfo
+
+
+def error_body(error: Exception) -> ErrorBody:
+    """What the asker is told of an item, or of every item, that failed."""
+    if isinstance(error, Unresolved):
+        return error.body()
+    if isinstance(error, Unreached):
+        error = ConnectionLost(detail=str(error))
+    assert isinstance(error, KvfsError)
+    return ErrorBody(error.wire_code, error.wire_data())
+
+
+def refuse_versioned(chunks: Sequence[m.ChunkRef]) -> None:
+    """Raises NotSupported for chunks that are changed in versions, along their chain."""
+    for ref in chunks:
+        if ref.chain:
+            raise NotSupported(detail=f"chunk {tuple(ref.chunk)}: UpdateChunks at the chain's head")
+
+
+class ChainSession:
+    """``receive`` fills a view with the next bytes of the request's payload."""
+
+    def __init__(self, service: ChainService, receive: Callable[[memoryview], None]) -> None:
+        self._service = service
+        self._receive = receive
+        self.handlers: dict[type[Any], Callable[[ChunkStore, Any], Any]] = {
+            m.UpdateChunks: self._update_chunks,
+            m.PassUpdate: self._pass_update,
+            m.SyncChain: self._sync_chain,
+            m.CompareChunks: self._compare_chunks,
+            m.RepairChunks: self._repair_chunks,
+        }
+
+    # --- reading
+
+    def open(
+        self, store: ChunkStore, chunk: ChunkId, *, direct: bool = False
+    ) -> tuple[DiskFile, ChunkInfo]:
+        """For a reader: what was acknowledged last. Raises TargetFenced, ChunkPending, and as
+        ChunkStore.open."""
+        if not chunk.chain:
+            return store.open(chunk, direct=direct)
+        # The lease first: what is opened after that is not older than this moment.
+        self._service.views.require_read(store, chunk.chain)
+        return store.versions.open_settled(chunk, direct=direct)
+
+    # --- blocks
+
+    def check_block(
+        self, store: ChunkStore, chunks: Sequence[m.ChunkRef], passing: m.Passing | None
+    ) -> None:
+        """Raises StaleChain, TargetFenced, InvalidRequest unless these chunks may be stored."""
+        chain = 0 if passing is None else passing.chain
+        for ref in chunks:
+            if ref.chain != chain:
+                raise InvalidRequest(detail=f"chunk {tuple(ref.chunk)} passing chain {chain}")
+        if passing is not None:
+            require_block(self._place(store, passing), passing)
+
+    def write_chunks(self, store: ChunkStore, request: m.WriteChunks) -> m.Outcomes:
+        """With ``passing``."""
+        passing = request.passing
+        assert passing is not None
+        self.check_block(store, request.chunks, passing)
+        service = self._service
+        hops = passing.hops
+        with service.buffers(len(hops)).lend(STALL_SECONDS) as buffer, contextlib.ExitStack() as on:
+            relay: Relay | None = None
+            if hops:
+                behind = m.Passing(passing.chain, passing.version, hops[1:])
+                onward = m.WriteChunks(hops[0], request.chunks, behind)
+                total = m.payload_bytes(request)
+                relay = on.enter_context(
+                    contextlib.closing(Relay(service.peers, hops[0], onward, total, len(hops) - 1))
+                )
+            writer = BlockWriter(
+                service.counters, self._receive, None if relay is None else relay.send
+            )
+            piece = buffer[:PASS_PIECE_BYTES]
+            results = writer.write(store, request.chunks, piece)
+            errors = self._each(results, raise_error).errors
+            if relay is not None:
+                errors = self._errors_behind(relay, len(request.chunks)) | errors
+        for index, new in enumerate(request.chunks):
+            if index not in errors:
+                service.sinks.arrived(store.target_id, new.chunk)
+        return m.Outcomes((None,) * len(request.chunks), errors)
+
+    def _errors_behind(self, relay: Relay, count: int) -> dict[int, ErrorBody]:
+        try:
+            outcomes: m.Outcomes = relay.finish()
+        except (Unreached, KvfsError) as exc:
+            return dict.fromkeys(range(count), error_body(exc))
+        return outcomes.errors
+
+    def _each(self, items: Sequence[Any], act: Callable[[Any], ChunkInfo | None]) -> m.Outcomes:
+        """One item's failure is its own; the connection's is everybody's."""
+        infos: list[ChunkInfo | None] = []
+        errors: dict[int, ErrorBody] = {}
+        for index, item in enumerate(items):
+            info = None
+            try:
+                info = act(item)
+            except Unresolved as exc:
+                errors[index] = exc.body()
+            except (ConnectionLost, DeadlineExceeded):
+                raise  # of the asker: those of others are Unreached
+            except KvfsError as exc:
+                if isinstance(exc, ChunkCorrupt | ChunkMismatch):
+                    self._service.counters.add(bad_chunks=1)
+                errors[index] = error_body(exc)
+            infos.append(info)
+        return m.Outcomes(tuple(infos), errors)
+
+    # --- files
+
+    def _update_chunks(self, store: ChunkStore, request: m.UpdateChunks) -> m.Outcomes:
+        passing = request.passing
+        service = self._service
+        place = self._place(store, passing)
+        require_head(place, passing)
+
+        def update(item: m.Update) -> ChunkInfo:
+            data = self._take(item, passing.chain, buffer)
+            try:
+                return service.replicator.update(store, passing, item, data)
+            except (ChunkCorrupt, ChunkMismatch):
+                # What lies here is damaged, or was.
+                service.repairer.repair(store, ChunkId(item.inode, item.number, passing.chain))
+                return service.replicator.update(store, passing, item, data)
+
+        with service.buffers(len(place.hops)).lend(STALL_SECONDS) as buffer:
+            return self._each(request.updates, update)
+
+    def _take(self, update: m.Update, chain: int, buffer: memoryview) -> memoryview:
+        """The bytes of an update. Raises ChunkCorrupt, InvalidRequest."""
+        data = buffer[: update.payload_bytes]
+        self._receive(data)
+        if update.offset + len(data) > len(buffer):
+            raise InvalidRequest(detail=f"a chunk of {update.offset + len(data)} bytes")
+        found = crc32c(data)
+        if found != update.crc32c:
+            raise ChunkCorrupt(
+                update.inode,
+                update.number,
+                chain,
+                expected_crc32c=update.crc32c,
+                found_crc32c=found,
+            )
+        return data
+
+    def _pass_update(self, store: ChunkStore, request: m.PassUpdate) -> m.Outcomes:
+        service = self._service
+        require_hops(self._place(store, request.passing), request.passing)
+
+        def receive(item: m.Update) -> ChunkInfo:
+            data = self._take(item, request.passing.chain, buffer)
+            return service.replicator.receive(store, request, data)
+
+        with service.buffers(len(request.passing.hops)).lend(STALL_SECONDS) as buffer:
+            return self._each([request.update], receive)
+
+    def sync_chunks(self, store: ChunkStore, request: m.SyncChunks) -> m.Outcomes:
+        """Here and on all members behind."""
+        passing = request.passing
+        place = None
+        if passing is not None:
+            place = self._place(store, passing)
+            # Clients do not know who follows the head.
+            (require_head if place.is_head else require_hops)(place, passing)
+        for ref in request.chunks:
+            if ref.chain != (0 if passing is None else passing.chain):
+                raise InvalidRequest(detail=f"chunk {tuple(ref.chunk)} of another chain")
+        outcomes = self._each(request.chunks, lambda ref: store.sync(ref.chunk))
+        if place is None or not place.hops:
+            return outcomes
+        following, *rest = place.hops
+        onward = m.SyncChunks(following, request.chunks, place.passing(tuple(rest)))
+        try:
+            behind: m.Outcomes = self._service.peers.call(following, onward, hops=len(rest))
+        except (Unreached, KvfsError) as exc:
+            behind = m.Outcomes((), dict.fromkeys(range(len(request.chunks)), error_body(exc)))
+        return m.Outcomes(outcomes.infos, behind.errors | outcomes.errors)
+
+    def remove_range(self, store: ChunkStore, request: m.RemoveRange) -> m.Outcomes:
+        """On a chain: nothing is left of the chunks but their versions, on every member."""
+        passing = request.passing
+        assert passing is not None
+        require_head(self._place(store, passing), passing)
+        outcomes = self._each(
+            [request], lambda r: self._service.replicator.cut_range(store, r, passing)
+        )
+        return m.Outcomes((), outcomes.errors)
+
+    # --- coming back in step
+
+    def _place(self, store: ChunkStore, passing: m.Passing) -> Place:
+        self._service.views.catch_up(passing)
+        return self._service.views.place(store, passing.chain)
+
+    def _sync_chain(self, store: ChunkStore, request: m.SyncChain) -> m.Outcomes:
+        place = self._place(store, request.passing)
+        require_syncing(place, request.passing)
+        self._service.sinks.begin(store, place)
+        return m.Outcomes((), {})
+
+    def _compare_chunks(self, store: ChunkStore, request: m.CompareChunks) -> m.Wanted:
+        place = self._place(store, request.passing)
+        require_syncing(place, request.passing)
+        return m.Wanted(tuple(self._service.sinks.compare(store, place, request)))
+
+    def _repair_chunks(self, store: ChunkStore, request: m.RepairChunks) -> m.Outcomes:
+        return self._each(
+            request.chunks, lambda ref: self._service.repairer.repair(store, ref.chunk)
+        )

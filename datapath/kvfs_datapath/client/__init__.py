@@ -1,0 +1,1 @@
+"""The chunk client: batches of blocks and striped files, from and to chunk servers."""

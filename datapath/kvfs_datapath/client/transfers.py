@@ -1,0 +1,303 @@
+"""Whole chunks over one connection: what a chunk client does with a portion of a batch.
+
+Two ways lead to a target. Locally the server passes descriptors and this process reads and writes
+O_DIRECT by itself: no byte passes through the server or the page cache. Otherwise the bytes come
+over TCP, straight into the caller's memory. Either way nothing is returned that was not checked:
+the chunk's attribute against what the caller expects (inode, which is the generation, key, length,
+checksum), then the bytes against the checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Sequence
+
+from kvfs_base.errors import (
+    ChunkCorrupt,
+    ChunkMismatch,
+    DiskFull,
+    InvalidRequest,
+    KvfsError,
+    TargetFailed,
+)
+from kvfs_base.limits import (
+    BLOCK_BYTES_MAX,
+    BLOCK_KEY_BYTES,
+    CHAIN_CONNECT_SECONDS,
+    CONNECT_SECONDS,
+)
+from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
+from kvfs_datapath.buffers import round_up
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.client.routes import Route
+from kvfs_datapath.connections import Attempt, ConnectionPool, DataConnection, seconds_for
+from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.wire import close_all
+
+_NO_KEY = bytes(BLOCK_KEY_BYTES)
+
+
+@dataclasses.dataclass(slots=True)
+class _WholeChunk:
+    """``view`` is page-aligned and holds at least ``size`` rounded up to whole pages."""
+
+    chunk: ChunkId
+    chain: int
+    size: int
+    crc32c: int
+    key: bytes
+    view: memoryview
+
+    def problem(self) -> KvfsError | None:
+        """What is wrong with the caller's arguments."""
+        if not 0 <= self.size <= BLOCK_BYTES_MAX:
+            return InvalidRequest(detail=f"a chunk of {self.size} bytes")
+        if self.view.nbytes < round_up(self.size) or self.view.itemsize != 1:
+            return InvalidRequest(detail=f"{self.view.nbytes} bytes of memory for {self.size}")
+        return None
+
+    def pages(self) -> memoryview:
+        return self.view[: round_up(self.size)]
+
+
+@dataclasses.dataclass(slots=True)
+class ChunkRead(_WholeChunk):
+    """Bytes after ``size`` may be anything afterwards."""
+
+
+@dataclasses.dataclass(slots=True)
+class ChunkWrite(_WholeChunk):
+    """Bytes after ``size`` may be anything."""
+
+    version: int = 0
+    """Set by the client: the version of the chain under which every member got it; 0 on chains of
+    one copy."""
+
+    def message(self) -> m.NewChunk:
+        return m.NewChunk(*self.chunk, self.size, self.crc32c, self.key)
+
+
+Results = list[KvfsError | None]
+
+
+def read_portion(
+    pool: ConnectionPool,
+    route: Route,
+    reads: Sequence[ChunkRead],
+    attempt: Attempt | None = None,
+) -> Results:
+    """One result a chunk. Raises if the server could not be asked, or if ``attempt`` was broken
+    off. Nothing is written to the views afterwards."""
+    return (_read_local if route.local else _read_remote)(pool, route, reads, attempt)
+
+
+def write_portion(
+    pool: ConnectionPool,
+    route: Route,
+    writes: Sequence[ChunkWrite],
+    passing: m.Passing | None = None,
+) -> Results:
+    """As read_portion; chunks without error are published. With ``passing`` all are of one chain,
+    and are published at its hops, too; by descriptors there are none."""
+    members = 1 if passing is None else 1 + len(passing.hops)
+    size = members * sum(write.size for write in writes)
+    write = _write_local if route.local and members == 1 else _write_remote
+    return pool.run(
+        route.address,
+        lambda c: write(c, route, writes, passing),
+        seconds=seconds_for(size),
+        connect_seconds=CONNECT_SECONDS if passing is None else CHAIN_CONNECT_SECONDS,
+    )
+
+
+# --- checking
+
+
+def _check_info(read: ChunkRead, info: ChunkInfo) -> KvfsError | None:
+    wrong = ""
+    if not info.is_sealed:
+        wrong = "the chunk is open for writing"
+    elif info.chunk != read.chunk:
+        wrong = f"the server answered with chunk {tuple(info.chunk)}"
+    elif (info.key or _NO_KEY) != (read.key or _NO_KEY):
+        wrong = "the chunk holds another key"
+    elif info.length != read.size:
+        wrong = f"{info.length} bytes, {read.size} expected"
+    elif info.crc32c != read.crc32c:
+        wrong = "the chunk was stored with another checksum"
+    return ChunkMismatch(*read.chunk, detail=wrong) if wrong else None
+
+
+def _check_bytes(read: ChunkRead) -> KvfsError | None:
+    found = crc32c(read.view[: read.size])
+    if found == read.crc32c:
+        return None
+    return ChunkCorrupt(*read.chunk, expected_crc32c=read.crc32c, found_crc32c=found)
+
+
+# --- local
+
+
+def descriptor_count(outcomes: m.Outcomes) -> int:
+    """How many descriptors come with an answer: one for each item that has an info."""
+    return sum(info is not None for info in outcomes.infos)
+
+
+def _refs(reads: Sequence[ChunkRead]) -> tuple[m.ChunkRef, ...]:
+    return tuple(m.ChunkRef(*read.chunk) for read in reads)
+
+
+def _read_local(
+    pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead], attempt: Attempt | None
+) -> Results:
+    request = m.OpenChunks(route.target_id, _refs(reads), direct=True)
+    outcomes, descriptors = pool.run(
+        route.address,
+        lambda c: c.call_for_descriptors(request, descriptor_count),
+        seconds=seconds_for(0),
+        attempt=attempt,
+    )
+    results: Results = []
+    try:
+        remaining = iter(descriptors)
+        for index, (read, info) in enumerate(zip(reads, outcomes.infos, strict=True)):
+            if info is None:
+                results.append(outcomes.error(index))
+                continue
+            if attempt is not None:
+                attempt.check()
+            results.append(_read_descriptor(next(remaining), read, info, route))
+    finally:
+        close_all(descriptors)
+    failed = [r for r, e in zip(reads, results, strict=True) if isinstance(e, TargetFailed)]
+    if failed:
+        _report(pool, route, failed)
+    return results
+
+
+def _read_descriptor(fd: int, read: ChunkRead, info: ChunkInfo, route: Route) -> KvfsError | None:
+    """The descriptor was passed to us for this: it is not a file of our own."""
+    error = _check_info(read, info)
+    if error is not None:
+        return error
+    done = 0
+    try:
+        while done < read.size:
+            count = os.preadv(fd, [read.pages()[done:]], done)
+            if count == 0:
+                detail = f"{done} bytes on disk, {read.size} expected"
+                return ChunkMismatch(*read.chunk, detail=detail)
+            done += count
+    except OSError as exc:
+        return disk_error(exc, route.target_id)
+    return _check_bytes(read)
+
+
+def disk_error(exc: OSError, target_id: int) -> KvfsError:
+    """An error of a descriptor that a server passed."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(path=f"target {target_id}")
+    if exc.errno == errno.EINVAL:
+        return InvalidRequest(detail="memory, offset or length is not page-aligned")
+    return TargetFailed(target_id=target_id, detail=os.strerror(exc.errno or 0))
+
+
+def _report(pool: ConnectionPool, route: Route, failed: Sequence[ChunkRead]) -> None:
+    """Lets the server look at what this process could not read, so that it sees the disk fail by
+    itself and goes out of service."""
+    request = m.OpenChunks(route.target_id, _refs(failed), verify=True)
+    try:
+        _, descriptors = pool.run(
+            route.address, lambda c: c.call_for_descriptors(request, descriptor_count)
+        )
+    except KvfsError:
+        return
+    close_all(descriptors)
+
+
+def _write_local(
+    connection: DataConnection,
+    route: Route,
+    writes: Sequence[ChunkWrite],
+    passing: m.Passing | None,
+) -> Results:
+    request = m.StageChunks(route.target_id, len(writes))
+    staged, descriptors = connection.call_for_descriptors(request, lambda s: len(s.tokens))
+    try:
+        results = [
+            _fill_descriptor(fd, write, route)
+            for fd, write in zip(descriptors, writes, strict=True)
+        ]
+    finally:
+        # Before publishing: nobody may be able to change a chunk that others can see.
+        close_all(descriptors)
+    filled = [i for i, error in enumerate(results) if error is None]
+    outcomes = connection.call(
+        m.PublishChunks(
+            route.target_id,
+            tuple(m.StagedItem(staged.tokens[i], writes[i].message()) for i in filled),
+            tuple(staged.tokens[i] for i, error in enumerate(results) if error is not None),
+            passing,
+        )
+    )
+    for place, index in enumerate(filled):
+        results[index] = outcomes.error(place)
+    return results
+
+
+def _fill_descriptor(fd: int, write: ChunkWrite, route: Route) -> KvfsError | None:
+    pages = write.pages()
+    done = 0
+    try:
+        while done < len(pages):
+            done += os.pwritev(fd, [pages[done:]], done)
+    except OSError as exc:
+        return disk_error(exc, route.target_id)
+    return None
+
+
+# --- remote
+
+
+def _read_remote(
+    pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead], attempt: Attempt | None
+) -> Results:
+    request = m.ReadChunks(
+        route.target_id, tuple(m.SizedChunk(*read.chunk, read.size) for read in reads)
+    )
+
+    def into(outcomes: m.Outcomes) -> list[memoryview]:
+        return [
+            read.view[: read.size]
+            for read, info in zip(reads, outcomes.infos, strict=True)
+            if info is not None and read.size
+        ]
+
+    outcomes = pool.run(
+        route.address,
+        lambda c: c.call(request, into=into),
+        seconds=seconds_for(0),
+        attempt=attempt,
+    )
+    results: Results = []
+    for index, (read, info) in enumerate(zip(reads, outcomes.infos, strict=True)):
+        if info is None:
+            results.append(outcomes.error(index))
+        else:
+            results.append(_check_info(read, info) or _check_bytes(read))
+    return results
+
+
+def _write_remote(
+    connection: DataConnection,
+    route: Route,
+    writes: Sequence[ChunkWrite],
+    passing: m.Passing | None,
+) -> Results:
+    messages = tuple(write.message() for write in writes)
+    request = m.WriteChunks(route.target_id, messages, passing)
+    outcomes = connection.call(request, [write.view[: write.size] for write in writes])
+    return [outcomes.error(index) for index in range(len(writes))]

@@ -1,0 +1,182 @@
+"""Updates of file chunks on chains of several copies, as a client sends them.
+
+Each update has a number that no other one of any client has, and keeps it when it is sent again, so
+that the head knows it (docs/design/0004-chains.md). ``base`` is the version that the chunk had as
+far as this client knows. It may be too low: then a repetition that nobody remembers is refused,
+which is always safe. 0 says that the chunk was never there, and is therefore safe of every chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from kvfs_base import threads
+from kvfs_base.errors import (
+    ChunkCorrupt,
+    ChunkMismatch,
+    KvfsError,
+    NoTarget,
+    TargetFailed,
+)
+from kvfs_base.limits import CHAIN_CONNECT_SECONDS
+from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.client.chain_reads import UNREACHABLE
+from kvfs_datapath.client.chain_writes import PASSING_ERRORS
+from kvfs_datapath.client.patience import Patience
+from kvfs_datapath.client.routes import ChainRoutes, Route
+from kvfs_datapath.client.shared import Shared
+from kvfs_datapath.connections import DataConnection, seconds_for
+from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.rules import NOWHERE
+
+_Result = TypeVar("_Result")
+
+_DROPPED = (*NOWHERE, ChunkCorrupt, ChunkMismatch, TargetFailed)
+"""What a head answers of an update that it has not begun, or of which nothing is left: it may come
+for the first time again. All else may mean that it is on its way."""
+_AGAIN = (*PASSING_ERRORS, ChunkCorrupt, ChunkMismatch)
+"""Worth another attempt. The last two: bytes that broke on their way, or a head whose copy is
+damaged and may be repaired meanwhile."""
+
+
+@dataclasses.dataclass(slots=True)
+class Change:
+    """One update. ``sent``: an attempt may have been carried out."""
+
+    inode: int
+    number: int
+    offset: int
+    data: memoryview
+    base: int
+    cut: bool = False
+    writer: int = 0
+    sequence: int = 0
+    crc32c: int = 0
+    sent: bool = False
+
+    def message(self) -> m.Update:
+        return m.Update(
+            inode=self.inode,
+            number=self.number,
+            offset=self.offset,
+            length=len(self.data),
+            crc32c=self.crc32c,
+            writer=self.writer,
+            sequence=self.sequence,
+            cut=self.cut,
+            again=self.sent,
+            base=self.base,
+        )
+
+
+class Updater:
+    """One a client; thread-safe."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._lock = threads.lock()
+        self._writer = 0
+        self._sequence = 0
+
+    def number(self) -> tuple[int, int]:
+        """Writer and sequence, never the same again."""
+        with self._lock:
+            if not self._writer or self._sequence == 0xFFFF_FFFF:
+                self._writer = self._shared.env.rng.randrange(1, 1 << 32)
+                self._sequence = 0
+            self._sequence += 1
+            return self._writer, self._sequence
+
+    def update(
+        self, chain: int, changes: Sequence[Change], patience: Patience
+    ) -> list[ChunkInfo | None]:
+        """Done at every member when it returns: each chunk as it is afterwards. Changes of one
+        request are of different chunks. Raises DiskFull, WriteUncertain, TargetFailed (the chain
+        was removed), and when ``patience`` is over what was wrong last; then any of the changes may
+        have been done."""
+        infos: list[ChunkInfo | None] = [None] * len(changes)
+        for change in changes:
+            change.writer, change.sequence = self.number()
+            change.crc32c = crc32c(change.data)
+        left = list(range(len(changes)))
+
+        def send(head: Route, routes: ChainRoutes) -> None:
+            nonlocal left
+            outcomes = self._send(head, routes, [changes[i] for i in left])
+            failed: dict[int, KvfsError] = {}
+            for place, index in enumerate(left):
+                error = outcomes.error(place)
+                if error is None:
+                    infos[index] = outcomes.infos[place]
+                else:
+                    failed[index] = error
+            left = list(failed)
+            for error in sorted(failed.values(), key=lambda e: isinstance(e, _AGAIN)):
+                raise error
+
+        self.at_head(chain, send, patience)
+        return infos
+
+    def _send(self, head: Route, routes: ChainRoutes, changes: Sequence[Change]) -> m.Outcomes:
+        passing = m.Passing(routes.chain_id, routes.version)
+        payload = [change.data for change in changes if len(change.data)]
+
+        def act(connection: DataConnection) -> m.Outcomes:
+            # May run twice, on two connections: what was sent on the first may arrive yet.
+            before = [change.sent for change in changes]
+            messages = tuple(change.message() for change in changes)
+            for change in changes:
+                change.sent = True
+            request = m.UpdateChunks(head.target_id, passing, messages)
+            try:
+                outcomes: m.Outcomes = connection.call(request, payload)
+            except NOWHERE:
+                for change, sent in zip(changes, before, strict=True):
+                    change.sent = sent
+                raise
+            for index, change in enumerate(changes):
+                if isinstance(outcomes.error(index), _DROPPED):
+                    change.sent = before[index]
+            return outcomes
+
+        size = len(routes.members) * sum(map(len, payload))
+        return self._shared.pool.run(
+            head.address,
+            act,
+            seconds=seconds_for(size),
+            connect_seconds=CHAIN_CONNECT_SECONDS,
+        )
+
+    def at_head(
+        self, chain: int, action: Callable[[Route, ChainRoutes], _Result], patience: Patience
+    ) -> _Result:
+        """``action`` on the head of a chain, again and again while the chain is changing."""
+        fresh = False
+        while True:
+            head: Route | None = None
+            try:
+                routes = self._shared.router.chain(chain, fresh=fresh)
+                head = routes.find(routes.head)
+                if head is None:
+                    raise NoTarget(detail=f"the head of chain {chain} cannot be reached")
+                return action(head, routes)
+            except KvfsError as exc:
+                # A chain that was removed has no head, and will have none.
+                if not isinstance(exc, _AGAIN) or (head is None and not exc.temporary):
+                    raise
+                if head is not None and isinstance(exc, UNREACHABLE):
+                    self._shared.health.failed(head.target_id)
+                # The map may be old: the second attempt is made at once.
+                if fresh and not patience.wait():
+                    raise
+            fresh = True
+
+    def refs(self, inode: int, numbers: Sequence[int], chain: int) -> tuple[m.ChunkRef, ...]:
+        return tuple(m.ChunkRef(*ChunkId(inode, number, chain)) for number in numbers)
+
+
+__all__ = ["Change", "Updater"]

@@ -1,0 +1,1 @@
+"""The chunk server: listeners, connections, the targets it has, heartbeats, scrubbing."""
