@@ -166,15 +166,15 @@ def test_what_was_pending_is_forgotten_when_a_member_comes_back(cluster: ChainCl
     cluster.set_chain([2, 1])
     cluster.write(2, b"old", sequence=1)
     cluster.write(2, b"old", number=1, sequence=2)
+    # Its server does not try again before it is out of the chain.
+    replicator = cluster.servers[2]._chains.replicator
+    resolve = replicator.resolve
+    replicator.resolve = lambda *args: None  # type: ignore[method-assign]
     cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
     cut.off(cluster.servers[1])
     for number, offset in ((0, 0), (1, 3), (2, 0)):
         with pytest.raises(ConnectionLost):
             cluster.write(2, b"lost", number=number, offset=offset, sequence=3 + number)
-    # Before its server tries again it is out of the chain.
-    replicator = cluster.servers[2]._chains.replicator
-    resolve = replicator.resolve
-    replicator.resolve = lambda *args: None  # type: ignore[method-assign]
     cut.on(cluster.servers[1])
     cluster.set_chain([1], offline=[2])
     replicator.resolve = resolve  # type: ignore[method-assign]
