@@ -174,6 +174,20 @@ class OpenForWrite(ChunkRequest, tag="open_for_write"):
     chunks: ChunkRefs
 
 
+class Adopted(ChunkRef, frozen=True):
+    """``token`` is from the Staged answer to an earlier request of this connection."""
+
+    token: U64
+
+
+class AdoptChunks(ChunkRequest, tag="adopt"):
+    """Gives staged files their names as chunks that are open for writing, with what is in them:
+    their descriptors are then as those of OpenForWrite. Conflict where there is a chunk. A staged
+    file that is named here is used up, also where that fails (Unix connections)."""
+
+    chunks: Annotated[tuple[Adopted, ...], _ITEMS]
+
+
 class ReadPieces(ChunkRequest, tag="read_pieces"):
     """Payload of the answer: the pieces without error. A piece is shorter where the chunk ends;
     ``infos[i].length`` says how long the chunk is. Any connection. ``summed``: with a checksum of
@@ -373,6 +387,7 @@ DataRequest = (
     | StageChunks
     | PublishChunks
     | OpenForWrite
+    | AdoptChunks
     | ReadPieces
     | WritePieces
     | SealChunks

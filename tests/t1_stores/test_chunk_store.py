@@ -408,6 +408,17 @@ def test_a_restarted_server_knows_writers_that_it_never_met(disk: Disk) -> None:
     store.close()
 
 
+def test_a_staged_file_becomes_a_chunk_that_is_open(store: ChunkStore, disk: Disk) -> None:
+    staged = store.stage()
+    staged.file.pwritev([memoryview(mmap.mmap(-1, 4096))], 0)
+    assert store.adopt(staged, CHUNK) == ChunkInfo(*CHUNK, ChunkState.OPEN, length=4096)
+    assert disk.list("staging") == []
+    assert store.seal(CHUNK).crc32c == crc32c(bytes(4096))
+    with pytest.raises(Conflict):
+        store.adopt(store.stage(), CHUNK)
+    assert disk.list("staging") == []
+
+
 def test_blocks_are_never_written_in_place(store: ChunkStore) -> None:
     info = put(store, b"block")
     for operation in (

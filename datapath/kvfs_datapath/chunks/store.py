@@ -23,6 +23,8 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
+
 from kvfs_base import threads
 from kvfs_base.errors import (
     ChunkMismatch,
@@ -43,6 +45,7 @@ from kvfs_datapath.format import (
     CHAINS,
     DIRECTORIES,
     ChunkInfo,
+    ChunkState,
     directory_of,
     pack,
     path_of,
@@ -232,6 +235,25 @@ class ChunkStore(InPlace):
         if info.version:
             raise Conflict(detail=f"chunk {chunk} is a file's, at version {info.version}")
         return True
+
+    def adopt(self, staged: StagedChunk, chunk: ChunkId) -> ChunkInfo:
+        """Gives a staged file its name as the chunk of an ordinary file, as long as it is and
+        marked OPEN: somebody has its descriptor and may write on. It is used up in any case. Raises
+        Conflict where there is a chunk, DiskFull."""
+        try:
+            with self.io(chunk), self.guard(chunk):
+                if self.disk.exists(path_of(chunk)):
+                    raise Conflict(detail=f"chunk {tuple(chunk)} exists")
+                info = ChunkInfo(*chunk, ChunkState.OPEN)
+                staged.file.set_attribute(ATTRIBUTE, pack(info))
+                self.appear(staged.path, chunk)
+                size = staged.file.size()
+        except BaseException:
+            self.discard(staged)
+            raise
+        staged.file.close()
+        self._staging_slots.release()
+        return msgspec.structs.replace(info, length=size)
 
     def discard(self, staged: StagedChunk) -> None:
         """Drops a staged file. Never raises: the staging directory is emptied at the next start."""

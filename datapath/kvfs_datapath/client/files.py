@@ -14,6 +14,7 @@ flushes last seals it. A writer that dies is noticed by the server.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -46,6 +47,7 @@ from kvfs_datapath.client.outcomes import raise_first, wrong_piece
 from kvfs_datapath.client.patience import Patience
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment, segments
+from kvfs_datapath.client.staging import StagedFile
 from kvfs_datapath.client.transfers import descriptor_count, disk_error
 
 _Result = TypeVar("_Result")
@@ -331,6 +333,58 @@ class StripedFile:
             raise NoTarget(detail=f"inode {self._inode} is not one file of {size} bytes")
         return descriptor
 
+    def stage(self) -> StagedFile | None:
+        """An empty file on this host that can be this file's first chunk, if there is one at hand.
+        Never waits."""
+        return self._client.staged.take(self._layout.chain_of(0))
+
+    def adopt(self, staged: StagedFile) -> None:
+        """What is in ``staged`` is the first chunk from now on: who has its descriptor writes to
+        it. Raises ConnectionLost if its server has forgotten it, DiskFull."""
+        self._note_write(0)
+        self._client.staged.adopt(staged, self._chunk(0))
+
+    def unstage(self, staged: StagedFile) -> None:
+        """Nobody has ``staged`` open any more, and what was written to it is not wanted."""
+        found = os.fstat(staged.fd)
+        if found.st_size or found.st_blocks:
+            self._client.staged.discard(staged)
+        else:
+            self._client.staged.give_back(staged)
+
+    def is_first(self, fd: int) -> bool:
+        """Whether ``fd`` is the first chunk's. Waits for its server."""
+        try:
+            return self._patiently(0, self._is_chunk, 0, fd)
+        except ChunkNotFound:
+            return False
+
+    def _is_chunk(self, route: Route, number: int, fd: int) -> bool:
+        descriptor = self._descriptor(route, number, writable=False)
+        try:
+            return os.path.sameopenfile(descriptor.fd, fd)
+        finally:
+            self._client.descriptors.give_back(descriptor)
+
+    def touched(self) -> None:
+        """Somebody wrote to the first chunk who does not tell."""
+        self._note_write(0)
+
+    def copy_from(self, descriptor: int, offset: int, end: int, bytes_max: int) -> int:
+        """Copies bytes of another file from ``offset`` to ``end`` to the same places here, but for
+        holes, and no more than ``bytes_max`` of them. Where it got to; ``end`` if there is
+        nothing left."""
+        copied = 0
+        while (offset := _next_data(descriptor, offset, end)) < end and copied < bytes_max:
+            wanted = min(end, os.lseek(descriptor, offset, os.SEEK_HOLE)) - offset
+            data = os.pread(descriptor, min(TRANSFER_BYTES, bytes_max - copied, wanted), offset)
+            if not data:  # it was made shorter meanwhile
+                return end
+            self.write(offset, data)
+            offset += len(data)
+            copied += len(data)
+        return offset
+
     def _cut(self, route: Route, number: int, length: int) -> None:
         sized = m.SizedChunk(*self._chunk(number), length)
         request = m.TruncateChunks(route.target_id, (sized,))
@@ -502,3 +556,13 @@ class StripedFile:
             ]
         )
         return set().union(*answers)
+
+
+def _next_data(descriptor: int, offset: int, end: int) -> int:
+    """Where the next bytes are that are not a hole; ``end`` if there are none before it."""
+    try:
+        return min(end, os.lseek(descriptor, offset, os.SEEK_DATA))
+    except OSError as exc:
+        if exc.errno == errno.ENXIO:
+            return end
+        raise disk_error(exc, 0) from exc

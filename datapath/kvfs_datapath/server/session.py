@@ -100,6 +100,7 @@ class DataSession:
             m.StageChunks: self._stage_chunks,
             m.PublishChunks: self._publish_chunks,
             m.OpenForWrite: self._open_for_write,
+            m.AdoptChunks: self._adopt_chunks,
             m.ReadPieces: self._read_pieces,
             m.WritePieces: self._write_pieces,
             m.SealChunks: self._seal_chunks,
@@ -350,6 +351,19 @@ class DataSession:
             answer.message = self._each(request.chunks, open_one)
             answer.passed = [file.fileno() for file in answer.files]
         return answer
+
+    def _adopt_chunks(self, store: ChunkStore, request: m.AdoptChunks) -> _Answer:
+        refuse_versioned(request.chunks)
+
+        def adopt(item: m.Adopted) -> ChunkInfo:
+            found = self._staged.get(item.token)
+            if found is None or found[0] is not store:
+                raise InvalidRequest(detail=f"nothing is staged as {item.token}")
+            del self._staged[item.token]
+            self._writes_to(store, item.chunk)
+            return store.adopt(found[1], item.chunk)
+
+        return _Answer(self._each(request.chunks, adopt), store)
 
     def _read_pieces(self, store: ChunkStore, request: m.ReadPieces) -> _Answer:
         if request.summed:

@@ -271,7 +271,8 @@ class Handlers:
             self._device.notify(wire.inval_attributes(inode))
         if backing_id != NO_BACKING:
             # No pages to keep. Who writes goes through us: the file may outgrow its chunk.
-            flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if opened.writable else 0)
+            through_us = opened.writable and not opened.passes_writes
+            flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if through_us else 0)
         if not opened.writable:
             flags |= OpenFlag.NOFLUSH
         return (wire.open_out(opened.handle, flags, backing_id),)
@@ -286,7 +287,14 @@ class Handlers:
     async def _create(self, request: Request) -> Answer:
         flags, mode, name = request.arguments
         attr, opened = await self._fs.create(request.inode, name, mode, flags, _caller(request))
-        return (*self._entry(attr), wire.open_out(opened.handle, OpenFlag.KEEP_CACHE))
+        flags, backing_id = OpenFlag.KEEP_CACHE, NO_BACKING
+        if self._backings is not None and opened.backing != NO_DESCRIPTOR:
+            backing_id = self._backings.opened(opened.handle, attr.inode, opened.backing)
+            if backing_id != NO_BACKING:
+                flags = OpenFlag.PASSTHROUGH
+            else:
+                self._fs.refuse_backing(opened.handle)
+        return (*self._entry(attr), wire.open_out(opened.handle, flags, backing_id))
 
     async def _read(self, request: Request) -> Answer:
         return (await self._fs.read(*request.arguments),)

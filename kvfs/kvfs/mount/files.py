@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import msgspec
 import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.locks import SharedLock
+from kvfs.mount.passed_writes import PassedWrites
 from kvfs_base.errors import FileTooLarge, InternalError, KvfsError
 from kvfs_base.limits import (
     FILE_BYTES_MAX,
@@ -64,6 +66,8 @@ class OpenFile:
         self._tail_clean = False
         self.backing = NO_DESCRIPTOR
         """The chunk that the kernel may read by itself."""
+        self._passed: PassedWrites | None = None
+        """It may write there as well."""
         self._is_decided = False
         self._deciding = trio.Lock()
 
@@ -71,10 +75,20 @@ class OpenFile:
 
     @property
     def dirty(self) -> bool:
+        self._look()
         return self._dirty
+
+    def _look(self) -> None:
+        """What the kernel has written by itself counts as written here."""
+        if self._passed is not None and self._passed.look():
+            self.size, self.mtime_ns = self._passed.size, self._passed.mtime_ns
+            self.sparse = self.sparse or self._passed.sparse
+            self._dirty = self._unflushed = True
+            self._count_change()
 
     def view(self) -> Attr:
         """The attributes as this mount sees them."""
+        self._look()
         return msgspec.structs.replace(
             self.attr,
             size=self.size,
@@ -138,17 +152,43 @@ class OpenFile:
             and age_ns >= MOUNT_PASSED_SETTLED_SECONDS * 1e9
         )
 
+    def pass_writes(self) -> None:
+        """Of a file that was just made: the kernel writes it by itself, if there is a staged file
+        for it."""
+        staged = self._data.stage()
+        if staged is not None:
+            assert self.attr.layout is not None
+            chunk_bytes = self.attr.layout.chunk_bytes
+            self._passed = PassedWrites(self._backend, self._data, staged, chunk_bytes)
+            self.backing = staged.fd
+            self._is_decided = True
+
+    @property
+    def passes_writes(self) -> bool:
+        return self._passed is not None
+
+    def refuse_backing(self) -> None:
+        """The kernel does not take what ``pass_writes`` had for it."""
+        if self._passed is not None:
+            self._passed.close()
+            self._passed, self.backing = None, NO_DESCRIPTOR
+
     async def let_write(self) -> None:
         """Before somebody gets a file that the kernel reads by itself for writing: a shared mapping
         writes into the chunk without asking us, so it is marked as open now."""
+        if self._passed is not None:
+            return
         async with self.lock.exclusive():
             await self._truncate(self.size, self.size)
 
     async def _truncate(self, end: int, size: int) -> None:
         """Nothing lies behind ``size`` afterwards. Holds the lock exclusive."""
         self._unflushed = True
-        passed = self.backing != NO_DESCRIPTOR
-        truncate = self._data.truncate_in_place if passed else self._data.truncate
+        truncate: Callable[[int, int], None] = self._data.truncate
+        if self._passed is not None:
+            truncate = self._passed.truncate
+        elif self.backing != NO_DESCRIPTOR:
+            truncate = self._data.truncate_in_place
         await self._backend.in_thread(truncate, end, size)
 
     # --- data
@@ -283,6 +323,7 @@ class OpenFile:
             attr = await self._backend.call(request)
             self.absorb(attr, epoch)
             return
+        await self._store_passed()
         async with self.lock.exclusive():
             if request.size is not None:
                 await self._resize(request.size)
@@ -306,6 +347,7 @@ class OpenFile:
 
     async def push(self) -> None:
         """Records size and times if they changed here."""
+        await self._store_passed()
         async with self.lock.shared():
             if self._dirty and self.attr.nlink:
                 await self._record(SetAttr(self.inode, mtime_ns=self.mtime_ns))
@@ -325,15 +367,26 @@ class OpenFile:
             self.absorb(attr, epoch)
             self._count_change()
 
+    async def _store_passed(self) -> None:
+        """No size is recorded before the chunks have what lies there."""
+        self._look()
+        if self._passed is not None and self._passed.unstored and self.attr.nlink:
+            await self._passed.store(self._record_growth)
+            self._look()
+
+    async def _record_growth(self, size: int) -> None:
+        await self._backend.call(SetAttr(self.inode, grow_to=size, sparse=self.sparse))
+
     @property
     def flushed(self) -> bool:
         """``flush`` would do nothing."""
+        self._look()
         return not (self._unflushed or self._dirty or self.error is not None)
 
     async def flush(self) -> None:
         """Everything written is with the servers, size and times are recorded."""
         self._tell_error()
-        if self._unflushed:
+        if self._unflushed and self._passed is None:
             self._unflushed = False
             try:
                 await self._backend.in_thread(self._data.flush)
@@ -347,6 +400,9 @@ class OpenFile:
     async def sync(self) -> None:
         """Data on stable storage at the chunk servers; size and times are recorded."""
         self._tell_error()
+        await self._store_passed()
+        if self._passed is not None:
+            self._passed.touch()
         await self._backend.in_thread(self._data.sync)
         await self.push()
 
@@ -367,6 +423,9 @@ class OpenFile:
 
     async def close(self) -> None:
         """Lets go of descriptors."""
+        if self._passed is not None:
+            passed, self._passed, self.backing = self._passed, None, NO_DESCRIPTOR
+            self._unflushed = await self._backend.in_thread(passed.close)
         if self.backing != NO_DESCRIPTOR:
             os.close(self.backing)
             self.backing = NO_DESCRIPTOR

@@ -288,6 +288,9 @@ class Filesystem:
         if file is None:
             file = self._files[attr.inode] = OpenFile(self._backend, attr)
             file.is_new()
+            # Who writes a new file as a whole says that it must not be there yet.
+            if self._pass_files and flags & os.O_EXCL and flags & os.O_ACCMODE != os.O_RDONLY:
+                file.pass_writes()
             await file.decide(reads_only=False)
         file.handles += 1
         return file.view(), self._opened(file, flags, current=True)
@@ -343,7 +346,18 @@ class Filesystem:
     def _opened(self, file: OpenFile, flags: int, *, current: bool) -> Opened:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self._add(Handle(file, writable))
-        return Opened(handle, keep_cache=current, writable=writable, backing=file.backing)
+        return Opened(
+            handle,
+            keep_cache=current,
+            writable=writable,
+            backing=file.backing,
+            passes_writes=file.passes_writes,
+        )
+
+    def refuse_backing(self, handle: int) -> None:
+        """The kernel did not take what a file that was just made had as ``backing``."""
+        self._pass_files = False
+        self._handle(handle).file.refuse_backing()
 
     async def _hold(self, inode: int) -> tuple[OpenFile, bool]:
         """Opens an inode at the service; True if it is as the kernel was told last."""

@@ -21,6 +21,8 @@ class Opened:
     writable: bool
     backing: int = NO_DESCRIPTOR
     """A file that the kernel may read instead of asking: it has all bytes, verified."""
+    passes_writes: bool = False
+    """It may write there as well."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
