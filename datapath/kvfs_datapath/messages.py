@@ -196,6 +196,9 @@ class ReadPieces(ChunkRequest, tag="read_pieces"):
 
     pieces: Annotated[tuple[Piece, ...], _ITEMS]
     summed: bool = False
+    passing: Passing | None = None
+    """From the source of a chain to the member that it brings in step, which does not serve: the
+    source's own copy is damaged."""
 
 
 class WritePieces(ChunkRequest, tag="write_pieces"):
@@ -293,6 +296,9 @@ class PassUpdate(ChunkRequest, tag="pass_update"):
     whole: bool = False
     durable: bool = False
     """Of a whole chunk: somebody asked for that, and the next one may never have been asked."""
+    damaged: bool = False
+    """With ``whole``, and a ``cut`` without payload: nobody has the bytes of this version any more,
+    and the next one must not serve what it has instead."""
 
 
 class SyncChain(ChunkRequest, tag="sync_chain"):
@@ -311,6 +317,8 @@ class Held(msgspec.Struct, array_like=True, frozen=True):
     crc32c: U32
     version: U32
     """0 for a block."""
+    damaged: bool = False
+    """The bytes are lost there."""
 
 
 class Wanted(msgspec.Struct, array_like=True, frozen=True):

@@ -101,6 +101,10 @@ PASS_PIECE_BYTES = 1 * MIB
 READ_ATTEMPTS = 2
 """How often a server is asked for a piece whose bytes changed on their way."""
 
+WRITE_ATTEMPTS_BAD = 4
+"""How often an update is sent again because its bytes, or those that it changes, are wrong: the
+former may be the network's fault, the latter are repaired if anybody has a good copy."""
+
 COPIES_MAX = 3
 HOPS_MAX = 8
 """Members that a write passes: the copies, and those that are being brought in step."""
@@ -125,6 +129,10 @@ SYNCED_MAX = 256
 UPDATES_REMEMBERED_MAX = 65_536
 """Numbers of updates that a target keeps in memory to recognise repetitions, 165 bytes each: ten
 minutes at 100 writes a second."""
+
+DAMAGED_CHUNKS_MAX = 4096
+"""Chunks of one target that are known to be damaged, and counted: 30 bytes each in a note that is
+written anew with each."""
 
 UNWANTED_INODES_MAX = 4096
 """Chunks that a server asks about at once: 9 bytes each."""

@@ -25,7 +25,7 @@ from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.chunks import versions as versions_module
+from kvfs_datapath.chunks import numbers as numbers_module
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of, pending_path_of
 from t1_stores.chain_chunks import (
@@ -449,7 +449,7 @@ def test_forgetting_all_that_is_pending_on_a_chain(disk: Disk) -> None:
 
 
 def test_numbers_are_remembered(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions_module, "UPDATES_REMEMBERED_MAX", 3)
+    monkeypatch.setattr(numbers_module, "UPDATES_REMEMBERED_MAX", 3)
     store = open_store(disk)
     for sequence in range(1, 6):
         update(store, sequence, b"x", sequence)

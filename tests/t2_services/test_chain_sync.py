@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.cluster import Synced
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkNotFound,
@@ -27,7 +26,16 @@ from kvfs_datapath.chains import sync_sink as sync_sink_module
 from kvfs_datapath.chains import sync_source as sync_source_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
-from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload
+from t2_services.chain_cluster import (
+    CHAIN,
+    ChainCluster,
+    Cut,
+    chains,
+    only,
+    payload,
+    rot,
+    wait_for_sync,
+)
 from t2_services.chunk_cluster import wait_until
 
 CHUNK = ChunkId(7, 0, CHAIN)
@@ -45,24 +53,11 @@ def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChainClus
         yield cluster
 
 
-def wait_for_sync(cluster: ChainCluster, target: int) -> None:
-    wanted = Synced(CHAIN, cluster.chain().version, target)
-    cluster.metadata.wait_for(lambda: wanted in cluster.metadata.synced())
-
-
 def contents(cluster: ChainCluster, number: int) -> dict[ChunkId, tuple[int, int, int]]:
     """Every chunk of the chain that lies there, checked."""
     store = cluster.store(number)
     infos = [store.recheck(chunk) for chunk in sorted(store.list(CHAIN))]
     return {i.chunk: (i.version, i.length, i.crc32c) for i in infos}
-
-
-def rot(cluster: ChainCluster, number: int, chunk: ChunkId, offset: int = 0) -> None:
-    file = cluster.disk(number).open(path_of(chunk), write=True)
-    byte = memoryview(bytearray(1))
-    file.preadv([byte], offset)
-    file.pwritev([bytes([byte[0] ^ 1])], offset)
-    file.close()
 
 
 # --- coming back in step
@@ -374,21 +369,6 @@ def test_a_head_with_a_bad_copy_repairs_it_before_it_changes_it(cluster: ChainCl
     assert {cluster.read(n) for n in (1, 2)} == {b"new" + data[3:]}
 
 
-def test_the_last_copy_cannot_be_repaired(cluster: ChainCluster) -> None:
-    cluster.set_chain([1])
-    cluster.write(1, b"bytes", sequence=1)
-    rot(cluster, 1, CHUNK)
-    outcomes = cluster.call(1, m.RepairChunks(1, (m.ChunkRef(*CHUNK),)))
-    assert isinstance(outcomes.error(0), ChunkCorrupt)
-    assert isinstance(only_error(cluster), ChunkCorrupt)
-
-
-def only_error(cluster: ChainCluster) -> KvfsError:
-    with pytest.raises(KvfsError) as caught:
-        cluster.write(1, b"x", sequence=9)
-    return caught.value
-
-
 @pytest.mark.logs_warnings
 def test_a_target_that_others_do_not_agree_with_is_brought_in_step_as_a_whole(
     cluster: ChainCluster,
@@ -423,26 +403,6 @@ def test_a_source_with_a_bad_copy_sends_the_repaired_one(cluster: ChainCluster) 
     cluster.set_chain([1, 2, 3])
     assert [cluster.read(n) for n in (2, 3)] == [data] * 2
     assert [cluster.get_block(n, 100, len(block)) for n in (2, 3)] == [block] * 2
-
-
-def test_a_bad_copy_that_only_the_source_has_is_not_passed_off_as_good(
-    cluster: ChainCluster,
-) -> None:
-    """The other one may not serve without it: it had an older version."""
-    cluster.set_chain([1, 2])
-    cluster.write(1, b"old", sequence=1)
-    cluster.set_chain([1], offline=[2])
-    cluster.write(1, b"new", sequence=2)
-    cluster.write(1, b"good", number=1, sequence=3)
-    rot(cluster, 1, CHUNK)
-    chain = cluster.set_chain([1], syncing=[2])
-    failed = cluster.servers[1]._chains._source._failed
-    wait_until(lambda: any(key[2] == chain.version for key in list(failed)))
-    assert cluster.metadata.synced() == set()
-    # Once somebody has written the chunk anew it goes on.
-    cluster.store(1).remove(CHUNK)
-    cluster.write(1, b"anew", sequence=4)
-    wait_for_sync(cluster, 2)
 
 
 # --- fences

@@ -210,7 +210,7 @@ class Replicator:
         if request.whole:
             info = ChunkInfo(
                 *chunk,
-                ChunkState.PENDING,
+                ChunkState.DAMAGED if request.damaged else ChunkState.PENDING,
                 length=request.length,
                 crc32c=request.crc32c,
                 version=request.version,
@@ -296,6 +296,7 @@ class Replicator:
             length=info.length,
             whole=load.whole,
             durable=info.durable,
+            damaged=load.whole and info.is_damaged,
         )
         outcomes = self._peers.call(following, request, [load.data], hops=len(rest))
         error = outcomes.error(0)
@@ -323,8 +324,8 @@ class Replicator:
 
     def send_committed(self, place: Place, info: ChunkInfo, data: memoryview) -> bool:
         """Passes a committed version on as a whole, the chunk's lock being held: ``data`` are its
-        bytes. False if the next member wants another one. Raises Unreached and what that one
-        answers."""
+        bytes, none if it is damaged. False if the next member wants another one. Raises Unreached
+        and what that one answers."""
         return self._ask(place, info, whole_load(info, data))
 
     # --- what could not be finished
@@ -369,5 +370,8 @@ class Replicator:
 
 def whole_load(info: ChunkInfo, data: memoryview) -> Load:
     """A chunk as one update from nothing."""
-    update = m.Update(*info.chunk[:2], 0, info.length, info.crc32c, info.writer, info.sequence)
+    length, checksum, lost = info.length, info.crc32c, info.is_damaged
+    if lost:
+        length = checksum = 0
+    update = m.Update(*info.chunk[:2], 0, length, checksum, info.writer, info.sequence, cut=lost)
     return Load(update, data, whole=True)

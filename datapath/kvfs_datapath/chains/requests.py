@@ -16,7 +16,7 @@ from kvfs_base.errors import (
     NotSupported,
 )
 from kvfs_base.frames import ErrorBody
-from kvfs_base.limits import PASS_PIECE_BYTES, STALL_SECONDS
+from kvfs_base.limits import CHUNK_LOCK_SECONDS, PASS_PIECE_BYTES, STALL_SECONDS
 from kvfs_base.seams import DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -79,6 +79,24 @@ class ChainSession:
         # The lease first: what is opened after that is not older than this moment.
         self._service.views.require_read(store, chunk.chain)
         return store.versions.open_settled(chunk, direct=direct)
+
+    def open_for(
+        self, store: ChunkStore, chunk: ChunkId, passing: m.Passing | None
+    ) -> tuple[DiskFile, ChunkInfo]:
+        """As ``open``. With ``passing`` for the source that brings this member in step: what it
+        has, if it still is of that chain's version."""
+        if passing is None or not chunk.chain:
+            return self.open(store, chunk)
+        if chunk.chain != passing.chain:
+            raise InvalidRequest(detail=f"chunk {tuple(chunk)} passing chain {passing.chain}")
+        require_syncing(self._place(store, passing), passing)
+        with store.versions.lock(chunk, CHUNK_LOCK_SECONDS):
+            try:
+                store.recheck(chunk)
+            except ChunkCorrupt:  # so nobody has it, and both are to know
+                store.versions.damaged.mark(chunk)
+                raise
+            return store.versions.open_settled(chunk)
 
     # --- blocks
 

@@ -67,7 +67,7 @@ class ChainService:
             self.views,
             self.peers,
             self.replicator,
-            repair=self.repairer.repair,
+            repairer=self.repairer,
             buffers=sending,
             counters=counters,
             bytes_per_second=config.sync_bytes_per_second,

@@ -295,3 +295,9 @@ def require_syncing(place: Place, passing: Passing) -> None:
     require_hops(place, passing)
     if place.serving:
         raise StaleChain(chain=passing.chain, version=place.chain.version)
+
+
+def require_version(now: Place, place: Place) -> None:
+    """Raises StaleChain once the chain has changed."""
+    if now.chain.version != place.chain.version:
+        raise StaleChain(chain=now.chain.chain_id, version=now.chain.version)

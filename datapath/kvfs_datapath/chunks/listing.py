@@ -69,7 +69,12 @@ def look_at(store: ChunkStore, chunks: list[ChunkId]) -> Iterator[m.ListedChunk]
     """What each of the chunks is, without those that do not exist."""
     for chunk in chunks:
         try:
-            yield m.ListedChunk(*chunk, info=store.stat(chunk))
+            info = store.stat(chunk)
+            if info.is_damaged:
+                problem = f"the bytes of version {info.version} are lost"
+                yield m.ListedChunk(*chunk, info=None, problem=problem)
+            else:
+                yield m.ListedChunk(*chunk, info=info)
         except ChunkNotFound:
             pass
         except (ChunkMismatch, VersionMismatch) as exc:

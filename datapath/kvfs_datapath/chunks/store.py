@@ -196,6 +196,7 @@ class ChunkStore(InPlace):
         with self.guard(chunk):
             is_new = not self._may_replace(chunk)
             self.appear(staged.path, chunk)
+            self.versions.damaged.gone(chunk)
             if self.strict:
                 self._appearing.setdefault(chunk, _Appearing(is_new)).waiting += 1
 
@@ -230,6 +231,8 @@ class ChunkStore(InPlace):
             return False
         finally:
             file.close()
+        if info.is_damaged:
+            return False
         if not info.is_sealed:
             raise Conflict(detail=f"chunk {chunk} is open for writing")
         if info.version:
@@ -278,6 +281,7 @@ class ChunkStore(InPlace):
         with self.io(), self.guard(chunk):
             self.forget_verified(chunk)
             pending = bool(chunk.chain) and self.versions.discard(chunk)
+            self.versions.damaged.gone(chunk)
             try:
                 self.disk.unlink(path_of(chunk))
             except FileNotFoundError:

@@ -268,6 +268,8 @@ class ChunkTree:
     def look(self, file: DiskFile, chunk: ChunkId) -> tuple[ChunkInfo, Append | None]:
         """What the attribute of a chunk's file says, compared with the file's size."""
         info, append = unpack_versioned(file.get_attribute(ATTRIBUTE), chunk)
+        if info.is_damaged:
+            return info, None
         size = file.size()
         if info.state is ChunkState.OPEN:
             return msgspec.structs.replace(info, length=size), append
@@ -305,7 +307,8 @@ class ChunkTree:
 
     def recheck(self, chunk: ChunkId) -> ChunkInfo:
         """Reads a sealed chunk again, past the page cache where that is possible, whether it was
-        verified before or not. Raises ChunkNotFound, ChunkMismatch, ChunkCorrupt."""
+        verified before or not. Raises ChunkNotFound, ChunkMismatch, ChunkCorrupt (also of one that
+        is known to be damaged)."""
         check = self.recheck_in_pieces(chunk)
         while True:
             try:
@@ -319,6 +322,7 @@ class ChunkTree:
         holds nothing but the open file meanwhile."""
         file, info = self.open(chunk, direct=True)
         try:
+            refuse_damaged(info)
             found = info.crc32c
             if info.is_sealed:
                 found = 0
@@ -386,3 +390,9 @@ class ChunkTree:
         for number in range(DIRECTORIES):
             if f"{number:02x}" in present:
                 yield from self.list_directory(f"{root}/{number:02x}", chain)
+
+
+def refuse_damaged(info: ChunkInfo) -> None:
+    """Raises ChunkCorrupt for a chunk that is recorded as damaged."""
+    if info.is_damaged:
+        raise ChunkCorrupt(*info.chunk, expected_crc32c=info.crc32c, found_crc32c=0)

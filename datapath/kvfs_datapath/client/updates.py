@@ -16,11 +16,12 @@ from kvfs_base import threads
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
+    IntegrityError,
     KvfsError,
     NoTarget,
     TargetFailed,
 )
-from kvfs_base.limits import CHAIN_CONNECT_SECONDS
+from kvfs_base.limits import CHAIN_CONNECT_SECONDS, WRITE_ATTEMPTS_BAD
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
@@ -156,6 +157,7 @@ class Updater:
     ) -> _Result:
         """``action`` on the head of a chain, again and again while the chain is changing."""
         fresh = False
+        bad = 0
         while True:
             head: Route | None = None
             try:
@@ -168,6 +170,9 @@ class Updater:
                 # A chain that was removed has no head, and will have none.
                 if not isinstance(exc, _AGAIN) or (head is None and not exc.temporary):
                     raise
+                bad += isinstance(exc, IntegrityError)
+                if bad > WRITE_ATTEMPTS_BAD:
+                    raise  # what is there is damaged, and nobody has it
                 if head is not None and isinstance(exc, UNREACHABLE):
                     self._shared.health.failed(head.target_id)
                 # The map may be old: the second attempt is made at once.

@@ -160,7 +160,12 @@ class ChunkServer:
         with self._lock:
             connections = len(self._connections)
         failed = self._never_opened + sum(not store.healthy for store in self._targets.stores)
-        return self._counters.snapshot() | {"connections": connections, "failed_targets": failed}
+        gauges = {
+            "connections": connections,
+            "damaged_chunks": sum(len(s.versions.damaged) for s in self._targets.stores),
+            "failed_targets": failed,
+        }
+        return self._counters.snapshot() | gauges
 
     # --- connections
 

@@ -371,7 +371,7 @@ class DataSession:
         answer = _Answer(None, store)
 
         def read(item: m.Piece) -> ChunkInfo:
-            file, info = self._chains.open(store, item.chunk)
+            file, info = self._chains.open_for(store, item.chunk, request.passing)
             answer.files.append(file)
             store.verify(file, info)
             length = max(0, min(item.length, info.length - item.offset))
