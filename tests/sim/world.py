@@ -82,6 +82,11 @@ class Plan:
     disk: DiskKnobs
 
     @property
+    def ruins(self) -> bool:
+        """All copies of a chunk may rot: whoever finds that writes it anew."""
+        return self.kind == "chains and ruin"
+
+    @property
     def may_be_damaged(self) -> bool:
         """For a while nobody may have a good copy: the others are away. In the end somebody has."""
         return self.files_lossy or "rot" in self.faults
@@ -94,6 +99,7 @@ CHAINS = (
     "chains and power",
     "chains and disks",
     "chains and rot",
+    "chains and ruin",
     "chains and memory",
 )
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
@@ -127,6 +133,9 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         faults = (*faults, *NETWORK, "dead disk", "full disk")
     elif kind == "chains and rot":  # and nobody else away: of two copies one may rot
         faults = ("rot", "rot", "kill client", "clock", "break", "kill metadata")
+    elif kind == "chains and ruin":  # of some chunks no good copy is left
+        lossy = True
+        faults = ("rot", "rot", "kill chunks", "kill client", "break", "isolate")
     chosen = tuple(f for f in faults if rng.random() < 0.7) or faults[:1]
     return Plan(
         kind=kind,
