@@ -237,6 +237,8 @@ class FakeServer:
                 return m.Outcomes((None,) * len(request.chunks), {}), b"", []
             case m.RepairChunks():
                 return self._repair(request), b"", []
+            case m.CheckChunks():
+                return self._each(request.chunks, self._recheck), b"", []
         raise InvalidRequest(detail=type(request).__name__)
 
     def _check(self, passing: m.Passing | None) -> Chain | None:
@@ -269,6 +271,12 @@ class FakeServer:
         if found is None:
             raise ChunkNotFound(*chunk)
         return found
+
+    def _recheck(self, ref: m.ChunkRef) -> ChunkInfo:
+        stored = self.find(ref.chunk)
+        if crc32c(stored.data) != stored.info.crc32c:
+            raise ChunkCorrupt(*ref.chunk)
+        return stored.info
 
     def _read(self, pieces: Sequence[tuple[ChunkId, int, int]]) -> tuple[m.Outcomes, bytes]:
         parts: list[bytes] = []

@@ -184,12 +184,13 @@ class ConnectionPool:
         seconds: float | None = None,
         connect_seconds: float = CONNECT_SECONDS,
         attempt: Attempt | None = None,
+        fresh: bool = False,
     ) -> _Result:
         """Does ``action`` on a connection, each step of which may take ``seconds`` (CALL_SECONDS).
         If one that was kept turns out to be dead (the server was restarted), does it once more on a
         fresh one: every request of the data path may be repeated. ``attempt``: who may break it
-        off."""
-        connection = self._take(address)
+        off. ``fresh``: on a connection that is dialled for this."""
+        connection = None if fresh else self._take(address)
         if connection is not None:
             try:
                 return self._use(address, connection, action, seconds, attempt)

@@ -98,8 +98,11 @@ when first used."""
 PASS_PIECE_BYTES = 1 * MIB
 """A block goes on in pieces of this size: while one is sent the next one comes in."""
 
-READ_ATTEMPTS = 2
+READ_ATTEMPTS = 3
 """How often a server is asked for a piece whose bytes changed on their way."""
+
+READ_AGAIN_ATTEMPTS = 3
+"""And for a whole chunk that is right on the server's disk, each time over another connection."""
 
 WRITE_ATTEMPTS_BAD = 4
 """How often an update is sent again because its bytes, or those that it changes, are wrong: the

@@ -103,6 +103,8 @@ CHAINS = (
     "chains and memory",
 )
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
+FLIPPING = ("chains", "chains and rot", "chains and ruin")
+"""Where bytes change on their way, for whole chunks and for pieces of files."""
 
 
 def make_plan(rng: random.Random, kind: str = "") -> Plan:
@@ -162,7 +164,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
             slow_chance=0.0 if files and copies == 1 else rng.choice((0.0, 0.001, 0.02)),
             split_chance=rng.choice((0.0, 0.05, 0.3)),
             window_bytes=rng.choice((8 << 10, 128 << 10)),
-            flip_chance=rng.choice((0.0, 0.05)) if lying else 0.0,
+            flip_chance=rng.choice((0.0, 0.05)) if lying or kind in FLIPPING else 0.0,
         ),
         disk=DiskKnobs(
             latency=rng.choice((0.0001, 0.001, 0.01)),

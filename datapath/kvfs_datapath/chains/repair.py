@@ -14,6 +14,7 @@ from kvfs_base.errors import (
     ChunkMismatch,
     ChunkNotFound,
     ChunkPending,
+    ConnectionLost,
     IntegrityError,
     KvfsError,
     NotPermitted,
@@ -142,12 +143,8 @@ class Repairer:
     def _block(self, store: ChunkStore, other: int, info: ChunkInfo) -> ChunkInfo:
         staged = store.stage()
         try:
-            checksum = 0
-            for offset, piece, pages in self._pieces(other, info):
-                checksum = crc32c(piece, checksum)
+            for offset, _, pages in self._pieces(other, info):
                 store.fill(staged, pages, offset)
-            if checksum != info.crc32c:
-                raise ChunkCorrupt(*info.chunk, expected_crc32c=info.crc32c, found_crc32c=checksum)
         except BaseException:
             store.discard(staged)
             raise
@@ -189,11 +186,12 @@ class Repairer:
         self, other: int, info: ChunkInfo, passing: m.Passing | None = None
     ) -> Iterator[tuple[int, memoryview, memoryview]]:
         """The chunk's bytes: offset, piece, and the whole pages that hold it. Raises ChunkMismatch
-        if the other one has another version."""
+        if the other one has another version, Unreached if other bytes come."""
 
         def is_it(found: ChunkInfo | None) -> bool:
             return found is not None and _version(found) == _version(info)
 
+        checksum = 0
         with self._buffers.lend(SYNC_CALL_SECONDS) as buffer:
             for offset in range(0, info.length, len(buffer)):
                 piece = buffer[: min(len(buffer), info.length - offset)]
@@ -216,6 +214,11 @@ class Repairer:
                     raise error
                 if not is_it(outcomes.infos[0]):
                     raise ChunkMismatch(*info.chunk, detail="it has changed meanwhile")
+                checksum = crc32c(piece, checksum)
+                if offset + len(piece) == info.length and checksum != info.crc32c:
+                    # What its disk has it has looked at; nobody is to take this for damage.
+                    lost = ConnectionLost(detail="bytes changed on their way")
+                    raise Unreached(other, lost)
                 yield offset, piece, buffer[: round_up(len(piece))]
 
 

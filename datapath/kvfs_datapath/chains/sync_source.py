@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvfs_base import threads
 from kvfs_base.cluster import Synced
@@ -18,12 +18,14 @@ from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
     ChunkNotFound,
+    ConnectionLost,
     KvfsError,
     ServerBusy,
 )
 from kvfs_base.limits import (
     CHUNK_LOCK_SECONDS,
     PASS_SECONDS,
+    READ_ATTEMPTS,
     SYNC_CALL_SECONDS,
     SYNC_PAGE_CHUNKS,
     SYNC_RETRY_SECONDS,
@@ -45,6 +47,7 @@ from kvfs_datapath.format import ChunkInfo
 log = logging.getLogger(__name__)
 
 _Job = tuple[ChunkStore, Place]
+_Send = Callable[[ChunkStore, Place, ChunkId], int]
 
 
 class SyncSource:
@@ -212,12 +215,7 @@ class SyncSource:
         chunk = ChunkId(held.inode, held.number, place.chain.chain_id)
         send = self._send_file if held.version else self._send_block
         try:
-            try:
-                sent = send(store, place, chunk)
-            except ChunkCorrupt as exc:
-                log.info("chunk %s is damaged: %s", tuple(chunk), exc)
-                self._mended(store, place, chunk)
-                sent = send(store, place, chunk)
+            sent = self._send_mended(send, store, place, chunk)
         except ChunkNotFound:
             return  # removed meanwhile: the other one has the order, too
         except ChunkCorrupt:
@@ -228,6 +226,17 @@ class SyncSource:
         if self._rate:
             with self._turn:
                 self._stopping.wait(sent / self._rate)
+
+    def _send_mended(self, send: _Send, store: ChunkStore, place: Place, chunk: ChunkId) -> int:
+        """What is damaged is mended first; it may also be the way to the other one that is to
+        blame. Raises as ``_mended``, Unreached."""
+        for _ in range(READ_ATTEMPTS):
+            try:
+                return send(store, place, chunk)
+            except ChunkCorrupt as exc:
+                log.info("chunk %s is damaged: %s", tuple(chunk), exc)
+                self._mended(store, place, chunk)
+        raise Unreached(place.hops[0], ConnectionLost(detail="bytes change on their way"))
 
     def _send_file(self, store: ChunkStore, place: Place, chunk: ChunkId) -> int:
         with (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from kvfs_base import threads
-from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, KvfsError, WriteUncertain
+from kvfs_base.errors import ChunkNotFound, ConnectionLost, KvfsError, WriteUncertain
 from kvfs_base.limits import (
     CHAIN_WRITE_SECONDS,
     ITEMS_PER_REQUEST_MAX,
@@ -123,13 +123,14 @@ class ChainedFile:
             return [view[:received]] if received else []
 
         request = m.ReadPieces(route.target_id, (piece,), summed=True)
-        error: ChunkCorrupt | None = None
-        for _ in range(READ_ATTEMPTS):
+        error: ConnectionLost | None = None
+        for number in range(READ_ATTEMPTS):
             outcomes = self._shared.pool.run(
                 route.address,
                 lambda c: c.call(request, into=into),
                 seconds=seconds_for(0),
                 attempt=attempt,
+                fresh=number > 0,
             )
             raise_first(outcomes)
             error = wrong_piece(piece, outcomes, view[:received])

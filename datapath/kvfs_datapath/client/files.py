@@ -22,7 +22,6 @@ from typing import TypeVar
 
 from kvfs_base import threads
 from kvfs_base.errors import (
-    ChunkCorrupt,
     ChunkNotFound,
     ConnectionLost,
     InvalidRequest,
@@ -164,9 +163,11 @@ class StripedFile:
             return [view[:received]] if received else []
 
         request = m.ReadPieces(route.target_id, (piece,), summed=True)
-        error: ChunkCorrupt | None = None
-        for _ in range(READ_ATTEMPTS):
-            outcomes = self._client.pool.run(route.address, lambda c: c.call(request, into=into))
+        error: ConnectionLost | None = None
+        for number in range(READ_ATTEMPTS):
+            outcomes = self._client.pool.run(
+                route.address, lambda c: c.call(request, into=into), fresh=number > 0
+            )
             raise_first(outcomes)
             error = wrong_piece(piece, outcomes, view[:received])
             if error is None:
