@@ -205,6 +205,11 @@ class FakeServer:
     def _do(
         self, request: Any, payload: bytes, staged: dict[int, int]
     ) -> tuple[Any, bytes, list[int]]:
+        onward = getattr(request, "onward", None)
+        if onward is not None:
+            head = self.cluster.servers[onward.head].reached()
+            asked = msgspec.structs.replace(request, target_id=onward.head, onward=None)
+            return head._do(asked, payload, staged)
         match request:
             case m.ReadChunks():
                 reply, out = self._read([(c.chunk, 0, c.size) for c in request.chunks])

@@ -24,6 +24,7 @@ from kvfs_base.limits import (
     HOPS_MAX,
     ITEMS_PER_REQUEST_MAX,
     LIST_CHUNKS_MAX,
+    RELAY_SECONDS_MAX,
     SYNC_PAGE_CHUNKS,
     TRANSFER_BYTES,
 )
@@ -133,6 +134,16 @@ class Passing(msgspec.Struct, array_like=True, frozen=True):
     """Targets that have yet to get it, in order, after the one that is asked."""
 
 
+class Onward(msgspec.Struct, array_like=True, frozen=True):
+    """For a member that is asked because the sender cannot reach the head: the request goes on to
+    that, as it is but for this. What the member answers is what the head does, or ConnectionLost:
+    the head may have carried it out, or may yet."""
+
+    head: U32
+    seconds: Annotated[int, msgspec.Meta(ge=1, le=RELAY_SECONDS_MAX)]
+    """How long the sender waits."""
+
+
 class WriteChunks(ChunkRequest, tag="write"):
     """Payload: the chunks. Each is checked against its checksum and published on its own.
     ``passing``: on a chain of several copies the bytes are passed on to ``hops`` while they come
@@ -227,6 +238,7 @@ class SyncChunks(ChunkRequest, tag="sync"):
 
     chunks: ChunkRefs
     passing: Passing | None = None
+    onward: Onward | None = None
 
 
 class RemoveRange(ChunkRequest, tag="remove"):
@@ -240,6 +252,7 @@ class RemoveRange(ChunkRequest, tag="remove"):
     passing: Passing | None = None
     sequence: U32 = 0
     """With ``writer``: as in Update. One that comes late would take away what was written since."""
+    onward: Onward | None = None
 
 
 class StatChunks(ChunkRequest, tag="stat"):
@@ -279,6 +292,7 @@ class UpdateChunks(ChunkRequest, tag="update"):
 
     passing: Passing
     updates: Annotated[tuple[Update, ...], _ITEMS]
+    onward: Onward | None = None
 
 
 class PassUpdate(ChunkRequest, tag="pass_update"):

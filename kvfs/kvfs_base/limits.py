@@ -84,6 +84,10 @@ PASS_SECONDS = 4.0
 """What a member gives the next one to answer, and as much again for each one behind that. A lease
 is over by then, so the answer to a longer silence comes from the metadata service."""
 
+RELAY_SECONDS_MAX = 300
+"""The longest that a sender can say it waits for what another member passes on to the head:
+TRANSFER_BYTES to HOPS_MAX members take less."""
+
 CHUNK_LOCK_SECONDS = 5.0
 """An update waits this long for another one of its chunk, which may wait for a member that died."""
 

@@ -415,7 +415,7 @@ def test_a_hedge_that_fails_changes_nothing(remote: FakeCluster) -> None:
     slow = asked_first(remote, client, write)
     mine = threading.Event()
     for n, server in remote.servers.items():
-        server.script = first(1, Fault(wait=mine) if n == slow else Fault(flip=True))
+        server.script = first(1, Fault(wait=mine) if n == slow else Fault(error=ChunkCorrupt()))
     results: list[object] = []
     reader = threading.Thread(target=lambda: results.append(read_one(client, write)))
     reader.start()

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
@@ -29,6 +31,7 @@ from kvfs_datapath.chains.views import (
     require_block,
     require_head,
     require_hops,
+    require_relay,
     require_syncing,
 )
 from kvfs_datapath.checksum import crc32c
@@ -170,6 +173,8 @@ class ChainSession:
 
     def _update_chunks(self, store: ChunkStore, request: m.UpdateChunks) -> m.Outcomes:
         passing = request.passing
+        if request.onward is not None:
+            return self._relay(store, request, passing, request.onward, len(request.updates))
         service = self._service
         place = self._place(store, passing)
         require_head(place, passing)
@@ -218,6 +223,8 @@ class ChainSession:
         """Here and on all members behind."""
         passing = request.passing
         place = None
+        if passing is not None and request.onward is not None:
+            return self._relay(store, request, passing, request.onward, len(request.chunks))
         if passing is not None:
             place = self._place(store, passing)
             # Clients do not know who follows the head.
@@ -240,11 +247,52 @@ class ChainSession:
         """On a chain: nothing is left of the chunks but their versions, on every member."""
         passing = request.passing
         assert passing is not None
+        if request.onward is not None:
+            return self._relay(store, request, passing, request.onward, 1)
         require_head(self._place(store, passing), passing)
         outcomes = self._each(
             [request], lambda r: self._service.replicator.cut_range(store, r, passing)
         )
         return m.Outcomes((), outcomes.errors)
+
+    def _relay(
+        self,
+        store: ChunkStore,
+        request: m.UpdateChunks | m.SyncChunks | m.RemoveRange,
+        passing: m.Passing,
+        onward: m.Onward,
+        count: int,
+    ) -> m.Outcomes:
+        """Asks the head. What it answers for the whole request is raised; if it does not answer,
+        nobody knows of any of the ``count`` items."""
+        service = self._service
+        service.views.catch_up(passing)
+        chain = require_relay(
+            service.views.chain(passing.chain), store.target_id, passing, onward.head
+        )
+        # One more than the head has behind it: whoever waits here waits for those with fewer.
+        hops = len(chain.members)
+        asked = msgspec.structs.replace(request, target_id=onward.head, onward=None)
+        left = m.payload_bytes(request)
+        with contextlib.ExitStack() as on:
+            piece = memoryview(b"")
+            if left:
+                buffer = on.enter_context(service.buffers(hops).lend(STALL_SECONDS))
+                piece = buffer[:PASS_PIECE_BYTES]
+            relay = Relay(service.peers, onward.head, asked, left, hops - 1, seconds=onward.seconds)
+            on.enter_context(contextlib.closing(relay))
+            while left:
+                part = piece[:left]
+                self._receive(part)
+                relay.send(part)
+                left -= len(part)
+            try:
+                outcomes: m.Outcomes = relay.finish()
+            except Unreached as exc:
+                errors = dict.fromkeys(range(count), error_body(exc))
+                return m.Outcomes((None,) * count, errors)
+        service.counters.add(requests_relayed=1)
+        return outcomes
 
     # --- coming back in step
 

@@ -58,6 +58,7 @@ class ChunkServer:
             "heartbeats_failed",
             "read_bytes",
             "requests",
+            "requests_relayed",
             "synced_bytes",
             "updates",
             "scrub_bad_chunks",
