@@ -99,6 +99,10 @@ PASS_BUFFERS = 8
 """Receive buffers for what is passed on, again for each number of members behind: 64 MiB each, made
 when first used."""
 
+CREW_THREADS = 8
+"""Threads of a chunk server that help with requests of several items, on its chains: as many as
+connections to the next member (PASS_CONNECTIONS). Requests that find none free do without."""
+
 PASS_PIECE_BYTES = 1 * MIB
 """A block goes on in pieces of this size: while one is sent the next one comes in."""
 

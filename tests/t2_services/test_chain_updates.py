@@ -29,6 +29,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.chains import peers as peers_module
 from kvfs_datapath.chains import service as chain_service_module
 from kvfs_datapath.chains.peers import Unreached
+from kvfs_datapath.chains.requests import side_by_side
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import path_of
 from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload
@@ -51,6 +52,10 @@ def lazy(tmp_path: Path) -> Iterator[ChainCluster]:
 
 def quiet(cluster: ChainCluster, *members: int) -> Callable[[], bool]:
     return lambda: all(cluster.pending(n) is None for n in members)
+
+
+def updated(chunk: int, sequence: int, data: bytes) -> m.Update:
+    return m.Update(7, chunk, 0, len(data), crc32c(data), 1, sequence)
 
 
 def everywhere(cluster: ChainCluster, *members: int) -> set[bytes]:
@@ -102,13 +107,69 @@ def test_every_member_has_every_version(cluster: ChainCluster) -> None:
 def test_several_updates_in_one_request(cluster: ChainCluster) -> None:
     cluster.set_chain([1, 2])
     pieces = [b"first", b"second", b"third"]
-    updates = [
-        m.Update(7, place, 0, len(data), crc32c(data), 1, place)
-        for place, data in enumerate(pieces)
-    ]
+    updates = [updated(place, place, data) for place, data in enumerate(pieces)]
     outcomes = cluster.update(1, *updates, data=pieces)
     assert outcomes.errors == {} and [i.version for i in outcomes.infos if i] == [1, 1, 1]
     assert [cluster.read(2, chunk=place) for place in range(3)] == pieces
+
+
+def test_updates_of_different_chunks_go_down_the_chain_together(lazy: ChainCluster) -> None:
+    """Each is kept at the last member until all are there."""
+    lazy.set_chain([1, 2, 3])
+    replicator = lazy.servers[3]._chains.replicator
+    receive, together = replicator.receive, threading.Barrier(4)
+
+    def wait(*args: Any) -> Any:
+        together.wait(20)
+        return receive(*args)
+
+    replicator.receive = wait  # type: ignore[method-assign]
+    data = [payload(1000 + place) for place in range(4)]
+    updates = [updated(place, place, data[place]) for place in range(4)]
+    assert lazy.update(1, *updates, data=data).errors == {}
+    assert [lazy.read(3, chunk=place) for place in range(4)] == data
+    assert lazy.call(1, m.RemoveRange(1, 7, 0, 4, 1, lazy.passing(), 10)).errors == {}
+    assert [lazy.read(3, chunk=place) for place in range(4)] == [b""] * 4
+
+
+def test_updates_of_one_chunk_keep_their_order(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    order = [0, 1, 0, 2, 2, 0, 1]
+    data = [b"%d" % n for n in range(len(order))]
+    updates = [updated(place, n, data[n]) for n, place in enumerate(order)]
+    outcomes = lazy.update(1, *updates, data=data)
+    assert outcomes.errors == {}
+    assert [i.version for i in outcomes.infos if i] == [1, 1, 2, 1, 2, 3, 2]
+    assert [lazy.read(2, chunk=place) for place in range(3)] == [b"5", b"6", b"4"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "expected"),
+    [
+        ([1], 10, [range(1)]),
+        ([4, 4, 4], 8, [range(2), range(2, 3)]),
+        ([10, 10], 10, [range(1), range(1, 2)]),
+        ([0] * 4, 0, [range(4)]),
+    ],
+)
+def test_updates_are_taken_as_far_as_the_buffer_goes(
+    sizes: list[int], room: int, expected: list[range]
+) -> None:
+    updates = [m.Update(7, place, 0, size, 0, 1, 1) for place, size in enumerate(sizes)]
+    assert list(side_by_side(updates, room)) == expected
+
+
+def test_more_updates_than_fit_into_a_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRANSFER_BYTES", "CHAIN_CHUNK_BYTES"):
+        monkeypatch.setattr(chain_service_module, name, 10_000)
+    with chains(tmp_path) as cluster:
+        cluster.set_chain([1, 2])
+        data = [payload(3000 + place) for place in range(9)]
+        updates = [updated(place, place, data[place]) for place in range(9)]
+        assert cluster.update(1, *updates, data=data).errors == {}
+        assert [cluster.read(2, chunk=place) for place in range(9)] == data
 
 
 def test_one_bad_update_is_its_own(lazy: ChainCluster) -> None:
@@ -502,11 +563,14 @@ def test_chains_in_all_orders_never_wait_in_a_circle(
         def work(chain: int, worker: int) -> None:
             for sequence in range(1, 9):
                 data = payload(20_000)
-                update = m.Update(7, worker, 0, len(data), crc32c(data), worker + 1, sequence)
+                updates = tuple(
+                    m.Update(7, place, 0, len(data), crc32c(data), worker + 1, sequence)
+                    for place in (worker, worker + 3)
+                )
                 head = orders[chain][0]
-                request = m.UpdateChunks(head, m.Passing(chain, 1), (update,))
+                request = m.UpdateChunks(head, m.Passing(chain, 1), updates)
                 try:
-                    failures.extend(cluster.call(head, request, [data]).errors.values())
+                    failures.extend(cluster.call(head, request, [data, data]).errors.values())
                 except KvfsError as exc:
                     failures.append(exc)
 
@@ -517,7 +581,7 @@ def test_chains_in_all_orders_never_wait_in_a_circle(
             thread.join()
         assert failures == []
         for chain in orders:
-            for worker in range(3):
-                chunk = ChunkId(7, worker, chain)
+            for place in range(6):
+                chunk = ChunkId(7, place, chain)
                 found = {cluster.store(n).recheck(chunk).crc32c for n in (1, 2, 3)}
                 assert len(found) == 1 and cluster.store(1).stat(chunk).version == 8

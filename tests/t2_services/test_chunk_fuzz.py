@@ -95,7 +95,8 @@ class Attacked:
         for server in cluster.servers.values():
             wait_until(lambda s=server: in_use(s) == 0)
         wait_until(lambda: self._connections() == self._kept())
-        wait_until(lambda: threading.active_count() <= self.threads + self._kept())
+        helpers = sum(len(s._chains.crew._pool._threads) for s in cluster.servers.values())
+        wait_until(lambda: threading.active_count() <= self.threads + self._kept() + helpers)
         for number in cluster.servers:
             assert cluster.disk(number).list("staging") == []
             assert cluster.read(number, inode=FILE) == self.file

@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -38,6 +39,7 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath import rules
 from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.chains.crew import Crew
 from kvfs_datapath.chains.peers import Peers, Unreached
 from kvfs_datapath.chains.views import Place, Views, require_head, require_hops
 from kvfs_datapath.checksum import crc32c
@@ -89,12 +91,15 @@ class Replicator:
         in_step: InStep,
         buffers: BufferPool,
         counters: Counters,
+        *,
+        crew: Crew,
     ) -> None:
         self._views = views
         self._peers = peers
         self._in_step = in_step
         self._buffers = buffers
         self._counters = counters
+        self._crew = crew
         self._unresolved: dict[tuple[ChunkStore, ChunkId], None] = {}
         self._removed: collections.OrderedDict[tuple[int, int, int], None]
         self._removed = collections.OrderedDict()
@@ -148,10 +153,17 @@ class Replicator:
     def _cut_range(self, store: ChunkStore, request: m.RemoveRange, passing: m.Passing) -> None:
         chunks = store.list_directory(directory_of(request.inode, passing.chain), passing.chain)
         chunks += store.versions.pendings(passing.chain)
-        for chunk in sorted(set(chunks)):
-            if chunk.inode == request.inode and request.first <= chunk.number < request.end:
-                cut = m.Update(*chunk[:2], 0, 0, 0, request.writer, request.sequence, cut=True)
-                self.update(store, passing, cut, memoryview(b""))
+        wanted = range(request.first, request.end)
+
+        def cut(chunk: ChunkId) -> None:
+            update = m.Update(*chunk[:2], 0, 0, 0, request.writer, request.sequence, cut=True)
+            self.update(store, passing, update, memoryview(b""))
+
+        self._crew.work(
+            functools.partial(cut, chunk)
+            for chunk in sorted(set(chunks))
+            if chunk.inode == request.inode and chunk.number in wanted
+        )
 
     def receive(self, store: ChunkStore, request: m.PassUpdate, data: memoryview) -> ChunkInfo:
         """At any other member: the chunk as it is afterwards, or another version of it, which asks

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from kvfs_base.seams import DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains.block_writes import BlockWriter, raise_error
+from kvfs_datapath.chains.crew import Job
 from kvfs_datapath.chains.peers import Relay, Unreached
 from kvfs_datapath.chains.replication import Unresolved
 from kvfs_datapath.chains.service import ChainService
@@ -54,6 +56,46 @@ def refuse_versioned(chunks: Sequence[m.ChunkRef]) -> None:
     for ref in chunks:
         if ref.chain:
             raise NotSupported(detail=f"chunk {tuple(ref.chunk)}: UpdateChunks at the chain's head")
+
+
+_Result = ChunkInfo | ErrorBody | None
+
+
+def _outcomes(results: Sequence[_Result]) -> m.Outcomes:
+    errors = {i: result for i, result in enumerate(results) if isinstance(result, ErrorBody)}
+    return m.Outcomes(tuple(None if isinstance(r, ErrorBody) else r for r in results), errors)
+
+
+def side_by_side(updates: Sequence[m.Update], room: int) -> Iterator[range]:
+    """Consecutive updates of different chunks whose bytes fit into ``room``: those of one chunk
+    keep their order."""
+    first = used = 0
+    chunks: set[tuple[int, int]] = set()
+    for index, update in enumerate(updates):
+        chunk = (update.inode, update.number)
+        if chunk in chunks or used + update.payload_bytes > room:
+            yield range(first, index)
+            first, used = index, 0
+            chunks.clear()
+        chunks.add(chunk)
+        used += update.payload_bytes
+    yield range(first, len(updates))
+
+
+def _check(update: m.Update, data: memoryview, chain: int, chunk_bytes: int) -> None:
+    """Raises ChunkCorrupt, InvalidRequest for what would make a chunk of more than
+    ``chunk_bytes``."""
+    if update.offset + len(data) > chunk_bytes:
+        raise InvalidRequest(detail=f"a chunk of {update.offset + len(data)} bytes")
+    found = crc32c(data)
+    if found != update.crc32c:
+        raise ChunkCorrupt(
+            update.inode,
+            update.number,
+            chain,
+            expected_crc32c=update.crc32c,
+            found_crc32c=found,
+        )
 
 
 class ChainSession:
@@ -152,35 +194,45 @@ class ChainSession:
 
     def _each(self, items: Sequence[Any], act: Callable[[Any], ChunkInfo | None]) -> m.Outcomes:
         """One item's failure is its own; the connection's is everybody's."""
-        infos: list[ChunkInfo | None] = []
-        errors: dict[int, ErrorBody] = {}
-        for index, item in enumerate(items):
-            info = None
-            try:
-                info = act(item)
-            except Unresolved as exc:
-                errors[index] = exc.body()
-            except (ConnectionLost, DeadlineExceeded):
-                raise  # of the asker: those of others are Unreached
-            except KvfsError as exc:
-                if isinstance(exc, ChunkCorrupt | ChunkMismatch):
-                    self._service.counters.add(bad_chunks=1)
-                errors[index] = error_body(exc)
-            infos.append(info)
-        return m.Outcomes(tuple(infos), errors)
+        return _outcomes([self._try(functools.partial(act, item)) for item in items])
+
+    def _together(self, items: Sequence[Any], act: Callable[[Any], ChunkInfo | None]) -> m.Outcomes:
+        """As ``_each``, side by side."""
+        results: list[_Result] = [None] * len(items)
+
+        def attempt(index: int) -> None:
+            results[index] = self._try(lambda: act(items[index]))
+
+        self._service.crew.work(functools.partial(attempt, index) for index in range(len(items)))
+        return _outcomes(results)
+
+    def _try(self, act: Callable[[], ChunkInfo | None]) -> _Result:
+        try:
+            return act()
+        except Unresolved as exc:
+            return exc.body()
+        except (ConnectionLost, DeadlineExceeded):
+            raise  # of the asker: those of others are Unreached
+        except KvfsError as exc:
+            if isinstance(exc, ChunkCorrupt | ChunkMismatch):
+                self._service.counters.add(bad_chunks=1)
+            return error_body(exc)
 
     # --- files
 
     def _update_chunks(self, store: ChunkStore, request: m.UpdateChunks) -> m.Outcomes:
+        """Updates of different chunks go down the chain side by side."""
         passing = request.passing
         if request.onward is not None:
             return self._relay(store, request, passing, request.onward, len(request.updates))
         service = self._service
         place = self._place(store, passing)
         require_head(place, passing)
+        updates = request.updates
+        results: list[_Result] = [None] * len(updates)
 
-        def update(item: m.Update) -> ChunkInfo:
-            data = self._take(item, passing.chain, buffer)
+        def update(item: m.Update, data: memoryview) -> ChunkInfo:
+            _check(item, data, passing.chain, service.buffer_bytes)
             try:
                 return service.replicator.update(store, passing, item, data)
             except (ChunkCorrupt, ChunkMismatch):
@@ -188,24 +240,26 @@ class ChainSession:
                 service.repairer.repair(store, ChunkId(item.inode, item.number, passing.chain))
                 return service.replicator.update(store, passing, item, data)
 
+        def attempt(index: int, data: memoryview) -> None:
+            results[index] = self._try(lambda: update(updates[index], data))
+
+        def receive_all(indexes: range, room: memoryview) -> Iterator[Job]:
+            for index in indexes:
+                data = room[: updates[index].payload_bytes]
+                room = room[len(data) :]
+                self._receive(data)
+                yield functools.partial(attempt, index, data)
+
         with service.buffers(len(place.hops)).lend(STALL_SECONDS) as buffer:
-            return self._each(request.updates, update)
+            for indexes in side_by_side(updates, len(buffer)):
+                service.crew.work(receive_all(indexes, buffer))
+        return _outcomes(results)
 
     def _take(self, update: m.Update, chain: int, buffer: memoryview) -> memoryview:
         """The bytes of an update. Raises ChunkCorrupt, InvalidRequest."""
         data = buffer[: update.payload_bytes]
         self._receive(data)
-        if update.offset + len(data) > len(buffer):
-            raise InvalidRequest(detail=f"a chunk of {update.offset + len(data)} bytes")
-        found = crc32c(data)
-        if found != update.crc32c:
-            raise ChunkCorrupt(
-                update.inode,
-                update.number,
-                chain,
-                expected_crc32c=update.crc32c,
-                found_crc32c=found,
-            )
+        _check(update, data, chain, len(buffer))
         return data
 
     def _pass_update(self, store: ChunkStore, request: m.PassUpdate) -> m.Outcomes:
