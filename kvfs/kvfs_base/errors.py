@@ -12,6 +12,9 @@
     │   ├── NotPermitted           EPERM      (a block is read-only, a namespace is special)
     │   ├── AttributeMissing       ENODATA
     │   ├── TooManyLinks           EMLINK
+    │   ├── LockHeld               EAGAIN     (somebody else has locked a part of the range)
+    │   ├── LockDeadlock           EDEADLOCK  (who holds it waits for the one that asks)
+    │   ├── TooManyLocks           ENOLCK
     │   └── InodeStale             ESTALE
     ├── InvalidRequest             EINVAL     the caller's arguments are wrong
     │   ├── LimitExceeded          E2BIG
@@ -199,6 +202,27 @@ class TooManyLinks(NamespaceError):
     inode: int = 0
     posix_errno = errno.EMLINK
     wire_code = "too_many_links"
+
+
+@dataclasses.dataclass(eq=False)
+class LockHeld(NamespaceError):
+    inode: int = 0
+    posix_errno = errno.EAGAIN
+    wire_code = "lock_held"
+
+
+@dataclasses.dataclass(eq=False)
+class LockDeadlock(NamespaceError):
+    inode: int = 0
+    posix_errno = errno.EDEADLK
+    wire_code = "lock_deadlock"
+
+
+@dataclasses.dataclass(eq=False)
+class TooManyLocks(NamespaceError):
+    limit: int = 0
+    posix_errno = errno.ENOLCK
+    wire_code = "too_many_locks"
 
 
 @dataclasses.dataclass(eq=False)

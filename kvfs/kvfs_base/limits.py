@@ -234,6 +234,10 @@ MOUNT_INTERRUPT_SECONDS = 1.0
 programs that do not expect EINTR of files never see it, and Ctrl-C need not wait for a dead
 server."""
 
+MOUNT_LOCK_WAITS_MAX = 512
+"""Programs that wait for locks at the same time; they are not counted in MOUNT_TASKS, since what
+they wait for may come as a request. Half of LOCK_WAITS_MAX: one mount leaves room for others."""
+
 MOUNT_PASSED_BYTES_MIN = 128 * KIB
 """Smaller ordinary files are read by one request, which costs less than to fetch a descriptor."""
 
@@ -327,6 +331,19 @@ SESSIONS_MAX = 8192
 SESSION_GRACE_SECONDS = 30.0
 """A session whose connection broke keeps its files open this long: three times as long as clients
 try to reconnect."""
+
+INODE_LOCKS_MAX = 4096
+"""Locked ranges of one file: they are one record of the store, of 40 bytes a range."""
+
+LOCK_WAIT_SECONDS = 5.0
+"""A question for a lock is answered after this long at the latest, and then asked again: so nobody
+waits for good for what a lost answer said. Well below CALL_SECONDS."""
+
+LOCK_WAITS_MAX = 1024
+"""Questions for locks that a metadata server keeps waiting: a task (some 10 KiB) each."""
+
+LOCK_LOOK_SECONDS = 0.5
+"""How often a server on a shared store looks whether another one has released a lock."""
 
 SERVER_BEAT_SECONDS = 2.0
 SERVER_LEASE_SECONDS = 10.0

@@ -39,6 +39,11 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.Attach,
         m.OpenInode,  # Attach has just said how often each file is open
         m.CloseInode,
+        m.SetLock,  # late copies come over connections that the session has left
+        m.Unlock,
+        m.GetLock,
+        m.AwaitLock,
+        m.StopAwaiting,
         m.Lookup,
         m.Resolve,
         m.GetAttr,

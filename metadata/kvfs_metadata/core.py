@@ -43,6 +43,7 @@ from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.copies import Copies
 from kvfs_metadata.engines.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
 from kvfs_metadata.engines.migrations import migrate
+from kvfs_metadata.lock_requests import LockRequests
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from kvfs_metadata.rename import rename
@@ -88,6 +89,7 @@ class MetadataCore:
         self._counts = BlockCounts()
         self.answers = Answers()
         self.sessions = Sessions(clock, server, recorded=engine.shared)
+        self.locks = LockRequests(self.sessions, engine)
         migrate(engine)
         engine.listen(self._follow)
         engine.view(self._load)
@@ -205,6 +207,10 @@ class MetadataCore:
             m.Attach: self._attach,
             m.OpenInode: self._open_inode,
             m.CloseInode: self._close_inode,
+            m.SetLock: self._set_lock,
+            m.Unlock: self.locks.unlock,
+            m.GetLock: self.locks.get,
+            m.StopAwaiting: self.locks.stop_awaiting,
             m.SetAttr: tree.set_attr,
             m.Make: self._make,
             m.Link: tree.link,
@@ -388,9 +394,15 @@ class MetadataCore:
         return attr
 
     def _close_inode(self, tx: Tx, request: m.CloseInode) -> m.Done:
-        if self.sessions.close(tx, request.inode):
+        was_last = self.sessions.close(tx, request.inode)
+        self.locks.closed(tx, request.inode)
+        if was_last:
             self.tree.collect(tx, request.inode)
         return m.Done()
+
+    def _set_lock(self, tx: Tx, request: m.SetLock) -> m.FileLock | None:
+        self.tree.attr_of(tx.kv, request.inode)
+        return self.locks.lock(tx, request)
 
     def _repair(self, tx: Tx, request: fixes.RepairRecords) -> tuple[fixes.Verdict, ...]:
         done = self._repairer.repair(tx, request)
@@ -472,12 +484,15 @@ class MetadataCore:
             operations.append(self.blocks.expire)
         if self.sessions.has_late():
             operations.append(self._expire_sessions)
+        if self.locks.has_work():
+            operations.append(self.locks.drop)
         if self._orphans_from is not None and not self.sessions.in_grace:
             operations.append(self._collect_orphans)
         return operations
 
     def _expire_sessions(self, tx: Tx) -> None:
         self._collect_all(self.sessions.expire(tx), tx)
+        self.locks.drop(tx)
 
     def _collect_all(self, inodes: Sequence[int], tx: Tx) -> None:
         for inode in inodes:

@@ -38,6 +38,7 @@ Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYT
 
 XattrName = Annotated[bytes, msgspec.Meta(min_length=1, max_length=XATTR_NAME_BYTES_MAX)]
 ClientUuid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+LockOwner = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
 SessionUuid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
@@ -71,6 +72,67 @@ class OpenInode(Request, tag="open"):
 class CloseInode(Request, tag="close"):
     Reply: ClassVar = Done
     inode: U64
+
+
+# --- locks
+
+
+class FileLock(msgspec.Struct, array_like=True, frozen=True):
+    """A range of a file, from its first to its last byte (2**63 - 1: to wherever the file ends),
+    that ``owner`` locks: one process or open file of one mount. ``flock``: of the other kind of
+    locks, which is always the whole file."""
+
+    start: U64
+    end: U64
+    exclusive: bool
+    owner: LockOwner
+    flock: bool = False
+    pid: U32 = 0
+    """Of the process, where it means something to who is told; else 0."""
+
+
+class SetLock(Request, tag="set_lock"):
+    """Locks for the connection's session what nobody else has, and replaces what the owner had
+    there. The answer is None, or the lock that is in the way. A request that comes from a
+    connection that the session has left changes nothing, so it may be repeated. Raises InodeStale,
+    TooManyLocks."""
+
+    Reply: ClassVar = FileLock | None
+    inode: U64
+    lock: FileLock
+
+
+class Unlock(Request, tag="unlock"):
+    """``lock`` says whose and which range; it need not be locked."""
+
+    Reply: ClassVar = Done
+    inode: U64
+    lock: FileLock
+
+
+class GetLock(Request, tag="get_lock"):
+    """What SetLock would answer. Changes nothing."""
+
+    Reply: ClassVar = FileLock | None
+    inode: U64
+    lock: FileLock
+
+
+class AwaitLock(Request, tag="await_lock"):
+    """Answered once GetLock would say None, and after LOCK_WAIT_SECONDS in any case; what is asked
+    after it on the same connection is answered meanwhile. Raises LockDeadlock (never for flock) if
+    who holds the range waits for this owner at the same server, and ServerBusy."""
+
+    Reply: ClassVar = Done
+    inode: U64
+    lock: FileLock
+
+
+class StopAwaiting(Request, tag="stop_awaiting"):
+    """The owner does not wait any more."""
+
+    Reply: ClassVar = Done
+    owner: LockOwner
 
 
 # --- namespace
@@ -381,6 +443,11 @@ MetadataRequest = (
     Attach
     | OpenInode
     | CloseInode
+    | SetLock
+    | Unlock
+    | GetLock
+    | AwaitLock
+    | StopAwaiting
     | Lookup
     | Resolve
     | GetAttr

@@ -326,6 +326,7 @@ class FileTree:
         """The inode with all that hangs on it, its chunks too."""
         tx.kv.delete(records.inode_key(record.inode))
         tx.kv.delete(records.orphan_key(record.inode))
+        tx.kv.delete(records.lock_key(record.inode))
         for key, _ in list(scan(tx.kv, records.xattr_key(record.inode, b""))):
             tx.kv.delete(key)
         charged = charged_bytes(record)

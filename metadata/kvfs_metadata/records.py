@@ -51,6 +51,7 @@ SERVER = b"SRVR"
 BEAT = b"BEAT"
 GONE = b"GONE"
 ANSWER = b"RSLT"
+LOCK = b"LOCK"
 USAGE_KEY = b"STATusage"
 SWEEP_KEY = b"STATsweep"
 """There, with an empty value, while something may refer to a target that was removed."""
@@ -126,6 +127,10 @@ def session_key(uuid: bytes) -> bytes:
 
 def open_key(inode: int, uuid: bytes) -> bytes:
     return OPEN + inode.to_bytes(8, "big") + uuid
+
+
+def lock_key(inode: int) -> bytes:
+    return LOCK + inode.to_bytes(8, "big")
 
 
 def server_key(server: bytes) -> bytes:
@@ -323,6 +328,21 @@ def unpack_session(value: bytes) -> tuple[bytes, int]:
     return value[:-8], int.from_bytes(value[-8:], "big")
 
 
+class HeldLock(msgspec.Struct, array_like=True, frozen=True):
+    """``LOCK`` + inode has the list of them, in the order of the ranges; those of one owner do not
+    overlap."""
+
+    session: bytes
+    owner: bytes
+    start: U64
+    end: U64
+    """The last byte."""
+    exclusive: bool
+    flock: bool = False
+    pid: U32 = 0
+    """Of the process that locked it, as its mount's kernel counts."""
+
+
 class ServerRecord(msgspec.Struct, array_like=True, frozen=True):
     """``SRVR`` + server: a metadata server on a shared store, written again with each beat.
     ``SESS`` + session names the server that has it, ``OPEN`` + inode + session what it has open."""
@@ -430,5 +450,6 @@ decode_prepared = msgspec.msgpack.Decoder(PreparedRecord).decode
 decode_target = msgspec.msgpack.Decoder(TargetRecord).decode
 decode_gone = msgspec.msgpack.Decoder(GoneRecord).decode
 decode_server = msgspec.msgpack.Decoder(ServerRecord).decode
+decode_locks = msgspec.msgpack.Decoder(list[HeldLock]).decode
 decode_answer = msgspec.msgpack.Decoder(AnswerRecord).decode
 decode_chain = msgspec.msgpack.Decoder(ChainRecord).decode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import trio
@@ -18,14 +19,15 @@ from kvfs_base.limits import (
     SYNC_SECONDS,
     WRITE_GROUP_REQUESTS,
 )
-from kvfs_base.rpc import RpcServer
+from kvfs_base.rpc import Later, RpcServer
 from kvfs_base.seams import Env
 from kvfs_base.types import Address
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.core import MetadataCore, Operation
 from kvfs_metadata.engines.engine import KVEngine
 from kvfs_metadata.engines.stores import open_store
-from kvfs_metadata.messages import Done, MetadataRequest, Sync
+from kvfs_metadata.lock_waiters import LockWaiters
+from kvfs_metadata.messages import AwaitLock, Done, MetadataRequest, Sync
 from kvfs_metadata.turns import CacheTurns, SharedTurns, StrictTurns, Turns, update
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class MetadataService:
         self.core = MetadataCore(engine, env.clock, config, server=server)
         kind = SharedTurns if self._shared else StrictTurns if self._strict else CacheTurns
         self._turns: Turns = kind(self.core, self._committed)
+        self._lock_waiters = LockWaiters(self.core.locks, self._turns, shared=self._shared)
         self._evict_wanted = trio.Event()
         self._blocks_size = 0
         self._unsynced = False
@@ -100,21 +103,34 @@ class MetadataService:
             self.core.heard(session_id)
         if self.core.only_reads(requests):
             return await self._turns.read(requests)
-        syncs = [place for place, request in enumerate(requests) if type(request) is Sync]
+        special = [p for p, request in enumerate(requests) if type(request) in (Sync, AwaitLock)]
         results: list[Any] = []
         for start in range(0, len(requests), WRITE_GROUP_REQUESTS):
             batch = requests[start : start + WRITE_GROUP_REQUESTS]
             results += await self._turns.write(
                 [
-                    _nothing if type(request) is Sync else self.core.operation(session_id, request)
+                    _nothing
+                    if type(request) in (Sync, AwaitLock)
+                    else self.core.operation(session_id, request)
                     for request in batch
                 ]
             )
-        if syncs:
-            answer = await self._answer_sync()
-            for place in syncs:
-                results[place] = answer
+        if special:
+            await self._answer_special(session_id, requests, special, results)
         return results
+
+    async def _answer_special(
+        self, session_id: int, requests: Sequence[Any], places: Sequence[int], results: list[Any]
+    ) -> None:
+        """What is no transaction."""
+        synced: Done | KvfsError | None = None
+        for place in places:
+            request = requests[place]
+            if isinstance(request, AwaitLock):
+                results[place] = Later(partial(self._lock_waiters.wait, session_id, request))
+            else:
+                synced = synced or await self._answer_sync()
+                results[place] = synced
 
     async def _answer_sync(self) -> Done | KvfsError:
         try:
@@ -162,6 +178,7 @@ class MetadataService:
 
     def _committed(self) -> None:
         self._unsynced = True
+        self._lock_waiters.look()
         # The whole question costs 20 us. Files may grow too: _watch_disks asks every second.
         size = self.core.blocks_size()
         if size > self._blocks_size and (self._shared or self.core.excess_bytes() > 0):

@@ -290,6 +290,19 @@ class Sessions:
         """Whether the connection's session has it open."""
         return inode in self._session_of(tx)[1].opens
 
+    def speaker(self, tx: Tx) -> bytes | None:
+        """The session that the connection speaks for; None if it has gone on to another one, and
+        nobody reads the answer."""
+        uuid, session = self._session_of(tx)
+        return uuid if session.connection == tx.connection else None
+
+    def session_on(self, connection: int) -> bytes:
+        """The same without a transaction, for what changes nothing."""
+        return self._by_connection.get(connection) or self._anonymous(connection)
+
+    def is_known(self, uuid: bytes) -> bool:
+        return uuid in self._sessions
+
     def _session_of(self, tx: Tx) -> tuple[bytes, _Session]:
         uuid = self._by_connection.get(tx.connection)
         if uuid is None:

@@ -72,6 +72,8 @@ class DirectFrontend:
         self._reading_ended = trio.Event()
         self._running: dict[int, tuple[int, trio.CancelScope]] = {}
         """Opcode and scope by number, which the kernel uses again only after the answer."""
+        self._lock_waits = 0
+        """How many of these are for a lock."""
         self._asked: dict[int, _Asked] = {}
         """Requests that wait for an answer of the metadata service, and have no task."""
         self._room = trio.Event()
@@ -124,7 +126,8 @@ class DirectFrontend:
                 await self._room.wait()
 
     def _is_full(self) -> bool:
-        return len(self._running) + len(self._asked) >= MOUNT_TASKS
+        """Who waits for a lock does not count: what it waits for may come as a request."""
+        return len(self._running) - self._lock_waits + len(self._asked) >= MOUNT_TASKS
 
     def _drain(self, device: Device, handlers: Handlers) -> None:
         for _ in range(MOUNT_DRAIN_REQUESTS):
@@ -172,6 +175,7 @@ class DirectFrontend:
             data = memoryview(bytes(request.arguments.data))
             request = request._replace(arguments=request.arguments._replace(data=data))
         scope = trio.CancelScope()
+        self._lock_waits += request.opcode == Opcode.SETLKW
         self._running[request.unique] = (request.opcode, scope)
         nursery.start_soon(self._carry_out, device, handlers, request, later, scope)
 
@@ -199,6 +203,7 @@ class DirectFrontend:
                 await handlers.take_back(request, answer)
         finally:
             del self._running[request.unique]
+            self._lock_waits -= request.opcode == Opcode.SETLKW
             self._room.set()
 
     # --- asked without a task
@@ -253,7 +258,9 @@ class DirectFrontend:
         if asked is not None:
             self._take_over(asked)
         opcode, scope = self._running.get(unique, (0, None))
-        if scope is not None and opcode in INTERRUPTIBLE:
+        if scope is not None and opcode == Opcode.SETLKW:
+            scope.cancel()
+        elif scope is not None and opcode in INTERRUPTIBLE:
             scope.deadline = min(scope.deadline, trio.current_time() + MOUNT_INTERRUPT_SECONDS)
 
     def _name_is_gone(self, parent: int, inode: int, name: bytes) -> None:

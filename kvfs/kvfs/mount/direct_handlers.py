@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from fcntl import F_UNLCK
 
 from kvfs.mount import fuse_wire as wire
+from kvfs.mount import fuse_wire_ranges as ranges
 from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.config import MountConfig
 from kvfs.mount.device import Device
@@ -49,6 +51,9 @@ have a say. OPENDIR is answered, as positions in a listing belong to its handle.
 carry attributes (no READDIRPLUS_AUTO): the service sends them anyway, and ``ls -l`` lists first
 and asks for each name afterwards, when it would be too late for the kernel to adapt."""
 
+LOCKING = Feature.POSIX_LOCKS | Feature.FLOCK_LOCKS
+"""Without these the kernel keeps locks by itself, and they hold within this mount."""
+
 
 class Handlers:
     """Of one mount."""
@@ -57,6 +62,8 @@ class Handlers:
         self._fs = filesystem
         self._config = config
         self._device = device
+        self._locks = filesystem.locks
+        self._locking = config.locks != "mount"
         self._backings: Backings | None = None
         """None where the kernel does not read by itself."""
         self._entry_times = wire.Times.of(config.entry_seconds)
@@ -93,7 +100,7 @@ class Handlers:
             Opcode.OPEN: self._open_now,
             Opcode.READ: self._read_now,
             Opcode.WRITE: self._write_now,
-            Opcode.FLUSH: lambda r: () if self._fs.flush_now(r.arguments.handle) else None,
+            Opcode.FLUSH: self._flush_now,
             Opcode.RELEASE: self._release_now,
             Opcode.OPENDIR: lambda r: (wire.open_out(self._fs.opendir(r.inode), 0),),
             Opcode.RELEASEDIR: self._releasedir,
@@ -104,7 +111,7 @@ class Handlers:
         init: wire.Init = request.arguments
         if init.major != wire.MAJOR or init.minor < wire.MINOR_MIN:
             raise ProtocolError(detail=f"the kernel speaks FUSE {init.major}.{init.minor}")
-        features = int(WANTED) & init.features
+        features = int(WANTED | LOCKING if self._locking else WANTED) & init.features
         if os.geteuid() == 0 and init.features & Feature.PASSTHROUGH:
             features |= Feature.PASSTHROUGH
             self._backings = Backings(self._device)
@@ -133,7 +140,15 @@ class Handlers:
         handle = request.arguments.handle
         if self._backings is not None:
             self._backings.released(handle)
+        if self._locks.ends_with_release(request.inode, handle):
+            return None
         return () if self._fs.release_now(handle) else None
+
+    def _flush_now(self, request: Request) -> Answer | None:
+        handle, owner = request.arguments
+        if self._locks.ends_with_flush(request.inode, owner):
+            return None
+        return () if self._fs.flush_now(handle) else None
 
     def _releasedir(self, request: Request) -> Answer:
         self._fs.releasedir(request.arguments.handle)
@@ -183,6 +198,9 @@ class Handlers:
             Opcode.FLUSH: self._flush,
             Opcode.FSYNC: self._fsync,
             Opcode.RELEASE: self._release,
+            Opcode.GETLK: self._getlk,
+            Opcode.SETLK: self._setlk,
+            Opcode.SETLKW: self._setlk,
             Opcode.READDIR: self._readdir,
             Opcode.READDIRPLUS: self._readdir,
             Opcode.FSYNCDIR: self._fsyncdir,
@@ -273,8 +291,8 @@ class Handlers:
             # No pages to keep. Who writes goes through us: the file may outgrow its chunk.
             through_us = opened.writable and not opened.passes_writes
             flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if through_us else 0)
-        if not opened.writable:
-            flags |= OpenFlag.NOFLUSH
+        if not opened.writable and (opened.is_block or not self._locking):
+            flags |= OpenFlag.NOFLUSH  # elsewhere a close may end locks
         return (wire.open_out(opened.handle, flags, backing_id),)
 
     async def _open(self, request: Request) -> Answer:
@@ -306,7 +324,9 @@ class Handlers:
         return (wire.size_out(await self._fs.write(handle, offset, data)),)
 
     async def _flush(self, request: Request) -> Answer:
-        await self._fs.flush(request.arguments.handle)
+        handle, owner = request.arguments
+        await self._locks.flushed(request.inode, owner)
+        await self._fs.flush(handle)
         return ()
 
     async def _fsync(self, request: Request) -> Answer:
@@ -314,7 +334,23 @@ class Handlers:
         return ()
 
     async def _release(self, request: Request) -> Answer:
-        await self._fs.release(request.arguments.handle)
+        handle = request.arguments.handle
+        await self._locks.released(request.inode, handle)
+        await self._fs.release(handle)
+        return ()
+
+    # --- locks
+
+    async def _getlk(self, request: Request) -> Answer:
+        return (ranges.lock_out(await self._locks.get(request.inode, request.arguments.lock)),)
+
+    async def _setlk(self, request: Request) -> Answer:
+        handle, kind, lock = request.arguments
+        if kind == F_UNLCK:
+            await self._locks.unlock(request.inode, lock)
+        else:
+            wait = request.opcode == Opcode.SETLKW
+            await self._locks.lock(request.inode, handle, lock, wait=wait)
         return ()
 
     # --- directories

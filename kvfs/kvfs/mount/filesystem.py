@@ -26,6 +26,7 @@ import trio
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.blocks import Blocks, OpenBlock
 from kvfs.mount.directory import DirectoryEntry, OpenDirectory
+from kvfs.mount.file_locks import FileLocks
 from kvfs.mount.files import OpenFile
 from kvfs.mount.remembered import Remembered
 from kvfs.mount.requests import AttrChanges, Caller, Opened
@@ -100,6 +101,7 @@ class Filesystem:
         self._told: Remembered[tuple[int, int]] = Remembered(MOUNT_REMEMBERED_INODES)
         self._seen_blocks: Remembered[tuple[int, Attr]] = Remembered(MOUNT_REMEMBERED_INODES)
         self._pass_files = False
+        self.locks = FileLocks(backend)
 
     def statistics(self) -> dict[str, int]:
         """Counters and gauges by name."""
@@ -428,7 +430,7 @@ class Filesystem:
     def _share_block(self, block: OpenBlock, flags: int) -> Opened:
         _check_read_only(flags)
         block.handles += 1
-        return Opened(self._add(block), True, writable=False, backing=block.descriptor)
+        return Opened(self._add(block), True, False, backing=block.descriptor, is_block=True)
 
     def read_now(self, handle: int, offset: int, length: int) -> Buffer | None:
         opened = self._handles[handle]

@@ -13,7 +13,7 @@ from kvfs.mount.backend import Backend
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import Choice, Frontend, choose, make
-from kvfs_base.errors import ConnectionLost, KvfsError, MountFailed, MountPointBusy
+from kvfs_base.errors import ConnectionLost, InvalidRequest, KvfsError, MountFailed, MountPointBusy
 from kvfs_base.seams import Env
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_metadata.client import ClusterView, MetadataClient
@@ -40,6 +40,8 @@ async def run_mount(
     mount behind. Raises MountFailed, FuseMissing, MountPointBusy, or what the metadata service
     answered (ConnectionLost if it does not run). One mount a process."""
     choice = choose(config.frontend)
+    if choice.name == "pyfuse3" and config.locks == "cluster":
+        raise InvalidRequest(detail="locks in the cluster need the direct front end")
     await _prepare(config)
     system.raise_open_files_limit()
     mount = _Mount(env, config, choice)

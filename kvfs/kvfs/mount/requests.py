@@ -23,6 +23,7 @@ class Opened:
     """A file that the kernel may read instead of asking: it has all bytes, verified."""
     passes_writes: bool = False
     """It may write there as well."""
+    is_block: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
