@@ -25,8 +25,7 @@ from kvfs_base.os_env import os_env
 from kvfs_datapath import messages as m
 from kvfs_datapath.client.outcomes import raise_first
 from kvfs_datapath.client.patience import Patience
-from kvfs_datapath.client.routes import ChainRoutes, Route
-from kvfs_datapath.client.updates import Change
+from kvfs_datapath.client.updates import Change, Way
 from kvfs_tools.chunk_rig import ChunkRig
 
 UPDATES = 8
@@ -126,10 +125,10 @@ class UpdateBench:
         )
 
     def _ask(self, chain: int, request: Callable[[int, m.Passing], m.ChunkRequest]) -> None:
-        def act(head: Route, routes: ChainRoutes) -> None:
-            asked = request(head.target_id, m.Passing(routes.chain_id, routes.version))
+        def act(way: Way) -> None:
+            asked = request(way.target_id, m.Passing(way.routes.chain_id, way.routes.version))
             pool = self.rig.remote.shared.pool
-            raise_first(pool.run(head.address, lambda c: c.call(asked), seconds=60.0))
+            raise_first(pool.run(way.route.address, lambda c: c.call(asked), seconds=60.0))
 
         self._updater.at_head(chain, act, self._patience)
 
