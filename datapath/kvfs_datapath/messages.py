@@ -25,6 +25,7 @@ from kvfs_base.limits import (
     ITEMS_PER_REQUEST_MAX,
     LIST_CHUNKS_MAX,
     RELAY_SECONDS_MAX,
+    STRIPE_MAX,
     SYNC_PAGE_CHUNKS,
     TRANSFER_BYTES,
 )
@@ -352,6 +353,42 @@ class CompareChunks(ChunkRequest, tag="compare"):
     held: Annotated[tuple[Held, ...], msgspec.Meta(max_length=SYNC_PAGE_CHUNKS)]
 
 
+class HeldChunk(msgspec.Struct, array_like=True, frozen=True):
+    """A sealed chunk of a file, at the target that it leaves."""
+
+    number: U32
+    length: U64
+    crc32c: U32
+
+
+class CompareMoved(ChunkRequest, tag="compare_moved"):
+    """From the server of target ``source``, which a file leaves: what it has of the chunks
+    ``start <= number < end`` with ``number % width`` in ``places``. Of those the other one removes
+    what it has besides, or otherwise; it answers with what it lacks, and the rest is on stable
+    storage. Raises Conflict if ``ticket`` is lower than one that this source has named before."""
+
+    Reply: ClassVar = Wanted
+    source: U32
+    ticket: U64
+    inode: U64
+    width: Annotated[int, msgspec.Meta(ge=1, le=STRIPE_MAX)]
+    places: Annotated[tuple[U32, ...], msgspec.Meta(max_length=STRIPE_MAX)]
+    start: U32
+    end: U32
+    held: Annotated[tuple[HeldChunk, ...], msgspec.Meta(max_length=SYNC_PAGE_CHUNKS)]
+
+
+class PlaceMoved(ChunkRequest, tag="place_moved"):
+    """Payload: a chunk of a file that leaves target ``source``. It is checked, and on stable
+    storage when this is answered. ``ticket`` as in CompareMoved."""
+
+    source: U32
+    ticket: U64
+    chunk: NewChunk
+    durable: bool = False
+    """Somebody asked for that where it comes from."""
+
+
 class RepairChunks(ChunkRequest, tag="repair"):
     """A reader could not use these chunks of a chain, another member had them: look, and get them
     from there. Infos are of chunks that are whole again, or were."""
@@ -421,6 +458,8 @@ DataRequest = (
     | PassUpdate
     | SyncChain
     | CompareChunks
+    | CompareMoved
+    | PlaceMoved
     | RepairChunks
     | ListChunks
     | CheckChunks
@@ -439,6 +478,8 @@ def payload_bytes(request: Request) -> int:
             return sum(update.payload_bytes for update in request.updates)
         case PassUpdate():
             return request.update.payload_bytes
+        case PlaceMoved():
+            return request.chunk.size
     return 0
 
 
@@ -460,7 +501,7 @@ def reply_problem(request: Request, reply: Any) -> str:
         case StageChunks():
             fits = len(reply.tokens) == request.count
             return "" if fits else f"{len(reply.tokens)} of {request.count} tokens"
-        case CompareChunks():
+        case CompareChunks() | CompareMoved():
             return "" if all(p < len(request.held) for p in reply.places) else "another page"
         case _:
             return ""

@@ -204,6 +204,32 @@ DRAIN_PAUSE = 10
 many times as long as the look took, so it takes a tenth of the service's time at most. A million
 inodes take about 1 s."""
 
+MOVES_AT_ONCE = 64
+"""Blocks and files of one copy that a draining target has been told to move, 100 bytes each."""
+
+MOVE_FILES_AT_ONCE = 16
+"""Of these, files that move at the same time."""
+
+MOVE_CANDIDATES_MAX = 65_536
+"""Files that a look through the store found to be moved from one target, 100 bytes each; the next
+look finds the others."""
+
+MOVE_LOOKS_MAX = 256
+"""Of these, how many one TakeMoves looks at: 20 us each."""
+
+MOVE_REMOVALS_MAX = 4096
+"""Chunks of a file whose copies are removed one by one when its move is given up; more of them are
+left to fsck."""
+
+MOVE_THREADS = 4
+"""Chunks that one target sends away at the same time."""
+
+MOVE_END_TOGETHER = 16
+"""Moves that are reported together: each report is a transaction."""
+
+MOVE_PAUSE_SECONDS = 0.5
+"""Before a target that has nothing to move for now asks again."""
+
 COUNT_PAGE_RECORDS = 4096
 """Blocks or inodes that one CountChunks looks at: about 4 ms."""
 

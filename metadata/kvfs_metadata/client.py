@@ -24,7 +24,14 @@ import msgspec
 import trio
 
 from kvfs_base import threads
-from kvfs_base.cluster import ClusterMap, FindUnwanted, GetClusterMap, Heartbeat
+from kvfs_base.cluster import (
+    ClusterMap,
+    EndMoves,
+    FindUnwanted,
+    GetClusterMap,
+    Heartbeat,
+    TakeMoves,
+)
 from kvfs_base.errors import ConnectionLost, KvfsError, StoreUnavailable
 from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GRACE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient, Done, Request, RpcClient
@@ -64,6 +71,8 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         Heartbeat,
         GetClusterMap,
         FindUnwanted,
+        TakeMoves,
+        EndMoves,  # a move ends once: the second time it is not known any more
         DescribeCluster,
         CountChunks,
     }

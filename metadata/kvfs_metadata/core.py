@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from kvfs_base.cluster import ClusterMap, FindUnwanted, GetClusterMap, Heartbeat, HeartbeatReply
+from kvfs_base.cluster import (
+    ClusterMap,
+    EndMoves,
+    FindUnwanted,
+    GetClusterMap,
+    Heartbeat,
+    HeartbeatReply,
+    TakeMoves,
+)
 from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError
 from kvfs_base.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_base.seams import Clock
@@ -37,6 +45,7 @@ from kvfs_metadata.cluster.admin_messages import (
 from kvfs_metadata.cluster.administration import Administration
 from kvfs_metadata.cluster.cluster_state import CAPACITY_FRACTION, ClusterState
 from kvfs_metadata.cluster.draining import Drainer
+from kvfs_metadata.cluster.moving import Mover
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.unwanted import find_unwanted
 from kvfs_metadata.config import MetadataConfig
@@ -88,7 +97,7 @@ class MetadataCore:
         self._requests = 0
         self._counts = BlockCounts()
         self.answers = Answers()
-        self.sessions = Sessions(clock, server, recorded=engine.shared)
+        self.sessions = Sessions(clock, server, recorded=engine.shared, opened=self._opened)
         self.locks = LockRequests(self.sessions, engine)
         migrate(engine)
         engine.listen(self._follow)
@@ -154,12 +163,21 @@ class MetadataCore:
             removals=self.removals,
             may_be_open=self.sessions.may_be_open,
         )
+        self.mover = Mover(
+            blocks=self.blocks,
+            cluster=self.cluster,
+            removals=self.removals,
+            drainer=self.drainer,
+            counters=self._counters,
+            may_be_open=self.sessions.may_be_open,
+        )
         self._administration = Administration(
             self._clock,
             cluster=self.cluster,
             removals=self.removals,
             sessions=self.sessions,
             drainer=self.drainer,
+            mover=self.mover,
             server=self._server,
             addresses=self._addresses(),
         )
@@ -228,6 +246,8 @@ class MetadataCore:
             fixes.RepairRecords: self._repair,
             Heartbeat: self._heartbeat,
             FindUnwanted: partial(find_unwanted, self.cluster, blocks, self._counters),
+            TakeMoves: self.mover.take,
+            EndMoves: self.mover.end,
             SetDraining: self._administration.set_draining,
             RemoveTarget: self._administration.remove,
             AdmitTarget: self._administration.admit,
@@ -387,6 +407,9 @@ class MetadataCore:
             self.sessions.open(tx, request.inode)
         return attr
 
+    def _opened(self, tx: Tx, inode: int) -> None:
+        self.cluster.moves.disarm(tx, inode)
+
     def _make(self, tx: Tx, request: m.Make) -> Attr:
         attr = self.tree.make(tx, request)
         if request.open:
@@ -527,6 +550,7 @@ class MetadataCore:
             **self.blocks.statistics(),
             **self.cluster.statistics(),
             "drained_blocks": self.drainer.drained_blocks,
+            **self.mover.statistics(),
             **self.sessions.statistics(),
         }
 

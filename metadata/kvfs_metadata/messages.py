@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from kvfs_base.cluster import FindUnwanted, GetClusterMap, Heartbeat
+from kvfs_base.cluster import EndMoves, FindUnwanted, GetClusterMap, Heartbeat, TakeMoves
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     BLOCK_KEY_BYTES,
@@ -379,12 +379,14 @@ class AbortBlocks(Request, tag="abort_blocks"):
 
 class RemoveBlocks(Request, tag="remove_blocks"):
     """Answers with the number of keys that were stored. ``inodes``, if given, has one generation a
-    key: a block that was replaced since is left alone (used to drop blocks found corrupt)."""
+    key: a block that was replaced since is left alone (used to drop blocks found corrupt). So have
+    ``chains``: one that was moved since is left alone, since it was not found there."""
 
     Reply: ClassVar = int
     namespace: U64
     keys: Keys
     inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
+    chains: Annotated[tuple[U32, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
 
 
 # --- requests that are repeated
@@ -479,6 +481,8 @@ MetadataRequest = (
     | Heartbeat
     | GetClusterMap
     | FindUnwanted
+    | TakeMoves
+    | EndMoves
     | DescribeCluster
     | CountChunks
     | SetDraining

@@ -334,6 +334,7 @@ class FileTree:
         chains, end = chunks_to_remove(record)
         share = charged // max(1, len(chains))
         self._cluster.remove_chunks(tx, chains, record.inode, end, share)
+        self._cluster.stop_move(tx, chains, record.inode, end)
 
     def rmdir(self, tx: Tx, request: Rmdir) -> Done:
         check_name(request.name)

@@ -43,6 +43,7 @@ COMMITTED = b"DONE"
 TARGET = b"TARG"
 CHAIN = b"CHAN"
 REMOVAL = b"RMVL"
+MOVE = b"MOVE"
 REMOVAL_STATE = b"RSEQ"
 COUNTER = b"CNTR"
 SESSION = b"SESS"
@@ -115,6 +116,10 @@ def chain_key(chain_id: int) -> bytes:
 
 def removal_key(target_id: int, seq: int) -> bytes:
     return REMOVAL + target_id.to_bytes(4, "big") + seq.to_bytes(8, "big")
+
+
+def move_key(inode: int) -> bytes:
+    return MOVE + inode.to_bytes(8, "big")
 
 
 def removal_state_key(target_id: int) -> bytes:
@@ -402,6 +407,32 @@ def pack_removal(removal: RemovalValue) -> bytes:
 
 def unpack_removal(value: bytes) -> RemovalValue:
     return RemovalValue._make(_REMOVAL.unpack(value))
+
+
+class MoveValue(NamedTuple):
+    """``MOVE`` + inode: 28 bytes, little-endian. A block or file of one copy that is on its way to
+    another chain (docs/design/0006-moves.md)."""
+
+    source: int
+    """The target that it leaves."""
+    chain: int
+    """That target's."""
+    to: int
+    after: int
+    """The last removal that was queued for the new target when the move began, 0 if none was."""
+    ticket: int = 0
+    """Under which the move may end; 0 while it may not."""
+
+
+_MOVE = struct.Struct("<IIIQQ")
+
+
+def pack_move(move: MoveValue) -> bytes:
+    return _MOVE.pack(*move)
+
+
+def unpack_move(value: bytes) -> MoveValue:
+    return MoveValue._make(_MOVE.unpack(value))
 
 
 class RemovalState(NamedTuple):

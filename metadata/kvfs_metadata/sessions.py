@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from kvfs_base.errors import LimitExceeded, ServerBusy
@@ -46,10 +46,19 @@ class _Session:
 
 
 class Sessions:
-    """``server`` is this server's number; ``recorded`` if the store is shared with others."""
+    """``server`` is this server's number; ``recorded`` if the store is shared with others.
+    ``opened`` is told, in the same transaction, what somebody opens."""
 
-    def __init__(self, clock: Clock, server: bytes, *, recorded: bool) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        server: bytes,
+        *,
+        recorded: bool,
+        opened: Callable[[Tx, int], None] = lambda tx, inode: None,
+    ) -> None:
         self._clock = clock
+        self._opened = opened
         self._server = server
         self._recorded = recorded
         self._started_at = clock.monotonic()
@@ -162,6 +171,9 @@ class Sessions:
         before = session.opens
         tx.undo.append(partial(self._swap_opens, session, before))
         self._swap_opens(session, opens)
+        for inode in opens:
+            if inode not in before:
+                self._opened(tx, inode)
         if self._recorded:
             for inode in before.keys() - opens.keys():
                 tx.kv.delete(records.open_key(inode, uuid))
@@ -272,6 +284,7 @@ class Sessions:
             raise LimitExceeded(detail="open files", limit=OPEN_INODES_MAX)
         self._reopen(session, inode)
         tx.undo.append(partial(self._drop, session, inode))
+        self._opened(tx, inode)
         if self._recorded and session.opens[inode] == 1:
             tx.kv.put(records.open_key(inode, uuid), b"")
 

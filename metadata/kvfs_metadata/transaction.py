@@ -85,6 +85,8 @@ class Counters:
         self.chain = counter(b"chain", 1, 1)
         self.start = counter(b"start", 1, 1)
         """Starts of the service: makes map versions grow across restarts."""
+        self.move = counter(b"move", 1, 1)
+        """Rounds of movers. One at a time, so that they grow whichever server is asked."""
 
 
 def change_usage(tx: Tx, inodes: int, file_bytes: int) -> None:

@@ -218,7 +218,8 @@ def test_a_block_that_cannot_be_read_is_a_miss(
     assert agent.figures()[counter] == 1
     assert agent.figures()["blocks_loaded"] == 2
     removals = agent.metadata.named(m.RemoveBlocks)
-    assert removals == ([m.RemoveBlocks(NAMESPACE, KEYS[1], (victim,))] if removed else [])
+    gone = m.RemoveBlocks(NAMESPACE, KEYS[1], (victim,), (1,))
+    assert removals == ([gone] if removed else [])
     peer.give_back(lease)
     assert agent.figures()["arena_leased_bytes"] == 0
     assert agent.figures()["arena_blocks"] == 2

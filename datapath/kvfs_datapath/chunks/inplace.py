@@ -58,6 +58,7 @@ class InPlace(ChunkTree):
         file = self.disk.open(path, write=True, create=True, exclusive=True)
         try:
             file.set_attribute(ATTRIBUTE, pack(ChunkInfo(*chunk, ChunkState.OPEN)))
+            self.incoming.arrived(chunk.inode)
             self.appear(path, chunk)
         except BaseException:
             self.discard_draft(path)
@@ -143,5 +144,18 @@ class InPlace(ChunkTree):
             finally:
                 file.close()
             if not info.durable:
-                self.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
-                self.disk.sync_directory(CHUNKS)
+                self._sync_names(chunk)
+
+    def make_last(self, chunk: ChunkId) -> None:
+        """Makes a sealed chunk durable as it is now. Raises ChunkNotFound."""
+        with self.io(chunk), self.guard(chunk):
+            file = self.disk.open(path_of(chunk))
+            try:
+                file.sync(attributes=True)
+            finally:
+                file.close()
+            self._sync_names(chunk)
+
+    def _sync_names(self, chunk: ChunkId) -> None:
+        self.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
+        self.disk.sync_directory(CHUNKS)

@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
@@ -195,6 +195,7 @@ class ChunkStore(InPlace):
         chunk = info.chunk
         with self.guard(chunk):
             is_new = not self._may_replace(chunk)
+            self.incoming.arrived(chunk.inode)
             self.appear(staged.path, chunk)
             self.versions.damaged.gone(chunk)
             if self.strict:
@@ -275,10 +276,12 @@ class ChunkStore(InPlace):
         with self.versions.lock(chunk):
             self.versions.sync(chunk)
 
-    def remove(self, chunk: ChunkId) -> bool:
+    def remove(self, chunk: ChunkId, *, unless: Collection[int] = ()) -> bool:
         """Whether there was one. Open descriptors keep showing the old bytes. What is pending for
-        the chunk goes as well."""
+        the chunk goes as well. Nothing happens if its inode is one of ``unless``."""
         with self.io(), self.guard(chunk):
+            if chunk.inode in unless:
+                return False
             self.forget_verified(chunk)
             pending = bool(chunk.chain) and self.versions.discard(chunk)
             self.versions.damaged.gone(chunk)

@@ -29,6 +29,7 @@ from kvfs_base.seams import Disk, DiskFile, DiskUsage
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.incoming import Incoming
 from kvfs_datapath.chunks.target import (
     load_identity,
     lock_target,
@@ -77,6 +78,7 @@ class ChunkTree:
         except BaseException:
             self._lock_file.close()
             raise
+        self.incoming = Incoming()
         self._failure: TargetFailed | None = None
         self._staging_names = itertools.count(1)
         self._locks = [threads.lock() for _ in range(LOCKS)]

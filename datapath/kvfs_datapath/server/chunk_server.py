@@ -26,6 +26,7 @@ from kvfs_datapath.chains.service import ChainService
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.server.heartbeat import Housekeeping
+from kvfs_datapath.server.mover import Mover
 from kvfs_datapath.server.scrub import Scrubber
 from kvfs_datapath.server.session import DataSession
 from kvfs_datapath.server.targets import Targets
@@ -46,6 +47,7 @@ class ChunkServer:
         self._config = config
         self._counters = Counters(
             "bad_chunks",
+            "chunks_moved",
             "chunks_read",
             "chunks_removed",
             "chunks_repaired",
@@ -56,6 +58,8 @@ class ChunkServer:
             "garbage_removed",
             "heartbeats",
             "heartbeats_failed",
+            "moved_bytes",
+            "moves_ended",
             "read_bytes",
             "requests",
             "requests_relayed",
@@ -73,7 +77,10 @@ class ChunkServer:
         self._never_opened = 0
         self._targets = Targets(self._open_stores())
         self._chains = ChainService(env, config, self._targets.stores, self._counters)
-        self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
+        self._mover = Mover(env, config, self._targets.stores, self._chains.peers, self._counters)
+        self._housekeeping = Housekeeping(
+            env, config, self._targets, self._chains, self._counters, moving=self._mover.order
+        )
         self._scrubber = Scrubber(
             env,
             self._targets.stores,
@@ -137,6 +144,7 @@ class ChunkServer:
         by_kind = {address.kind: address for address in self.addresses}
         self._housekeeping.start(by_kind.get("unix"), by_kind.get("tcp"))
         self._scrubber.start()
+        self._mover.start()
 
     def stop(self) -> None:
         """Breaks off every connection, waits for the threads, gives the directories back."""
@@ -148,6 +156,7 @@ class ChunkServer:
         with self._lock:
             open_connections = dict(self._connections)
         self._chains.stop()
+        self._mover.stop()
         for connection in open_connections:
             connection.shutdown()
         for thread in open_connections.values():

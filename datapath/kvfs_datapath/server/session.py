@@ -38,6 +38,7 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.listing import ChunkListing
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.server import placing
 from kvfs_datapath.server.targets import Targets
 from kvfs_datapath.wire import receive_body, receive_header, send_message
 
@@ -110,6 +111,8 @@ class DataSession:
             m.StatChunks: self._stat_chunks,
             m.ListChunks: self._list_chunks,
             m.CheckChunks: self._check_chunks,
+            m.CompareMoved: lambda store, request: _Answer(placing.compare(store, request), store),
+            m.PlaceMoved: self._place_moved,
         }
 
     def run(self) -> None:
@@ -471,6 +474,14 @@ class DataSession:
             return info
 
         return _Answer(self._each(request.chunks, stat), store)
+
+    def _place_moved(self, store: ChunkStore, request: m.PlaceMoved) -> _Answer:
+        refuse_versioned([request.chunk])
+
+        def place(moved: m.PlaceMoved) -> None:
+            placing.place(store, moved, self._receive, self._buffers, self._counters)
+
+        return _Answer(self._each([request], place), store)
 
     # --- checking
 

@@ -405,20 +405,21 @@ def _told(numbers: Sequence[int]) -> str:
 @names_argument
 @click.option("--keep-blocks", is_flag=True, help="Blocks stay until they are evicted.")
 def drain(target: str, names: tuple[str, ...], *, keep_blocks: bool) -> None:
-    """Place nothing new on targets, bring copies that lie there to others, and give up the blocks
-    of which there is one copy.
+    """Place nothing new on targets, and bring what lies there to others.
 
-    Files of one copy stay, and stay readable: they are not moved. `kvfs cluster targets` shows what
-    is left; once nothing is, the state is "drained" and the target can be removed. `kvfs cluster
-    add` undoes it.
+    A file of one copy moves while nobody has it open. `kvfs cluster targets` shows what is left;
+    once nothing is, the state is "drained" and the target can be removed. `kvfs cluster add` undoes
+    it.
     """
     with _connected(target) as client:
         details: ClusterDetails = client.call(DescribeCluster())
         chosen = [_numbers(_require(details, name)) for name in names]
         for numbers in chosen:
             client.call(SetDraining(numbers, True, keep_blocks))
-            blocks = "its blocks stay" if keep_blocks else "blocks there are given up"
-            click.echo(f"{_told(numbers)}: takes nothing new, {blocks}")
+            moves = (
+                "files there are moved, blocks stay" if keep_blocks else "what is there is moved"
+            )
+            click.echo(f"{_told(numbers)}: takes nothing new, {moves}")
 
 
 @cluster.command()

@@ -11,6 +11,8 @@ import collections
 import logging
 import mmap
 import os
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
@@ -20,9 +22,11 @@ from kvfs_base.limits import MOUNT_BLOCK_BUFFER_BYTES, MOUNT_IO_BYTES, PAGE_BYTE
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr, ChunkId
 from kvfs_datapath.client.chunk_client import ChunkRead
-from kvfs_metadata.messages import RemoveBlocks
+from kvfs_metadata.messages import GetAttr, RemoveBlocks
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 class OpenBlock:
@@ -53,16 +57,43 @@ class Blocks:
 
     async def open(self, block: OpenBlock) -> None:
         """Raises IntegrityError or ChunkNotFound for a damaged block, ServiceError else."""
+        await self._patiently(block, self._open)
+
+    async def _open(self, block: OpenBlock) -> None:
         try:
             block.descriptor = await self._backend.in_thread(
                 self._open_local, ChunkId(block.inode, 0), block
             )
         except NoTarget:
             # Not on this host. Fetched now, so that damage is told by open, not by a later read.
-            await self._whole(block)
-        except (IntegrityError, ChunkNotFound) as exc:
+            await self._fetch(block)
+
+    async def _patiently(
+        self, block: OpenBlock, action: Callable[[OpenBlock], Awaitable[_Result]]
+    ) -> _Result:
+        """Once more if the block has moved meanwhile; what is then damaged is removed."""
+        try:
+            return await action(block)
+        except KvfsError as exc:
+            if not await self._has_moved(block):
+                await self._damaged(block, exc)
+                raise
+        try:
+            return await action(block)
+        except KvfsError as exc:
             await self._damaged(block, exc)
             raise
+
+    async def _has_moved(self, block: OpenBlock) -> bool:
+        """Whether it is on another chain than it was; it is looked for there from now on."""
+        try:
+            attr: Attr = await self._backend.call(GetAttr(block.inode))
+        except KvfsError:
+            return False
+        if attr.layout == block.attr.layout:
+            return False
+        block.attr = attr
+        return True
 
     def _open_local(self, chunk: ChunkId, block: OpenBlock) -> int:
         descriptor = self._backend.chunks.open_sealed(chunk, block.chain)
@@ -94,7 +125,8 @@ class Blocks:
             return found
         length = min(length, block.attr.size - offset)
         if block.descriptor == NO_DESCRIPTOR:
-            return (await self._whole(block))[offset : offset + length]
+            view = await self._patiently(block, self._fetch)
+            return view[offset : offset + length]
         return await self._backend.in_thread(_read_all, block, offset, length)
 
     def close(self, block: OpenBlock) -> None:
@@ -103,7 +135,7 @@ class Blocks:
             block.descriptor = NO_DESCRIPTOR
         self._forget(block.inode)
 
-    async def _whole(self, block: OpenBlock) -> memoryview:
+    async def _fetch(self, block: OpenBlock) -> memoryview:
         """All bytes of a block of another host, verified."""
         async with block.fetching:
             view = self._fetched.get(block.inode)
@@ -123,7 +155,6 @@ class Blocks:
             )
             error = (await self._backend.in_thread(self._backend.chunks.read_chunks, [read]))[0]
             if error is not None:
-                await self._damaged(block, error)
                 raise error
             self._fetched[block.inode] = view
             self._fetched_bytes += len(view)
@@ -146,7 +177,7 @@ class Blocks:
         log.warning("block %s: %s", block.attr.key.hex(), error)
         if not block.namespace:
             return
-        request = RemoveBlocks(block.namespace, block.attr.key, (block.inode,))
+        request = RemoveBlocks(block.namespace, block.attr.key, (block.inode,), (block.chain,))
         try:
             await self._backend.call(request)
         except KvfsError as exc:

@@ -51,7 +51,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Buffer
-from kvfs_base.types import Attr, BlockInfo
+from kvfs_base.types import Attr, BlockInfo, Layout
 from kvfs_metadata.messages import (
     CloseInode,
     FilesystemStats,
@@ -417,6 +417,7 @@ class Filesystem:
             if found[0] is None or found[0].inode != attr.inode:
                 self._seen_blocks.drop(attr.inode)
                 raise InodeStale(inode=attr.inode)
+            attr.layout = Layout(attr.size, (found[0].chain,))  # it may have moved
         block = self._open_blocks.get(attr.inode)
         if block is None:
             block = OpenBlock(attr, namespace)

@@ -29,6 +29,7 @@ from kvfs_metadata.cluster.admin_messages import (
 )
 from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.cluster.draining import Drainer
+from kvfs_metadata.cluster.moving import Mover
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.targets import TargetEntry
 from kvfs_metadata.engines.engine import Item, KVRead, prefix_end, scan
@@ -49,6 +50,7 @@ class Administration:
         removals: Removals,
         sessions: Sessions,
         drainer: Drainer,
+        mover: Mover,
         server: bytes,
         addresses: tuple[str, ...],
     ) -> None:
@@ -57,6 +59,7 @@ class Administration:
         self._removals = removals
         self._sessions = sessions
         self._drainer = drainer
+        self._mover = mover
         self._server = server
         self._addresses = addresses
 
@@ -134,10 +137,15 @@ class Administration:
     def set_draining(self, tx: Tx, request: SetDraining) -> Changed:
         for target_id in request.targets:
             self._cluster.departures.set_draining(tx, target_id, request.on, request.keep_blocks)
+            if request.on:
+                self._mover.turn_away(tx, target_id)
+            else:
+                self._mover.cancel_all(tx, target_id)
         return Changed()
 
     def remove(self, tx: Tx, request: RemoveTarget) -> Changed:
         for target_id in request.targets:
+            self._mover.forget_target(tx, target_id)
             try:
                 self._cluster.departures.remove(tx, target_id, force=request.force)
             except TargetInUse as exc:
