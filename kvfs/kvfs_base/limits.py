@@ -217,6 +217,12 @@ look finds the others."""
 MOVE_LOOKS_MAX = 256
 """Of these, how many one TakeMoves looks at: 20 us each."""
 
+OPEN_FILES_SHOWN_MAX = 100
+"""Open files that keep a target from being empty, of those that are named."""
+
+OPEN_FILE_HOLDERS_MAX = 16
+"""Sessions that have one of these open, of those that are named."""
+
 MOVE_REMOVALS_MAX = 4096
 """Chunks of a file whose copies are removed one by one when its move is given up; more of them are
 left to fsck."""

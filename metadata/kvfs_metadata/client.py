@@ -39,7 +39,7 @@ from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
 from kvfs_metadata import messages as m
 from kvfs_metadata.check import fixes
-from kvfs_metadata.cluster.admin_messages import CountChunks, DescribeCluster
+from kvfs_metadata.cluster.admin_messages import CountChunks, DescribeCluster, FindOpenFiles
 
 REPEATABLE: frozenset[type[Request]] = frozenset(
     {
@@ -75,6 +75,7 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         EndMoves,  # a move ends once: the second time it is not known any more
         DescribeCluster,
         CountChunks,
+        FindOpenFiles,
     }
 )
 """Requests that may be carried out twice. All others travel as Once."""
@@ -127,7 +128,8 @@ class MetadataClient:
     that share a store: the client begins with the first.
 
     With ``session`` (16 bytes, made by the caller) the client speaks for a session that has files
-    open: it counts OpenInode and CloseInode, and tells the service after each reconnect.
+    open: it counts OpenInode and CloseInode, and tells the service after each reconnect. ``name``
+    says to people who it is.
     """
 
     def __init__(
@@ -136,9 +138,11 @@ class MetadataClient:
         address: Address | Sequence[Address],
         *,
         session: bytes | None = None,
+        name: str = "",
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
         self._session = session
+        self._name = name
         self._retry_seconds = retry_seconds
         self._open: Counter[int] = Counter()
         self._connections = 0
@@ -177,7 +181,8 @@ class MetadataClient:
         # answered on the old one is in ``_open`` and everything else is sent after it.
         assert self._session is not None
         self._connections += 1
-        await rpc.call(m.Attach(self._session, tuple(self._open.elements()), self._connections))
+        opens = tuple(self._open.elements())
+        await rpc.call(m.Attach(self._session, opens, self._connections, self._name))
 
     async def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
         """The reply. Raises what the service raised, and when it could not be reached for too long

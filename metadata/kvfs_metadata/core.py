@@ -38,6 +38,7 @@ from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     CountChunks,
     DescribeCluster,
+    FindOpenFiles,
     RemoveTarget,
     ReplaceTarget,
     SetDraining,
@@ -217,6 +218,7 @@ class MetadataCore:
             GetClusterMap: self._cluster_map,
             DescribeCluster: self._administration.describe,
             CountChunks: self._administration.count,
+            FindOpenFiles: self._administration.open_files,
         }
 
     def _write_table(self) -> dict[type, Callable[[Tx, Any], Any]]:
@@ -394,7 +396,7 @@ class MetadataCore:
         self.sessions.goodbye(tx)
 
     def _attach(self, tx: Tx, request: m.Attach) -> m.Done:
-        self.sessions.attach(tx, request.session, request.open_inodes, request.number)
+        self.sessions.attach(tx, request.session, request.open_inodes, request.number, request.name)
         return m.Done()
 
     def _open_inode(self, tx: Tx, request: m.OpenInode) -> Attr:

@@ -28,6 +28,7 @@ from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     CountChunks,
     DescribeCluster,
+    FindOpenFiles,
     RemoveTarget,
     ReplaceTarget,
     SetDraining,
@@ -59,6 +60,8 @@ class Attach(Request, tag="attach"):
     session: SessionUuid
     open_inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=100_000)] = ()
     number: U64 = 0
+    name: ShortText = ""
+    """Who it is, for people."""
 
 
 class OpenInode(Request, tag="open"):
@@ -485,6 +488,7 @@ MetadataRequest = (
     | EndMoves
     | DescribeCluster
     | CountChunks
+    | FindOpenFiles
     | SetDraining
     | RemoveTarget
     | AdmitTarget

@@ -15,6 +15,7 @@ that any other, gives a session up.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -42,6 +43,8 @@ class _Session:
     """When it had a connection for the last time, or was heard of on it."""
     number: int = 0
     """Of its connection: they are counted by the client."""
+    name: str = ""
+    """As its client calls it; not known of sessions of other servers."""
     opens: Counter[int] = dataclasses.field(default_factory=Counter)
 
 
@@ -143,7 +146,9 @@ class Sessions:
 
     # --- connections
 
-    def attach(self, tx: Tx, uuid: bytes, open_inodes: Iterable[int], number: int) -> None:
+    def attach(
+        self, tx: Tx, uuid: bytes, open_inodes: Iterable[int], number: int, name: str = ""
+    ) -> None:
         """Connection ``tx.connection``, the session's ``number``-th, speaks for session ``uuid``
         from now on, and exactly ``open_inodes`` are open. Nothing happens if the session has gone
         on to a later connection: this request lay in a queue."""
@@ -158,6 +163,7 @@ class Sessions:
         tx.undo.append(partial(self._restore, session, dataclasses.replace(session)))
         session.connection = tx.connection
         session.heard_at = self._clock.monotonic()
+        session.name = name
         self._by_connection[tx.connection] = uuid
         if (session.server, session.number) != (self._server, number):
             session.server, session.number = self._server, number
@@ -339,6 +345,17 @@ class Sessions:
 
     def may_be_open(self, inode: int) -> bool:
         return self.in_grace or inode in self._holders
+
+    def holders(self, inode: int, count_max: int) -> list[str]:
+        """Who has a file open."""
+        if inode not in self._holders:
+            return []
+        found = (
+            session.name or f"session {uuid.hex()[:8]}"
+            for uuid, session in self._sessions.items()
+            if inode in session.opens
+        )
+        return list(itertools.islice(found, count_max))
 
     @property
     def in_grace(self) -> bool:

@@ -6,7 +6,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import platform
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -97,6 +100,35 @@ def in_tree(cluster: ApiCluster, action: Callable[[Tree], Awaitable[None]]) -> N
             await action(tree)
 
     trio.run(main)
+
+
+class Command:
+    """`kvfs cluster` in a process of its own."""
+
+    def __init__(self, cluster: ApiCluster, command: str, *arguments: str) -> None:
+        self._lines: list[str] = []
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-u", "-m", "kvfs", "cluster", command),
+                *(str(cluster.metadata_address), *arguments),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout:
+            self._lines.extend(self._process.stdout)
+
+    def output(self) -> str:
+        return "".join(self._lines)
+
+    def finish(self) -> int:
+        self._reader.join(SECONDS)
+        return self._process.wait(SECONDS)
 
 
 class Files:
@@ -337,7 +369,31 @@ def restart_metadata(cluster: ApiCluster) -> None:
     )
 
 
-def test_an_open_file_waits(cluster: ApiCluster) -> None:
+def test_blocks_that_a_mount_has_seen_or_open(cluster: ApiCluster) -> None:
+    with cluster.connect() as client:
+        put(client.namespace("tenant/model", LAYOUT, create=True), range(12))
+    names = {block_keys(range(n, n + 1), 1)[0].hex().encode(): block(n) for n in range(12)}
+
+    async def work(tree: Tree) -> None:
+        filesystem = tree._filesystem
+        attrs = {name: await tree.resolve(b"kv/tenant/model/" + name) for name in names}
+        opened = {name: await filesystem.open(attrs[name].inode, 0) for name in list(names)[:6]}
+        await trio.to_thread.run_sync(drain, cluster, 1)
+        with trio.fail_after(SECONDS):
+            while not await trio.to_thread.run_sync(is_empty, cluster, 1):
+                await trio.sleep(0.02)
+        for name, data in names.items():
+            found = opened.get(name) or await filesystem.open(attrs[name].inode, 0)
+            filesystem._blocks._forget(attrs[name].inode)  # of other hosts: fetched again
+            assert bytes(await filesystem.read(found.handle, 0, len(data))) == data
+            await filesystem.release(found.handle)
+        assert filesystem.statistics()["blocks_damaged"] == 0
+
+    in_tree(cluster, work)
+    assert call(cluster, Statistics())["blocks"] == 12
+
+
+def test_an_open_file_waits_and_is_named(cluster: ApiCluster) -> None:
     files = Files(5)
 
     async def work(tree: Tree) -> None:
@@ -346,17 +402,26 @@ def test_an_open_file_waits(cluster: ApiCluster) -> None:
         attr = await tree._filesystem.lookup(ROOT_INODE, name)
         opened = await tree._filesystem.open(attr.inode, os.O_RDWR)
         await trio.to_thread.run_sync(drain, cluster, 2)
+        command = Command(cluster, "drain", "server-2", "--wait")
         left = {attr.inode}
         while left != {int(os.path.basename(p)[:16], 16) for p in chunks_on(cluster, 2)}:
             await trio.sleep(0.02)
         await tree._filesystem.write(opened.handle, 7, b"written meanwhile")
         files.expected[name][7:24] = b"written meanwhile"
-        assert not on_server(cluster, 2).drained
+        details = await trio.to_thread.run_sync(on_server, cluster, 2)
+        assert (details.drained, details.files_left) == (False, 1)
+        line = f"  /{name.decode()} is open: a command on {platform.node()} (pid {os.getpid()})\n"
+        with trio.fail_after(SECONDS):
+            while line not in command.output():
+                await trio.sleep(0.02)
+        assert command.output().startswith("target 3: takes nothing new")
         await tree._filesystem.release(opened.handle)
         with trio.fail_after(SECONDS):
             while not await trio.to_thread.run_sync(is_empty, cluster, 2):
                 await trio.sleep(0.02)
         await files.check_all(tree)
+        assert await trio.to_thread.run_sync(command.finish) == 0
+        assert command.output().endswith("target 3: drained\n")
 
     in_tree(cluster, work)
     assert chunks_on(cluster, 2) == []

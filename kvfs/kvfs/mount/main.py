@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 
 import trio
 
@@ -120,8 +121,9 @@ class _Mount:
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         env, config = self._env, self._config
         session = env.rng.randbytes(SESSION_BYTES)
+        name = f"{config.mountpoint} on {platform.node()} (pid {os.getpid()})"
         with self._work:
-            async with MetadataClient(env, config.metadata, session=session) as metadata:
+            async with MetadataClient(env, config.metadata, session=session, name=name) as metadata:
                 await self._reach(metadata)
                 cluster = ClusterView(env, config.metadata)
                 chunks = ChunkClient(env, cluster, prefer=config.transport)

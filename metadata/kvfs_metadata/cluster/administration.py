@@ -7,7 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from kvfs_base.errors import TargetInUse
-from kvfs_base.limits import COPIES_MAX, COUNT_PAGE_RECORDS
+from kvfs_base.limits import (
+    COPIES_MAX,
+    COUNT_PAGE_RECORDS,
+    OPEN_FILE_HOLDERS_MAX,
+    OPEN_FILES_SHOWN_MAX,
+)
 from kvfs_base.seams import Clock
 from kvfs_base.types import Layout
 from kvfs_metadata import records
@@ -19,6 +24,8 @@ from kvfs_metadata.cluster.admin_messages import (
     ClusterDetails,
     CountChunks,
     DescribeCluster,
+    FindOpenFiles,
+    OpenFile,
     RemovedTarget,
     RemoveTarget,
     ReplaceTarget,
@@ -87,6 +94,7 @@ class Administration:
 
     def _target(self, entry: TargetEntry) -> TargetDetails:
         record = entry.record
+        left = self._drainer.left_on(record.target_id) if record.draining else (0, 0)
         return TargetDetails(
             target_id=record.target_id,
             uuid=entry.uuid,
@@ -105,6 +113,8 @@ class Administration:
             host=record.domain,
             rack=record.rack,
             replaces=record.replaces,
+            blocks_left=left[0],
+            files_left=left[1],
         )
 
     def _servers(self, kv: KVRead) -> tuple[ServerDetails, ...]:
@@ -130,6 +140,19 @@ class Administration:
         return ChunkCounts(
             tuple(ChainCount(chain, *numbers) for chain, numbers in counts.items()),
             next=records.number_at(items[-1][0]) + 1 if more else 0,
+        )
+
+    def open_files(self, kv: KVRead, request: FindOpenFiles) -> tuple[OpenFile, ...]:
+        entry = self._cluster.targets[request.target_id]
+        inodes = [
+            inode
+            for chain in self._cluster.chains.single(entry.target_id)
+            for inode in self._drainer.open_files(chain)
+            if self._sessions.may_be_open(inode)
+        ]
+        return tuple(
+            OpenFile(inode, tuple(self._sessions.holders(inode, OPEN_FILE_HOLDERS_MAX)))
+            for inode in inodes[:OPEN_FILES_SHOWN_MAX]
         )
 
     # --- changing

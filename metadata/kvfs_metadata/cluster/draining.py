@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from kvfs_base.limits import DRAIN_PAGE_RECORDS, MOVE_CANDIDATES_MAX
+from kvfs_base.limits import DRAIN_PAGE_RECORDS, MOVE_CANDIDATES_MAX, OPEN_FILES_SHOWN_MAX
 from kvfs_base.types import Layout
 from kvfs_metadata import records
 from kvfs_metadata.blocks import Blocks
@@ -51,6 +51,8 @@ class _Pass:
     blocks: Counter[int] = dataclasses.field(default_factory=Counter)
     """What is left, by chain; of removed targets, too."""
     files: Counter[int] = dataclasses.field(default_factory=Counter)
+    open_files: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    """Some that have chunks there, by chain."""
     unswept: bool = False
     """A file that somebody has open names a chain of a removed target without need."""
 
@@ -75,6 +77,7 @@ class Drainer:
         self._left: dict[int, tuple[int, int]] = {}
         self.drained_blocks = 0
         self._candidates: dict[int, dict[int, None]] = {}
+        self._open_files: dict[int, list[int]] = {}
 
     def left_on(self, target_id: int) -> tuple[int, int]:
         """Blocks and files that the last pass left on a target."""
@@ -83,6 +86,10 @@ class Drainer:
     def candidates(self, chain: int, count_max: int) -> list[int]:
         """Files that had chunks on a draining chain when they were looked at, some of them."""
         return list(itertools.islice(self._candidates.get(chain, ()), count_max))
+
+    def open_files(self, chain: int) -> list[int]:
+        """Files on a draining chain that somebody may have had open in the last pass, some."""
+        return self._open_files.get(chain, [])
 
     def looked_at(self, chain: int, inode: int) -> None:
         """Not to be named again before the next pass."""
@@ -134,6 +141,7 @@ class Drainer:
             if not blocks and not files and not needed and done.spoiled.isdisjoint(chains):
                 self._departures.set_drained(tx, target_id)
         self._left = left
+        self._open_files = done.open_files
         if self._departures.sweep_wanted and not done.unswept:
             self._departures.swept(tx)
 
@@ -190,6 +198,10 @@ class Drainer:
             found = self._candidates.setdefault(chain, {})
             if len(found) < MOVE_CANDIDATES_MAX:
                 found[record.inode] = None
+            if self._may_be_open(record.inode):
+                shown = current.open_files.setdefault(chain, [])
+                if len(shown) < OPEN_FILES_SHOWN_MAX:
+                    shown.append(record.inode)
         if unused and not self._replace(tx, record, layout, unused):
             # Whoever has it open may write there any time.
             kept = {layout.chains[place] for place in unused} - set(layout.chains[:used])
