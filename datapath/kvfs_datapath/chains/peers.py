@@ -79,7 +79,7 @@ class Peers:
         self._clock: Clock = env.clock
         self._host_id = env.host_id
         self._views = views
-        self._pool = ConnectionPool(env.blocking_network)
+        self._pool = ConnectionPool(env.blocking_network, env.clock)
         self._slots: dict[tuple[Address, int], threads.Semaphore] = {}
         self._lock = threads.lock()
         self.reach = Reach()

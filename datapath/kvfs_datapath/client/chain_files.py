@@ -316,7 +316,10 @@ class ChainedFile:
 
     def _ask(self, way: Way, request: m.ChunkRequest) -> m.Outcomes:
         outcomes: m.Outcomes = self._shared.pool.run(
-            way.address, lambda c: c.call(request), connect_seconds=CHAIN_CONNECT_SECONDS
+            way.address,
+            lambda c: c.call(request),
+            connect_seconds=CHAIN_CONNECT_SECONDS,
+            watch=True,
         )
         return outcomes
 

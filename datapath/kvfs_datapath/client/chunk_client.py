@@ -89,7 +89,7 @@ class ChunkClient:
         if prefer not in ("auto", "local", "tcp"):
             raise InvalidRequest(detail=f"prefer={prefer!r}: auto, local or tcp")
         self.router = Router(cluster, env.host_id, prefer)
-        self.pool = ConnectionPool(env.blocking_network)
+        self.pool = ConnectionPool(env.blocking_network, env.clock)
         open_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.descriptors = DescriptorCache(min(FILE_DESCRIPTORS_MAX, open_max // 4))
         self._workers = Workers()

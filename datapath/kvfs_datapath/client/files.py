@@ -276,7 +276,8 @@ class StripedFile:
             self._note_write(segment.number)
 
     def _send_piece(self, route: Route, request: m.WritePieces, part: memoryview) -> None:
-        raise_first(self._client.pool.run(route.address, lambda c: c.call(request, [part])))
+        pool = self._client.pool
+        raise_first(pool.run(route.address, lambda c: c.call(request, [part]), watch=True))
 
     def _note_write(self, number: int) -> None:
         with self._lock:
@@ -458,7 +459,7 @@ class StripedFile:
 
     def _sync(self, route: Route, numbers: list[int]) -> set[int]:
         request = m.SyncChunks(route.target_id, self._refs(numbers))
-        raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
+        raise_first(self._client.pool.run(route.address, lambda c: c.call(request), watch=True))
         return set()
 
     def close(self) -> None:

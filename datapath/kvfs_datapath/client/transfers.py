@@ -30,7 +30,7 @@ from kvfs_base.limits import (
     BLOCK_KEY_BYTES,
     CHAIN_CONNECT_SECONDS,
     CHECK_CHUNKS_PER_REQUEST,
-    CONNECT_SECONDS,
+    PASS_CONNECT_SECONDS,
     READ_AGAIN_ATTEMPTS,
 )
 from kvfs_base.types import ChunkId
@@ -114,7 +114,8 @@ def write_portion(
         route.address,
         lambda c: write(c, route, writes, passing),
         seconds=seconds_for(size),
-        connect_seconds=CONNECT_SECONDS if passing is None else CHAIN_CONNECT_SECONDS,
+        connect_seconds=PASS_CONNECT_SECONDS if passing is None else CHAIN_CONNECT_SECONDS,
+        watch=True,
     )
 
 

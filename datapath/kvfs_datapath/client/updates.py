@@ -195,7 +195,7 @@ class Updater:
             return outcomes
 
         return self._shared.pool.run(
-            way.address, act, seconds=seconds, connect_seconds=CHAIN_CONNECT_SECONDS
+            way.address, act, seconds=seconds, connect_seconds=CHAIN_CONNECT_SECONDS, watch=True
         )
 
     def at_head(self, chain: int, action: Callable[[Way], _Result], patience: Patience) -> _Result:
