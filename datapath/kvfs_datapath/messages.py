@@ -89,6 +89,9 @@ class Outcomes(msgspec.Struct, array_like=True, frozen=True):
     errors: dict[int, ErrorBody]
     sums: tuple[U32, ...] = ()
     """CRC32C of each item's payload, where that was asked for; 0 where there is none."""
+    incarnation: U64 = 0
+    """Of WritePieces, TruncateChunks and SyncChunks on chains of one copy: another one than before
+    means that what was written before, and not synced, may be gone."""
 
     def error(self, index: int) -> KvfsError | None:
         body = self.errors.get(index)

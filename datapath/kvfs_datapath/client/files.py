@@ -48,6 +48,7 @@ from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment, segments
 from kvfs_datapath.client.staging import StagedFile
 from kvfs_datapath.client.transfers import descriptor_count, disk_error
+from kvfs_datapath.client.unsynced import Unsynced
 
 _Result = TypeVar("_Result")
 
@@ -78,7 +79,7 @@ class StripedFile:
         self._closed = threads.event()
         self._lock = threads.lock()
         self._unsealed: set[int] = set()
-        self._unsynced: set[int] = set()
+        self._unsynced = Unsynced()
 
     # --- reading
 
@@ -270,14 +271,23 @@ class StripedFile:
             for done in range(0, len(view), TRANSFER_BYTES):
                 part = view[done : done + TRANSFER_BYTES]
                 piece = m.Piece(*self._chunk(segment.number), segment.offset + done, len(part))
-                self._send_piece(route, m.WritePieces(route.target_id, (piece,)), part)
+                incarnation = self._send_piece(
+                    route, m.WritePieces(route.target_id, (piece,)), part
+                )
+                with self._lock:
+                    self._unsynced.add(segment.number, incarnation)
         finally:
             # Afterwards: a flush that came between has sealed what was there before.
             self._note_write(segment.number)
 
-    def _send_piece(self, route: Route, request: m.WritePieces, part: memoryview) -> None:
+    def _send_piece(self, route: Route, request: m.WritePieces, part: memoryview) -> int:
+        """Of which incarnation of the target it was taken."""
         pool = self._client.pool
-        raise_first(pool.run(route.address, lambda c: c.call(request, [part]), watch=True))
+        outcomes: m.Outcomes = pool.run(
+            route.address, lambda c: c.call(request, [part]), watch=True
+        )
+        raise_first(outcomes)
+        return outcomes.incarnation
 
     def _note_write(self, number: int) -> None:
         with self._lock:
@@ -390,13 +400,17 @@ class StripedFile:
     def _cut(self, route: Route, number: int, length: int) -> None:
         sized = m.SizedChunk(*self._chunk(number), length)
         request = m.TruncateChunks(route.target_id, (sized,))
-        raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
+        outcomes: m.Outcomes = self._client.pool.run(route.address, lambda c: c.call(request))
+        raise_first(outcomes)
+        if not route.local:
+            with self._lock:
+                self._unsynced.add(number, outcomes.incarnation)
 
     def _remove(self, first: int, end: int) -> None:
         """Each target looks for the whole range: chunks of one inode share a directory there."""
         with self._lock:
             self._unsealed -= {n for n in self._unsealed if first <= n < end}
-            self._unsynced -= {n for n in self._unsynced if first <= n < end}
+            self._unsynced.drop(first, end)
         self._client.descriptors.drop_range(self._inode, first, end)
         one_of_each_chain = range(first, min(end, first + len(self._layout.chains)))
         self._client.parallel(
@@ -444,23 +458,30 @@ class StripedFile:
     def sync(self) -> None:
         """Everything written here is on stable storage afterwards. It is not sealed for that: a
         database that syncs after each page would compute a checksum of the whole chunk each
-        time."""
+        time. Raises TargetFailed, from then on each time, if a server that was written to may have
+        lost that since: it was killed, or its machine started again."""
         if self._chained is not None:
             self._chained.sync()
             return
         with self._lock:
-            numbers, self._unsynced = self._unsynced, set()
+            syncing, self._unsynced = self._unsynced, Unsynced()
+
+        def sync(route: Route, numbers: list[int]) -> set[int]:
+            request = m.SyncChunks(route.target_id, self._refs(numbers))
+            pool = self._client.pool
+            outcomes: m.Outcomes = pool.run(route.address, lambda c: c.call(request), watch=True)
+            raise_first(outcomes)
+            with self._lock:
+                syncing.compare(numbers, outcomes.incarnation)
+            return set()
+
         try:
-            self._each_chunk(numbers, self._sync, ITEMS_PER_REQUEST_MAX)
+            self._each_chunk(syncing.numbers, sync, ITEMS_PER_REQUEST_MAX)
+            syncing.raise_lost()
         except BaseException:
             with self._lock:
-                self._unsynced |= numbers
+                self._unsynced.take_back(syncing)
             raise
-
-    def _sync(self, route: Route, numbers: list[int]) -> set[int]:
-        request = m.SyncChunks(route.target_id, self._refs(numbers))
-        raise_first(self._client.pool.run(route.address, lambda c: c.call(request), watch=True))
-        return set()
 
     def close(self) -> None:
         """``flush``, and gives up the descriptors in any case."""

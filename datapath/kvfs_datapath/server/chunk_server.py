@@ -75,7 +75,9 @@ class ChunkServer:
         self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
         self._never_opened = 0
-        self._targets = Targets(self._open_stores())
+        self._targets = Targets(
+            self._open_stores(), env.host_id, lambda: env.rng.getrandbits(62) + 1
+        )
         self._chains = ChainService(env, config, self._targets.stores, self._counters)
         self._mover = Mover(env, config, self._targets.stores, self._chains.peers, self._counters)
         self._housekeeping = Housekeeping(

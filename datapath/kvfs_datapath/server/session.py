@@ -435,7 +435,12 @@ class DataSession:
             self._counters.add(written_bytes=item.length)
 
         with self._buffers.lend(STALL_SECONDS) as buffer:
-            return _Answer(self._each(request.pieces, write), store)
+            return self._told(store, self._each(request.pieces, write))
+
+    def _told(self, store: ChunkStore, outcomes: m.Outcomes) -> _Answer:
+        """With the incarnation to which it was done."""
+        incarnation = self._targets.incarnation(store)
+        return _Answer(msgspec.structs.replace(outcomes, incarnation=incarnation), store)
 
     def _seal_chunks(self, store: ChunkStore, request: m.SealChunks) -> _Answer:
         refuse_versioned(request.chunks)
@@ -455,10 +460,10 @@ class DataSession:
             self._writes_to(store, item.chunk)
             store.truncate(item.chunk, item.size)
 
-        return _Answer(self._each(request.chunks, truncate), store)
+        return self._told(store, self._each(request.chunks, truncate))
 
     def _sync_chunks(self, store: ChunkStore, request: m.SyncChunks) -> _Answer:
-        return _Answer(self._chains.sync_chunks(store, request), store)
+        return self._told(store, self._chains.sync_chunks(store, request))
 
     def _remove_range(self, store: ChunkStore, request: m.RemoveRange) -> _Answer:
         if request.passing is not None:
