@@ -559,6 +559,11 @@ left open, if it still has a writer) to make room."""
 VERIFIED_CHUNKS_MAX = 65_536
 """Chunks a server remembers to have verified since its start, about 200 bytes each."""
 
+KEPT_FILES_MAX = 8192
+"""Files of whole chunks that a server keeps open for the next reader, of all its targets together
+(and at most a quarter of the descriptors that it may have): some 2 KiB each, half of it the
+kernel's."""
+
 REMOVE_BY_NAME_MAX = 4096
 """A removal of more chunks than this lists the directory instead of trying every name."""
 

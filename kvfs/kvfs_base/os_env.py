@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import random
+import resource
 import socket
 import stat
 import struct
@@ -586,4 +587,18 @@ def os_env(seed: int | None = None, *, secret_file: str | None = None) -> Env:
     )
 
 
-__all__ = ["OsBlockingNetwork", "OsDisk", "OsNetwork", "SystemClock", "host_id", "os_env"]
+def raise_open_files_limit() -> None:
+    """For processes that keep chunks open, each with a descriptor: as many as this one may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+__all__ = [
+    "OsBlockingNetwork",
+    "OsDisk",
+    "OsNetwork",
+    "SystemClock",
+    "host_id",
+    "os_env",
+    "raise_open_files_limit",
+]

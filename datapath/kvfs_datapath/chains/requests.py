@@ -17,6 +17,8 @@ from kvfs_base.errors import (
     InvalidRequest,
     KvfsError,
     NotSupported,
+    TargetFailed,
+    TargetFenced,
 )
 from kvfs_base.frames import ErrorBody
 from kvfs_base.limits import CHUNK_LOCK_SECONDS, PASS_PIECE_BYTES, STALL_SECONDS
@@ -37,6 +39,7 @@ from kvfs_datapath.chains.views import (
     require_syncing,
 )
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo
 
@@ -142,6 +145,26 @@ class ChainSession:
                 store.versions.damaged.mark(chunk)
                 raise
             return store.versions.open_settled(chunk)
+
+    def borrow(self, store: ChunkStore, chunk: ChunkId, *, direct: bool = False) -> KeptFile:
+        """As ``open``, of a file that may stay open."""
+        if chunk.chain:
+            self._service.views.require_read(store, chunk.chain)
+        return store.borrow(chunk, direct=direct)
+
+    def borrow_kept(
+        self, store: ChunkStore, chunks: Sequence[ChunkId], *, direct: bool = False
+    ) -> list[KeptFile | None]:
+        """Those that are open already, all at the cost of one. ``borrow`` opens the others, or says
+        what is wrong with them."""
+        try:
+            store.require_healthy()
+            for chain in {chunk.chain for chunk in chunks}:
+                if chain:
+                    self._service.views.require_read(store, chain)
+        except (TargetFailed, TargetFenced):
+            return [None] * len(chunks)
+        return store.kept.borrow(chunks, direct=direct)
 
     # --- blocks
 

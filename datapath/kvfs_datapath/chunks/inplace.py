@@ -74,7 +74,7 @@ class InPlace(ChunkTree):
             return msgspec.structs.replace(info, length=file.size())
         size = file.size()
         info = msgspec.structs.replace(info, state=ChunkState.OPEN, length=size, crc32c=0)
-        file.set_attribute(ATTRIBUTE, pack(info))
+        self.mark(file, info)
         if info.durable or self.strict:
             # Else a power loss could leave changed bytes under the old checksum.
             file.sync(attributes=True)
@@ -123,7 +123,7 @@ class InPlace(ChunkTree):
         info = msgspec.structs.replace(
             info, state=ChunkState.SEALED, crc32c=self.checksum(file, info.length)
         )
-        file.set_attribute(ATTRIBUTE, pack(info))
+        self.mark(file, info)
         self.remember_verified(info.chunk, info.crc32c)
         return info
 
@@ -138,8 +138,7 @@ class InPlace(ChunkTree):
             try:
                 info = unpack(file.get_attribute(ATTRIBUTE), chunk)
                 if not info.durable:
-                    durable = msgspec.structs.replace(info, durable=True)
-                    file.set_attribute(ATTRIBUTE, pack(durable))
+                    self.mark(file, msgspec.structs.replace(info, durable=True))
                 file.sync(attributes=True)
             finally:
                 file.close()

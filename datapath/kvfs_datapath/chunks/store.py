@@ -4,7 +4,8 @@ The directory tree is the index. A look-up is one ``open`` of a path computed fr
 (ext4 hashes directory entries, 256 directories keep them small), the attribute lies in the inode
 that ``open`` read anyway, and a crash leaves nothing that could disagree with the files. What an
 index in memory would save (3 us a look-up) is little beside the read that follows, and it would
-cost memory in proportion to the disk and a scan at every start.
+cost memory in proportion to the disk and a scan at every start. What was read lately is still open
+(``kept.py``).
 
 Three kinds of chunks share the format. Blocks are created whole: staging file, payload, attribute,
 rename; they are SEALED from their first moment and never change. Chunks of ordinary files are
@@ -39,6 +40,7 @@ from kvfs_base.seams import Disk, DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chunks.inplace import InPlace
+from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.versions import Versions
 from kvfs_datapath.format import (
     ATTRIBUTE,
@@ -84,9 +86,17 @@ class _Appearing:
 class ChunkStore(InPlace):
     """See ChunkTree."""
 
-    def __init__(self, disk: Disk, uuid: str, *, buffers: BufferPool, strict: bool = False) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        uuid: str,
+        *,
+        buffers: BufferPool,
+        strict: bool = False,
+        kept_files: int = 0,
+    ) -> None:
         """See ChunkTree."""
-        super().__init__(disk, uuid, buffers=buffers, strict=strict)
+        super().__init__(disk, uuid, buffers=buffers, strict=strict, kept_files=kept_files)
         self._staging_slots = threads.semaphore(STAGED_CHUNKS_MAX)
         self._appearing: dict[ChunkId, _Appearing] = {}
         try:
@@ -218,7 +228,7 @@ class ChunkStore(InPlace):
                     del self._appearing[chunk]
                     if appearing.is_new and not appearing.lasts:
                         with contextlib.suppress(TargetFailed, FileNotFoundError):
-                            self.disk.unlink(path_of(chunk))
+                            self.vanish(chunk)
 
     def _may_replace(self, chunk: ChunkId) -> bool:
         """Whether there is a block of this name. Raises Conflict over anything else that is whole;
@@ -266,6 +276,23 @@ class ChunkStore(InPlace):
         with contextlib.suppress(TargetFailed, FileNotFoundError):
             self.disk.unlink(staged.path)
 
+    # --- reading
+
+    def borrow(self, chunk: ChunkId, *, direct: bool = False) -> KeptFile:
+        """For a reader: as ``open``, or ``Versions.open_settled`` on a chain of several copies. A
+        chunk that is whole, and will not become another version, stays open for the next one."""
+        self.require_healthy()
+        (found,) = self.kept.borrow([chunk], direct=direct)
+        if found is not None:
+            return found
+        ticket: int | None = self.kept.ticket(chunk)
+        file, info = (self.versions.open_settled if chunk.chain else self.open)(
+            chunk, direct=direct
+        )
+        if not info.is_sealed or info.version:
+            ticket = None
+        return self.kept.add(file, info, ticket, direct=direct)
+
     # --- syncing and removing
 
     def sync(self, chunk: ChunkId) -> None:
@@ -286,7 +313,7 @@ class ChunkStore(InPlace):
             pending = bool(chunk.chain) and self.versions.discard(chunk)
             self.versions.damaged.gone(chunk)
             try:
-                self.disk.unlink(path_of(chunk))
+                self.vanish(chunk)
             except FileNotFoundError:
                 return pending
             return True

@@ -30,6 +30,7 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.incoming import Incoming
+from kvfs_datapath.chunks.kept import KeptFiles
 from kvfs_datapath.chunks.target import (
     load_identity,
     lock_target,
@@ -48,6 +49,7 @@ from kvfs_datapath.format import (
     ChunkState,
     chain_of,
     chunk_of,
+    pack,
     path_of,
     root_of,
     unpack_versioned,
@@ -62,9 +64,18 @@ class ChunkTree:
     """All operations raise TargetFailed once the disk has failed: a disk that lost one write is not
     asked again. They may be called from any number of threads."""
 
-    def __init__(self, disk: Disk, uuid: str, *, buffers: BufferPool, strict: bool = False) -> None:
-        """Takes over the directory: ``uuid`` becomes its name if it has none yet. Raises Conflict
-        if another server has it, VersionMismatch, TargetFailed."""
+    def __init__(
+        self,
+        disk: Disk,
+        uuid: str,
+        *,
+        buffers: BufferPool,
+        strict: bool = False,
+        kept_files: int = 0,
+    ) -> None:
+        """Takes over the directory: ``uuid`` becomes its name if it has none yet. So many
+        ``kept_files`` stay open between readers. Raises Conflict if another server has it,
+        VersionMismatch, TargetFailed."""
         self.disk = disk
         self.strict = strict
         self.buffers = buffers
@@ -80,6 +91,8 @@ class ChunkTree:
             raise
         self.incoming = Incoming()
         self._failure: TargetFailed | None = None
+        self.kept = KeptFiles(kept_files)
+        """What readers borrow (``ChunkStore.borrow``)."""
         self._staging_names = itertools.count(1)
         self._locks = [threads.lock() for _ in range(LOCKS)]
         self._verified: collections.OrderedDict[ChunkId, int] = collections.OrderedDict()
@@ -112,6 +125,10 @@ class ChunkTree:
     def healthy(self) -> bool:
         return self._failure is None
 
+    def require_healthy(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def usage(self) -> DiskUsage:
         with self.io():
             return self.disk.usage()
@@ -122,8 +139,10 @@ class ChunkTree:
         if self._failure is None:
             log.error("target %s is out of service: %s", self.uuid, failure.detail)
             self._failure = TargetFailed(target_id=self.target_id, detail=failure.detail)
+            self.kept.clear()
 
     def close(self) -> None:
+        self.kept.clear()
         self._threads.shutdown(wait=True)
         self._lock_file.close()
 
@@ -144,8 +163,7 @@ class ChunkTree:
     def io(self, chunk: ChunkId | None = None) -> Iterator[None]:
         """Every use of the disk: refuses once it has failed, notices when it does, and names the
         chunk that is missing."""
-        if self._failure is not None:
-            raise self._failure
+        self.require_healthy()
         try:
             yield
         except TargetFailed as exc:
@@ -176,7 +194,24 @@ class ChunkTree:
 
     def appear(self, path: str, chunk: ChunkId) -> None:
         """Gives a complete file its final name."""
-        self.move(path, path_of(chunk), chunk.chain)
+        try:
+            self.move(path, path_of(chunk), chunk.chain)
+        finally:
+            self.kept.drop(chunk)
+
+    def vanish(self, chunk: ChunkId) -> None:
+        """Takes a file's name away. Raises FileNotFoundError."""
+        try:
+            self.disk.unlink(path_of(chunk))
+        finally:
+            self.kept.drop(chunk)
+
+    def mark(self, file: DiskFile, info: ChunkInfo) -> None:
+        """Changes what the attribute of a chunk's file says."""
+        try:
+            file.set_attribute(ATTRIBUTE, pack(info))
+        finally:
+            self.kept.drop(info.chunk)
 
     def move(self, path: str, target: str, chain: int) -> None:
         """A rename into a directory that may not be there yet. In ``strict`` the directory lasts

@@ -7,6 +7,7 @@ GIL, and a blocking call costs 23 us a side where a trio task costs 160 us (meas
 from __future__ import annotations
 
 import logging
+import resource
 import uuid
 
 from kvfs_base import threads
@@ -14,6 +15,7 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import ConnectionLost, KvfsError, TargetFailed
 from kvfs_base.limits import (
     CONNECTIONS_MAX,
+    KEPT_FILES_MAX,
     SERVER_BUFFERS,
     SERVER_CHECK_BUFFERS,
     SERVER_CHECK_BYTES,
@@ -74,6 +76,8 @@ class ChunkServer:
         )
         self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
+        open_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._kept_files = min(KEPT_FILES_MAX, open_max // 4) // len(config.directories)
         self._never_opened = 0
         self._targets = Targets(
             self._open_stores(), env.host_id, lambda: env.rng.getrandbits(62) + 1
@@ -121,6 +125,7 @@ class ChunkServer:
             str(uuid.UUID(int=self._env.rng.getrandbits(128), version=4)),
             buffers=self._check_buffers,
             strict=self._config.durability == "strict",
+            kept_files=self._kept_files,
         )
 
     @property
@@ -172,10 +177,13 @@ class ChunkServer:
         with self._lock:
             connections = len(self._connections)
         failed = self._never_opened + sum(not store.healthy for store in self._targets.stores)
+        stores = self._targets.stores
         gauges = {
             "connections": connections,
-            "damaged_chunks": sum(len(s.versions.damaged) for s in self._targets.stores),
+            "damaged_chunks": sum(len(store.versions.damaged) for store in stores),
             "failed_targets": failed,
+            "kept_files": sum(len(store.kept) for store in stores),
+            "kept_files_used": sum(store.kept.hits for store in stores),
         }
         return self._counters.snapshot() | gauges
 

@@ -35,6 +35,7 @@ from kvfs_datapath.chains.block_writes import BlockWriter, info_of, publish, rai
 from kvfs_datapath.chains.requests import ChainSession, refuse_versioned
 from kvfs_datapath.chains.service import ChainService
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.listing import ChunkListing
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
 from kvfs_datapath.format import ChunkInfo
@@ -47,6 +48,8 @@ log = logging.getLogger(__name__)
 _requests = msgspec.msgpack.Decoder(m.DataRequest)
 _Item = TypeVar("_Item")
 DRAIN_BYTES = 64 * KIB
+SMALL_BYTES = 256 * KIB
+"""A chunk of up to this size is read from the disk at once when its first byte is wanted."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,6 +57,8 @@ class _Answer:
     message: Any
     store: ChunkStore | None
     """Whose disk the answer comes from."""
+    kept: list[KeptFile] = dataclasses.field(default_factory=list)
+    """Given back once the answer is sent."""
     files: list[DiskFile] = dataclasses.field(default_factory=list)
     """Closed once the answer is sent."""
     passed: list[int] = dataclasses.field(default_factory=list)
@@ -67,6 +72,9 @@ class _Answer:
     def close(self) -> None:
         for file in self.files:
             file.close()
+        if self.kept:
+            assert self.store is not None
+            self.store.kept.give_back(self.kept)
         self.lent.close()
 
 
@@ -198,6 +206,11 @@ class DataSession:
         try:
             for file, offset, length in answer.pieces:
                 self._connection.send_file(file, offset, length)
+        except ConnectionLost:
+            # If a file that was kept is shorter than it was, the next attempt opens it again.
+            for kept in answer.kept:
+                kept.drop()
+            raise
         except TargetFailed as exc:
             # The answer is under way: only breaking off can still say that it went wrong.
             assert answer.store is not None
@@ -240,23 +253,51 @@ class DataSession:
 
     # --- whole chunks
 
+    def _borrow_kept(
+        self, answer: _Answer, items: Sequence[m.ChunkRef], *, direct: bool = False
+    ) -> Iterator[KeptFile | None]:
+        """For ``_next_kept``, in the order of the items."""
+        assert answer.store is not None
+        chunks = [item.chunk for item in items]
+        found = self._chains.borrow_kept(answer.store, chunks, direct=direct)
+        answer.kept += [kept for kept in found if kept is not None]
+        return iter(found)
+
+    def _next_kept(
+        self,
+        answer: _Answer,
+        open_already: Iterator[KeptFile | None],
+        item: m.ChunkRef,
+        *,
+        direct: bool = False,
+    ) -> KeptFile:
+        kept = next(open_already)
+        if kept is None:
+            assert answer.store is not None
+            kept = self._chains.borrow(answer.store, item.chunk, direct=direct)
+            answer.kept.append(kept)
+        return kept
+
     def _read_chunks(self, store: ChunkStore, request: m.ReadChunks) -> _Answer:
         answer = _Answer(None, store)
 
         def read(item: m.SizedChunk) -> ChunkInfo:
-            file, info = self._chains.open(store, item.chunk)
-            answer.files.append(file)
+            kept = self._next_kept(answer, open_already, item)
+            info = kept.info
             if not info.is_sealed:
                 raise ChunkMismatch(*item.chunk, detail="the chunk is open for writing")
             if info.length != item.size:
                 detail = f"{info.length} bytes, {item.size} expected"
                 raise ChunkMismatch(*item.chunk, detail=detail)
-            # The whole batch is on its way from the disk before the first byte is sent.
-            file.will_need(0, info.length)
-            answer.pieces.append((file, 0, info.length))
+            # The whole batch is on its way from the disk before the first byte is sent. What was
+            # kept open was read lately: where it is small, to ask costs a tenth of sending it.
+            if kept.is_new or info.length > SMALL_BYTES:
+                kept.file.will_need(0, info.length)
+            answer.pieces.append((kept.file, 0, info.length))
             return info
 
         with _closing_on_error(answer):
+            open_already = self._borrow_kept(answer, request.chunks)
             answer.message = self._each(request.chunks, read)
         self._counters.add(chunks_read=len(answer.pieces))
         return answer
@@ -268,23 +309,23 @@ class DataSession:
         def open_one(item: m.ChunkRef) -> ChunkInfo:
             if request.verify:
                 self._verify(store, item.chunk, request.seal)
-            file, info = self._chains.open(store, item.chunk, direct=request.direct)
-            answer.files.append(file)
-            return info
+            kept = self._next_kept(answer, open_already, item, direct=request.direct)
+            answer.passed.append(kept.file.fileno())
+            return kept.info
 
         with _closing_on_error(answer):
+            open_already = self._borrow_kept(answer, request.chunks, direct=request.direct)
             answer.message = self._each(request.chunks, open_one)
-            answer.passed = [file.fileno() for file in answer.files]
         return answer
 
     def _verify(self, store: ChunkStore, chunk: ChunkId, seal: bool) -> None:
         if seal and not chunk.chain:
             store.seal(chunk)
-        file, info = self._chains.open(store, chunk)
+        kept = self._chains.borrow(store, chunk)
         try:
-            store.verify(file, info)
+            store.verify(kept.file, kept.info)
         finally:
-            file.close()
+            kept.close()
 
     def _write_chunks(self, store: ChunkStore, request: m.WriteChunks) -> _Answer:
         if request.passing is not None:
@@ -348,11 +389,11 @@ class DataSession:
             self._writes_to(store, item.chunk)
             file, info = store.open_for_write(item.chunk)
             answer.files.append(file)
+            answer.passed.append(file.fileno())
             return info
 
         with _closing_on_error(answer):
             answer.message = self._each(request.chunks, open_one)
-            answer.passed = [file.fileno() for file in answer.files]
         return answer
 
     def _adopt_chunks(self, store: ChunkStore, request: m.AdoptChunks) -> _Answer:
@@ -374,8 +415,13 @@ class DataSession:
         answer = _Answer(None, store)
 
         def read(item: m.Piece) -> ChunkInfo:
-            file, info = self._chains.open_for(store, item.chunk, request.passing)
-            answer.files.append(file)
+            if request.passing is not None:
+                file, info = self._chains.open_for(store, item.chunk, request.passing)
+                answer.files.append(file)
+            else:
+                kept = self._chains.borrow(store, item.chunk)
+                answer.kept.append(kept)
+                file, info = kept.file, kept.info
             store.verify(file, info)
             length = max(0, min(item.length, info.length - item.offset))
             answer.pieces.append((file, item.offset, length))
@@ -409,7 +455,8 @@ class DataSession:
     def _read_piece(
         self, store: ChunkStore, item: m.Piece, room: memoryview
     ) -> tuple[ChunkInfo, memoryview]:
-        file, info = self._chains.open(store, item.chunk)
+        kept = self._chains.borrow(store, item.chunk)
+        file, info = kept.file, kept.info
         try:
             store.verify(file, info)
             wanted = max(0, min(item.length, info.length - item.offset))
@@ -420,7 +467,7 @@ class DataSession:
             store.fail(exc)
             raise
         finally:
-            file.close()
+            kept.close()
         if count < wanted:  # it was cut meanwhile
             info = msgspec.structs.replace(info, length=item.offset + count)
         return info, room[:count]

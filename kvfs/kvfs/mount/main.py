@@ -15,6 +15,7 @@ from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import Choice, Frontend, choose, make
 from kvfs_base.errors import ConnectionLost, InvalidRequest, KvfsError, MountFailed, MountPointBusy
+from kvfs_base.os_env import raise_open_files_limit
 from kvfs_base.seams import Env
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_metadata.client import ClusterView, MetadataClient
@@ -44,7 +45,7 @@ async def run_mount(
     if choice.name == "pyfuse3" and config.locks == "cluster":
         raise InvalidRequest(detail="locks in the cluster need the direct front end")
     await _prepare(config)
-    system.raise_open_files_limit()
+    raise_open_files_limit()
     mount = _Mount(env, config, choice)
     try:
         async with trio.open_nursery() as nursery:

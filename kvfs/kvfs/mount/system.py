@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import resource
 import shutil
 import stat
 import subprocess
@@ -142,9 +141,3 @@ def set_read_ahead(mountpoint: str, size: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def raise_open_files_limit() -> None:
-    """Each open chunk holds a descriptor."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
