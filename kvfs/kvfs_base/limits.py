@@ -312,6 +312,29 @@ MOUNT_REMEMBERED_INODES = 65_536
 """Inodes whose cached pages are known to be current, about 150 bytes each. One that was forgotten
 only has its pages dropped when it is opened again."""
 
+MOUNT_NAMES_MAX = 65_536
+"""Names, and as many inodes, that a mount answers for by itself: about 0.5 KiB for both."""
+
+MOUNT_DROPPED_MAX = 4096
+"""Keys that were dropped lately; with more, answers that are on their way are not kept."""
+
+MOUNT_NOTICES_MAX = 16_384
+"""Notices that wait to be told to the kernel. Further ones are left to its time-outs."""
+
+MOUNT_IDLE_FILES = 4096
+"""Files that nobody has open any more and that the service still counts as open, so that the next
+open costs no call. The space of one that another mount removes comes back when it is closed."""
+
+MOUNT_IDLE_SECONDS = 5.0
+"""Such a file is closed when nobody opened it for one to two times as long."""
+
+MOUNT_USES_MAX = 1024
+"""Blocks that were opened and whose use was not told to the service yet: told every
+MOUNT_IDLE_SECONDS, or when there are so many."""
+
+CLOSED_TOGETHER_MAX = 1024
+"""Files that one request closes: some milliseconds of the service's time if all were removed."""
+
 MOUNT_OPEN_FILES = 100_000
 """As many inodes as one Attach can name after a reconnect."""
 
@@ -385,6 +408,23 @@ LOCK_WAITS_MAX = 1024
 
 LOCK_LOOK_SECONDS = 0.5
 """How often a server on a shared store looks whether another one has released a lock."""
+
+WATCH_SECONDS = 5.0
+"""A change waits at most so long for a mount that does not say that it has dropped what was
+changed: as long as a target may be silent. Also the pause of changes after a start that finds
+watches recorded whose mounts do not come back."""
+
+WATCH_MARGIN_SECONDS = 1.0
+"""A mount stops so much earlier to answer by itself: clocks may differ in rate by a quarter."""
+
+WATCH_POLL_SECONDS = 1.0
+"""How often a watch is renewed: two answers may come a second late before a mount asks again."""
+
+LEASES_MAX = 262_144
+"""Leases of all watchers, about 250 bytes each: 64 MiB."""
+
+REVOKED_KEYS_MAX = 8192
+"""What one message revokes: 2.2 MiB of the longest names. More is told as everything."""
 
 SERVER_BEAT_SECONDS = 2.0
 SERVER_LEASE_SECONDS = 10.0

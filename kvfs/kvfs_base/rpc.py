@@ -69,7 +69,8 @@ class Handler(Protocol):
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
         """One answer, KvfsError or Later a request, in order."""
 
-    def disconnected(self, session_id: int) -> None: ...
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
+        """``by_peer``: the other end closed the connection, in order."""
 
 
 class RpcServer:
@@ -93,18 +94,20 @@ class RpcServer:
     async def _connection(self, stream: trio.abc.Stream) -> None:
         session_id = self._next_session
         self._next_session += 1
+        by_peer = False
         async with self._open, stream:
             self._handler.connected(session_id)
             try:
                 async with trio.open_nursery() as nursery:
                     await self._loop(session_id, stream, nursery)
+                    by_peer = True
                     nursery.cancel_scope.cancel()
             except* (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
             except* KvfsError as group:
                 log.info("closing connection %d: %s", session_id, group.exceptions[0])
             finally:
-                self._handler.disconnected(session_id)
+                self._handler.disconnected(session_id, by_peer=by_peer)
 
     async def _loop(self, session_id: int, stream: trio.abc.Stream, nursery: trio.Nursery) -> None:
         decoder = FrameDecoder()
@@ -427,6 +430,10 @@ class RpcClient:
             self._lose(stream, reason)
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
+
+    def leave(self, reason: str) -> None:
+        """Gives the connection up; the next call dials a new one."""
+        self._leave(self._stream, reason)
 
     def _leave(self, stream: trio.abc.Stream | None, reason: str) -> None:
         if stream is not None and self._lose(stream, reason):

@@ -51,8 +51,16 @@ from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.unwanted import find_unwanted
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.copies import Copies
-from kvfs_metadata.engines.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
+from kvfs_metadata.engines.engine import (
+    Group,
+    KVEngine,
+    KVRead,
+    KVTransaction,
+    Overlay,
+    Writes,
+)
 from kvfs_metadata.engines.migrations import migrate
+from kvfs_metadata.leases import Leases, Revocation, leased_keys, recorded_watchers
 from kvfs_metadata.lock_requests import LockRequests
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
@@ -74,6 +82,7 @@ class Decision:
 
     group: Group[Any]
     undo: list[Callable[[], None]]
+    grants: list[tuple[int, bytes]]
 
 
 class MetadataCore:
@@ -100,10 +109,13 @@ class MetadataCore:
         self.answers = Answers()
         self.sessions = Sessions(clock, server, recorded=engine.shared, opened=self._opened)
         self.locks = LockRequests(self.sessions, engine)
+        self.leases = Leases(clock)
         migrate(engine)
         engine.listen(self._follow)
         engine.view(self._load)
         self.update([self._start])
+        if not engine.shared:
+            self.leases.expect(engine.view(recorded_watchers))
         # Else a machine that loses its power again at once skips the same numbers a second time,
         # and those given out in between are given out again.
         engine.sync()
@@ -266,10 +278,19 @@ class MetadataCore:
         ``StrictTurns`` answers reads meanwhile."""
         return type(request) is GetClusterMap and self._config.durability == "strict"
 
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
+    def answer(self, requests: Sequence[Any], connection: int = ANY_CONNECTION) -> list[Any]:
         """Answers requests that only read, on one snapshot."""
         self._requests += len(requests)
-        return self._engine.view(lambda kv: [self._answer(kv, r) for r in requests])
+        answers = self._engine.view(lambda kv: [self._answer(kv, r) for r in requests])
+        if self.leases.watches(connection):
+            for request, answer in zip(requests, answers, strict=True):
+                for key in leased_keys(request, answer, self._namespace_of):
+                    self.leases.grant(connection, key)
+        return answers
+
+    def _namespace_of(self, inode: int) -> int | None:
+        block = self.index.by_inode.get(inode)
+        return None if block is None else block.namespace
 
     def _answer(self, kv: KVRead, request: Any) -> Any:
         try:
@@ -287,6 +308,20 @@ class MetadataCore:
 
         def run(tx: Tx) -> Any:
             tx.connection = connection
+            if not self.leases.watches(connection):
+                return decide(tx)
+            answer: Any = None
+            try:
+                answer = decide(tx)
+            except KvfsError as exc:
+                answer = exc
+                raise
+            finally:
+                keys = leased_keys(request, answer, self._namespace_of)
+                tx.grants.extend([(connection, key) for key in keys])
+            return answer
+
+        def decide(tx: Tx) -> Any:
             # Looked up now and not before: memory may have been loaded anew.
             write = self._writes.get(kind)
             if write is not None:
@@ -331,13 +366,14 @@ class MetadataCore:
         """Runs each operation as a transaction of its own; nothing is written yet. No other group
         may be decided until this one is committed."""
         undo: list[Callable[[], None]] = []
+        grants: list[tuple[int, bytes]] = []
         now_ns = self._clock.time_ns()
-        fns = [partial(_run, operation, now_ns, undo) for operation in operations]
+        fns = [partial(_run, operation, now_ns, undo, grants) for operation in operations]
         self.cluster.map_version.urgent = False
         try:
             group = self._engine.run(fns)
             group.urgent = self.cluster.map_version.urgent
-            return Decision(group, undo)
+            return Decision(group, undo, grants)
         except BaseException:
             roll_back(undo)  # the store went away while functions were at work
             raise
@@ -353,15 +389,30 @@ class MetadataCore:
                 results = decision.group.results
                 results[:] = [exc] * len(results)
 
+    def committed(self, decision: Decision, author: int) -> Revocation | None:
+        """After each commit, before anything else is answered: tells who watches what was changed.
+        What is returned is to be waited for before the group is answered."""
+        revocation = self.leases.changed(decision.group.writes, author)
+        for connection, key in decision.grants:
+            self.leases.grant(connection, key)
+        return revocation
+
     def take_back(self, decision: Decision) -> None:
         """Memory as it was before the decision, which is given up."""
+        self.leases.reset_all()
         roll_back(decision.undo)
         self._engine.abandon(decision.group)
         self._orphans_from = 0  # what was to be collected is looked for again
 
     def update(self, operations: Sequence[Operation]) -> list[Any]:
-        """Decides and commits, and does so anew after a lost race; a result or KvfsError each.
-        Raises if nothing could be written."""
+        """``change`` of nobody that waits for watchers."""
+        return self.change(operations)[0]
+
+    def change(
+        self, operations: Sequence[Operation], author: int = ANY_CONNECTION
+    ) -> tuple[list[Any], Revocation | None]:
+        """Decides and commits, and does so anew after a lost race; a result or KvfsError each, and
+        what is to be over before they are told. Raises if nothing could be written."""
         for _ in range(CONFLICT_RETRIES):
             decision = self.decide(operations)
             try:
@@ -373,7 +424,7 @@ class MetadataCore:
                 self.take_back(decision)
                 raise
             else:
-                return decision.group.results
+                return decision.group.results, self.committed(decision, author)
         raise conflict
 
     def sync(self) -> None:
@@ -419,10 +470,11 @@ class MetadataCore:
         return attr
 
     def _close_inode(self, tx: Tx, request: m.CloseInode) -> m.Done:
-        was_last = self.sessions.close(tx, request.inode)
-        self.locks.closed(tx, request.inode)
-        if was_last:
-            self.tree.collect(tx, request.inode)
+        for inode in (request.inode, *request.others):
+            was_last = self.sessions.close(tx, inode)
+            self.locks.closed(tx, inode)
+            if was_last:
+                self.tree.collect(tx, inode)
         return m.Done()
 
     def _set_lock(self, tx: Tx, request: m.SetLock) -> m.FileLock | None:
@@ -513,6 +565,9 @@ class MetadataCore:
             operations.append(self.locks.drop)
         if self._orphans_from is not None and not self.sessions.in_grace:
             operations.append(self._collect_orphans)
+        self.leases.expire()
+        if self.leases.forgotten():
+            operations.append(self.leases.forget)
         return operations
 
     def _expire_sessions(self, tx: Tx) -> None:
@@ -554,16 +609,21 @@ class MetadataCore:
             "drained_blocks": self.drainer.drained_blocks,
             **self.mover.statistics(),
             **self.sessions.statistics(),
+            **self.leases.statistics(),
         }
 
 
 def _run(
-    operation: Operation, now_ns: int, undo: list[Callable[[], None]], kv: KVTransaction
+    operation: Operation,
+    now_ns: int,
+    undo: list[Callable[[], None]],
+    grants: list[tuple[int, bytes]],
+    kv: KVTransaction,
 ) -> Any:
     """One operation of a group: whole or, in the store and in memory, not at all."""
     mark = len(undo)
     try:
-        return operation(Tx(kv, now_ns, ANY_CONNECTION, undo))
+        return operation(Tx(kv, now_ns, ANY_CONNECTION, undo, grants))
     except KvfsError:
         roll_back(undo, mark)
         raise

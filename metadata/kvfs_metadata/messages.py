@@ -14,6 +14,7 @@ from kvfs_base.cluster import EndMoves, FindUnwanted, GetClusterMap, Heartbeat, 
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     BLOCK_KEY_BYTES,
+    CLOSED_TOGETHER_MAX,
     COPIES_MAX,
     DIRECTORY_PAGE_ENTRIES,
     ONCE_SLOTS,
@@ -64,6 +65,27 @@ class Attach(Request, tag="attach"):
     """Who it is, for people."""
 
 
+class Revoked(msgspec.Struct, array_like=True, frozen=True):
+    """What a watcher must not answer for by itself any more."""
+
+    number: U64
+    """The next Watch says with it that all of this, and all before, has been dropped."""
+    inodes: tuple[U64, ...] = ()
+    entries: tuple[tuple[U64, bytes], ...] = ()
+    """Parent and name."""
+    everything: bool = False
+
+
+class Watch(Request, tag="watch"):
+    """Answered when something is to be revoked, or after limits.WATCH_POLL_SECONDS. From the first
+    one on (``seen`` is 0, answered at once) the service gives leases with what it answers on this
+    connection (docs/design/0006). Raises NotSupported on a shared store."""
+
+    Reply: ClassVar = Revoked
+    session: SessionUuid
+    seen: U64 = 0
+
+
 class OpenInode(Request, tag="open"):
     """Counts one open of a file for this connection's session: while it lasts, an unlinked file
     keeps its data. Answers with fresh attributes. Raises InodeStale."""
@@ -73,8 +95,11 @@ class OpenInode(Request, tag="open"):
 
 
 class CloseInode(Request, tag="close"):
+    """Takes back one open each of ``inode`` and ``others``."""
+
     Reply: ClassVar = Done
     inode: U64
+    others: Annotated[tuple[U64, ...], msgspec.Meta(max_length=CLOSED_TOGETHER_MAX)] = ()
 
 
 # --- locks
@@ -212,8 +237,14 @@ class Unlink(Request, tag="unlink"):
     name: Name
 
 
+class Touched(msgspec.Struct, array_like=True, frozen=True):
+    """Inodes that a request changed, and that its author did not name."""
+
+    inodes: tuple[U64, ...] = ()
+
+
 class Rmdir(Request, tag="rmdir"):
-    Reply: ClassVar = Done
+    Reply: ClassVar = Touched
     parent: U64
     name: Name
 
@@ -222,7 +253,7 @@ class Rename(Request, tag="rename"):
     """``flags``: 1 RENAME_NOREPLACE, 2 RENAME_EXCHANGE (Linux's renameat2). Blocks and namespace
     directories do not move: NotPermitted."""
 
-    Reply: ClassVar = Done
+    Reply: ClassVar = Touched
     parent: U64
     name: Name
     new_parent: U64
@@ -446,6 +477,7 @@ class Statistics(Request, tag="statistics"):
 
 MetadataRequest = (
     Attach
+    | Watch
     | OpenInode
     | CloseInode
     | SetLock

@@ -48,6 +48,7 @@ REMOVAL_STATE = b"RSEQ"
 COUNTER = b"CNTR"
 SESSION = b"SESS"
 OPEN = b"OPEN"
+WATCHER = b"WTCH"
 SERVER = b"SRVR"
 BEAT = b"BEAT"
 GONE = b"GONE"
@@ -128,6 +129,11 @@ def removal_state_key(target_id: int) -> bytes:
 
 def session_key(uuid: bytes) -> bytes:
     return SESSION + uuid
+
+
+def watcher_key(session: bytes) -> bytes:
+    """There, with an empty value, while the session may answer for names by itself (0006)."""
+    return WATCHER + session
 
 
 def open_key(inode: int, uuid: bytes) -> bytes:

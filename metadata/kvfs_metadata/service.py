@@ -26,9 +26,11 @@ from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.core import MetadataCore, Operation
 from kvfs_metadata.engines.engine import KVEngine
 from kvfs_metadata.engines.stores import open_store
+from kvfs_metadata.leases import Revocation
 from kvfs_metadata.lock_waiters import LockWaiters
-from kvfs_metadata.messages import AwaitLock, Done, MetadataRequest, Sync
+from kvfs_metadata.messages import AwaitLock, Done, MetadataRequest, Sync, Watch
 from kvfs_metadata.turns import CacheTurns, SharedTurns, StrictTurns, Turns, update
+from kvfs_metadata.watching import CHANGES, Watching
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class MetadataService:
         kind = SharedTurns if self._shared else StrictTurns if self._strict else CacheTurns
         self._turns: Turns = kind(self.core, self._committed)
         self._lock_waiters = LockWaiters(self.core.locks, self._turns, shared=self._shared)
+        self._watching = Watching(env.clock, self.core, self._turns)
         self._evict_wanted = trio.Event()
         self._blocks_size = 0
         self._unsynced = False
@@ -90,7 +93,8 @@ class MetadataService:
     def connected(self, session_id: int) -> None:
         pass
 
-    def disconnected(self, session_id: int) -> None:
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
+        self._watching.disconnected(session_id, by_peer=by_peer)
         if self._shared:
             self._gone.add(session_id)  # a thread may be at work on the sessions
         else:
@@ -101,22 +105,37 @@ class MetadataService:
             self._heard.add(session_id)
         else:
             self.core.heard(session_id)
+        watches = [place for place, request in enumerate(requests) if type(request) is Watch]
+        if not watches:
+            return await self._answer(session_id, requests)
+        # They come first: what else arrived with one was asked by a watcher.
+        late = {place: await self._watching.hear(session_id, requests[place]) for place in watches}
+        rest = [request for place, request in enumerate(requests) if place not in late]
+        answers = iter(await self._answer(session_id, rest) if rest else ())
+        return [late[place] if place in late else next(answers) for place in range(len(requests))]
+
+    async def _answer(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
         if self.core.only_reads(requests):
-            return await self._turns.read(requests)
+            return await self._turns.read(session_id, requests)
         special = [p for p, request in enumerate(requests) if type(request) in (Sync, AwaitLock)]
         results: list[Any] = []
+        revocations: list[Revocation] = []
         for start in range(0, len(requests), WRITE_GROUP_REQUESTS):
             batch = requests[start : start + WRITE_GROUP_REQUESTS]
-            results += await self._turns.write(
-                [
-                    _nothing
-                    if type(request) in (Sync, AwaitLock)
-                    else self.core.operation(session_id, request)
-                    for request in batch
-                ]
-            )
+            operations = [
+                _nothing
+                if type(request) in (Sync, AwaitLock)
+                else self.core.operation(session_id, request)
+                for request in batch
+            ]
+            part, revocation = await self._turns.change(session_id, operations)
+            results += part
+            if revocation is not None:
+                revocations.append(revocation)
         if special:
             await self._answer_special(session_id, requests, special, results)
+        if revocations and not CHANGES.isdisjoint(map(type, requests)):
+            return await self._watching.hold(session_id, results, revocations)
         return results
 
     async def _answer_special(
@@ -279,12 +298,12 @@ class MetadataService:
     def _record_all_uses(self) -> None:
         """At a clean end recency is recorded whole."""
         while self.core.unrecorded_uses:
-            result = update(self.core, [self.core.persist_uses])[0]
+            result = update(self.core, [self.core.persist_uses])[0][0]
             if isinstance(result, KvfsError):
                 _log_failures([result])
                 return
         if self._shared:
-            _log_failures(update(self.core, [self.core.goodbye]))
+            _log_failures(update(self.core, [self.core.goodbye])[0])
 
 
 def _nothing(tx: Any) -> None:

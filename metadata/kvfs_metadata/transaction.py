@@ -26,6 +26,8 @@ class Tx:
     now_ns: int
     connection: int
     undo: list[Callable[[], None]]
+    grants: list[tuple[int, bytes]] = dataclasses.field(default_factory=list)
+    """Connections and keys of what they may answer for by themselves, once this is committed."""
 
 
 def roll_back(undo: list[Callable[[], None]], mark: int = 0) -> None:

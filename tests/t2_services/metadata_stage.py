@@ -45,7 +45,7 @@ class Scripted:
     def connected(self, session_id: int) -> None:
         pass
 
-    def disconnected(self, session_id: int) -> None:
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
         self.core.disconnected(session_id)
 
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:

@@ -8,6 +8,7 @@ cannot be checked; those buffers are bounded and the least recently used go firs
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import mmap
 import os
@@ -17,12 +18,25 @@ from typing import TypeVar
 import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
-from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError, NoTarget, TargetFailed
-from kvfs_base.limits import MOUNT_BLOCK_BUFFER_BYTES, MOUNT_IO_BYTES, PAGE_BYTES
+from kvfs_base.errors import (
+    ChunkNotFound,
+    InodeStale,
+    IntegrityError,
+    KvfsError,
+    NoTarget,
+    TargetFailed,
+)
+from kvfs_base.limits import (
+    MOUNT_BLOCK_BUFFER_BYTES,
+    MOUNT_IDLE_SECONDS,
+    MOUNT_IO_BYTES,
+    MOUNT_USES_MAX,
+    PAGE_BYTES,
+)
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr, ChunkId
 from kvfs_datapath.client.chunk_client import ChunkRead
-from kvfs_metadata.messages import GetAttr, RemoveBlocks
+from kvfs_metadata.messages import GetAttr, LookupBlocks, RemoveBlocks
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +68,32 @@ class Blocks:
         self._backend = backend
         self._fetched: collections.OrderedDict[int, memoryview] = collections.OrderedDict()
         self._fetched_bytes = 0
+        self._uses: dict[int, dict[bytes, None]] = {}
+        """Keys by namespace."""
+        self._uses_count = 0
+        self._many_uses = trio.Event()
+
+    def use(self, block: OpenBlock) -> None:
+        """Of a block that is known to be there. Told to the service some time later."""
+        self._uses.setdefault(block.namespace, {})[block.attr.key] = None
+        self._uses_count += 1
+        if self._uses_count >= MOUNT_USES_MAX:
+            self._many_uses.set()
+
+    async def tell_uses(self) -> None:
+        """Until cancelled."""
+        while True:
+            with trio.move_on_after(MOUNT_IDLE_SECONDS):
+                await self._many_uses.wait()
+            self._many_uses = trio.Event()
+            uses, self._uses, self._uses_count = self._uses, {}, 0
+            for namespace, keys in uses.items():
+                with contextlib.suppress(KvfsError):  # the blocks look older than they are
+                    await self._backend.call(LookupBlocks(namespace, b"".join(keys)))
 
     async def open(self, block: OpenBlock) -> None:
-        """Raises IntegrityError or ChunkNotFound for a damaged block, ServiceError else."""
+        """Raises IntegrityError or ChunkNotFound for a damaged block, InodeStale for one that was
+        removed meanwhile, ServiceError else."""
         await self._patiently(block, self._open)
 
     async def _open(self, block: OpenBlock) -> None:
@@ -85,14 +122,18 @@ class Blocks:
             raise
 
     async def _has_moved(self, block: OpenBlock) -> bool:
-        """Whether it is on another chain than it was; it is looked for there from now on."""
+        """Whether it is on another chain than it was; it is looked for there from now on. Raises
+        InodeStale if it is gone, and nobody has it open."""
         try:
             attr: Attr = await self._backend.call(GetAttr(block.inode))
-        except KvfsError:
+        except KvfsError as exc:
+            if isinstance(exc, InodeStale) and not block.handles:
+                raise
             return False
         if attr.layout == block.attr.layout:
             return False
         block.attr = attr
+        self._backend.names.drop(block.inode)
         return True
 
     def _open_local(self, chunk: ChunkId, block: OpenBlock) -> int:

@@ -27,6 +27,7 @@ from kvfs.mount.direct_handlers import Answer, Handlers, Later
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import errno_of
 from kvfs.mount.fuse_wire import Opcode, Request
+from kvfs.mount.notices import Notices
 from kvfs_base.errors import KvfsError, ProtocolError
 from kvfs_base.limits import (
     MOUNT_DRAIN_REQUESTS,
@@ -96,11 +97,16 @@ class DirectFrontend:
     async def serve(self) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._fs.when_gone(self._name_is_gone)
+            assert self._device is not None
+            notices = Notices(self._device)
+            self._fs.when_gone(notices.is_gone)
+            self._fs.when_changed(notices.changed)
+            nursery.start_soon(notices.tell)
             nursery.start_soon(self._watch_asked)
             with self._reading:
                 await self._read_requests()
             self._reading_ended.set()
+            notices.stop()
 
     def stop(self) -> None:
         self._reading.cancel()
@@ -263,19 +269,6 @@ class DirectFrontend:
         elif scope is not None and opcode in INTERRUPTIBLE:
             scope.deadline = min(scope.deadline, trio.current_time() + MOUNT_INTERRUPT_SECONDS)
 
-    def _name_is_gone(self, parent: int, inode: int, name: bytes) -> None:
-        """In a thread: the kernel waits for changes of the directory, which may wait for us."""
-        assert self._device is not None and self._nursery is not None
-        notice = wire.delete(parent, inode, name)
-        self._nursery.start_soon(_notify, self._device, notice)
-
 
 def _name(request: Request) -> str:
     return Opcode(request.opcode).name.lower()
-
-
-async def _notify(device: Device, notice: bytes) -> None:
-    try:
-        await trio.to_thread.run_sync(device.notify, notice, abandon_on_cancel=True)
-    except OSError as exc:
-        log.info("the kernel was not told that a name is gone: %s", exc.strerror)

@@ -96,6 +96,7 @@ class Handlers:
         return {
             Opcode.INIT: self._init,
             Opcode.DESTROY: lambda _: (),
+            Opcode.LOOKUP: self._lookup_now,
             Opcode.GETATTR: self._getattr_now,
             Opcode.OPEN: self._open_now,
             Opcode.READ: self._read_now,
@@ -118,12 +119,22 @@ class Handlers:
             self._fs.pass_files_through()
         return (wire.init_out(init, features, init.max_readahead),)
 
+    def _lookup_now(self, request: Request) -> Answer | None:
+        try:
+            attr = self._fs.lookup_now(request.inode, request.arguments.name)
+        except EntryNotFound:
+            if not self._config.negative_seconds:
+                raise
+            return (wire.missing_entry_out(self._negative_times),)
+        return None if attr is None else self._entry(attr)
+
     def _getattr_now(self, request: Request) -> Answer | None:
         attr = self._fs.getattr_now(request.inode)
         return None if attr is None else self._attr(attr)
 
     def _open_now(self, request: Request) -> Answer | None:
-        opened = self._fs.open_now(request.inode, request.arguments.flags)
+        flags, kill = request.arguments
+        opened = None if kill else self._fs.open_now(request.inode, flags)
         return None if opened is None else self._opened(request.inode, opened)
 
     def _read_now(self, request: Request) -> Answer | None:

@@ -14,6 +14,7 @@ reply to a request that was sent before the file's last change is not used.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable
 
@@ -54,6 +55,8 @@ class OpenFile:
         self.sparse = attr.sparse
         self.recorded = (attr.size, attr.mtime_ns)
         """Size and mtime as the metadata service has them."""
+        self.pages = self.recorded
+        """The same of the contents that the kernel may have cached."""
         self.error: KvfsError | None = None
         """Of a write-back that nobody waited for; told by the next flush or fsync."""
         self._backend = backend
@@ -110,11 +113,17 @@ class OpenFile:
         else:
             self.size, self.mtime_ns = attr.size, attr.mtime_ns
 
+    def distrust(self) -> None:
+        """Somebody else changed it."""
+        self._fetched = -math.inf
+
     def fresh_now(self, seconds: float) -> Attr | None:
-        """The attributes, if they are not older than ``seconds`` where they are the service's."""
-        if self._backend.env.clock.monotonic() - self._fetched > seconds:
-            return None
-        return self.view()
+        """The attributes, if they are leased or not older than ``seconds`` where they are the
+        service's."""
+        if self._backend.names.attr(self.inode) is self.attr:
+            return self.view()
+        age = self._backend.env.clock.monotonic() - self._fetched
+        return None if age > seconds else self.view()
 
     async def fresh(self, seconds: float) -> Attr:
         """The same; asks the service if need be."""
@@ -128,10 +137,7 @@ class OpenFile:
     async def decide(self, *, reads_only: bool) -> None:
         """At each open, after it was counted: the first one says whether the kernel reads the file
         by itself (``backing``), since all opens of an inode must be alike."""
-        if self._is_decided:
-            return
-        if not self._deciding.locked() and not (reads_only and self._may_pass()):
-            self._is_decided = True
+        if self.decide_now(reads_only=reads_only):
             return
         async with self._deciding, self.lock.shared():
             if not self._is_decided and reads_only and self._may_pass():
@@ -140,6 +146,12 @@ class OpenFile:
                 except KvfsError as exc:  # a read will tell what is wrong, if anything is
                     log.debug("inode %d is not passed through: %s", self.inode, exc)
             self._is_decided = True
+
+    def decide_now(self, *, reads_only: bool) -> bool:
+        """The same if nothing need be waited for, else nothing."""
+        if not (self._is_decided or self._deciding.locked()):
+            self._is_decided = not (reads_only and self._may_pass())
+        return self._is_decided
 
     def _may_pass(self) -> bool:
         """Nobody else has it open, and it looks finished."""
@@ -359,7 +371,10 @@ class OpenFile:
         request.sparse = self.sparse
         epoch = self._backend.epoch
         attr: Attr = await self._backend.call(request)
+        follows = self.pages == self.recorded
         self.recorded = (attr.size, attr.mtime_ns)
+        if follows:
+            self.pages = self.recorded
         if (
             self._changed_at <= epoch
         ):  # else a write went on meanwhile: still dirty, its size is newer
@@ -421,15 +436,24 @@ class OpenFile:
             log.exception("inode %d was not written back", self.inode)
             self.error = InternalError(detail=type(exc).__name__)
 
+    def close_now(self) -> bool:
+        """Lets go of descriptors, if nothing need be waited for."""
+        if self._unflushed or self._passed is not None:
+            return False
+        self._close_backing()
+        self._data.close()
+        return True
+
     async def close(self) -> None:
-        """Lets go of descriptors."""
+        """The same in any case."""
         if self._passed is not None:
             passed, self._passed, self.backing = self._passed, None, NO_DESCRIPTOR
             self._unflushed = await self._backend.in_thread(passed.close)
+        if not self.close_now():
+            self._close_backing()
+            await self._backend.in_thread(self._data.close)
+
+    def _close_backing(self) -> None:
         if self.backing != NO_DESCRIPTOR:
             os.close(self.backing)
             self.backing = NO_DESCRIPTOR
-        if self._unflushed:
-            await self._backend.in_thread(self._data.close)
-        else:
-            self._data.close()

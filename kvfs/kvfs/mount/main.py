@@ -130,6 +130,7 @@ class _Mount:
                 chunks = ChunkClient(env, cluster, prefer=config.transport)
                 try:
                     backend = Backend(env, metadata, chunks)
+                    metadata.watch(backend.names)
                     filesystem = Filesystem(backend, attribute_seconds=config.attribute_seconds)
                     frontend = make(self._choice, filesystem, config)
                     await self._mount(filesystem, frontend, task_status)
@@ -156,6 +157,7 @@ class _Mount:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._serve, frontend)
                 nursery.start_soon(filesystem.write_back_forever)
+                nursery.start_soon(filesystem.tidy_forever)
                 try:
                     await trio.to_thread.run_sync(_greet, config, abandon_on_cancel=True)
                     log.info("mounted at %s (%s: %s)", config.mountpoint, *self._choice)
