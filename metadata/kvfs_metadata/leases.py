@@ -1,7 +1,7 @@
 """What watchers may answer for by themselves, and who waits until they have dropped it.
 
 No clock of its own, no waiting: the service tells it what happened and when. Keys are those of the
-store's records. docs/design/0006-name-leases.md says what each is a lease on.
+store's records. docs/design/0007-name-leases.md says what each is a lease on.
 """
 
 from __future__ import annotations

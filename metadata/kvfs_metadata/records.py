@@ -132,7 +132,7 @@ def session_key(uuid: bytes) -> bytes:
 
 
 def watcher_key(session: bytes) -> bytes:
-    """There, with an empty value, while the session may answer for names by itself (0006)."""
+    """There, with an empty value, while the session may answer for names by itself (0007)."""
     return WATCHER + session
 
 

@@ -1,5 +1,5 @@
 """Names and attributes that the metadata service has leased to this mount: what may be answered
-without asking it. docs/design/0006-name-leases.md argues why no older state is ever shown.
+without asking it. docs/design/0007-name-leases.md argues why no older state is ever shown.
 
 Everything here is synchronous. ``token`` counts what was dropped; whoever asks the service takes it
 before he sends, and his answer is kept only if none of its keys was dropped since.
