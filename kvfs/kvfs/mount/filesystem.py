@@ -473,7 +473,7 @@ class Filesystem:
             opened = self._handle(handle)
             del self._handles[handle]
             await self._files.let_go(opened.file)
-        await self._files.opens.close_excess()
+        await self._files.opens.close_unwanted()
 
     # --- directories
 

@@ -59,17 +59,18 @@ class Names:
 
     # --- what is known
 
+    @property
+    def are_leased(self) -> bool:
+        """Whether anything is."""
+        return self._clock.monotonic() < self._until
+
     def attr(self, inode: int) -> Attr | None:
         """None: the service has to be asked."""
-        if self._clock.monotonic() >= self._until:
-            return None
-        return self._attrs.get(inode)
+        return self._attrs.get(inode) if self.are_leased else None
 
     def entry(self, parent: int, name: bytes) -> int | None:
         """The inode that a name leads to, or MISSING; None: the service has to be asked."""
-        if self._clock.monotonic() >= self._until:
-            return None
-        return self._entries.get((parent, name))
+        return self._entries.get((parent, name)) if self.are_leased else None
 
     def drop(self, inode: int) -> None:
         """What is known of it has proved wrong."""

@@ -1,7 +1,8 @@
 """Files that the service counts as open by this mount, so that they keep their data when unlinked.
 
 One that nobody has open any more stays counted for a moment (*idle*): the next open then costs no
-call if its attributes are leased, and many are closed with one request.
+call if its attributes are leased, and many are closed with one request. Without leases an open
+costs a call anyway, and nobody could tell us to close what is idle: then it is closed at once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ class Opens:
         """Those that were idle in the last round, and since."""
         self._unwanted: set[int] = set()
         """Idle ones to be closed at once."""
+        self._restless: set[int] = set()
+        """Counted, and changed by somebody else in this round or the last: not kept idle, as they
+        may be about to move, which they can while nobody has them open."""
+        self._restless_before: set[int] = set()
         self._work = trio.Event()
+        self._closing = False
+        """``close_idle`` runs."""
 
     def take_now(self, inode: int) -> Attr | None:
         """Its attributes; None if the service has to be asked, and nothing was taken."""
@@ -81,13 +88,23 @@ class Opens:
         if inode not in self._counted:
             return
         self._idle[inode] = None
-        if not wanted:
-            self.changed((inode,))
+        if not (wanted and self._may_be_idle(inode)):
+            self._close_soon((inode,))
         if len(self._idle) > MOUNT_IDLE_FILES:
             self._work.set()
 
+    def _may_be_idle(self, inode: int) -> bool:
+        restless = inode in self._restless or inode in self._restless_before
+        return self._closing and self._backend.names.are_leased and not restless
+
     def changed(self, inodes: Iterable[int]) -> None:
-        """Perhaps these were removed: what is idle is closed, or its data would stay."""
+        """Perhaps these were removed, or are to move: what is idle is closed, or its data would
+        stay."""
+        counted = [inode for inode in inodes if inode in self._counted]
+        self._restless.update(counted)
+        self._close_soon(counted)
+
+    def _close_soon(self, inodes: Iterable[int]) -> None:
         idle = [inode for inode in inodes if inode in self._idle]
         if idle:
             self._unwanted.update(idle)
@@ -95,6 +112,7 @@ class Opens:
 
     async def close_idle(self) -> None:
         """Closes what was idle for long, is unwanted or too much. Until cancelled."""
+        self._closing = True
         while True:
             with trio.move_on_after(MOUNT_IDLE_SECONDS) as round_:
                 await self._work.wait()
@@ -102,15 +120,16 @@ class Opens:
             if round_.cancelled_caught:
                 late, self._idle_before = self._idle_before, set(self._idle)
                 self._unwanted |= late
-            await self.close_excess(0)
+                self._restless_before, self._restless = self._restless, set()
+            excess = len(self._idle) - MOUNT_IDLE_FILES
+            if excess > 0:
+                half = excess + MOUNT_IDLE_FILES // 2
+                self._unwanted.update(itertools.islice(self._idle, half))
             await self._close()
 
-    async def close_excess(self, tolerated: int = MOUNT_IDLE_FILES) -> None:
-        """For those who have nobody that closes idle ones."""
-        excess = len(self._idle) - MOUNT_IDLE_FILES
-        if excess > tolerated:
-            half = excess + MOUNT_IDLE_FILES // 2
-            self._unwanted.update(itertools.islice(self._idle, half))
+    async def close_unwanted(self) -> None:
+        """For those who have nobody that does it behind their backs."""
+        if not self._closing:
             await self._close()
 
     async def close_all(self) -> None:
