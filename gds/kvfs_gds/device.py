@@ -56,8 +56,9 @@ class Device(Protocol):
     def wrap(self, stream: Any) -> Any:
         """A caller's stream (of torch, of cupy, a pointer) as one of this device."""
 
-    def plan(self, transfer: Transfer) -> Any:
-        """What several copies of one transfer share. To be kept until they have happened."""
+    def plan(self, transfer: Transfer, *, store: bool) -> Any:
+        """What several copies of one transfer share, all of them loads, or stores. To be kept until
+        they have happened."""
 
     def copy(
         self, plan: Any, first_layer: int, end_layer: int, stream: Any, *, store: bool
@@ -142,7 +143,7 @@ class CpuDevice:
             raise InvalidRequest(detail=f"not a stream of the CPU: {type(stream).__name__}")
         return stream
 
-    def plan(self, transfer: Transfer) -> Transfer:
+    def plan(self, transfer: Transfer, *, store: bool) -> Transfer:
         return transfer
 
     def copy(

@@ -25,6 +25,7 @@ BLOCK_BYTES = LAYERS * 2 * PAGE_BYTES
 EXTENT_BYTES = 12288
 POISON = 0xA5
 WAIT_SECONDS = 60.0
+NEVER = 1e9
 
 
 def wait_until(condition: Any) -> None:
@@ -190,12 +191,21 @@ class SlowClock:
         return self.now
 
 
-@pytest.mark.parametrize("clock", [None, SlowClock()], ids=["memory", "disk"])
+@pytest.mark.parametrize(
+    ("clock", "answer_blocks", "wanted"),
+    [(None, PAGES, [PAGES]), (None, 4, [1, PAGES - 1]), (SlowClock(), PAGES, [1] * PAGES)],
+    ids=["memory", "much memory", "disk"],
+)
 def test_what_comes_from_memory_is_asked_for_at_once(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, clock: SlowClock | None
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: SlowClock | None,
+    answer_blocks: int,
+    wanted: list[int],
 ) -> None:
-    """The second load of a warm source is a few requests, each four times as large as the one
-    before up to a quarter of the window; one of a disk is many small ones."""
+    """The second load of a warm source is one request, or a small one and the rest; one of a disk
+    is many small ones."""
+    monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", answer_blocks)
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", 0.5)
     sizes: list[int] = []
@@ -210,13 +220,14 @@ def test_what_comes_from_memory_is_asked_for_at_once(
         loader.load(rig.keys, rig.pages(range(PAGES))).result()
         sizes.clear()
         loader.load(rig.keys, rig.pages(range(PAGES))).result()
-        assert sorted(sizes) == ([1, 4, 11, 16, 32] if clock is None else [1] * PAGES)
+        assert sizes == wanted
 
 
 def test_the_first_group_from_memory_goes_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer is what the link waits for: no other request is begun before it is there."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
-    rig.loader.growth = 1
+    monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", 4)
+    rig.loader.from_memory = True
     begun: list[int] = []
     other = threading.Event()
     plain = rig.namespace.get
@@ -253,7 +264,7 @@ def test_whole_blocks_are_copied_while_others_are_fetched(
 ) -> None:
     """Groups of four blocks; the third get is held up, and what came before is copied by then."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", 4 * BLOCK_BYTES)
-    monkeypatch.setattr(load_module, "LOADER_GROUP_GROWTH", 1)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", -NEVER)
     gets, release = threading.Semaphore(2), threading.Event()
     plain = rig.namespace.get
 
@@ -343,7 +354,7 @@ def test_a_cancelled_load_writes_nothing_more(rig: Rig, monkeypatch: pytest.Monk
 
 def test_demand_goes_before_prefetch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(load_module, "LOADER_GROUP_GROWTH", 1)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", -NEVER)
     order: list[int] = []
     plain = rig.namespace.get
     demanded = threading.Event()

@@ -164,8 +164,11 @@ def _batches(near: Any, far: Any, size: int, stream: Any) -> dict[str, Callable[
 
 def _kernel(rig: Rig, cache: PagedCache, offsets: Any, stream: Any) -> Callable[[], None]:
     """The copy kernel, also where the loader would take the engine."""
+    from kvfs_gds.cuda import Way
+
     device: Any = rig.device
-    plan = device.plan(Transfer(rig.arena, offsets, cache.layout, cache.table), by_engine=False)
+    transfer = Transfer(rig.arena, offsets, cache.layout, cache.table)
+    plan = device.plan(transfer, way=Way.KERNEL)
 
     def copy() -> None:
         device.copy(plan, 0, cache.layers, stream)
@@ -188,7 +191,7 @@ def store(rig: Rig) -> list[Row]:
     transfer = Transfer(ring.memory, offsets, cache.layout, cache.table)
     ring.registered.ensure(transfer)
     stream = rig.device.stream(urgent=False)
-    plan = rig.device.plan(transfer)
+    plan = rig.device.plan(transfer, store=True)
 
     def gather() -> None:
         rig.device.copy(plan, 0, cache.layers, stream, store=True)
