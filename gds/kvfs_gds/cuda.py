@@ -31,7 +31,7 @@ from kvfs_gds.cuda_kernels import CONVERT_SOURCE, COPY_SOURCE, UNIT_BYTES
 from kvfs_gds.device import Event
 from kvfs_gds.paged import HostMemory, PagedLayout, Transfer
 from kvfs_gds.registration import REGISTER_SLICE_BYTES, DeviceMemory, SharedRegistration
-from kvfs_gds.staging import LAYER_BYTES_MIN, Filled, Staging
+from kvfs_gds.staging import LAYER_BYTES_MIN, Filled, Source, Staging
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ class Plan:
     strides: int = 0
     pages: int = 0
     scales: int = 0
+    source: Source | None = None
+    """What is staged."""
 
 
 class _Stream:
@@ -166,8 +168,15 @@ class CudaDevice:
             # A few thousand numbers that the kernel reads over the link: no upload to wait for.
             pinned = cupy.cuda.alloc_pinned_memory(pages.nbytes)
             np.frombuffer(pinned, dtype=np.int32, count=pages.size)[:] = pages.ravel()
-            tables = (layout, pinned)
-            return Plan(transfer, way, tables, None, 0, bases, strides, int(pinned.ptr))
+            return Plan(
+                transfer,
+                way,
+                (layout, pinned),
+                bases=bases,
+                strides=strides,
+                pages=int(pinned.ptr),
+                source=Source.of(transfer, REGISTER_SLICE_BYTES),
+            )
         scales = () if transfer.convert is None else transfer.convert.scales
         return self._upload(transfer, pages, np.array(scales, dtype=np.float32))
 
@@ -218,9 +227,13 @@ class CudaDevice:
         staged = self._can_stage(transfer) and not store
         run_bytes = LOOP_RUN_BYTES if self._batch is None else BATCH_RUN_BYTES
         run_bytes = max(run_bytes, STAGED_RUN_BYTES) if staged else run_bytes
-        if piece >= ENGINE_PIECE_BYTES and (
-            piece >= run_bytes or transfer.run_bytes() >= run_bytes
-        ):
+        if piece >= run_bytes:
+            return Way.ENGINE
+        # A run of one layer of several is no longer than what a block has of it.
+        short = piece < ENGINE_PIECE_BYTES or (
+            transfer.layout.layers > 1 and transfer.layer_bytes < run_bytes
+        )
+        if not short and transfer.run_bytes() >= run_bytes:
             return Way.ENGINE
         return Way.STAGED if staged else Way.KERNEL
 
@@ -232,7 +245,7 @@ class CudaDevice:
         with self._upload_lock:
             if self._staging is None and not self._staging_failed:
                 try:
-                    self._staging = Staging(self.device, self._batch, REGISTER_SLICE_BYTES)
+                    self._staging = Staging(self.device, self._batch)
                 except cupy.cuda.memory.OutOfMemoryError as exc:
                     self._staging_failed = True
                     log.info("no memory to stage copies in: %s", exc)
@@ -254,11 +267,11 @@ class CudaDevice:
             self._convert_pieces(plan, first_layer, end_layer, stream, store=store)
         elif plan.way is Way.ENGINE:
             self._copy_runs(transfer, first_layer, end_layer, stream, store=store)
-        elif plan.way is Way.STAGED:
+        elif plan.source is not None:
             if store or self._staging is None:
                 raise InvalidRequest(detail="a plan for loads")
             scatter = functools.partial(self._scatter, plan, stream)
-            self._staging.copy(transfer, (first_layer, end_layer), stream, scatter)
+            self._staging.copy(plan.source, (first_layer, end_layer), stream, scatter)
         else:
             self._copy_pieces(plan, first_layer, end_layer, stream, store=store)
 
@@ -327,26 +340,22 @@ class CudaDevice:
         fragments = (layers[1] - layers[0]) * layout.fragments_per_layer
         units_per_piece = -(-layout.piece_bytes // UNIT_BYTES)
         pieces = (blocks[1] - blocks[0]) * fragments * transfer.pages_per_block
-        with stream:
-            self._kernel(
-                grid,
-                self._threads,
-                (
-                    np.uint64(host),
-                    np.uint64(0 if block_stride else plan.offsets),
-                    np.int64(block_stride),
-                    np.uint64(plan.bases),
-                    np.uint64(plan.strides),
-                    np.uint64(plan.pages + 4 * blocks[0] * transfer.pages_per_block),
-                    np.int64(pieces * units_per_piece),
-                    np.int32(units_per_piece),
-                    np.int32(transfer.pages_per_block),
-                    np.int32(layers[0] * layout.fragments_per_layer),
-                    np.int32(fragments),
-                    np.int64(layout.piece_bytes),
-                    np.int32(store),
-                ),
-            )
+        arguments = (
+            np.uint64(host),
+            np.uint64(0 if block_stride else plan.offsets),
+            np.int64(block_stride),
+            np.uint64(plan.bases),
+            np.uint64(plan.strides),
+            np.uint64(plan.pages + 4 * blocks[0] * transfer.pages_per_block),
+            np.int64(pieces * units_per_piece),
+            np.int32(units_per_piece),
+            np.int32(transfer.pages_per_block),
+            np.int32(layers[0] * layout.fragments_per_layer),
+            np.int32(fragments),
+            np.int64(layout.piece_bytes),
+            np.int32(store),
+        )
+        self._kernel(grid, self._threads, arguments, stream=stream)
 
     def _convert_pieces(
         self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool

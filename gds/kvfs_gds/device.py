@@ -48,6 +48,10 @@ class Device(Protocol):
 
     name: str
 
+    @property
+    def staging_bytes(self) -> int:
+        """Memory of the device that copies pass through."""
+
     def register(self, memory: HostMemory) -> Registered: ...
 
     def stream(self, *, urgent: bool) -> Any:
@@ -131,6 +135,7 @@ class CpuDevice:
     """The CPU's own memory: engines without a GPU, and tests."""
 
     name = "cpu"
+    staging_bytes = 0
 
     def register(self, memory: HostMemory) -> Registered:
         return _CpuRegistered()

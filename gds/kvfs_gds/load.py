@@ -31,6 +31,7 @@ from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     LOADER_ANSWER_BLOCKS,
     LOADER_GROUP_BYTES,
+    LOADER_MEMORY_FIRST_BYTES,
     LOADER_MEMORY_GROUP_BYTES,
     LOADER_QUEUED_BYTES,
     LOADER_QUEUED_FACTOR,
@@ -266,11 +267,12 @@ class Load:
         window = self._loader.window_bytes
         used = self._held_bytes + self._asked_bytes
         wanted = LOADER_GROUP_BYTES
-        # In memory the link waits for the first answer alone, and has that while it waits for the
-        # rest.
-        if self._loader.from_memory and (self._groups or len(self.keys) <= LOADER_ANSWER_BLOCKS):
-            part = left_bytes if left_bytes <= window - used else window // LOADER_WINDOW_GROUPS
-            wanted = max(wanted, min(part, LOADER_MEMORY_GROUP_BYTES))
+        if self._loader.from_memory:
+            wanted = LOADER_MEMORY_FIRST_BYTES
+            # The link has that while it waits for the rest.
+            if self._groups or len(self.keys) <= LOADER_ANSWER_BLOCKS:
+                part = left_bytes if left_bytes <= window - used else window // LOADER_WINDOW_GROUPS
+                wanted = max(LOADER_GROUP_BYTES, min(part, LOADER_MEMORY_GROUP_BYTES))
         wanted = min(wanted, window - used)
         blocks = wanted // self._block_bytes
         return min(max(blocks, 0 if used else 1), BATCH_BLOCKS_MAX)
@@ -309,8 +311,9 @@ class Load:
         with self._lock:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
-        self._list()
+        # First what the link waits for: who fetches next takes turns with this thread.
         self.pump()
+        self._list()
 
     def fail(self, error: BaseException) -> None:
         with self._lock:

@@ -138,7 +138,8 @@ class Loader:
         return self._stores.start(list(keys), pages, event)
 
     def statistics(self) -> dict[str, int]:
-        """Loads under way, bytes they hold leased, bytes loaded and stored, pinned bytes."""
+        """Loads under way, bytes they hold leased, bytes loaded and stored, pinned bytes, memory of
+        the device that copies pass through."""
         with self._lock:
             registered = sum(getattr(r, "registered_bytes", 0) for r in self._registered.values())
             figures = {
@@ -146,6 +147,7 @@ class Loader:
                 "held_bytes": self._held_bytes,
                 "loaded_bytes": self._loaded_bytes,
                 "registered_bytes": registered,
+                "staging_bytes": self.device.staging_bytes,
             }
         return {**figures, **self._stores.statistics()}
 

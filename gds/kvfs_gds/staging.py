@@ -25,11 +25,29 @@ import numpy as np
 
 from kvfs_base.limits import KIB, STAGING_SLOT_BYTES, STAGING_SLOTS
 from kvfs_gds.cuda_batch import MemcpyBatch
-from kvfs_gds.paged import Transfer, cut
+from kvfs_gds.paged import Int64s, Transfer, cut
 
 LAYER_BYTES_MIN = 32 * KIB
 """What a block has of a layer must be this long: layers are copied alone at first, and then four at
 a time, and the engine is at its best from 64 KiB on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Blocks in host memory, as the engine is told of them."""
+
+    base: int
+    addresses: Int64s
+    layer_bytes: int
+    seam_bytes: int
+    """No copy may cross a multiple of it behind ``base``; 0 if none would."""
+
+    @classmethod
+    def of(cls, transfer: Transfer, seam_bytes: int) -> Source:
+        offsets = np.ascontiguousarray(transfer.offsets, dtype=np.int64)
+        crosses = (offsets % seam_bytes > seam_bytes - transfer.block_bytes).any()
+        base = transfer.host.address
+        return cls(base, base + offsets, transfer.layer_bytes, seam_bytes if crosses else 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +76,10 @@ class _Slot:
 class Staging:
     """STAGING_SLOTS x STAGING_SLOT_BYTES of one GPU. Thread-safe."""
 
-    def __init__(self, device: Any, batch: MemcpyBatch, seam_bytes: int) -> None:
-        """No copy crosses a multiple of ``seam_bytes`` in host memory. Raises cupy's
-        OutOfMemoryError."""
+    def __init__(self, device: Any, batch: MemcpyBatch) -> None:
+        """Raises cupy's OutOfMemoryError."""
         self._device = device
         self._batch = batch
-        self._seam_bytes = seam_bytes
         self._lock = threading.Lock()
         self._next = 0
         self.nbytes = STAGING_SLOTS * STAGING_SLOT_BYTES
@@ -79,23 +95,21 @@ class Staging:
                 for number in range(STAGING_SLOTS)
             ]
 
-    def copy(
-        self, transfer: Transfer, layers: tuple[int, int], stream: Any, scatter: Scatter
-    ) -> None:
+    def copy(self, source: Source, layers: tuple[int, int], stream: Any, scatter: Scatter) -> None:
         """Queues the load of some layers, of which each has to fit into a slot."""
-        step = STAGING_SLOT_BYTES // transfer.layer_bytes
-        count = len(transfer.offsets)
+        step = STAGING_SLOT_BYTES // source.layer_bytes
+        count = len(source.addresses)
         with self._lock, self._device:
             for first in range(*layers, step):
                 end = min(layers[1], first + step)
-                blocks = STAGING_SLOT_BYTES // ((end - first) * transfer.layer_bytes)
+                blocks = STAGING_SLOT_BYTES // ((end - first) * source.layer_bytes)
                 for at in range(0, count, blocks):
                     some = (at, min(count, at + blocks))
-                    self._step(transfer, some, (first, end), stream, scatter)
+                    self._step(source, some, (first, end), stream, scatter)
 
     def _step(
         self,
-        transfer: Transfer,
+        source: Source,
         blocks: tuple[int, int],
         layers: tuple[int, int],
         stream: Any,
@@ -103,22 +117,23 @@ class Staging:
     ) -> None:
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
-        wait = cupy.cuda.runtime.streamWaitEvent
+        wait, feeder = cupy.cuda.runtime.streamWaitEvent, self._feeder
         if slot.used:
-            wait(self._feeder.ptr, slot.free.ptr)
+            wait(feeder.ptr, slot.free.ptr)
         slot.used = True
-        skipped = layers[0] * transfer.layer_bytes
-        size = layers[1] * transfer.layer_bytes - skipped
-        near = transfer.host.address + skipped + transfer.offsets[slice(*blocks)]
-        far = slot.address + size * np.arange(len(near), dtype=np.int64)
+        skipped = layers[0] * source.layer_bytes
+        size = layers[1] * source.layer_bytes - skipped
+        near = source.addresses[blocks[0] : blocks[1]] + skipped
+        far = np.arange(slot.address, slot.address + size * len(near), size, dtype=np.int64)
         sizes = np.full(len(near), size, dtype=np.int64)
-        near, far, sizes = cut(near, far, sizes, transfer.host.address, self._seam_bytes)
+        if source.seam_bytes:
+            near, far, sizes = cut(near, far, sizes, source.base, source.seam_bytes)
         # Leased blocks do not change: they may be read before what was queued earlier has happened.
-        self._batch.copy(far, near, sizes, self._feeder.ptr, in_order=False)
-        slot.filled.record(self._feeder)
+        self._batch.copy(far, near, sizes, feeder.ptr, in_order=False)
+        slot.filled.record(feeder)
         wait(stream.ptr, slot.filled.ptr)
         scatter(Filled(slot.address - skipped, size, blocks, layers))
         slot.free.record(stream)
 
 
-__all__ = ["LAYER_BYTES_MIN", "Filled", "Staging"]
+__all__ = ["LAYER_BYTES_MIN", "Filled", "Source", "Staging"]

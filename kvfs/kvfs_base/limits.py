@@ -615,13 +615,16 @@ LOADER_GROUP_BYTES = 64 * MIB
 
 LOADER_ANSWER_BLOCKS = 256
 """A load of so many blocks that lie in memory is one request: the answer takes 1 ms, and all layers
-can be queued behind it. Of a longer one the link gets LOADER_GROUP_BYTES first."""
+can be queued behind it. Of a longer one the link gets LOADER_MEMORY_FIRST_BYTES first."""
+
+LOADER_MEMORY_FIRST_BYTES = 128 * MIB
+"""2.4 ms of the link: the next answer, and its way to the device, take 1.5 ms."""
 
 LOADER_MEMORY_GROUP_BYTES = 2 * GIB
 """What is asked for at once where blocks come from memory: 40 ms of the link, which is what a load
 loses if they come from a disk after all, since nothing is copied before the last one is there."""
 
-LOADER_QUIET_SECONDS = 0.005
+LOADER_QUIET_SECONDS = 0.002
 """Layers that are queued within this are shown together. Who waits for the first one computes then,
 and takes turns with the thread that queues the others: that delays both by more than it saves."""
 
@@ -629,10 +632,10 @@ LOADER_RUN_LAYERS = 4
 """The first layer is queued by itself, then one more, two, and four at a time: a model computes a
 layer for longer than it is copied, and describing a copy, and the event behind it, takes 0.1 ms."""
 
-STAGING_SLOT_BYTES = 32 * MIB
-STAGING_SLOTS = 4
-"""Memory of a GPU that pieces of pages pass through: 0.6 ms of the link each, so that the copy
-engine goes on for 1.8 ms while a kernel that scatters one waits behind those that compute."""
+STAGING_SLOT_BYTES = 64 * MIB
+STAGING_SLOTS = 3
+"""Memory of a GPU that pieces of pages pass through: 1.2 ms of the link each, so that the copy
+engine goes on while a kernel that scatters one waits behind those that compute."""
 
 LAYOUTS_KEPT = 16
 """Layouts of paged caches whose tables a GPU keeps; a few KB each. An engine has one or two."""

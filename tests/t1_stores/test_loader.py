@@ -193,7 +193,7 @@ class SlowClock:
 
 @pytest.mark.parametrize(
     ("clock", "answer_blocks", "wanted"),
-    [(None, PAGES, [PAGES]), (None, 4, [1, PAGES - 1]), (SlowClock(), PAGES, [1] * PAGES)],
+    [(None, PAGES, [PAGES]), (None, 4, [2, PAGES - 2]), (SlowClock(), PAGES, [1] * PAGES)],
     ids=["memory", "much memory", "disk"],
 )
 def test_what_comes_from_memory_is_asked_for_at_once(
@@ -206,6 +206,7 @@ def test_what_comes_from_memory_is_asked_for_at_once(
     """The second load of a warm source is one request, or a small one and the rest; one of a disk
     is many small ones."""
     monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", answer_blocks)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", 2 * BLOCK_BYTES)
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", 0.5)
     sizes: list[int] = []
@@ -227,6 +228,7 @@ def test_the_first_group_from_memory_goes_alone(rig: Rig, monkeypatch: pytest.Mo
     """Its answer is what the link waits for: no other request is begun before it is there."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", 4)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", BLOCK_BYTES)
     rig.loader.from_memory = True
     begun: list[int] = []
     other = threading.Event()
