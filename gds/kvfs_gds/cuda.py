@@ -47,9 +47,9 @@ LOOP_RUN_BYTES = 4 * MIB
 """The same, one by one, where the runtime has no batches: from there on a loop of cudaMemcpyAsync
 reaches more of the link than the kernel (docs/results/h100-loader.json)."""
 
-STAGED_RUN_BYTES = 1 * MIB
-"""Where runs can be staged, only those from here on go to their pages at once: a description less
-for each of the shorter ones."""
+STAGED_RUN_BYTES = 256 * KIB
+"""Where runs can be staged, only those from here on go to their pages at once: shorter ones have
+several descriptions where what is staged has one."""
 
 GRID_BLOCKS = 8
 GRID_THREADS = 512

@@ -163,6 +163,50 @@ def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) ->
         assert load.result() == [True] * 4
 
 
+def test_layers_are_queued_in_runs_that_grow(rig: Rig) -> None:
+    """A first layer, one more, two, and then four at a time, in order, and nothing twice."""
+    layers = 13
+    cache = [np.full((2, 8, 16), POISON, dtype=np.uint8) for _ in range(layers)]
+    table = np.arange(8, dtype=np.int32).reshape(-1, 1)
+    rng = np.random.default_rng(5)
+    blocks = rng.integers(0, 256, (8, layers, 2, 16), dtype=np.uint8)
+    names = [key(500 + number) for number in range(8)]
+    rig.namespace.put(names, [block.tobytes() for block in blocks])
+    firsts: list[int] = []
+    with Loader.open(rig.namespace, Device(firsts.append)) as loader:
+        load = loader.load(names, Pages(PagedLayout.vllm(cache), table))
+        assert load.result() == [True] * 8
+        assert all(load.layer_done(layer) for layer in range(layers))
+    assert firsts == [0, 1, 2, 4, 8, 12]
+    assert (np.stack(cache) == blocks.transpose(1, 2, 0, 3)).all()
+
+
+def test_a_load_larger_than_its_window_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory, too: of what may be held at a time a part is asked for, and the rest when some
+    was given back."""
+    rig = Rig(arena_blocks=32)
+    rig.loader.from_memory = True
+    monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", NEVER)
+    sizes: list[int] = []
+    plain = rig.namespace.get
+
+    def get(keys: Any) -> Any:
+        sizes.append(len(keys))
+        assert rig.loader.statistics()["held_bytes"] <= 16 * BLOCK_BYTES
+        return plain(keys)
+
+    monkeypatch.setattr(rig.namespace, "get", get)
+    rig.loader.load(rig.keys[:1], rig.pages([0])).result()  # the size of the arena is known now
+    sizes.clear()
+    load = rig.loader.load(rig.keys, rig.pages(range(PAGES)))
+    assert load.result() == [True] * PAGES
+    assert max(sizes) <= 16 and sum(sizes) == PAGES and len(sizes) > 4
+    assert all(rig.page(p) == rig.blocks[p].tobytes() for p in range(PAGES))
+    rig.close()
+
+
 def test_a_device_that_fails_half_way_fails_the_load_and_keeps_no_lease(rig: Rig) -> None:
     def fail(layer: int) -> None:
         if layer == 1:

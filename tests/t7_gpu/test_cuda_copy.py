@@ -181,10 +181,10 @@ def test_the_way_is_chosen_by_size(copier: CudaDevice, arena: Any) -> None:
         return copier.plan(transfer, store=store).way
 
     assert way(8192) is Way.KERNEL
-    assert way(65536) is way(262144) is Way.STAGED
-    assert way(2 << 20) is Way.ENGINE
+    assert way(65536) is way(131072) is Way.STAGED
+    assert way(262144) is Way.ENGINE
     assert way(65536, store=True) is Way.KERNEL
-    assert way(262144, store=True) is Way.ENGINE
+    assert way(131072, store=True) is Way.ENGINE
     with pytest.raises(InvalidRequest, match="for loads"):
         layers = [cupy.empty((2, 4, 65536), dtype=cupy.uint8) for _ in range(2)]
         plan = copier.plan(Transfer(reader, offsets, PagedLayout.vllm(layers), pages))

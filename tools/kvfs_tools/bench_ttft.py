@@ -150,16 +150,18 @@ class Bench:
         before: Callable[[], object],
     ) -> dict[str, list[float]]:
         """Seconds of each body, which take turns, after one turn that is not counted: what drifts
-        meanwhile changes them all."""
+        meanwhile changes them all. The order changes, too."""
         taken: dict[str, list[float]] = {name: [] for name in bodies}
+        names = list(bodies)
         for _ in range(rounds + 1):
-            for name, body in bodies.items():
+            for name in names:
                 before()
                 self.synchronize()
                 start = time.perf_counter()
-                body()
+                bodies[name]()
                 self.synchronize()
                 taken[name].append(time.perf_counter() - start)
+            names = names[1:] + names[:1]
         return {name: found[1:] for name, found in taken.items()}
 
     def median(
@@ -209,13 +211,17 @@ class Bench:
         bodies = {"ttft": partial(self.load, place, tokens, stored)}
         if tokens <= PAIRED_TOKENS_MAX:
             bodies["compute"] = partial(self.compute, tokens)
+        before = place.before
         if place.name == "disk":
             rounds = min(rounds, DISK_ROUNDS)
         else:
+            # A GPU that has just computed for a second is slower than one that has not: each comes
+            # behind the same load.
+            before = partial(self.load_alone, place, stored)
             rounds = max(rounds, OVERLAP_ROUNDS) if fraction == FRACTIONS[0] else rounds
             bodies["alone"] = partial(self.load_alone, place, stored)
             bodies["rest"] = partial(self._suffix, place, tokens, stored)
-        taken = self.seconds(rounds, bodies, place.before)
+        taken = self.seconds(rounds, bodies, before)
         ttft = statistics.median(taken["ttft"])
         recompute = statistics.median(taken.get("compute", [recompute]))
         chosen = ttft if loads else recompute
