@@ -5,7 +5,7 @@ ways take is learned from what they took before:
 
     compute(n tokens behind a context of c)  =  a + b n + d n (c + n / 2)      attention is the last
                                             or  max(a, b n + d n (c + n / 2))
-    load(bytes from the arena, from disk)    =  fixed + bytes / rate           a rate for each
+    load(bytes from the arena, from disk)    =  between those of such sizes    for each of the two
 
 The second form is that of models whose kernels are queued more slowly than short prompts compute:
 then half a prompt takes as long as all of it. Whichever is closer to what was seen counts.
@@ -23,8 +23,10 @@ prompts of about that length.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import dataclasses
+import math
 import threading
 
 import numpy as np
@@ -32,6 +34,12 @@ import numpy as np
 KEPT_OBSERVATIONS = 128
 """Of each kind; older ones are forgotten: clocks, neighbours and batch sizes change."""
 
+
+SIZE_FACTOR = 1.15
+"""Loads whose sizes differ by less are alike."""
+
+LAST_LOADS = 5
+"""Of those that are alike, the last ones count: disks have hours, and neighbours."""
 
 LATE_FACTOR = 4
 """How late a first token comes says something of prompts up to four times as long or short."""
@@ -186,18 +194,31 @@ def _late(seen: list[tuple[int, float]], tokens: int) -> float:
 
 
 def _line(taken: list[tuple[int, float]], nbytes: int) -> float:
-    """Seconds for ``nbytes``: fixed + bytes / rate, through the medians of what was seen of small
-    and of large loads."""
-    ordered = sorted(taken)
-    half = (len(ordered) + 1) // 2
-    low, high = (np.median(np.array(part), axis=0) for part in (ordered[:half], ordered[-half:]))
-    if high[0] < 2 * low[0]:  # loads of one size: all of it is rate
-        return float(nbytes * np.median([s / n for n, s in taken]))
-    rate = (high[1] - low[1]) / (high[0] - low[0])
-    if rate <= 0:
-        return float(high[1])
-    fixed = max(0.0, float(low[1] - rate * low[0]))
-    return fixed + float(rate) * nbytes
+    """Seconds for ``nbytes``: on the straight line between the medians of loads that were a bit
+    shorter and a bit longer. One line through all would not do: the first bytes of a disk often
+    come from a cache, or on credit."""
+    points = _medians(taken)
+    if len(points) == 1:
+        size, seconds = points[0]
+        return seconds * nbytes / size
+    place = min(max(1, bisect.bisect_left(points, (nbytes, 0.0))), len(points) - 1)
+    (low, low_s), (high, high_s) = points[place - 1 : place + 1]
+    rate = (high_s - low_s) / (high - low)
+    if nbytes > high:
+        return high_s + max(rate, 0.0) * (nbytes - high)
+    if nbytes < low:
+        return max(low_s - max(rate, 0.0) * (low - nbytes), low_s * nbytes / low)
+    return low_s + rate * (nbytes - low)
+
+
+def _medians(taken: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    """(bytes, seconds), by size, of the last loads of about that size."""
+    alike: dict[int, list[tuple[int, float]]] = {}
+    for nbytes, seconds in taken:
+        size = max(nbytes, 1)
+        alike.setdefault(round(math.log(size, SIZE_FACTOR)), []).append((size, seconds))
+    found = [np.median(np.array(some[-LAST_LOADS:]), axis=0).tolist() for some in alike.values()]
+    return sorted((size, seconds) for size, seconds in found)
 
 
 __all__ = ["Estimate", "LoadOrCompute"]

@@ -1,17 +1,23 @@
-"""Copies between host memory and a paged KV cache on a CUDA device (cupy).
+"""Copies between host memory and a paged KV cache on a CUDA device (cupy), in one of three ways.
 
-Host memory is registered (cudaHostRegister) and read by a kernel over PCIe: every warp keeps
-8 x 512 bytes in flight, so few multiprocessors fill the link (55 GB/s x 2 us latency is 110 KB) and
-the rest go on computing. This kernel does not care about the size of a piece from 4 KiB up; what it
-gets of the link is 0.92, with 4 multiprocessors or 64 (an H100: reads of 128 bytes are the cause).
+Long runs (contiguous on both sides) go by the copy engine, which costs no multiprocessor: a loop of
+cudaMemcpyAsync reaches a third of the link at 64 KiB, cudaMemcpyBatchAsync (``cuda_batch``) all.
 
-Longer runs go through the copy engine, which costs no multiprocessor: a loop of cudaMemcpyAsync
-reaches a third of the link at 64 KiB, cudaMemcpyBatchAsync (``kvfs_gds.cuda_batch``) all of it.
+Shorter pieces are staged (``staging``): the engine takes what a block has of a layer in one piece
+to memory of the GPU, and a kernel scatters it from there.
+
+Where neither will do (stores, conversions, small blocks), a kernel reads registered host memory
+over the link: every warp keeps 8 x 512 bytes in flight, so few multiprocessors fill it (55 GB/s x
+2 us latency is 110 KB). It does not care about the size of a piece from 4 KiB up; what it gets of
+the link is 0.92, with 4 multiprocessors or 64 (an H100: reads of 128 bytes are the cause).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import functools
+import logging
 import threading
 from typing import Any
 
@@ -19,20 +25,15 @@ import cupy
 import numpy as np
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import KIB, MIB
+from kvfs_base.limits import KIB, LAYOUTS_KEPT, MIB, STAGING_SLOT_BYTES
 from kvfs_gds.cuda_batch import MemcpyBatch
+from kvfs_gds.cuda_kernels import CONVERT_SOURCE, COPY_SOURCE, UNIT_BYTES
 from kvfs_gds.device import Event
-from kvfs_gds.paged import HostMemory, Transfer
+from kvfs_gds.paged import HostMemory, PagedLayout, Transfer
+from kvfs_gds.registration import REGISTER_SLICE_BYTES, DeviceMemory, SharedRegistration
+from kvfs_gds.staging import LAYER_BYTES_MIN, Filled, Source, Staging
 
-REGISTER_SLICE_BYTES = 256 * MIB
-"""One cudaHostRegister call pins this much: 0.05-0.2 s/GiB, in steps that do not stall for long."""
-
-REGISTER_PORTABLE = 1
-REGISTER_MAPPED = 2
-REGISTER_READ_ONLY = 8
-
-UNIT_BYTES = 4096
-"""What one warp copies at a time: 8 vectors of 16 bytes a lane."""
+log = logging.getLogger(__name__)
 
 ENGINE_PIECE_BYTES = 16 * KIB
 """Pieces below this are never looked at for runs: there would be too many to look at."""
@@ -46,233 +47,43 @@ LOOP_RUN_BYTES = 4 * MIB
 """The same, one by one, where the runtime has no batches: from there on a loop of cudaMemcpyAsync
 reaches more of the link than the kernel (docs/results/h100-loader.json)."""
 
+STAGED_RUN_BYTES = 256 * KIB
+"""Where runs can be staged, only those from here on go to their pages at once: shorter ones have
+several descriptions where what is staged has one."""
+
 GRID_BLOCKS = 8
 GRID_THREADS = 512
+STREAMS_KEPT = 64
 
-_SOURCE = r"""
-// One warp a unit. Units of a piece are adjacent and pieces follow the host block's order, so reads
-// over PCIe are sequential; where they land does not matter to HBM at 512 bytes and more.
-extern "C" __global__ void paged_copy(
-    char* __restrict__ host, const long long* __restrict__ offsets,
-    const long long* __restrict__ bases, const long long* __restrict__ strides,
-    const int* __restrict__ pages, long long units, int units_per_piece, int pages_per_block,
-    int first_fragment, int fragments, long long piece_bytes, int store)
-{
-    const int lane = threadIdx.x & 31;
-    const long long warps = (long long)gridDim.x * (blockDim.x >> 5);
-    long long unit = (long long)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-    for (; unit < units; unit += warps) {
-        long long piece = unit / units_per_piece;
-        const long long at = (unit % units_per_piece) * UNIT;
-        const int page_index = (int)(piece % pages_per_block);
-        piece /= pages_per_block;
-        const int fragment = first_fragment + (int)(piece % fragments);
-        const long long block = piece / fragments;
-        char* near = host + offsets[block]
-            + ((long long)fragment * pages_per_block + page_index) * piece_bytes + at;
-        char* far = (char*)bases[fragment]
-            + (long long)pages[block * pages_per_block + page_index] * strides[fragment] + at;
-        const uint4* from = (const uint4*)(store ? far : near);
-        uint4* to = (uint4*)(store ? near : far);
-        const long long left = piece_bytes - at;
-        const int vectors = (int)((left < UNIT ? left : UNIT) >> 4);
-        if (vectors == UNIT / 16) {
-            uint4 v[8];
-            #pragma unroll
-            for (int i = 0; i < 8; i++) v[i] = __ldcs(from + lane + 32 * i);
-            #pragma unroll
-            for (int i = 0; i < 8; i++) to[lane + 32 * i] = v[i];
-        } else {
-            for (int i = lane; i < vectors; i += 32) to[i] = __ldcs(from + i);
-        }
-    }
-}
-""".replace("UNIT", str(UNIT_BYTES))
+SCATTER_BLOCKS = 2
+"""A multiprocessor, where the kernel reads memory of the GPU."""
 
 
-_CONVERT_SOURCE = r"""
-// As paged_copy, with eight values a lane: E4M3 in host memory, bf16 in the pages.
-__device__ float2 decode2(unsigned short e4m3x2)
-{
-    unsigned int halves;
-    float2 v;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(e4m3x2));
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-        : "=f"(v.x), "=f"(v.y) : "r"(halves));
-    return v;
-}
-__device__ unsigned int bf16(float v)
-{
-    const unsigned int bits = __float_as_uint(v);
-    return v != v ? 0x7FFFu : (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-}
-extern "C" __global__ void paged_convert(
-    char* __restrict__ host, const long long* __restrict__ offsets,
-    const long long* __restrict__ bases, const long long* __restrict__ strides,
-    const int* __restrict__ pages, const float* __restrict__ scales, long long pieces,
-    int pages_per_block, int first_fragment, int fragments, long long stored_bytes, int store)
-{
-    const int lane = threadIdx.x & 31;
-    const long long warps = (long long)gridDim.x * (blockDim.x >> 5);
-    long long number = (long long)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-    for (; number < pieces; number += warps) {
-        const int page_index = (int)(number % pages_per_block);
-        const long long rest = number / pages_per_block;
-        const int fragment = first_fragment + (int)(rest % fragments);
-        const long long block = rest / fragments;
-        const float scale = scales[fragment];
-        uint2* near = (uint2*)(host + offsets[block]
-            + ((long long)fragment * pages_per_block + page_index) * stored_bytes);
-        uint4* far = (uint4*)((char*)bases[fragment]
-            + (long long)pages[block * pages_per_block + page_index] * strides[fragment]);
-        for (long long i = lane; i < stored_bytes / 8; i += 32) {
-            if (store) {
-                const uint4 v = far[i];
-                const unsigned int in[4] = {v.x, v.y, v.z, v.w};
-                unsigned short out[4];
-                for (int k = 0; k < 4; k++) {
-                    const float low = __uint_as_float(in[k] << 16) / scale;
-                    const float high = __uint_as_float(in[k] & 0xFFFF0000u) / scale;
-                    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;"
-                        : "=h"(out[k]) : "f"(high), "f"(low));
-                }
-                near[i] = make_uint2(out[0] | (unsigned int)out[1] << 16,
-                                     out[2] | (unsigned int)out[3] << 16);
-            } else {
-                const uint2 v = __ldcs(near + i);
-                const unsigned int in[2] = {v.x, v.y};
-                unsigned int out[4];
-                for (int k = 0; k < 4; k++) {
-                    const float2 f = decode2((unsigned short)(in[k / 2] >> 16 * (k % 2)));
-                    out[k] = bf16(f.x * scale) | bf16(f.y * scale) << 16;
-                }
-                far[i] = make_uint4(out[0], out[1], out[2], out[3]);
-            }
-        }
-    }
-}
-"""
+class Way(enum.Enum):
+    """How a transfer is copied."""
 
-
-class Registration:
-    """Host memory that every CUDA context of this process may use, until ``close``: portable,
-    mapped, and registered in slices as copies touch them. Nothing waits for an arena of hundreds of
-    GiB to be pinned, and pages that hold no block are never allocated. Thread-safe."""
-
-    def __init__(self, memory: HostMemory) -> None:
-        self.memory = memory
-        self._flags = REGISTER_PORTABLE | REGISTER_MAPPED
-        self._flags |= REGISTER_READ_ONLY if memory.read_only else 0
-        self._lock = threading.Lock()
-        self._slices: dict[int, int] = {}
-        """Address by slice number."""
-
-    @property
-    def registered_bytes(self) -> int:
-        """Pinned so far."""
-        return sum(self._size(number) for number in list(self._slices))
-
-    def ensure(self, transfer: Transfer) -> None:
-        """As Registered.ensure."""
-        if not len(transfer.offsets):
-            return
-        first = transfer.offsets // REGISTER_SLICE_BYTES
-        last = (transfer.offsets + transfer.block_bytes - 1) // REGISTER_SLICE_BYTES
-        numbers = {
-            n
-            for a, b in {*zip(first.tolist(), last.tolist(), strict=True)}
-            for n in range(a, b + 1)
-        }
-        self._register(sorted(numbers))
-
-    def register_all(self) -> None:
-        """Everything at once: 0.2 s/GiB now, and no copy waits for it later."""
-        self._register(list(range(-(-self.memory.nbytes // REGISTER_SLICE_BYTES))))
-
-    def _size(self, number: int) -> int:
-        return min(REGISTER_SLICE_BYTES, self.memory.nbytes - number * REGISTER_SLICE_BYTES)
-
-    def _register(self, numbers: list[int]) -> None:
-        with self._lock:
-            for number in numbers:
-                if number in self._slices:
-                    continue
-                address = self.memory.address + number * REGISTER_SLICE_BYTES
-                try:
-                    cupy.cuda.runtime.hostRegister(address, self._size(number), self._flags)
-                except cupy.cuda.runtime.CUDARuntimeError as exc:
-                    raise InvalidRequest(detail=f"cudaHostRegister: {exc}") from exc
-                self._slices[number] = address
-
-    def close(self) -> None:
-        with self._lock:
-            for address in self._slices.values():
-                cupy.cuda.runtime.hostUnregister(address)
-            self._slices.clear()
-
-
-_shared: dict[tuple[int, int], tuple[Registration, int]] = {}
-_shared_lock = threading.Lock()
-"""Memory may be registered once a process: loaders and GPUs use the same registration."""
-
-
-class SharedRegistration:
-    """A Registration that lasts as long as somebody uses it."""
-
-    def __init__(self, memory: HostMemory) -> None:
-        self._name = (memory.address, memory.nbytes)
-        with _shared_lock:
-            found, users = _shared.get(self._name) or (Registration(memory), 0)
-            _shared[self._name] = found, users + 1
-        self.registration = found
-        self.ensure = found.ensure
-        self._closed = False
-
-    @property
-    def registered_bytes(self) -> int:
-        return self.registration.registered_bytes
-
-    def close(self) -> None:
-        with _shared_lock:
-            if self._closed:
-                return
-            self._closed = True
-            users = _shared[self._name][1] - 1
-            if users:
-                _shared[self._name] = self.registration, users
-                return
-            del _shared[self._name]
-        self.registration.close()
-
-
-class DeviceMemory:
-    """Memory of the GPU in the place of registered host memory (what cuFile reads into)."""
-
-    registered_bytes = 0
-
-    def ensure(self, transfer: Transfer) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    ENGINE = "long runs, by the copy engine"
+    STAGED = "by the copy engine into memory of the GPU, by the kernel from there"
+    KERNEL = "by the kernel, over the link"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A transfer and its tables on the device: offsets, bases, strides, pages, scales."""
+    """A transfer and its tables: offsets, bases, strides, pages, scales."""
 
     transfer: Transfer
-    by_engine: bool
-    """Its runs are long enough for the copy engine."""
+    way: Way
     tables: Any = None
     """Owns the memory that the addresses point into. The engine needs none."""
     ready: Any = None
-    """The event behind their upload."""
+    """The event behind their upload, if they were uploaded."""
     offsets: int = 0
     bases: int = 0
     strides: int = 0
     pages: int = 0
     scales: int = 0
+    source: Source | None = None
+    """What is staged."""
 
 
 class _Stream:
@@ -314,10 +125,17 @@ class CudaDevice:
         self._threads = (threads,)
         self._upload_lock = threading.Lock()
         self._batch = MemcpyBatch.find()
-        self._run_bytes = LOOP_RUN_BYTES if self._batch is None else BATCH_RUN_BYTES
+        self._staging: Staging | None = None
+        self._staging_failed = False
+        self._layouts: dict[int, tuple[PagedLayout, Any]] = {}
+        """Tables by the number of their layout, the one that was used last at the end."""
+        # A model wraps its stream for every layer. What is kept is a pointer and nothing else.
+        self._external = functools.lru_cache(STREAMS_KEPT)(self._external_stream)
         with self.device:
-            self._kernel = cupy.RawKernel(_SOURCE, "paged_copy")
-            self._convert = cupy.RawKernel(_CONVERT_SOURCE, "paged_convert")
+            processors = self.device.attributes["MultiProcessorCount"]
+            self._wide_grid = (SCATTER_BLOCKS * int(processors),)
+            self._kernel = cupy.RawKernel(COPY_SOURCE, "paged_copy")
+            self._convert = cupy.RawKernel(CONVERT_SOURCE, "paged_convert")
             self._uploads = cupy.cuda.Stream(non_blocking=True)
 
     def register(self, memory: HostMemory) -> SharedRegistration | DeviceMemory:
@@ -333,38 +151,110 @@ class CudaDevice:
             pointer = getattr(stream, "ptr", stream)
         if not isinstance(pointer, int):
             raise InvalidRequest(detail=f"not a CUDA stream: {type(stream).__name__}")
+        return self._external(pointer)
+
+    def _external_stream(self, pointer: int) -> Any:
         with self.device:
             return cupy.cuda.Stream.from_external(_Stream(pointer))
 
-    def plan(self, transfer: Transfer, *, by_engine: bool | None = None) -> Plan:
-        """Uploads the tables, on a stream of their own that the kernel waits for: on the load's
-        they would come after all that is queued there. What the engine is to copy needs none, and
-        they would come after all that the engine was given. ``by_engine`` overrules the choice
-        between the two."""
-        if self._by_engine(transfer) if by_engine is None else by_engine:
-            return Plan(transfer, True)
-        layout = transfer.layout
-        parts: list[Any] = [
-            np.ascontiguousarray(transfer.offsets, dtype=np.int64),
-            np.array(layout.bases, dtype=np.int64),
-            np.array(layout.strides, dtype=np.int64),
-            np.ascontiguousarray(transfer.pages, dtype=np.int32),
-            np.array(() if transfer.convert is None else transfer.convert.scales, dtype=np.float32),
-        ]
+    def plan(self, transfer: Transfer, *, store: bool = False, way: Way | None = None) -> Plan:
+        """``way`` overrules the choice between the three."""
+        way = way or self._way(transfer, store=store)
+        if way is Way.ENGINE:
+            return Plan(transfer, way)
+        layout, bases, strides = self._layout_tables(transfer.layout)
+        pages = np.ascontiguousarray(transfer.pages, dtype=np.int32)
+        if way is Way.STAGED:
+            # A few thousand numbers that the kernel reads over the link: no upload to wait for.
+            pinned = cupy.cuda.alloc_pinned_memory(pages.nbytes)
+            np.frombuffer(pinned, dtype=np.int32, count=pages.size)[:] = pages.ravel()
+            return Plan(
+                transfer,
+                way,
+                (layout, pinned),
+                bases=bases,
+                strides=strides,
+                pages=int(pinned.ptr),
+                source=Source.of(transfer, REGISTER_SLICE_BYTES),
+            )
+        scales = () if transfer.convert is None else transfer.convert.scales
+        return self._upload(transfer, pages, np.array(scales, dtype=np.float32))
+
+    def _upload(self, transfer: Transfer, pages: Any, scales: Any) -> Plan:
+        """Tables on the device, by a stream of their own that the kernel waits for: on the load's
+        they would come after all that is queued there."""
+        layout, bases, strides = self._layout_tables(transfer.layout)
+        parts: list[Any] = [np.ascontiguousarray(transfer.offsets, dtype=np.int64), pages, scales]
         packed = np.concatenate([part.reshape(-1).view(np.uint8) for part in parts])
         with self._upload_lock, self.device, self._uploads:
             tables = cupy.asarray(packed)  # by way of pinned memory, without waiting for it
             ready = cupy.cuda.Event(disable_timing=True)
             ready.record(self._uploads)
-        starts = np.cumsum([0, *(part.nbytes for part in parts[:-1])])
-        addresses = [int(tables.data.ptr) + int(start) for start in starts]
-        return Plan(transfer, False, tables, ready, *addresses)
+        at, offsets_bytes = int(tables.data.ptr), parts[0].nbytes
+        return Plan(
+            transfer,
+            Way.KERNEL,
+            (layout, tables),
+            ready,
+            offsets=at,
+            bases=bases,
+            strides=strides,
+            pages=at + offsets_bytes,
+            scales=at + offsets_bytes + pages.nbytes,
+        )
 
-    def _by_engine(self, transfer: Transfer) -> bool:
+    def _layout_tables(self, layout: PagedLayout) -> tuple[Any, int, int]:
+        """(owner, address of the bases, of the strides) on the device: caches stay where they are,
+        so what was uploaded once is kept for the next load."""
+        with self._upload_lock:
+            kept = self._layouts.pop(id(layout), None)
+            if kept is None:
+                packed = np.array((*layout.bases, *layout.strides), dtype=np.int64)
+                with self.device, self._uploads:
+                    table = cupy.asarray(packed)
+                    self._uploads.synchronize()
+                kept = layout, table  # the layout, too: its number is not another's meanwhile
+            self._layouts[id(layout)] = kept
+            while len(self._layouts) > LAYOUTS_KEPT:
+                del self._layouts[next(iter(self._layouts))]
+        address = int(kept[1].data.ptr)
+        return kept, address, address + 8 * len(layout.bases)
+
+    def _way(self, transfer: Transfer, *, store: bool) -> Way:
         piece = transfer.layout.piece_bytes
-        if transfer.convert is not None or piece < ENGINE_PIECE_BYTES or not len(transfer.offsets):
+        if transfer.convert is not None or not len(transfer.offsets):
+            return Way.KERNEL
+        staged = self._can_stage(transfer) and not store
+        run_bytes = LOOP_RUN_BYTES if self._batch is None else BATCH_RUN_BYTES
+        run_bytes = max(run_bytes, STAGED_RUN_BYTES) if staged else run_bytes
+        if piece >= run_bytes:
+            return Way.ENGINE
+        # A run of one layer of several is no longer than what a block has of it.
+        short = piece < ENGINE_PIECE_BYTES or (
+            transfer.layout.layers > 1 and transfer.layer_bytes < run_bytes
+        )
+        if not short and transfer.run_bytes() >= run_bytes:
+            return Way.ENGINE
+        return Way.STAGED if staged else Way.KERNEL
+
+    def _can_stage(self, transfer: Transfer) -> bool:
+        if self._batch is None or transfer.host.on_device:
             return False
-        return piece >= self._run_bytes or transfer.run_bytes() >= self._run_bytes
+        if not LAYER_BYTES_MIN <= transfer.layer_bytes <= STAGING_SLOT_BYTES:
+            return False
+        with self._upload_lock:
+            if self._staging is None and not self._staging_failed:
+                try:
+                    self._staging = Staging(self.device, self._batch)
+                except cupy.cuda.memory.OutOfMemoryError as exc:
+                    self._staging_failed = True
+                    log.info("no memory to stage copies in: %s", exc)
+        return self._staging is not None
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory of the GPU that copies pass through; none before the first load that needs it."""
+        return 0 if self._staging is None else self._staging.nbytes
 
     def copy(
         self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool = False
@@ -375,8 +265,13 @@ class CudaDevice:
             return
         if transfer.convert is not None:
             self._convert_pieces(plan, first_layer, end_layer, stream, store=store)
-        elif plan.by_engine:
+        elif plan.way is Way.ENGINE:
             self._copy_runs(transfer, first_layer, end_layer, stream, store=store)
+        elif plan.source is not None:
+            if store or self._staging is None:
+                raise InvalidRequest(detail="a plan for loads")
+            scatter = functools.partial(self._scatter, plan, stream)
+            self._staging.copy(plan.source, (first_layer, end_layer), stream, scatter)
         else:
             self._copy_pieces(plan, first_layer, end_layer, stream, store=store)
 
@@ -402,30 +297,65 @@ class CudaDevice:
         self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool
     ) -> None:
         transfer = plan.transfer
-        layout = transfer.layout
-        fragments = (end_layer - first_layer) * layout.fragments_per_layer
-        units_per_piece = -(-layout.piece_bytes // UNIT_BYTES)
-        units = len(transfer.offsets) * fragments * transfer.pages_per_block * units_per_piece
-        with self.device, stream:
+        with self.device:
             cupy.cuda.runtime.streamWaitEvent(stream.ptr, plan.ready.ptr)
-            self._kernel(
+            self._launch(
+                plan,
                 self._grid,
-                self._threads,
-                (
-                    np.uint64(transfer.host.address),
-                    np.uint64(plan.offsets),
-                    np.uint64(plan.bases),
-                    np.uint64(plan.strides),
-                    np.uint64(plan.pages),
-                    np.int64(units),
-                    np.int32(units_per_piece),
-                    np.int32(transfer.pages_per_block),
-                    np.int32(first_layer * layout.fragments_per_layer),
-                    np.int32(fragments),
-                    np.int64(layout.piece_bytes),
-                    np.int32(store),
-                ),
+                stream,
+                host=transfer.host.address,
+                blocks=(0, len(transfer.offsets)),
+                layers=(first_layer, end_layer),
+                store=store,
             )
+
+    def _scatter(self, plan: Plan, stream: Any, filled: Filled) -> None:
+        """From memory of the GPU: all multiprocessors, for a moment."""
+        self._launch(
+            plan,
+            self._wide_grid,
+            stream,
+            host=filled.address,
+            block_stride=filled.block_stride,
+            blocks=filled.blocks,
+            layers=filled.layers,
+        )
+
+    def _launch(
+        self,
+        plan: Plan,
+        grid: tuple[int],
+        stream: Any,
+        *,
+        host: int,
+        blocks: tuple[int, int],
+        layers: tuple[int, int],
+        block_stride: int = 0,
+        store: bool = False,
+    ) -> None:
+        """The copy kernel on the current device. Without a ``block_stride`` blocks lie at the
+        plan's offsets."""
+        transfer = plan.transfer
+        layout = transfer.layout
+        fragments = (layers[1] - layers[0]) * layout.fragments_per_layer
+        units_per_piece = -(-layout.piece_bytes // UNIT_BYTES)
+        pieces = (blocks[1] - blocks[0]) * fragments * transfer.pages_per_block
+        arguments = (
+            np.uint64(host),
+            np.uint64(0 if block_stride else plan.offsets),
+            np.int64(block_stride),
+            np.uint64(plan.bases),
+            np.uint64(plan.strides),
+            np.uint64(plan.pages + 4 * blocks[0] * transfer.pages_per_block),
+            np.int64(pieces * units_per_piece),
+            np.int32(units_per_piece),
+            np.int32(transfer.pages_per_block),
+            np.int32(layers[0] * layout.fragments_per_layer),
+            np.int32(fragments),
+            np.int64(layout.piece_bytes),
+            np.int32(store),
+        )
+        self._kernel(grid, self._threads, arguments, stream=stream)
 
     def _convert_pieces(
         self, plan: Plan, first_layer: int, end_layer: int, stream: Any, *, store: bool
@@ -469,4 +399,4 @@ class CudaDevice:
         stream.synchronize()
 
 
-__all__ = ["CudaDevice", "CudaEvent", "DeviceMemory", "Plan", "Registration"]
+__all__ = ["CudaDevice", "CudaEvent", "Plan", "Way"]

@@ -38,6 +38,12 @@ class _Attributes(ctypes.Structure):
     ]
 
 
+_STREAM_ORDER = ctypes.pointer(_Attributes(order=_ORDER_STREAM))
+_ANY_ORDER = ctypes.pointer(_Attributes(order=_ORDER_ANY))
+_FIRST = ctypes.pointer(ctypes.c_size_t(0))
+"""The attributes hold from the first copy of a call on."""
+
+
 class MemcpyBatch:
     """Thread-safe."""
 
@@ -70,15 +76,15 @@ class MemcpyBatch:
         """Queues copies of ``sizes`` bytes between addresses, on the current device. Unless
         ``in_order`` the sources may be read before earlier work on ``stream`` has happened. Raises
         TargetFailed."""
-        attributes = _Attributes(order=_ORDER_STREAM if in_order else _ORDER_ANY)
-        index = ctypes.c_size_t(0)
-        arrays = [np.ascontiguousarray(a, dtype=np.uint64) for a in (to, source, sizes)]
+        attributes = _STREAM_ORDER if in_order else _ANY_ORDER
+        arrays = [np.ascontiguousarray(a, dtype=np.int64) for a in (to, source, sizes)]
+        starts = [int(array.__array_interface__["data"][0]) for array in arrays]
         for first in range(0, len(to), call_copies):
             error = self._call(
-                *(array.ctypes.data + 8 * first for array in arrays),
+                *(start + 8 * first for start in starts),
                 min(call_copies, len(to) - first),
-                ctypes.byref(attributes),
-                ctypes.byref(index),
+                attributes,
+                _FIRST,
                 1,
                 stream,
             )

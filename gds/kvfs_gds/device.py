@@ -48,6 +48,10 @@ class Device(Protocol):
 
     name: str
 
+    @property
+    def staging_bytes(self) -> int:
+        """Memory of the device that copies pass through."""
+
     def register(self, memory: HostMemory) -> Registered: ...
 
     def stream(self, *, urgent: bool) -> Any:
@@ -56,8 +60,9 @@ class Device(Protocol):
     def wrap(self, stream: Any) -> Any:
         """A caller's stream (of torch, of cupy, a pointer) as one of this device."""
 
-    def plan(self, transfer: Transfer) -> Any:
-        """What several copies of one transfer share. To be kept until they have happened."""
+    def plan(self, transfer: Transfer, *, store: bool) -> Any:
+        """What several copies of one transfer share, all of them loads, or stores. To be kept until
+        they have happened."""
 
     def copy(
         self, plan: Any, first_layer: int, end_layer: int, stream: Any, *, store: bool
@@ -130,6 +135,7 @@ class CpuDevice:
     """The CPU's own memory: engines without a GPU, and tests."""
 
     name = "cpu"
+    staging_bytes = 0
 
     def register(self, memory: HostMemory) -> Registered:
         return _CpuRegistered()
@@ -142,7 +148,7 @@ class CpuDevice:
             raise InvalidRequest(detail=f"not a stream of the CPU: {type(stream).__name__}")
         return stream
 
-    def plan(self, transfer: Transfer) -> Transfer:
+    def plan(self, transfer: Transfer, *, store: bool) -> Transfer:
         return transfer
 
     def copy(

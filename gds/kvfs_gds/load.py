@@ -29,11 +29,14 @@ import numpy as np
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
+    LOADER_ANSWER_BLOCKS,
     LOADER_GROUP_BYTES,
-    LOADER_GROUP_GROWTH,
+    LOADER_MEMORY_FIRST_BYTES,
+    LOADER_MEMORY_GROUP_BYTES,
     LOADER_QUEUED_BYTES,
     LOADER_QUEUED_FACTOR,
     LOADER_QUIET_SECONDS,
+    LOADER_RUN_LAYERS,
     LOADER_WINDOW_GROUPS,
 )
 from kvfs_gds.convert import Fp8
@@ -251,7 +254,7 @@ class Load:
             self._asked_bytes += (self._next - first) * self._block_bytes
             end = self._next
             # From memory the first group takes 0.4 ms, with others beside it 1.4: it goes alone.
-            alone = self._groups == 1 and self._loader.growth > 0
+            alone = self._groups == 1 and self._loader.from_memory
         if not alone:
             self._list()
         return first, end
@@ -260,13 +263,17 @@ class Load:
         """How many blocks the next fetch is for; 0 if it has to wait for room."""
         if not self._block_bytes:
             return PREFETCH_BLOCKS
-        # Also when all is in memory the first one is small, and none is much larger than those
-        # before: the link waits for the first, and has those before while it waits for the others.
-        growth = min(self._groups, self._loader.growth)
-        wanted = LOADER_GROUP_BYTES * int(LOADER_GROUP_GROWTH**growth)
+        left_bytes = (len(self.keys) - self._next) * self._block_bytes
         window = self._loader.window_bytes
         used = self._held_bytes + self._asked_bytes
-        wanted = min(max(window // LOADER_WINDOW_GROUPS, LOADER_GROUP_BYTES), wanted, window - used)
+        wanted = LOADER_GROUP_BYTES
+        if self._loader.from_memory:
+            wanted = LOADER_MEMORY_FIRST_BYTES
+            # The link has that while it waits for the rest.
+            if self._groups or len(self.keys) <= LOADER_ANSWER_BLOCKS:
+                part = left_bytes if left_bytes <= window - used else window // LOADER_WINDOW_GROUPS
+                wanted = max(LOADER_GROUP_BYTES, min(part, LOADER_MEMORY_GROUP_BYTES))
+        wanted = min(wanted, window - used)
         blocks = wanted // self._block_bytes
         return min(max(blocks, 0 if used else 1), BATCH_BLOCKS_MAX)
 
@@ -304,8 +311,9 @@ class Load:
         with self._lock:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
-        self._list()
+        # First what the link waits for: who fetches next takes turns with this thread.
         self.pump()
+        self._list()
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -409,11 +417,14 @@ class Load:
         clock = self._loader.clock
         quiet_until = clock.monotonic() + LOADER_QUIET_SECONDS
         events: list[Event] = []
-        for layer in range(layers):
+        first = 0
+        while first < layers:
+            end = min(layers, first + min(max(first, 1), LOADER_RUN_LAYERS))
             for plan in plans:
-                self._device.copy(plan, layer, layer + 1, stream, store=False)
-            events.append(self._device.record(stream))
-            if layer == layers - 1 or clock.monotonic() >= quiet_until:
+                self._device.copy(plan, first, end, stream, store=False)
+            events += [self._device.record(stream)] * (end - first)
+            first = end
+            if end == layers or clock.monotonic() >= quiet_until:
                 with self._lock:
                     self._events += events
                     self._lock.notify_all()
@@ -426,7 +437,7 @@ class Load:
         if self._after is not None:
             self._device.wait_for(self._lane.stream, self._after)
             self._after = None
-        return self._device.plan(transfer)
+        return self._device.plan(transfer, store=False)
 
     @property
     def _device(self) -> Any:

@@ -34,7 +34,6 @@ from kvfs_base.limits import (
     LOADER_FAST_SECONDS,
     LOADER_FETCH_THREADS,
     LOADER_GROUP_BYTES,
-    LOADER_GROUP_GROWTH_MAX,
     LOADER_JOBS_MAX,
     LOADER_WINDOW_SHARE,
     RING_BYTES,
@@ -69,8 +68,8 @@ class Loader:
         """``stream``, of the caller's, is what demand loads are copied on instead of one of the
         loader's own. ``ring_bytes`` of pinned memory are taken at the first store."""
         self.device = device
-        self.growth = 0
-        """The next fetch is LOADER_GROUP_GROWTH to this power times as large as the first one."""
+        self.from_memory = False
+        """The last fetch was answered sooner than a disk is read."""
         self.clock = clock or os_env().clock
         self._source = source
         self._lock = threading.Condition()
@@ -139,7 +138,8 @@ class Loader:
         return self._stores.start(list(keys), pages, event)
 
     def statistics(self) -> dict[str, int]:
-        """Loads under way, bytes they hold leased, bytes loaded and stored, pinned bytes."""
+        """Loads under way, bytes they hold leased, bytes loaded and stored, pinned bytes, memory of
+        the device that copies pass through."""
         with self._lock:
             registered = sum(getattr(r, "registered_bytes", 0) for r in self._registered.values())
             figures = {
@@ -147,6 +147,7 @@ class Loader:
                 "held_bytes": self._held_bytes,
                 "loaded_bytes": self._loaded_bytes,
                 "registered_bytes": registered,
+                "staging_bytes": self.device.staging_bytes,
             }
         return {**figures, **self._stores.statistics()}
 
@@ -269,7 +270,7 @@ class Loader:
                 if end - first == 1:
                     raise
                 break
-            self._grow(fetched, self.clock.monotonic() - start)
+            self._learn(fetched, self.clock.monotonic() - start)
             load.arrived(np.arange(first, end), fetched)
             return
         if load.stopping:
@@ -279,13 +280,12 @@ class Loader:
         load.pump()
         self._fetch(load, middle, end)
 
-    def _grow(self, fetched: Fetched, seconds: float) -> None:
+    def _learn(self, fetched: Fetched, seconds: float) -> None:
         """Blocks that come faster than a disk gives them were in memory: then a round trip costs
-        more than what is hidden behind the next one, and this load's later fetches, and later
-        loads, ask for more at once."""
+        more than what is hidden behind the next one, and later fetches ask for more at once."""
         nbytes = sum(extent[1] for extent in fetched.extents if extent is not None)
-        fast = seconds < max(LOADER_FAST_SECONDS, nbytes / LOADER_FAST_BYTES_PER_SECOND)
-        self.growth = min(self.growth + 1, LOADER_GROUP_GROWTH_MAX) if fast else 0
+        allowed = LOADER_FAST_SECONDS + nbytes / LOADER_FAST_BYTES_PER_SECOND
+        self.from_memory = seconds < allowed
 
     def _wait_release(self, load: Load, releases: int) -> None:
         with self._lock:

@@ -275,6 +275,11 @@ class Transfer:
         return len(self.layout.bases) * self.pages_per_block * self.piece_bytes
 
     @property
+    def layer_bytes(self) -> int:
+        """What a block has of one layer; it lies in one piece."""
+        return self.layout.fragments_per_layer * self.pages_per_block * self.piece_bytes
+
+    @property
     def nbytes(self) -> int:
         return self.block_bytes * len(self.offsets)
 
@@ -303,7 +308,7 @@ class Transfer:
         starts = np.concatenate([[0], breaks]).astype(np.int64)
         ends = np.concatenate([breaks, [len(near)]]).astype(np.int64)
         runs = near[starts], far[starts], (ends - starts) * piece
-        return _cut(*runs, self.host.address, seam_bytes) if seam_bytes else runs
+        return cut(*runs, self.host.address, seam_bytes) if seam_bytes else runs
 
     def run_bytes(self) -> int:
         """About how long the runs of a layer are: the mean of the first blocks'."""
@@ -315,7 +320,7 @@ class Transfer:
 _SAMPLE_BLOCKS = 64
 
 
-def _cut(
+def cut(
     near: Int64s, far: Int64s, sizes: Int64s, base: int, step: int
 ) -> tuple[Int64s, Int64s, Int64s]:
     """Runs, cut where their host address passes a multiple of ``step`` behind ``base``."""

@@ -201,7 +201,7 @@ class StoreWorker:
             offsets = slot.offset + size * np.arange(end - first, dtype=np.int64)
             transfer = job.pages.transfer(ring.memory, offsets, slice(first, end))
             ring.registered.ensure(transfer)
-            plan = self._device.plan(transfer)
+            plan = self._device.plan(transfer, store=True)
             if job.after is not None:
                 self._device.wait_for(self._stream, job.after)
             self._device.copy(plan, 0, job.pages.layout.layers, self._stream, store=True)

@@ -65,6 +65,36 @@ def test_the_rule_never_loses_more_than_five_percent(disk: float) -> None:
     assert (True, disk > 6e9) in decisions
 
 
+class Bursting(Machine):
+    """A disk whose first 256 MB come from a cache, at a rate that computing does not reach."""
+
+    def load(self, nbytes: int, *, from_disk: bool) -> float:
+        if not from_disk:
+            return super().load(nbytes, from_disk=False)
+        quick = min(nbytes, 256_000_000)
+        return 0.002 + quick / 6e9 + (nbytes - quick) / self.disk
+
+
+def test_a_load_that_was_seen_is_known() -> None:
+    """Rates that depend on the size are learned by size: after one load of a size the rule is right
+    about it, and was right before about most."""
+    machine = Bursting(1.5e9)
+    rule = taught(machine)
+    lost = []
+    for tokens in (1024, 1536, 2048, 3072, 8192, 32768):
+        for share in (0.25, 0.5, 0.9, 1.0):
+            stored = int(tokens * share) // 64 * 64
+            size = stored * TOKEN_BYTES
+            loaded = machine.first_token(tokens, stored, from_disk=True)
+            compute = machine.compute(tokens, 0)
+            before = rule.should_load(tokens, stored, 0, size)
+            lost.append((loaded if before else compute) > 1.05 * min(loaded, compute))
+            rule.observe_load(size, machine.load(size, from_disk=True), from_disk=True)
+            load = rule.should_load(tokens, stored, 0, size)
+            assert (loaded if load else compute) <= 1.05 * min(loaded, compute)
+    assert sum(lost) <= 6
+
+
 def test_without_observations_it_loads() -> None:
     rule = LoadOrCompute(LAYERS)
     assert rule.estimate(100, 50, 10, 0) is None

@@ -25,6 +25,7 @@ BLOCK_BYTES = LAYERS * 2 * PAGE_BYTES
 EXTENT_BYTES = 12288
 POISON = 0xA5
 WAIT_SECONDS = 60.0
+NEVER = 1e9
 
 
 def wait_until(condition: Any) -> None:
@@ -162,6 +163,50 @@ def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) ->
         assert load.result() == [True] * 4
 
 
+def test_layers_are_queued_in_runs_that_grow(rig: Rig) -> None:
+    """A first layer, one more, two, and then four at a time, in order, and nothing twice."""
+    layers = 13
+    cache = [np.full((2, 8, 16), POISON, dtype=np.uint8) for _ in range(layers)]
+    table = np.arange(8, dtype=np.int32).reshape(-1, 1)
+    rng = np.random.default_rng(5)
+    blocks = rng.integers(0, 256, (8, layers, 2, 16), dtype=np.uint8)
+    names = [key(500 + number) for number in range(8)]
+    rig.namespace.put(names, [block.tobytes() for block in blocks])
+    firsts: list[int] = []
+    with Loader.open(rig.namespace, Device(firsts.append)) as loader:
+        load = loader.load(names, Pages(PagedLayout.vllm(cache), table))
+        assert load.result() == [True] * 8
+        assert all(load.layer_done(layer) for layer in range(layers))
+    assert firsts == [0, 1, 2, 4, 8, 12]
+    assert (np.stack(cache) == blocks.transpose(1, 2, 0, 3)).all()
+
+
+def test_a_load_larger_than_its_window_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From memory, too: of what may be held at a time a part is asked for, and the rest when some
+    was given back."""
+    rig = Rig(arena_blocks=32)
+    rig.loader.from_memory = True
+    monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", NEVER)
+    sizes: list[int] = []
+    plain = rig.namespace.get
+
+    def get(keys: Any) -> Any:
+        sizes.append(len(keys))
+        assert rig.loader.statistics()["held_bytes"] <= 16 * BLOCK_BYTES
+        return plain(keys)
+
+    monkeypatch.setattr(rig.namespace, "get", get)
+    rig.loader.load(rig.keys[:1], rig.pages([0])).result()  # the size of the arena is known now
+    sizes.clear()
+    load = rig.loader.load(rig.keys, rig.pages(range(PAGES)))
+    assert load.result() == [True] * PAGES
+    assert max(sizes) <= 16 and sum(sizes) == PAGES and len(sizes) > 4
+    assert all(rig.page(p) == rig.blocks[p].tobytes() for p in range(PAGES))
+    rig.close()
+
+
 def test_a_device_that_fails_half_way_fails_the_load_and_keeps_no_lease(rig: Rig) -> None:
     def fail(layer: int) -> None:
         if layer == 1:
@@ -190,12 +235,22 @@ class SlowClock:
         return self.now
 
 
-@pytest.mark.parametrize("clock", [None, SlowClock()], ids=["memory", "disk"])
+@pytest.mark.parametrize(
+    ("clock", "answer_blocks", "wanted"),
+    [(None, PAGES, [PAGES]), (None, 4, [2, PAGES - 2]), (SlowClock(), PAGES, [1] * PAGES)],
+    ids=["memory", "much memory", "disk"],
+)
 def test_what_comes_from_memory_is_asked_for_at_once(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, clock: SlowClock | None
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    clock: SlowClock | None,
+    answer_blocks: int,
+    wanted: list[int],
 ) -> None:
-    """The second load of a warm source is a few requests, each four times as large as the one
-    before up to a quarter of the window; one of a disk is many small ones."""
+    """The second load of a warm source is one request, or a small one and the rest; one of a disk
+    is many small ones."""
+    monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", answer_blocks)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", 2 * BLOCK_BYTES)
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", 0.5)
     sizes: list[int] = []
@@ -210,13 +265,15 @@ def test_what_comes_from_memory_is_asked_for_at_once(
         loader.load(rig.keys, rig.pages(range(PAGES))).result()
         sizes.clear()
         loader.load(rig.keys, rig.pages(range(PAGES))).result()
-        assert sorted(sizes) == ([1, 4, 11, 16, 32] if clock is None else [1] * PAGES)
+        assert sizes == wanted
 
 
 def test_the_first_group_from_memory_goes_alone(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its answer is what the link waits for: no other request is begun before it is there."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
-    rig.loader.growth = 1
+    monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", 4)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", BLOCK_BYTES)
+    rig.loader.from_memory = True
     begun: list[int] = []
     other = threading.Event()
     plain = rig.namespace.get
@@ -253,7 +310,7 @@ def test_whole_blocks_are_copied_while_others_are_fetched(
 ) -> None:
     """Groups of four blocks; the third get is held up, and what came before is copied by then."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", 4 * BLOCK_BYTES)
-    monkeypatch.setattr(load_module, "LOADER_GROUP_GROWTH", 1)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", -NEVER)
     gets, release = threading.Semaphore(2), threading.Event()
     plain = rig.namespace.get
 
@@ -343,7 +400,7 @@ def test_a_cancelled_load_writes_nothing_more(rig: Rig, monkeypatch: pytest.Monk
 
 def test_demand_goes_before_prefetch(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", BLOCK_BYTES)
-    monkeypatch.setattr(load_module, "LOADER_GROUP_GROWTH", 1)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", -NEVER)
     order: list[int] = []
     plain = rig.namespace.get
     demanded = threading.Event()

@@ -22,8 +22,11 @@ try:
 except cupy.cuda.runtime.CUDARuntimeError:
     pytest.skip("no CUDA driver", allow_module_level=True)
 
-from kvfs_gds.cuda import REGISTER_SLICE_BYTES, CudaDevice, Registration  # noqa: E402
+from kvfs_gds import cuda as cuda_module  # noqa: E402
+from kvfs_gds import staging as staging_module  # noqa: E402
+from kvfs_gds.cuda import CudaDevice, Way  # noqa: E402
 from kvfs_gds.device import open_device  # noqa: E402
+from kvfs_gds.registration import REGISTER_SLICE_BYTES, Registration  # noqa: E402
 
 POISON = 0xA5
 KINDS = ["vllm", "flashinfer", "mla", "sglang", "page_first", "heads_first"]
@@ -113,12 +116,96 @@ def test_load_and_store_agree_with_the_cpu(
     assert registration.registered_bytes == staging.nbytes
     tight = np.arange(len(slots), dtype=np.int64) * size
     back = Transfer(HostMemory.of(staging), tight, gpu_layout, pages)
-    plan = copier.plan(back)
+    plan = copier.plan(back, store=True)
     copier.copy(plan, 0, LAYERS, stream, store=True)
     stream.synchronize()
     for at, offset in zip(tight, offsets, strict=True):
         assert (staging[at : at + size] == writable[offset : offset + size]).all()
     registration.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("slot_bytes", [1 << 17, 5 << 16, 1 << 20])
+@pytest.mark.parametrize("per_block", [1, 3])
+def test_pieces_come_through_few_small_slots(
+    arena: Any, monkeypatch: pytest.MonkeyPatch, kind: str, slot_bytes: int, per_block: int
+) -> None:
+    """All layers, and some, of many blocks, again and again while earlier ones are under way: each
+    slot is used dozens of times. Blocks lie across the seam of two registrations, too."""
+    monkeypatch.setattr(cuda_module, "STAGING_SLOT_BYTES", slot_bytes)
+    monkeypatch.setattr(staging_module, "STAGING_SLOT_BYTES", slot_bytes)
+    monkeypatch.setattr(cuda_module, "LAYER_BYTES_MIN", 0)
+    device = CudaDevice()
+    writable, reader = arena
+    rng = np.random.default_rng(slot_bytes + per_block)
+    piece = 8208
+    cpu_layout, cpu = tensors(kind, piece, np)
+    gpu_layout, gpu = tensors(kind, piece, cupy)
+    size = cpu_layout.block_bytes(per_block)
+    blocks = PAGES // per_block
+    registration = Registration(reader)
+    low, high = REGISTER_SLICE_BYTES - 8 * size, REGISTER_SLICE_BYTES + blocks * size
+    writable[low:high] = rng.integers(0, 256, high - low, dtype=np.uint8)
+    streams = [device.stream(urgent=True), device.stream(urgent=False)]
+    last, plans = device.record(streams[0]), []
+    for turn in range(12):
+        first, end = [(0, 1), (1, 3), (0, 3), (2, 3)][turn % 4]
+        start = REGISTER_SLICE_BYTES - (turn + 1) * (size // 32) * 16
+        offsets = start + size * rng.permutation(blocks).astype(np.int64)
+        pages = rng.permutation(PAGES)[: blocks * per_block].astype(np.int32)
+        transfer = Transfer(reader, offsets, gpu_layout, pages.reshape(blocks, per_block))
+        registration.ensure(transfer)
+        plans.append(device.plan(transfer, store=False))
+        assert plans[-1].way is Way.STAGED
+        stream = streams[turn % 3 == 2]
+        device.wait_for(stream, last)
+        device.copy(plans[-1], first, end, stream)
+        last = device.record(stream)
+        on_cpu = Transfer(reader, offsets, cpu_layout, transfer.pages)
+        copy_on_cpu(on_cpu, first, end, store=False)
+    cupy.cuda.Device().synchronize()
+    for a, b in zip(cpu, gpu, strict=True):
+        assert (a == b.get()).all()
+    assert device.staging_bytes == 3 * slot_bytes
+    registration.close()
+
+
+def test_the_way_is_chosen_by_size(copier: CudaDevice, arena: Any) -> None:
+    _, reader = arena
+    offsets = np.arange(4, dtype=np.int64) * (8 << 20)
+    pages = np.array([[3], [1], [2], [0]], dtype=np.int32)
+
+    def way(piece: int, *, store: bool = False) -> Way:
+        layers = [cupy.empty((2, 4, piece), dtype=cupy.uint8) for _ in range(2)]
+        transfer = Transfer(reader, offsets, PagedLayout.vllm(layers), pages)
+        return copier.plan(transfer, store=store).way
+
+    assert way(8192) is Way.KERNEL
+    assert way(65536) is way(131072) is Way.STAGED
+    assert way(262144) is Way.ENGINE
+    assert way(65536, store=True) is Way.KERNEL
+    assert way(131072, store=True) is Way.ENGINE
+    with pytest.raises(InvalidRequest, match="for loads"):
+        layers = [cupy.empty((2, 4, 65536), dtype=cupy.uint8) for _ in range(2)]
+        plan = copier.plan(Transfer(reader, offsets, PagedLayout.vllm(layers), pages))
+        copier.copy(plan, 0, 1, copier.stream(urgent=True), store=True)
+
+
+def test_without_memory_to_stage_in_the_kernel_copies(
+    arena: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise cupy.cuda.memory.OutOfMemoryError(1, 1, 0)
+
+    caplog.set_level("INFO", "kvfs_gds.cuda")
+    monkeypatch.setattr(cuda_module, "Staging", refuse)
+    device = CudaDevice()
+    layers = [cupy.empty((2, 4, 65536), dtype=cupy.uint8)]
+    table = np.array([[0]], dtype=np.int32)
+    transfer = Transfer(arena[1], np.array([0], dtype=np.int64), PagedLayout.vllm(layers), table)
+    assert device.plan(transfer, store=False).way is Way.KERNEL
+    assert "no memory to stage" in caplog.text
+    assert device.staging_bytes == 0
 
 
 @pytest.mark.parametrize("store", [False, True])
@@ -139,7 +226,7 @@ def test_long_runs_go_through_the_copy_engine(copier: CudaDevice, arena: Any, st
     registration = copier.register(memory)
     registration.ensure(transfer)
     stream = copier.stream(urgent=False)
-    copier.copy(copier.plan(transfer), 0, 1, stream, store=store)
+    copier.copy(copier.plan(transfer, store=store), 0, 1, stream, store=store)
     copier.record(stream).wait()
     registration.close()
     after = tensor.get()

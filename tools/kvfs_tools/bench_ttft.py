@@ -44,6 +44,9 @@ CALIBRATION = (1024, 4096, 16384)
 
 NEXT_TOKENS = 4
 
+FLUSHES = 3
+"""Turns in which blocks have to be out of an arena."""
+
 OVERLAP_ROUNDS = 9
 """Where half is stored: what is hidden is the difference of two forward passes."""
 
@@ -120,13 +123,13 @@ class Bench:
         return int(self.logits(0, tokens).argmax())
 
     def load(self, place: Place, tokens: int, stored: int, *, overlap: bool = True) -> int:
-        """The first token of a prompt of ``tokens`` whose first ``stored`` are in kvfs."""
+        """The first token of a prompt of ``tokens`` whose first ``stored`` are in kvfs. What
+        matched is expected to come, and looked for in the end: a block that went meanwhile would
+        cost another forward pass."""
         keys = kvfs.block_keys(self.ids[:stored], BLOCK_TOKENS)
         count = place.namespace.match(keys)
         load = place.loader.load(keys[:count], self.pages(count), after=self._stream())
         start = min(count * BLOCK_TOKENS, tokens - 1)
-        if count * BLOCK_TOKENS != stored or not all(load.found()):
-            raise RuntimeError("a block was missing")
         if not overlap:
             load.result()
         self.waiting = load if overlap else None
@@ -134,7 +137,8 @@ class Bench:
             token = int(self.logits(start, tokens).argmax())
         finally:
             self.waiting = None
-        load.result()
+        if count * BLOCK_TOKENS != stored or not all(load.result()):
+            raise RuntimeError("a block was missing")
         return token
 
     # --- figures
@@ -146,16 +150,18 @@ class Bench:
         before: Callable[[], object],
     ) -> dict[str, list[float]]:
         """Seconds of each body, which take turns, after one turn that is not counted: what drifts
-        meanwhile changes them all."""
+        meanwhile changes them all. The order changes, too."""
         taken: dict[str, list[float]] = {name: [] for name in bodies}
+        names = list(bodies)
         for _ in range(rounds + 1):
-            for name, body in bodies.items():
+            for name in names:
                 before()
                 self.synchronize()
                 start = time.perf_counter()
-                body()
+                bodies[name]()
                 self.synchronize()
                 taken[name].append(time.perf_counter() - start)
+            names = names[1:] + names[:1]
         return {name: found[1:] for name, found in taken.items()}
 
     def median(
@@ -196,33 +202,48 @@ class Bench:
     ) -> dict[str, Any]:
         stored = int(tokens * fraction) // BLOCK_TOKENS * BLOCK_TOKENS
         checks = self.check(place, tokens, stored)
+        nbytes = stored // BLOCK_TOKENS * self.block_bytes
+        sizes = (0, nbytes) if place.name == "disk" else (nbytes, 0)
+        self.learn(place, tokens, stored, sizes)
+        loads = self.rule.should_load(tokens, stored, *sizes)
+        estimate = self._estimate(tokens, stored, *sizes)
         bodies: dict[str, Callable[[], object]]
         bodies = {"ttft": partial(self.load, place, tokens, stored)}
         if tokens <= PAIRED_TOKENS_MAX:
             bodies["compute"] = partial(self.compute, tokens)
+        before = place.before
         if place.name == "disk":
             rounds = min(rounds, DISK_ROUNDS)
         else:
+            # A GPU that has just computed for a second is slower than one that has not: each comes
+            # behind the same load.
+            before = partial(self.load_alone, place, stored)
             rounds = max(rounds, OVERLAP_ROUNDS) if fraction == FRACTIONS[0] else rounds
             bodies["alone"] = partial(self.load_alone, place, stored)
             bodies["rest"] = partial(self._suffix, place, tokens, stored)
-        taken = self.seconds(rounds, bodies, place.before)
+        taken = self.seconds(rounds, bodies, before)
         ttft = statistics.median(taken["ttft"])
         recompute = statistics.median(taken.get("compute", [recompute]))
-        nbytes = stored // BLOCK_TOKENS * self.block_bytes
-        sizes = (0, nbytes) if place.name == "disk" else (nbytes, 0)
-        loads = self.rule.should_load(tokens, stored, *sizes)
         chosen = ttft if loads else recompute
         return {
             **self.head(place.name, tokens, fraction, ttft, recompute),
             "rounds": rounds,
             "loaded_bytes": nbytes,
             **_overlap(taken),
-            **self._estimate(tokens, stored, *sizes),
+            **estimate,
             "rule": "load" if loads else "compute",
             "rule_loses": round(chosen / min(ttft, recompute) - 1, 4),
             **checks,
         }
+
+    def learn(self, place: Place, tokens: int, stored: int, sizes: tuple[int, int]) -> None:
+        """What the rule sees of a prompt before it decides about the next one like it: its load,
+        and from the arena its first token."""
+        once = self.median(1, partial(self.load_alone, place, stored), place.before)
+        self.rule.observe_load(sum(sizes), once, from_disk=place.name == "disk")
+        if place.name == "arena":
+            once = self.median(1, partial(self.load, place, tokens, stored), place.before)
+            self.rule.observe_first_token(tokens, stored, *sizes, once)
 
     def _estimate(self, *prompt: int) -> dict[str, float]:
         """What the rule expected."""
@@ -329,7 +350,7 @@ def run_model(
         small_agent(cluster, directory / "agent.log", arena_bytes) as cold_client,
     ):
         namespace = client.namespace(f"ttft/{name}", layout, create=True)
-        filler = Filler(client, cold_client, bench.block_bytes, arena_bytes)
+        filler = Filler(client, cold_client, namespace.name, bench.block_bytes, arena_bytes)
         cold_namespace = cold_client.namespace(f"ttft/{name}")
         with (
             Loader.open(namespace, device) as loader,
@@ -341,7 +362,7 @@ def run_model(
                 raise RuntimeError("not everything was stored")
             places = [
                 Place("arena", namespace, loader, nothing),
-                Place("disk", cold_namespace, cold_loader, filler.flush),
+                Place("disk", cold_namespace, cold_loader, partial(filler.flush, bench.keys)),
             ]
             places = [place for place in places if place.name in wanted]
             bench.teach(places, max(lengths))
@@ -357,8 +378,14 @@ class Filler:
     """Blocks that nobody wants: got through an agent, they drive all others out of its arena."""
 
     def __init__(
-        self, client: kvfs.Client, cold: kvfs.Client, block_bytes: int, arena_bytes: int
+        self,
+        client: kvfs.Client,
+        cold: kvfs.Client,
+        wanted: str,
+        block_bytes: int,
+        arena_bytes: int,
     ) -> None:
+        """``wanted``: the namespace whose blocks are to be driven out."""
         size = max(block_bytes, 4 * MIB)
         count = arena_bytes // size + 2
         self._keys = kvfs.block_keys(range(count), 1, salt=b"filler")
@@ -368,9 +395,18 @@ class Filler:
         for key in self._keys:
             namespace.put([key], [data])
         self._namespace = cold.namespace("ttft/filler")
+        self._wanted = cold.namespace(wanted)
         self._step = max(1, min(64 * MIB, arena_bytes // 4) // size)
 
-    def flush(self) -> None:
+    def flush(self, keys: list[bytes]) -> None:
+        """Afterwards none of ``keys`` is in the arena."""
+        for _ in range(FLUSHES):
+            self._flush()
+            if not (left := self._wanted.resident(keys)):
+                return
+        raise RuntimeError(f"{left} blocks are in the arena still")
+
+    def _flush(self) -> None:
         for start in range(0, len(self._keys), self._step):
             with self._namespace.get(self._keys[start : start + self._step]) as blocks:
                 if blocks.hits == 0:

@@ -1,4 +1,4 @@
-"""Rows of ``kvfs bench-gpu``: several GPUs of one process."""
+"""Rows of ``kvfs bench-gpu``: several GPUs, of one process and of one each."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kvfs_gds.load import Pages
 from kvfs_gds.loader import Loader
 from kvfs_gds.paged import PagedLayout
 from kvfs_tools.gpu_rig import Rig, Row, make_row, seconds
-from kvfs_tools.gpu_rows import LAYERS
+from kvfs_tools.gpu_rows import LAYERS, together
 
 LINKS = "one pinned copy to each GPU by their copy engines, at the same time"
 
 
 def devices(rig: Rig) -> list[Row]:
-    """One process loads all blocks into each of its GPUs at the same time, from one arena that is
-    registered once."""
+    """All blocks are loaded into each of the GPUs at the same time, from one arena: by one process
+    that registers it once, and by one process a GPU."""
     if not rig.on_gpu:
         return []
     import cupy
@@ -58,8 +58,10 @@ def devices(rig: Rig) -> list[Row]:
         for cache in caches:
             if not (cache[0][0, int(table[0, 0])].get() == wanted).all():
                 raise RuntimeError("a block is not in its pages")
-    path = f"arena, paged, {count} GPUs of one process"
-    return [make_row(path, fragment, LINKS, taken)]
+    one = make_row(f"arena, paged, {count} GPUs of one process", fragment, LINKS, taken)
+    names = [f"cuda:{number}" for number in range(count)]
+    path = f"arena, paged, {count} processes, a GPU each"
+    return [one, together(rig, names, path, LINKS, _links(rig, count))]
 
 
 def _links(rig: Rig, count: int) -> Callable[[], float]:

@@ -3,13 +3,15 @@ ordinary programs load tensors with."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import mmap
 import os
+import statistics
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from kvfs_gds.direct import DirectSource, file_source, open_reader
 from kvfs_gds.loader import Loader
 from kvfs_gds.ring import PinnedRing
 from kvfs_gds.sources import FileExtent, FileSource
-from kvfs_tools.gpu_rig import Measured, Rig, Row, make_row
+from kvfs_tools.gpu_rig import Measured, Rig, Row, make_row, seconds
 from kvfs_tools.gpu_rows import LINK, PagedCache
 
 FIO = "fio, O_DIRECT, at the best of four depths"
@@ -75,71 +77,112 @@ def raw_file(rig: Rig) -> Iterator[Path]:
         path.unlink()
 
 
+@dataclasses.dataclass
+class _Way:
+    """One way of bringing all bytes from the disk."""
+
+    path: str
+    body: Callable[[], object]
+    fragment: int = 0
+    note: str = ""
+
+
 def disk(rig: Rig) -> list[Row]:
     """Blocks that are not in the arena: through an agent whose arena is smaller than they are, and
-    through a pinned ring without an agent."""
-    with raw_file(rig) as path:
+    through a pinned ring without an agent. All take turns, with fio before each: a disk that others
+    use is another one a minute later."""
+    with raw_file(rig) as path, ExitStack() as stack:
         rig.drop_caches()
         limit = FioRead(rig, path)
-        rows = [_plain_reads(rig, path, limit), *_cold_agent(rig, limit)]
-        for threads in READ_THREADS:
-            rows.append(_from_file(rig, path, threads, limit, "direct"))
-        rows.append(_from_file(rig, path, READ_THREADS[1], limit, "verified"))
-        rows += _from_device(rig, path, limit)
-        rows.append(_from_file(rig, path, READ_THREADS[1], rig.pinned_limit(), "page cache"))
+        cache = PagedCache(rig, min(64 * KIB, rig.block_bytes // 2))
+        ways = [
+            _plain_reads(rig, path, stack),
+            *_cold_agent(rig, cache, stack),
+            *(_from_file(rig, cache, path, (n, "direct"), stack) for n in READ_THREADS),
+            _from_file(rig, cache, path, (READ_THREADS[1], "verified"), stack),
+            *_from_device(rig, cache, path, stack),
+        ]
+        rows = _in_turns(rig, ways, limit)
+        cached = _from_file(rig, cache, path, (READ_THREADS[1], "page cache"), stack)
+        taken = rig.rounds_of(cached.body, rig.total_bytes, rig.pinned_limit())
+        rows.append(make_row(cached.path, cached.fragment, LINK, taken))
+        cache.check(rig, [0, rig.count // 2, rig.count - 1])
         return rows
 
 
-def _plain_reads(rig: Rig, path: Path, limit: Callable[[], float]) -> Row:
+def _in_turns(rig: Rig, ways: list[_Way], limit: Callable[[], float]) -> list[Row]:
+    """Each way against the median of all reads by fio: the better of two neighbours, as for limits
+    that stand still, would be the luck of a disk that does not."""
+    for way in ways:
+        way.body()
+    limits: list[float] = []
+    taken: dict[str, list[tuple[float, float]]] = {way.path: [] for way in ways}
+    gb = rig.total_bytes / 1e9
+    for turn in range(rig.rounds):
+        first = turn * len(ways) // rig.rounds
+        for way in ways[first:] + ways[:first]:
+            limits.append(limit())
+            cpu = rig.cpu_seconds()
+            took = seconds(way.body)
+            taken[way.path].append((gb / took, (rig.cpu_seconds() - cpu) / gb))
+    middle = statistics.median(limits)
+    rig.notes.append(f"fio's {len(limits)} reads: {min(limits):.2f} to {max(limits):.2f} GB/s")
+    return [
+        make_row(
+            way.path,
+            way.fragment,
+            FIO,
+            [Measured(rate, middle, cpu) for rate, cpu in taken[way.path]],
+            way.note,
+        )
+        for way in ways
+    ]
+
+
+def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
     """Threads that read the file into memory, and nothing else: what Python makes of the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    memory = mmap.mmap(-1, rig.total_bytes)
-    view = memoryview(memory)
-    with ThreadPoolExecutor(READ_THREADS[1]) as pool:
+    stack.callback(os.close, fd)
+    view = memoryview(mmap.mmap(-1, rig.total_bytes))
+    pool = stack.enter_context(ThreadPoolExecutor(READ_THREADS[1]))
 
-        def read(at: int) -> None:
-            done = os.preadv(fd, [view[at : at + MIB]], at)
-            if done != min(MIB, rig.total_bytes - at):
-                raise RuntimeError("a short read")
+    def read(at: int) -> None:
+        done = os.preadv(fd, [view[at : at + MIB]], at)
+        if done != min(MIB, rig.total_bytes - at):
+            raise RuntimeError("a short read")
 
-        def body() -> None:
-            for _ in pool.map(read, range(0, rig.total_bytes, MIB)):
-                pass
+    def body() -> None:
+        for _ in pool.map(read, range(0, rig.total_bytes, MIB)):
+            pass
 
-        taken = rig.rounds_of(body, rig.total_bytes, limit)
-    os.close(fd)
-    return make_row("cold, plain reads by 16 threads", 0, FIO, taken)
+    return _Way("cold, plain reads by 16 threads", body)
 
 
-def _cold_agent(rig: Rig, limit: Callable[[], float]) -> Iterator[Row]:
-    cache = PagedCache(rig, min(64 * KIB, rig.block_bytes // 2))
+def _cold_agent(rig: Rig, cache: PagedCache, stack: ExitStack) -> Iterator[_Way]:
     arena_bytes = max(rig.total_bytes // 4, 4 * rig.block_bytes)
-    with rig.small_agent(arena_bytes) as client:
-        namespace = client.namespace("bench/gpu")
-        step = max(1, min(64 * MIB, arena_bytes // 4) // rig.block_bytes)
+    client = stack.enter_context(rig.small_agent(arena_bytes))
+    namespace = client.namespace("bench/gpu")
+    step = max(1, min(64 * MIB, arena_bytes // 4) // rig.block_bytes)
 
-        def fetch() -> None:
-            for start in range(0, rig.count, step):
-                keys = rig.keys[start : start + step]
-                with namespace.get(keys) as blocks:
-                    if blocks.hits != len(keys):
-                        raise RuntimeError("a block was missing")
-
-        taken = rig.rounds_of(fetch, rig.total_bytes, limit)
-        yield make_row("cold, disk to arena alone (get)", 0, FIO, taken)
-        with Loader.open(namespace, rig.device) as loader:
-
-            def load() -> None:
-                if not all(loader.load(rig.keys, cache.pages).result()):
+    def fetch() -> None:
+        for start in range(0, rig.count, step):
+            keys = rig.keys[start : start + step]
+            with namespace.get(keys) as blocks:
+                if blocks.hits != len(keys):
                     raise RuntimeError("a block was missing")
 
-            before = client.statistics()
-            taken = rig.rounds_of(load, rig.total_bytes, limit)
-            after = client.statistics()
-        cache.check(rig, [0, rig.count // 2, rig.count - 1])
-        names = ("blocks_loaded", "arena_hits")
-        note = ", ".join(f"{name} {after[name] - before[name]}" for name in names)
-        yield make_row("cold, disk to pages through the agent", cache.fragment, FIO, taken, note)
+    loader = stack.enter_context(Loader.open(namespace, rig.device))
+
+    def load() -> None:
+        before = client.statistics()["blocks_loaded"]
+        if not all(loader.load(rig.keys, cache.pages).result()):
+            raise RuntimeError("a block was missing")
+        read = client.statistics()["blocks_loaded"] - before
+        way.note = f"{read} of {rig.count} blocks read"
+
+    way = _Way("cold, disk to pages through the agent", load, cache.fragment)
+    yield _Way("cold, disk to arena alone (get)", fetch)
+    yield way
 
 
 def _extents(rig: Rig, path: Path, fd: int, *, verified: bool) -> dict[bytes, FileExtent]:
@@ -152,23 +195,24 @@ def _extents(rig: Rig, path: Path, fd: int, *, verified: bool) -> dict[bytes, Fi
     return {key: FileExtent(fd, n * size, size, checksum) for n, (key, checksum) in places}
 
 
-def _from_file(rig: Rig, path: Path, threads: int, limit: Callable[[], float], kind: str) -> Row:
-    """``kind``: direct, verified (the same with checksums), or page cache."""
+def _from_file(
+    rig: Rig, cache: PagedCache, path: Path, how: tuple[int, str], stack: ExitStack
+) -> _Way:
+    """``how``: threads, and direct, verified (the same with checksums) or page cache."""
+    threads, kind = how
     cached = kind == "page cache"
     fd = os.open(path, os.O_RDONLY | (0 if cached else os.O_DIRECT))
+    stack.callback(os.close, fd)
     extents = _extents(rig, path, fd, verified=kind == "verified")
     ring = PinnedRing(rig.device, _ring_bytes(rig))
     source = FileSource(
         ring, lambda keys: [extents[key] for key in keys], threads=threads, owns_ring=True
     )
-    try:
-        taken, fragment = _loads(rig, source, limit)
-    finally:
-        os.close(fd)
+    body = _loads(rig, source, cache, stack)
     if cached:
-        return make_row(f"page cache to pages, {threads} threads", fragment, LINK, taken)
+        return _Way(f"page cache to pages, {threads} threads", body, cache.fragment)
     note = ", verified" if kind == "verified" else ""
-    return make_row(f"cold, file to pages, {threads} threads{note}", fragment, FIO, taken)
+    return _Way(f"cold, file to pages, {threads} threads{note}", body, cache.fragment)
 
 
 def _ring_bytes(rig: Rig) -> int:
@@ -176,48 +220,40 @@ def _ring_bytes(rig: Rig) -> int:
 
 
 def _loads(
-    rig: Rig, source: FileSource | DirectSource, limit: Callable[[], float]
-) -> tuple[list[Measured], int]:
-    """Loads of everything from ``source``, which is closed; and the size of their pieces."""
-    cache = PagedCache(rig, min(64 * KIB, rig.block_bytes // 2))
-    try:
-        with Loader(source, device=rig.device) as loader:
+    rig: Rig, source: FileSource | DirectSource, cache: PagedCache, stack: ExitStack
+) -> Callable[[], None]:
+    """A load of everything from ``source``, which is closed with ``stack``."""
+    stack.callback(source.close)
+    loader = stack.enter_context(Loader(source, device=rig.device))
 
-            def load() -> None:
-                if not all(loader.load(rig.keys, cache.pages).result()):
-                    raise RuntimeError("a block was missing")
+    def load() -> None:
+        if not all(loader.load(rig.keys, cache.pages).result()):
+            raise RuntimeError("a block was missing")
 
-            taken = rig.rounds_of(load, rig.total_bytes, limit)
-        cache.check(rig, [0, rig.count - 1])
-    finally:
-        source.close()
-    return taken, cache.fragment
+    return load
 
 
-def _from_device(rig: Rig, path: Path, limit: Callable[[], float]) -> list[Row]:
+def _from_device(rig: Rig, cache: PagedCache, path: Path, stack: ExitStack) -> list[_Way]:
     """By the device's own reader, verified there; and which way ``auto`` would take."""
     reader, reason = open_reader(rig.device)
     if reader is None:
         rig.notes.append(f"no direct reads: {reason}")
         return []
-    name = reader.name
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    stack.callback(os.close, fd)
     extents = _extents(rig, path, fd, verified=True)
     settings: dict[str, Any] = {
         "locate": lambda keys: [extents[key] for key in keys],
         "device": rig.device,
         "ring_bytes": _ring_bytes(rig),
     }
-    try:
-        direct = file_source(setting="on", reader=reader, **settings)
-        taken, fragment = _loads(rig, direct, limit)
-        chosen = file_source(setting="auto", sample=rig.keys[:SAMPLE_BLOCKS], **settings)
-        took = "takes it" if isinstance(chosen, DirectSource) else "takes pinned memory instead"
-        chosen.close()
-    finally:
-        os.close(fd)
+    chosen = file_source(setting="auto", sample=rig.keys[:SAMPLE_BLOCKS], **settings)
+    took = "takes it" if isinstance(chosen, DirectSource) else "takes pinned memory instead"
+    chosen.close()
+    direct = file_source(setting="on", reader=reader, **settings)
     path_name = "cold, file to pages, cuFile, verified"
-    return [make_row(path_name, fragment, FIO, taken, f"{name}; auto {took}")]
+    note = f"{reader.name}; auto {took}"
+    return [_Way(path_name, _loads(rig, direct, cache, stack), cache.fragment, note)]
 
 
 # --- what others do

@@ -164,8 +164,11 @@ def _batches(near: Any, far: Any, size: int, stream: Any) -> dict[str, Callable[
 
 def _kernel(rig: Rig, cache: PagedCache, offsets: Any, stream: Any) -> Callable[[], None]:
     """The copy kernel, also where the loader would take the engine."""
+    from kvfs_gds.cuda import Way
+
     device: Any = rig.device
-    plan = device.plan(Transfer(rig.arena, offsets, cache.layout, cache.table), by_engine=False)
+    transfer = Transfer(rig.arena, offsets, cache.layout, cache.table)
+    plan = device.plan(transfer, way=Way.KERNEL)
 
     def copy() -> None:
         device.copy(plan, 0, cache.layers, stream)
@@ -188,7 +191,7 @@ def store(rig: Rig) -> list[Row]:
     transfer = Transfer(ring.memory, offsets, cache.layout, cache.table)
     ring.registered.ensure(transfer)
     stream = rig.device.stream(urgent=False)
-    plan = rig.device.plan(transfer)
+    plan = rig.device.plan(transfer, store=True)
 
     def gather() -> None:
         rig.device.copy(plan, 0, cache.layers, stream, store=True)
@@ -238,36 +241,42 @@ def processes(rig: Rig) -> list[Row]:
     """Several processes load everything from one arena at the same time: what all of them move
     together, against what one copy moves alone."""
     limit = rig.pinned_limit()
-    rows = []
-    for count in PROCESSES:
-        workers = [Worker(rig) for _ in range(count)]
-        try:
-            for worker in workers:
-                worker.expect("ready")
+    return [
+        together(rig, [rig.device.name] * count, f"arena, paged, {count} processes", LINK, limit)
+        for count in PROCESSES
+    ]
 
-            def go(workers: list[Worker] = workers) -> None:
-                for worker in workers:
-                    worker.say("go")
-                for worker in workers:
-                    worker.expect("done")
 
-            before = rig.client.statistics()["blocks_loaded"]
-            taken = rig.rounds_of(go, count * rig.total_bytes, limit)
-            read = rig.client.statistics()["blocks_loaded"] - before
-            note = f"{read} blocks read from disk"
-            rows.append(make_row(f"arena, paged, {count} processes", 64 * KIB, LINK, taken, note))
-        finally:
+def together(
+    rig: Rig, devices: list[str], path: str, limit_is: str, limit: Callable[[], float]
+) -> Row:
+    """A process for each of ``devices``; all load everything at the same time."""
+    workers = [Worker(rig, device) for device in devices]
+    try:
+        for worker in workers:
+            worker.expect("ready")
+
+        def go() -> None:
             for worker in workers:
-                worker.end()
-    return rows
+                worker.say("go")
+            for worker in workers:
+                worker.expect("done")
+
+        before = rig.client.statistics()["blocks_loaded"]
+        taken = rig.rounds_of(go, len(devices) * rig.total_bytes, limit)
+        read = rig.client.statistics()["blocks_loaded"] - before
+        return make_row(path, 64 * KIB, limit_is, taken, f"{read} blocks read from disk")
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 class Worker:
     """A process with a loader of its own (``kvfs_tools.gpu_worker``)."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, device: str | None = None) -> None:
         argv = [sys.executable, "-m", "kvfs_tools.gpu_worker", str(rig.cluster.directory)]
-        argv += [rig.device.name, str(rig.count), str(rig.block_bytes)]
+        argv += [device or rig.device.name, str(rig.count), str(rig.block_bytes)]
         self._rig = rig
         self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         rig.processes.append(self._process)
@@ -291,4 +300,4 @@ class Worker:
         self._rig.processes.remove(self._process)
 
 
-__all__ = ["PagedCache", "arena", "copies", "processes", "store"]
+__all__ = ["PagedCache", "arena", "copies", "processes", "store", "together"]

@@ -19,7 +19,8 @@ from kvfs_gds.paged import PagedLayout
 
 
 def main(directory: str, device_name: str, count: int, block_bytes: int) -> None:
-    device = open_device(device_name.partition(":")[0])
+    kind, _, number = device_name.partition(":")
+    device = open_device(kind, int(number or 0))
     fragment = min(64 * KIB, block_bytes // 2)
     layers = min(32, block_bytes // (2 * fragment))
     per_block = block_bytes // (2 * layers * fragment)
@@ -29,6 +30,7 @@ def main(directory: str, device_name: str, count: int, block_bytes: int) -> None
     else:
         import cupy
 
+        cupy.cuda.Device(int(number)).use()
         tensors = [cupy.empty(shape, dtype=cupy.uint8) for _ in range(layers)]
     table = np.random.default_rng(0).permutation(count * per_block).astype(np.int32)
     pages = Pages(PagedLayout.vllm(tensors), table.reshape(count, per_block))
