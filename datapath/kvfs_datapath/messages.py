@@ -319,6 +319,16 @@ class PassUpdate(ChunkRequest, tag="pass_update"):
     and the next one must not serve what it has instead."""
 
 
+class DropUpdate(ChunkRequest, tag="drop_update"):
+    """From a member to the next, which has no room for an update that it was sent before, and may
+    still get: ``made`` is the pending version. The answer is the chunk as it is there. Unless it is
+    that very version, nobody behind the sender has it, and under this version of the chain nobody
+    takes it any more: DiskFull."""
+
+    passing: Passing
+    made: ChunkInfo
+
+
 class SyncChain(ChunkRequest, tag="sync_chain"):
     """From the last serving member to one that is syncing: forget what is pending, a comparison
     begins."""
@@ -459,6 +469,7 @@ DataRequest = (
     | StatChunks
     | UpdateChunks
     | PassUpdate
+    | DropUpdate
     | SyncChain
     | CompareChunks
     | CompareMoved
@@ -499,7 +510,7 @@ def reply_problem(request: Request, reply: Any) -> str:
                 return f"{len(reply.sums)} sums of {count} pieces"
         case UpdateChunks():
             count = len(request.updates)
-        case PassUpdate():
+        case PassUpdate() | DropUpdate():
             count = 1
         case StageChunks():
             fits = len(reply.tokens) == request.count

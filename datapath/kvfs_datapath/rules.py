@@ -50,6 +50,13 @@ def is_version(info: ChunkInfo | None, request: PassUpdate) -> bool:
     )
 
 
+def same_version(one: ChunkInfo | None, other: ChunkInfo) -> bool:
+    return one is not None and (
+        (one.version, one.length, one.crc32c, one.writer, one.sequence)
+        == (other.version, other.length, other.crc32c, other.writer, other.sequence)
+    )
+
+
 def receive(
     committed: ChunkInfo | None, pending: ChunkInfo | None, request: PassUpdate, in_step: bool
 ) -> Receipt:

@@ -154,6 +154,14 @@ DAMAGED_CHUNKS_MAX = 4096
 """Chunks of one target that are known to be damaged, and counted: 30 bytes each in a note that is
 written anew with each."""
 
+UPDATES_REFUSED_MAX = 4096
+"""Updates that a member had no room for and that are given up, under one version of a chain; 150
+bytes each. Further ones stay pending until there is room."""
+
+RESOLVE_FULL_SECONDS = 10.0
+"""A member that cannot commit for so long what those behind it have, because its disk is full,
+leaves its chains."""
+
 UNWANTED_INODES_MAX = 4096
 """Chunks that a server asks about at once: 9 bytes each."""
 

@@ -23,7 +23,12 @@ from kvfs_base.errors import (
     TargetFenced,
     WriteUncertain,
 )
-from kvfs_base.limits import FENCE_SECONDS, SUSPECT_SECONDS, TRANSFER_BYTES
+from kvfs_base.limits import (
+    FENCE_SECONDS,
+    RESOLVE_FULL_SECONDS,
+    SUSPECT_SECONDS,
+    TRANSFER_BYTES,
+)
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains import peers as peers_module
@@ -31,7 +36,7 @@ from kvfs_datapath.chains import service as chain_service_module
 from kvfs_datapath.chains.peers import Unreached
 from kvfs_datapath.chains.requests import side_by_side
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.format import path_of
+from kvfs_datapath.format import ChunkInfo, path_of
 from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload
 from t2_services.chunk_cluster import wait_until
 
@@ -284,6 +289,99 @@ def test_a_full_disk_anywhere_leaves_the_update_nowhere(
     disk.before = lambda operation, path: None
     assert cluster.write(1, b"more", offset=offset, sequence=2).version == 2
     assert len(everywhere(cluster, 1, 2, 3)) == 1
+
+
+def fill(cluster: ChainCluster, number: int, *operations: str) -> None:
+    """The disk of a member has no room for what these would write."""
+
+    def refuse(operation: str, path: str) -> None:
+        if operation in operations:
+            raise DiskFull(path=path)
+
+    cluster.memory_disk(number).before = refuse
+
+
+def make_room(cluster: ChainCluster, number: int) -> None:
+    cluster.memory_disk(number).before = lambda operation, path: None
+
+
+@pytest.mark.parametrize("full", [2, 3])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_an_update_that_was_not_answered_is_given_up_where_there_is_no_room(
+    lazy: ChainCluster, full: int, offset: int
+) -> None:
+    """An attempt may still be on its way to the full member: it is not taken any more."""
+    cluster = lazy
+    cluster.set_chain([1, 2, 3])
+    cluster.write(1, b"four", sequence=1)
+    cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(cluster.servers[full])
+    with pytest.raises(ConnectionLost):
+        cluster.write(1, b"more", offset=offset, sequence=2, base=1)
+    made = cluster.pending(1)
+    assert made is not None
+    fill(cluster, full, "pwritev")
+    cut.on(cluster.servers[full])
+    wait_until(quiet(cluster, 1, 2, 3))
+    assert everywhere(cluster, 1, 2, 3) == {b"four"}, "readers are not kept waiting"
+    with pytest.raises(DiskFull):
+        cluster.write(1, b"more", offset=offset, sequence=2, again=True, base=1)
+    make_room(cluster, full)
+    update = m.Update(7, 0, offset, 4, crc32c(b"more"), 1, 2)
+    passing = cluster.passing(*range(full + 1, 4))
+    late = m.PassUpdate(full, passing, update, 2, made.crc32c, made.length)
+    assert isinstance(cluster.call(full, late, [b"more"]).error(0), DiskFull)
+    assert everywhere(cluster, 1, 2, 3) == {b"four"}
+    assert cluster.write(1, b"next", sequence=3).version == 2
+    assert everywhere(cluster, 1, 2, 3) == {b"next"}
+
+
+def test_what_was_carried_out_is_not_given_up(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    made = lazy.write(1, b"four", sequence=1)
+    request = m.DropUpdate(2, lazy.passing(), made)
+    assert only(lazy.call(2, request)) == made
+    assert everywhere(lazy, 1, 2) == {b"four"}
+    with pytest.raises(StaleChain):
+        lazy.call(1, m.DropUpdate(1, lazy.passing(), made))
+
+
+def test_a_tail_that_cannot_commit_refuses(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"four", sequence=1)
+    commit = lazy.store(2).versions.commit
+
+    def full(chunk: ChunkId) -> ChunkInfo:
+        raise DiskFull(path="target-2")
+
+    lazy.store(2).versions.commit = full  # type: ignore[method-assign]
+    with pytest.raises(DiskFull):
+        lazy.write(1, b"more", sequence=2)
+    assert quiet(lazy, 1, 2)()
+    assert everywhere(lazy, 1, 2) == {b"four"}
+    lazy.store(2).versions.commit = commit  # type: ignore[method-assign]
+
+
+@pytest.mark.logs_warnings
+def test_a_member_that_cannot_commit_what_others_have_leaves(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"four", sequence=1)
+    commit = lazy.store(1).versions.commit
+
+    def full(chunk: ChunkId) -> ChunkInfo:
+        raise DiskFull(path="target-1")
+
+    lazy.store(1).versions.commit = full  # type: ignore[method-assign]
+    before = lazy.metadata.report(1).incarnation
+    with pytest.raises(ConnectionLost):
+        lazy.write(1, b"more", sequence=2)
+    assert lazy.read(2) == b"more", "it may be shown, so it may not be dropped"
+    full_since = lazy.servers[1]._chains._maintenance._full
+    wait_until(lambda: full_since)
+    assert lazy.metadata.report(1).incarnation == before
+    lazy.clock.advance(RESOLVE_FULL_SECONDS)
+    lazy.metadata.wait_for(lambda: lazy.metadata.report(1).incarnation != before)
+    lazy.store(1).versions.commit = commit  # type: ignore[method-assign]
 
 
 def test_a_hop_without_a_lease_leaves_the_update_nowhere(lazy: ChainCluster) -> None:

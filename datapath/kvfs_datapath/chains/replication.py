@@ -8,7 +8,8 @@ The invariants, in the order in which they are used:
 - What a member has pending, all serving members before it have pending or committed.
 - What a member has committed, all members behind it have committed.
 - A pending update is dropped only if nobody behind has it, nor can get it from a request that is
-  still on its way. Else it stays until every member behind has it, or there is none behind.
+  still on its way: whoever has no room for one is asked, and takes it no more. Else it stays until
+  every member behind has it, or there is none behind.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from kvfs_base.errors import (
     ChunkMismatch,
     Conflict,
     ConnectionLost,
+    DiskFull,
     KvfsError,
     ServerBusy,
     StaleChain,
@@ -41,6 +43,7 @@ from kvfs_datapath import rules
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chains.crew import Crew
 from kvfs_datapath.chains.peers import Peers, Unreached
+from kvfs_datapath.chains.refused import Refused
 from kvfs_datapath.chains.views import Place, Views, require_head, require_hops
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
@@ -104,6 +107,7 @@ class Replicator:
         self._removed: collections.OrderedDict[tuple[int, int, int], None]
         self._removed = collections.OrderedDict()
         self._removing: set[tuple[int, int, int]] = set()
+        self._refused = Refused()
         self._guard = threads.lock()
         self.wake: Callable[[], None] = lambda: None
         """Somebody is to call ``resolve`` soon."""
@@ -175,6 +179,7 @@ class Replicator:
                 store, chunk.chain, lambda p: require_hops(p, request.passing)
             ) as place,
         ):
+            self._refused.check(place, request)
             committed, pending, known = self._look(store, chunk)
             in_step = place.serving or self._in_step.has(place, chunk)
             receipt = rules.receive(committed, pending, request, in_step)
@@ -249,7 +254,8 @@ class Replicator:
         if pending is None:
             self._forget(store, chunk)
         else:
-            self._carry(store, place, pending, None, clean=False)
+            with contextlib.suppress(DiskFull):  # then it is nowhere, and will not be
+                self._carry(store, place, pending, None, clean=False)
 
     def _carry(
         self, store: ChunkStore, place: Place, info: ChunkInfo, load: Load | None, *, clean: bool
@@ -260,6 +266,14 @@ class Replicator:
         try:
             if place.hops:
                 self._pass(store, place, info, load)
+        except DiskFull as exc:
+            if not clean and self._is_done_behind(store, place, info):
+                pass  # an attempt that was not answered was carried out
+            elif self._drop(store, chunk):
+                self._forget(store, chunk)
+                raise
+            else:
+                raise self._remember(store, chunk, exc) from exc
         except rules.NOWHERE as exc:
             if clean and self._drop(store, chunk):
                 raise
@@ -269,13 +283,59 @@ class Replicator:
         except BaseException as exc:
             self._remember(store, chunk, exc)
             raise
+        droppable = clean and not place.hops  # nobody has seen it
+        return self._commit(store, chunk, droppable=droppable)
+
+    def _commit(self, store: ChunkStore, chunk: ChunkId, *, droppable: bool = False) -> ChunkInfo:
         try:
             committed = store.versions.commit(chunk)
         except KvfsError as exc:
+            if droppable and isinstance(exc, DiskFull) and self._drop(store, chunk):
+                raise
             raise self._remember(store, chunk, exc) from exc
         self._forget(store, chunk)
         self._counters.add(updates=1)
         return committed
+
+    def _is_done_behind(self, store: ChunkStore, place: Place, info: ChunkInfo) -> bool:
+        """What became of a pending version for which the next member has no room now, though an
+        earlier attempt may have found some. False: nobody behind has it, or takes it from such an
+        attempt any more. Raises Unresolved."""
+        following, *rest = place.hops
+        request = m.DropUpdate(following, place.passing(tuple(rest)), info)
+        try:
+            outcomes: m.Outcomes = self._peers.call(following, request, hops=len(rest))
+            error = outcomes.error(0)
+            if error is not None:
+                raise error
+        except (Unreached, KvfsError) as exc:
+            raise self._remember(store, info.chunk, exc) from exc
+        return rules.same_version(outcomes.infos[0], info)
+
+    def drop_update(self, store: ChunkStore, request: m.DropUpdate) -> ChunkInfo:
+        """At a member that had no room for an update. Raises Unresolved, and as ``update``."""
+        made = request.made
+        chunk = ChunkId(made.inode, made.number, request.passing.chain)
+        with (
+            store.versions.lock(chunk, CHUNK_LOCK_SECONDS),
+            self._views.writing(
+                store, chunk.chain, lambda p: require_hops(p, request.passing)
+            ) as place,
+        ):
+            committed, pending, known = self._look(store, chunk)
+            if not known:
+                raise ChunkMismatch(*chunk, detail="it is not known what is pending")
+            if rules.same_version(committed, made):
+                return committed or rules.nothing(chunk)
+            if pending is not None and rules.same_version(pending, made):
+                if place.hops and self._is_done_behind(store, place, pending):
+                    return self._commit(store, chunk)
+                store.versions.drop(chunk)
+                self._forget(store, chunk)
+                if not place.serving:
+                    self._in_step.went(place, chunk)
+            self._refused.add(place, made)
+            return committed or rules.nothing(chunk)
 
     def _drop(self, store: ChunkStore, chunk: ChunkId) -> bool:
         try:

@@ -110,6 +110,7 @@ class ChainSession:
         self.handlers: dict[type[Any], Callable[[ChunkStore, Any], Any]] = {
             m.UpdateChunks: self._update_chunks,
             m.PassUpdate: self._pass_update,
+            m.DropUpdate: self._drop_update,
             m.SyncChain: self._sync_chain,
             m.CompareChunks: self._compare_chunks,
             m.RepairChunks: self._repair_chunks,
@@ -295,6 +296,10 @@ class ChainSession:
 
         with service.buffers(len(request.passing.hops)).lend(STALL_SECONDS) as buffer:
             return self._each([request.update], receive)
+
+    def _drop_update(self, store: ChunkStore, request: m.DropUpdate) -> m.Outcomes:
+        require_hops(self._place(store, request.passing), request.passing)
+        return self._each([request], lambda item: self._service.replicator.drop_update(store, item))
 
     def sync_chunks(self, store: ChunkStore, request: m.SyncChunks) -> m.Outcomes:
         """Here and on all members behind."""
