@@ -17,10 +17,12 @@ from kvfs_base.limits import (
     DATA_BYTES_PER_SECOND,
     DATA_SECONDS,
     PASS_CONNECT_SECONDS,
+    SUM_BYTES,
 )
 from kvfs_base.rpc import Request
 from kvfs_base.seams import BlockingNetwork, Buffer, Clock, Connection
 from kvfs_base.types import Address
+from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.watchdog import Watchdog
 from kvfs_datapath.wire import (
     close_all,
@@ -69,13 +71,38 @@ class DataConnection:
         header = receive_header(self._connection)
         reply = self._reply(header, request)
         views = [] if into is None else into(reply)
-        if sum(len(v) for v in views) != header.payload_bytes:
-            raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")
-        if header.payload_bytes:
-            self.set_timeout(max(self._timeout, seconds_for(header.payload_bytes)))
+        self._expect_payload(header, views)
+        if views:
             self._connection.receive_into(views)
         self.broken = False
         return reply
+
+    def call_summed(
+        self, request: Request, into: Callable[[Any], Sequence[memoryview]]
+    ) -> tuple[Any, list[int]]:
+        """As ``call``, and the CRC32C of what came into each view. It is computed piece by piece,
+        as they come in: later they would have to be fetched from memory again."""
+        self._ask(request, ())
+        header = receive_header(self._connection)
+        reply = self._reply(header, request)
+        views = into(reply)
+        self._expect_payload(header, views)
+        sums = [0] * len(views)
+        groups = _groups(views)
+
+        def add(number: int) -> None:
+            for index, piece in groups[number]:
+                sums[index] = crc32c(piece, sums[index])
+
+        self._connection.receive_groups([[piece for _, piece in g] for g in groups], add)
+        self.broken = False
+        return reply, sums
+
+    def _expect_payload(self, header: frames.FrameHeader, views: Sequence[memoryview]) -> None:
+        if sum(map(len, views)) != header.payload_bytes:
+            raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")
+        if header.payload_bytes:
+            self.set_timeout(max(self._timeout, seconds_for(header.payload_bytes)))
 
     def call_for_descriptors(
         self, request: Request, expected: Callable[[Any], int]
@@ -136,6 +163,23 @@ class DataConnection:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _groups(views: Sequence[memoryview]) -> list[list[tuple[int, memoryview]]]:
+    """Pieces of the views, with the index of each one's view, in groups of SUM_BYTES."""
+    groups: list[list[tuple[int, memoryview]]] = []
+    room = 0
+    for index, view in enumerate(views):
+        start = 0
+        while start < len(view):
+            if not room:
+                groups.append([])
+                room = SUM_BYTES
+            piece = view[start : start + room]
+            groups[-1].append((index, piece))
+            start += len(piece)
+            room -= len(piece)
+    return groups
 
 
 class Attempt:

@@ -627,6 +627,10 @@ CLIENT_SPLIT_BYTES = 1 * MIB
 """A batch is spread over threads in portions of at least this: below, the cost of a request (about
 50 us) is more than what a further thread gains."""
 
+SUM_BYTES = 512 * KIB
+"""Bytes that are received before their checksum is computed: they are still in a core's cache (1
+MiB or more in servers), and a group costs a call or two."""
+
 DATA_SECONDS = 10.0
 DATA_BYTES_PER_SECOND = 1 * MIB
 """A data request has DATA_SECONDS, and as long as its bytes take at this rate: 18 s for

@@ -145,6 +145,12 @@ class Connection(Protocol):
         """Fills every view, or ConnectionLost / DeadlineExceeded. The timeout covers the whole
         call: a peer that trickles does not hold a buffer for longer."""
 
+    def receive_groups(
+        self, groups: Sequence[Sequence[memoryview]], after: Callable[[int], None]
+    ) -> None:
+        """As ``receive_into`` for all the views together; calls ``after`` with the number of each
+        group once it is filled, while the bytes of the next ones come in."""
+
     def receive_with_descriptors(self, view: memoryview) -> list[int]:
         """Fills ``view`` and returns the descriptors that came with it."""
 

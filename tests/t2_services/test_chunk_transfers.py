@@ -31,7 +31,13 @@ from kvfs_base.errors import (
     TargetFailed,
 )
 from kvfs_base.frames import Kind
-from kvfs_base.limits import ITEMS_PER_REQUEST_MAX, MIB, PUBLISH_TOGETHER_MAX, TRANSFER_BYTES
+from kvfs_base.limits import (
+    ITEMS_PER_REQUEST_MAX,
+    MIB,
+    PUBLISH_TOGETHER_MAX,
+    SUM_BYTES,
+    TRANSFER_BYTES,
+)
 from kvfs_base.seams import Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import ChunkId
@@ -236,11 +242,36 @@ def test_a_flipped_bit_is_corrupt(cluster: Cluster, offset: int) -> None:
     expect(cluster, reads_of([write])[0], ChunkCorrupt)
 
 
+@pytest.mark.parametrize("offset", [0, SUM_BYTES - 1, SUM_BYTES, 3 * SUM_BYTES + 4])
+def test_a_flipped_bit_of_a_long_chunk_is_corrupt(cluster: Cluster, offset: int) -> None:
+    """It comes in several pieces, each of which is summed when it is there."""
+    sizes = [5, 3 * SUM_BYTES + 5, 0, SUM_BYTES - 5, 2 * SUM_BYTES]
+    writes = make_writes(sizes, chains=[1])
+    client = cluster.client()
+    assert client.write_chunks(writes) == [None] * len(sizes)
+    change(cluster, writes[1], offset, None)
+    reads = reads_of(writes)
+    results = client.read_chunks(reads)
+    assert type(results.pop(1)) is ChunkCorrupt
+    assert results == [None] * 4
+    assert_equal([reads[0], *reads[2:]], [writes[0], *writes[2:]])
+
+
 @pytest.mark.parametrize("size", [0, 19_999, 20_001])
 def test_a_torn_chunk_is_a_mismatch(cluster: Cluster, size: int) -> None:
     write = stored(cluster)
     change(cluster, write, None, size)
     expect(cluster, reads_of([write])[0], ChunkMismatch)
+
+
+def test_a_chunk_that_was_read_and_then_cut_is_a_mismatch(cluster: Cluster) -> None:
+    """The server has it open, as it was; at the latest the second attempt looks again."""
+    write = stored(cluster)
+    client = cluster.client()
+    assert client.read_chunks(reads_of([write])) == [None]
+    change(cluster, write, None, 10_000)
+    (error,) = client.read_chunks(reads_of([write]))
+    assert type(error) is ChunkMismatch
 
 
 def test_another_key_is_a_mismatch(cluster: Cluster) -> None:

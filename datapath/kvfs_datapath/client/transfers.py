@@ -39,7 +39,7 @@ from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.connections import Attempt, ConnectionPool, DataConnection, seconds_for
-from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.wire import close_all
 
 _NO_KEY = bytes(BLOCK_KEY_BYTES)
@@ -123,7 +123,14 @@ def write_portion(
 
 
 def _check_info(read: ChunkRead, info: ChunkInfo) -> KvfsError | None:
-    wrong = ""
+    if (
+        info.state is ChunkState.SEALED
+        and info.crc32c == read.crc32c
+        and info.length == read.size
+        and (info.inode, info.number, info.chain) == read.chunk
+        and (info.key or _NO_KEY) == (read.key or _NO_KEY)
+    ):
+        return None
     if not info.is_sealed:
         wrong = "the chunk is open for writing"
     elif info.chunk != read.chunk:
@@ -132,13 +139,12 @@ def _check_info(read: ChunkRead, info: ChunkInfo) -> KvfsError | None:
         wrong = "the chunk holds another key"
     elif info.length != read.size:
         wrong = f"{info.length} bytes, {read.size} expected"
-    elif info.crc32c != read.crc32c:
+    else:
         wrong = "the chunk was stored with another checksum"
-    return ChunkMismatch(*read.chunk, detail=wrong) if wrong else None
+    return ChunkMismatch(*read.chunk, detail=wrong)
 
 
-def _check_bytes(read: ChunkRead) -> KvfsError | None:
-    found = crc32c(read.view[: read.size])
+def _check_sum(read: ChunkRead, found: int) -> KvfsError | None:
     if found == read.crc32c:
         return None
     return ChunkCorrupt(*read.chunk, expected_crc32c=read.crc32c, found_crc32c=found)
@@ -199,7 +205,7 @@ def _read_descriptor(fd: int, read: ChunkRead, info: ChunkInfo, route: Route) ->
             done += count
     except OSError as exc:
         return disk_error(exc, route.target_id)
-    return _check_bytes(read)
+    return _check_sum(read, crc32c(read.view[: read.size]))
 
 
 def disk_error(exc: OSError, target_id: int) -> KvfsError:
@@ -332,23 +338,25 @@ class _RemoteRead:
             return [
                 read.view[: read.size]
                 for read, info in zip(wanted, outcomes.infos, strict=True)
-                if info is not None and read.size
+                if info is not None
             ]
 
-        outcomes = self._pool.run(
+        outcomes, sums = self._pool.run(
             self._route.address,
-            lambda c: c.call(request, into=into),
+            lambda c: c.call_summed(request, into),
             seconds=seconds_for(0),
             attempt=self._attempt,
             fresh=fresh,
         )
         doubtful: list[int] = []
+        found = iter(sums)
         for place, (index, info) in enumerate(zip(indexes, outcomes.infos, strict=True)):
             if info is None:
                 self._results[index] = outcomes.error(place)
                 continue
             read = self._reads[index]
-            error = self._results[index] = _check_info(read, info) or _check_bytes(read)
+            checksum = next(found)
+            error = self._results[index] = _check_info(read, info) or _check_sum(read, checksum)
             if error is not None:
                 doubtful.append(index)
         return doubtful
