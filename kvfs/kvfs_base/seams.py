@@ -98,6 +98,10 @@ class Disk(Protocol):
     def make_directory(self, path: str) -> None:
         """With parents; fine if it exists."""
 
+    def spread(self, path: str) -> None:
+        """Directories that will be made in this one are to lie far apart, and what is made in them
+        near them. A hint: nothing is raised."""
+
     def remove_directory(self, path: str) -> bool:
         """An empty one. False if it is not empty, or missing."""
 

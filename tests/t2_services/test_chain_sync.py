@@ -25,6 +25,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.chains import sync_sink as sync_sink_module
 from kvfs_datapath.chains import sync_source as sync_source_module
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
 from t2_services.chain_cluster import (
     CHAIN,
@@ -342,7 +343,7 @@ def test_a_bad_block_is_fetched_again(cluster: ChainCluster) -> None:
     assert outcomes.error(1) is None and isinstance(outcomes.error(2), ChunkNotFound)
     assert cluster.get_block(2, 100, len(data)) == data
     assert cluster.servers[2].statistics()["chunks_repaired"] == 2
-    assert cluster.disk(2).list("staging") == []
+    assert drafts(cluster.disk(2)) == []
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -14,6 +14,7 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.connections import DataConnection
 from t2_services.chunk_cluster import SECONDS, Cluster, running
 
@@ -105,7 +106,7 @@ def test_a_mover_that_was_overtaken_changes_nothing(cluster: Cluster) -> None:
     outcomes = place(cluster, 0, b"old", ticket=6)
     assert isinstance(outcomes.error(0), Conflict)
     assert content(cluster) == {0: b"new"}
-    assert cluster.disk(1).list("staging") == []
+    assert drafts(cluster.disk(1)) == []
     other = m.NewChunk(INODE + 1, 0, 0, 3, crc32c(b"two"), b"")
     assert call(cluster, m.PlaceMoved(1, SOURCE + 1, 1, other), [b"two"]).errors == {}
 
@@ -136,7 +137,7 @@ def test_a_chunk_that_was_on_its_way_when_the_next_round_began(cluster: Cluster)
 def test_bytes_are_checked(cluster: Cluster) -> None:
     assert isinstance(place(cluster, 0, b"data", crc32c=1).error(0), ChunkCorrupt)
     assert content(cluster) == {}
-    assert cluster.disk(1).list("staging") == []
+    assert drafts(cluster.disk(1)) == []
     with pytest.raises(InvalidRequest):
         call(cluster, m.PlaceMoved(1, SOURCE, 5, m.NewChunk(1, 0, 0, 9, 0, b"")), [b"short"])
 

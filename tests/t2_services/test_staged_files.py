@@ -14,6 +14,7 @@ from kvfs_base.limits import STAGED_AHEAD
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.client.staging import StagedFile
@@ -49,7 +50,7 @@ def taken(file: StripedFile) -> StagedFile:
 
 
 def staging(cluster: Cluster, number: int) -> list[str]:
-    return cluster.disk(number).list("staging")
+    return drafts(cluster.disk(number))
 
 
 def is_open(descriptor: int) -> bool:

@@ -54,8 +54,7 @@ class InPlace(ChunkTree):
 
     def _create_open(self, chunk: ChunkId) -> None:
         """By rename, as no chunk file is ever seen without its attribute."""
-        path = self.draft_path()
-        file = self.disk.open(path, write=True, create=True, exclusive=True)
+        file, path = self.create_draft()
         try:
             file.set_attribute(ATTRIBUTE, pack(ChunkInfo(*chunk, ChunkState.OPEN)))
             self.incoming.arrived(chunk.inode)

@@ -113,10 +113,9 @@ class ChunkStore(InPlace):
         discarded. Raises DiskFull, ServerBusy."""
         if not self._staging_slots.acquire(blocking=False):
             raise ServerBusy(detail="too many staged chunks")
-        path = self.draft_path()
         try:
             with self.io():
-                file = self.disk.open(path, write=True, create=True, exclusive=True, direct=True)
+                file, path = self.create_draft(direct=True)
         except BaseException:
             self._staging_slots.release()
             raise

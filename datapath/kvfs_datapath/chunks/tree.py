@@ -24,7 +24,13 @@ from kvfs_base.errors import (
     KvfsError,
     TargetFailed,
 )
-from kvfs_base.limits import BATCH_SYNC_THREADS, CALL_SECONDS, VERIFIED_CHUNKS_MAX
+from kvfs_base.limits import (
+    BATCH_SYNC_THREADS,
+    CALL_SECONDS,
+    STAGING_DIRECTORIES,
+    STAGING_IN_A_ROW,
+    VERIFIED_CHUNKS_MAX,
+)
 from kvfs_base.seams import Disk, DiskFile, DiskUsage
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
@@ -84,8 +90,9 @@ class ChunkTree:
             self._identity = load_identity(disk, uuid)
             disk.make_directory(CHUNKS)
             disk.make_directory(STAGING)
-            for name in disk.list(STAGING):
-                disk.unlink(f"{STAGING}/{name}")
+            disk.spread(STAGING)
+            for path in drafts(disk):
+                disk.unlink(path)
         except BaseException:
             self._lock_file.close()
             raise
@@ -183,9 +190,20 @@ class ChunkTree:
 
     # --- places
 
-    def draft_path(self) -> str:
-        """A new name in the staging directory, which is emptied at every start."""
-        return f"{STAGING}/{next(self._staging_names):016x}"
+    def create_draft(self, *, direct: bool = False) -> tuple[DiskFile, str]:
+        """A new file, and its path, in one of the staging directories, which are emptied at every
+        start. A few in a row are in the same one: syncs that wait together write less."""
+        number = next(self._staging_names)
+        directory = f"{STAGING}/{number // STAGING_IN_A_ROW % STAGING_DIRECTORIES:02x}"
+        path = f"{directory}/{number:016x}"
+        try:
+            file = self.disk.open(path, write=True, create=True, exclusive=True, direct=direct)
+        except FileNotFoundError:
+            if not self.disk.exists(STAGING):  # nor is the target
+                raise
+            self.disk.make_directory(directory)
+            file = self.disk.open(path, write=True, create=True, exclusive=True, direct=direct)
+        return file, path
 
     def discard_draft(self, path: str) -> None:
         """Never raises."""
@@ -433,3 +451,13 @@ def refuse_damaged(info: ChunkInfo) -> None:
     """Raises ChunkCorrupt for a chunk that is recorded as damaged."""
     if info.is_damaged:
         raise ChunkCorrupt(*info.chunk, expected_crc32c=info.crc32c, found_crc32c=0)
+
+
+def drafts(disk: Disk) -> list[str]:
+    """Files that are being filled, or were."""
+    found: list[str] = []
+    for name in disk.list(STAGING):
+        path = f"{STAGING}/{name}"
+        # A file in the directory itself is of a former version.
+        found += [path] if len(name) != 2 else [f"{path}/{draft}" for draft in disk.list(path)]
+    return found

@@ -395,8 +395,7 @@ class Versions:
     def _draft(self, fill: Callable[[DiskFile], ChunkInfo]) -> Iterator[tuple[str, ChunkInfo]]:
         """A file with all that belongs to it, for as long as it takes to give it a place."""
         tree = self._tree
-        path = tree.draft_path()
-        file = tree.disk.open(path, write=True, create=True, exclusive=True)
+        file, path = tree.create_draft()
         try:
             try:
                 info = fill(file)
