@@ -629,6 +629,39 @@ def test_fsync_reaches_every_member(lazy: ChainCluster) -> None:
         lazy.call(2, m.SyncChunks(2, (m.ChunkRef(*CHUNK),), lazy.passing()))
 
 
+def test_all_chunks_of_a_request_are_synced_together_on_all_members(lazy: ChainCluster) -> None:
+    """Each sync of a file waits until all have begun."""
+    lazy.set_chain([1, 2, 3])
+    for number in range(3):
+        lazy.write(1, b"bytes", number=number, sequence=number)
+    together = threading.Barrier(9)
+
+    def wait(operation: str, path: str) -> None:
+        if operation == "sync":
+            together.wait(20)
+
+    for number in (1, 2, 3):
+        lazy.memory_disk(number).before = wait
+    refs = tuple(m.ChunkRef(7, number, CHAIN) for number in range(3))
+    assert lazy.call(1, m.SyncChunks(1, refs, lazy.passing())).errors == {}
+    assert not together.broken
+
+
+def test_what_one_member_cannot_sync_is_told_of_that_chunk(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    for number in range(2):
+        lazy.write(1, b"bytes", number=number, sequence=number)
+
+    def fail(operation: str, path: str) -> None:
+        if operation == "sync" and path == path_of(ChunkId(7, 1, CHAIN)):
+            raise DiskFull(path=path)
+
+    lazy.memory_disk(3).before = fail
+    refs = tuple(m.ChunkRef(7, number, CHAIN) for number in range(2))
+    outcomes = lazy.call(1, m.SyncChunks(1, refs, lazy.passing()))
+    assert outcomes.error(0) is None and isinstance(outcomes.error(1), DiskFull)
+
+
 def test_removals_are_ordered_of_every_member(lazy: ChainCluster) -> None:
     lazy.set_chain([1, 2])
     lazy.write(1, b"bytes", sequence=1)

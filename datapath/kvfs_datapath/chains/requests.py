@@ -220,16 +220,6 @@ class ChainSession:
         """One item's failure is its own; the connection's is everybody's."""
         return _outcomes([self._try(functools.partial(act, item)) for item in items])
 
-    def _together(self, items: Sequence[Any], act: Callable[[Any], ChunkInfo | None]) -> m.Outcomes:
-        """As ``_each``, side by side."""
-        results: list[_Result] = [None] * len(items)
-
-        def attempt(index: int) -> None:
-            results[index] = self._try(lambda: act(items[index]))
-
-        self._service.crew.work(functools.partial(attempt, index) for index in range(len(items)))
-        return _outcomes(results)
-
     def _try(self, act: Callable[[], ChunkInfo | None]) -> _Result:
         try:
             return act()
@@ -302,7 +292,7 @@ class ChainSession:
         return self._each([request], lambda item: self._service.replicator.drop_update(store, item))
 
     def sync_chunks(self, store: ChunkStore, request: m.SyncChunks) -> m.Outcomes:
-        """Here and on all members behind."""
+        """Here and on all members behind, side by side: all wait for their disks together."""
         passing = request.passing
         place = None
         if passing is not None and request.onward is not None:
@@ -314,16 +304,30 @@ class ChainSession:
         for ref in request.chunks:
             if ref.chain != (0 if passing is None else passing.chain):
                 raise InvalidRequest(detail=f"chunk {tuple(ref.chunk)} of another chain")
-        outcomes = self._each(request.chunks, lambda ref: store.sync(ref.chunk))
-        if place is None or not place.hops:
-            return outcomes
+        results: list[_Result] = [None] * len(request.chunks)
+        behind: dict[int, ErrorBody] = {}
+
+        def sync(index: int) -> None:
+            results[index] = self._try(lambda: store.sync(request.chunks[index].chunk))
+
+        def jobs() -> Iterator[Job]:
+            if place is not None and place.hops:
+                yield lambda: behind.update(self._sync_behind(place, request.chunks))
+            for index in range(len(request.chunks)):
+                yield functools.partial(sync, index)
+
+        self._service.crew.work(jobs())
+        outcomes = _outcomes(results)
+        return m.Outcomes(outcomes.infos, behind | outcomes.errors)
+
+    def _sync_behind(self, place: Place, chunks: tuple[m.ChunkRef, ...]) -> dict[int, ErrorBody]:
         following, *rest = place.hops
-        onward = m.SyncChunks(following, request.chunks, place.passing(tuple(rest)))
+        onward = m.SyncChunks(following, chunks, place.passing(tuple(rest)))
         try:
-            behind: m.Outcomes = self._service.peers.call(following, onward, hops=len(rest))
+            outcomes: m.Outcomes = self._service.peers.call(following, onward, hops=len(rest))
         except (Unreached, KvfsError) as exc:
-            behind = m.Outcomes((), dict.fromkeys(range(len(request.chunks)), error_body(exc)))
-        return m.Outcomes(outcomes.infos, behind.errors | outcomes.errors)
+            return dict.fromkeys(range(len(chunks)), error_body(exc))
+        return outcomes.errors
 
     def remove_range(self, store: ChunkStore, request: m.RemoveRange) -> m.Outcomes:
         """On a chain: nothing is left of the chunks but their versions, on every member."""
