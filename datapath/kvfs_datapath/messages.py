@@ -436,6 +436,16 @@ class ListChunks(ChunkRequest, tag="list"):
     limit: Annotated[int, msgspec.Meta(ge=1, le=LIST_CHUNKS_MAX)] = LIST_CHUNKS_MAX
 
 
+class FindChunks(ChunkRequest, tag="find"):
+    """The chunks ``first <= number < end`` of an inode that this target has, in their order: what
+    of a file is no hole. Only chunks of one copy."""
+
+    Reply: ClassVar[Any] = ChunkPage
+    inode: U64
+    first: U32
+    end: U32
+
+
 class CheckChunks(ChunkRequest, tag="check"):
     """Reads sealed chunks again, from the disk where it can be asked to, and compares with their
     checksums: ChunkCorrupt. Open chunks have nothing to compare with."""
@@ -476,6 +486,7 @@ DataRequest = (
     | PlaceMoved
     | RepairChunks
     | ListChunks
+    | FindChunks
     | CheckChunks
     | Statistics
 )

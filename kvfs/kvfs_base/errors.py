@@ -22,6 +22,7 @@
     │   ├── LayoutMismatch         EINVAL
     │   ├── VersionMismatch        EPROTO
     │   ├── FileTooLarge           EFBIG
+    │   ├── BehindTheEnd           ENXIO      (a file has nothing there to seek to)
     │   ├── NotSupported           ENOTSUP    (this file system does not do that)
     │   ├── MountFailed            ENODEV     (no FUSE here, or the mount point is not usable)
     │   │   ├── MountPointBusy     EBUSY      (something is mounted there, or lies in the directory)
@@ -276,6 +277,13 @@ class FileTooLarge(InvalidRequest):
     limit: int = 0
     posix_errno = errno.EFBIG
     wire_code = "file_too_large"
+
+
+@dataclasses.dataclass(eq=False)
+class BehindTheEnd(InvalidRequest):
+    size: int = 0
+    posix_errno = errno.ENXIO
+    wire_code = "behind_the_end"
 
 
 @dataclasses.dataclass(eq=False)

@@ -61,6 +61,8 @@ REQUESTS: dict[Opcode, tuple[bytes, Any]] = {
     Opcode.LISTXATTR: (struct.pack("=II", 64, 0), (64, b"")),
     Opcode.REMOVEXATTR: (b"user.a\0", (b"user.a",)),
     Opcode.FLUSH: (struct.pack("=QIIQ", 3, 0, 0, 258), (3, b"\2\1\0\0\0\0\0\0")),
+    Opcode.FALLOCATE: (struct.pack("=QQQII", 3, 10, 20, 3, 0), (3, 10, 20, 3)),
+    Opcode.LSEEK: (struct.pack("=QQII", 3, 10, 4, 0), (3, 10, 4)),
     Opcode.GETLK: (LOCK, LOCKED),
     Opcode.SETLK: (LOCK, LOCKED),
     Opcode.SETLKW: (LOCK, LOCKED),

@@ -50,6 +50,9 @@ from kvfs_datapath.client.staging import StagedFile
 from kvfs_datapath.client.transfers import descriptor_count, disk_error
 from kvfs_datapath.client.unsynced import Unsynced
 
+STAT_CHUNKS_MAX = 64
+"""More chunks than this are looked for in their directories: their names may not even be there."""
+
 _Result = TypeVar("_Result")
 
 
@@ -80,6 +83,10 @@ class StripedFile:
         self._lock = threads.lock()
         self._unsealed: set[int] = set()
         self._unsynced = Unsynced()
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self._layout.chunk_bytes
 
     # --- reading
 
@@ -423,6 +430,46 @@ class StripedFile:
     def _remove_range(self, route: Route, first: int, end: int) -> None:
         request = m.RemoveRange(route.target_id, self._inode, first, end)
         self._client.pool.run(route.address, lambda c: c.call(request))
+
+    # --- holes
+
+    def drop_chunks(self, first: int, end: int) -> None:
+        """The chunks ``first <= number < end`` are gone: they read as zeros (``sparse``)."""
+        if (several := self._several()) is not None:
+            size = self._layout.chunk_bytes
+            several.truncate(end * size, first * size)
+        else:
+            self._remove(first, end)
+
+    def lengths(self, first: int, end: int) -> dict[int, int] | None:
+        """Of those of the chunks ``first <= number < end`` that there are. None on chains of
+        several copies, where it is not asked for."""
+        if self._several() is not None:
+            return None
+        found: dict[int, int] = {}
+
+        def stat(route: Route, numbers: list[int]) -> set[int]:
+            request = m.StatChunks(route.target_id, self._refs(numbers))
+            outcomes = self._client.pool.run(route.address, lambda c: c.call(request))
+            raise_first(outcomes, besides=ChunkNotFound)
+            found.update((info.number, info.length) for info in outcomes.infos if info is not None)
+            return set()
+
+        def find(route: Route, start: int = first) -> None:
+            request = m.FindChunks(route.target_id, self._inode, start, end)
+            page: m.ChunkPage = self._client.pool.run(route.address, lambda c: c.call(request))
+            found.update((c.number, c.info.length) for c in page.chunks if c.info is not None)
+            if page.next is not None:
+                find(route, page.next.number)
+
+        if end - first <= STAT_CHUNKS_MAX:
+            self._each_chunk(set(range(first, end)), stat, ITEMS_PER_REQUEST_MAX)
+        else:
+            one_of_each_chain = range(first, min(end, first + len(self._layout.chains)))
+            self._client.parallel(
+                [functools.partial(self._patiently, n, find) for n in one_of_each_chain]
+            )
+        return found
 
     # --- finishing
 

@@ -36,7 +36,7 @@ from kvfs_datapath.chains.requests import ChainSession, refuse_versioned
 from kvfs_datapath.chains.service import ChainService
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.kept import KeptFile
-from kvfs_datapath.chunks.listing import ChunkListing
+from kvfs_datapath.chunks.listing import ChunkListing, find_chunks
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
 from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.server import placing
@@ -118,6 +118,7 @@ class DataSession:
             m.RemoveRange: self._remove_range,
             m.StatChunks: self._stat_chunks,
             m.ListChunks: self._list_chunks,
+            m.FindChunks: self._find_chunks,
             m.CheckChunks: self._check_chunks,
             m.CompareMoved: lambda store, request: _Answer(placing.compare(store, request), store),
             m.PlaceMoved: self._place_moved,
@@ -544,6 +545,10 @@ class DataSession:
         page = listing.page(request.limit)
         if page.next is None:
             self._listing = None
+        return _Answer(page, store)
+
+    def _find_chunks(self, store: ChunkStore, request: m.FindChunks) -> _Answer:
+        page = find_chunks(store, request.inode, request.first, request.end)
         return _Answer(page, store)
 
     def _check_chunks(self, store: ChunkStore, request: m.CheckChunks) -> _Answer:

@@ -19,6 +19,7 @@ import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs_base.errors import (
+    BehindTheEnd,
     ChunkNotFound,
     InodeStale,
     IntegrityError,
@@ -59,6 +60,12 @@ class OpenBlock:
     def chain(self) -> int:
         assert self.attr.layout is not None
         return self.attr.layout.chains[0]
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE: a block has no holes. Raises BehindTheEnd."""
+        if offset >= self.attr.size:
+            raise BehindTheEnd(size=self.attr.size)
+        return offset if whence == os.SEEK_DATA else self.attr.size
 
 
 class Blocks:

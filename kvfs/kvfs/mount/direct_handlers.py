@@ -209,6 +209,8 @@ class Handlers:
             Opcode.FLUSH: self._flush,
             Opcode.FSYNC: self._fsync,
             Opcode.RELEASE: self._release,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.LSEEK: self._lseek,
             Opcode.GETLK: self._getlk,
             Opcode.SETLK: self._setlk,
             Opcode.SETLKW: self._setlk,
@@ -350,7 +352,14 @@ class Handlers:
         await self._fs.release(handle)
         return ()
 
-    # --- locks
+    # --- ranges
+
+    async def _fallocate(self, request: Request) -> Answer:
+        await self._fs.allocate(*request.arguments)
+        return ()
+
+    async def _lseek(self, request: Request) -> Answer:
+        return (ranges.seek_out(await self._fs.seek(*request.arguments)),)
 
     async def _getlk(self, request: Request) -> Answer:
         return (ranges.lock_out(await self._locks.get(request.inode, request.arguments.lock)),)

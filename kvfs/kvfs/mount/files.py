@@ -13,6 +13,7 @@ reply to a request that was sent before the file's last change is not used.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -24,7 +25,14 @@ import trio
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.locks import SharedLock
 from kvfs.mount.passed_writes import PassedWrites
-from kvfs_base.errors import FileTooLarge, InternalError, KvfsError
+from kvfs_base.errors import (
+    BehindTheEnd,
+    CacheFull,
+    FileTooLarge,
+    InternalError,
+    KvfsError,
+    NotSupported,
+)
 from kvfs_base.limits import (
     FILE_BYTES_MAX,
     MOUNT_IO_BYTES,
@@ -34,10 +42,16 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
+from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
-from kvfs_metadata.messages import GetAttr, SetAttr
+from kvfs_metadata.messages import GetAttr, SetAttr, StatFs
 
 log = logging.getLogger(__name__)
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_ZERO_RANGE = 16
+ALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
 
 
 class OpenFile:
@@ -356,6 +370,62 @@ class OpenFile:
             self._count_change()
         else:
             await self._open_hole(size)
+
+    async def allocate(self, offset: int, length: int, mode: int) -> None:
+        """As fallocate(2). What is allocated is not reserved: it is a hole that may be written."""
+        if mode & ~ALLOCATE_MODES:
+            raise NotSupported(detail=f"fallocate mode {mode:#x}")
+        end = offset + length
+        if end > FILE_BYTES_MAX:
+            raise FileTooLarge(limit=FILE_BYTES_MAX)
+        await self._store_passed()
+        async with self.lock.exclusive():
+            self._look()
+            request = SetAttr(self.inode, mtime_ns=self._backend.env.clock.time_ns())
+            if mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
+                await self._zero(offset, min(end, self.size), request)
+            if end > self.size and not mode & FALLOC_FL_KEEP_SIZE:
+                await self._check_space(end - self.size)
+                await self._open_hole(end)
+                request.size = end
+            await self._record(request)
+
+    async def _zero(self, start: int, end: int, request: SetAttr) -> None:
+        if start >= end:
+            return
+        if self._passed is not None:
+            await self._backend.in_thread(self._passed.zero, start, end)
+            return
+        if not self.sparse:
+            # First: chunks that are missing are damage anywhere else.
+            self.sparse = True
+            await self._record(SetAttr(self.inode, mtime_ns=request.mtime_ns))
+        self._unflushed = True
+        passed = self.backing != NO_DESCRIPTOR
+        zero = functools.partial(holes.zero, self._data, start, end, keep_first=passed)
+        await self._backend.in_thread(zero)
+
+    async def _check_space(self, needed: int) -> None:
+        space = await self._backend.call(StatFs())
+        free = max(0, space.capacity_bytes - space.used_bytes)
+        if needed > free:
+            raise CacheFull(needed_bytes=needed, capacity_bytes=space.capacity_bytes)
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE, as lseek(2). Raises BehindTheEnd."""
+        async with self.lock.shared():
+            self._look()
+            if offset >= self.size:
+                raise BehindTheEnd(size=self.size)
+            if self._passed is not None:
+                return self._passed.seek(offset, whence)
+            find = holes.next_data if whence == os.SEEK_DATA else holes.next_hole
+            if not self.sparse:
+                return offset if whence == os.SEEK_DATA else self.size
+            found = await self._backend.in_thread(find, self._data, offset, self.size)
+            if whence == os.SEEK_DATA and found >= self.size:
+                raise BehindTheEnd(size=self.size)
+            return found
 
     async def push(self) -> None:
         """Records size and times if they changed here."""

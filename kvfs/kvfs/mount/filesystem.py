@@ -29,7 +29,7 @@ from kvfs.mount.files import OpenFile
 from kvfs.mount.names import MISSING, Entry
 from kvfs.mount.open_files import OpenFiles
 from kvfs.mount.remembered import Remembered
-from kvfs.mount.requests import AttrChanges, Caller, Opened
+from kvfs.mount.requests import AttrChanges, Caller, Opened, without_privileges
 from kvfs_base.errors import (
     AttributeMissing,
     EntryExists,
@@ -225,7 +225,7 @@ class Filesystem:
     async def setattr(self, inode: int, changes: AttrChanges) -> Attr:
         mode = changes.mode
         if changes.drop_privileges and mode is None:
-            mode = _without_privileges(await self.getattr(inode))
+            mode = without_privileges(await self.getattr(inode))
         request = SetAttr(
             inode,
             mode=None if mode is None else stat.S_IMODE(mode),
@@ -429,9 +429,19 @@ class Filesystem:
         await self._handle(handle).file.write(offset, data)
         return len(data)
 
+    # As fallocate(2), and SEEK_DATA and SEEK_HOLE of lseek(2).
+
+    async def allocate(self, handle: int, offset: int, length: int, mode: int) -> None:
+        await self._handle(handle).file.allocate(offset, length, mode)
+
+    async def seek(self, handle: int, offset: int, whence: int) -> int:
+        opened = self._handles[handle]
+        assert not isinstance(opened, OpenDirectory)
+        return await (opened.file if isinstance(opened, Handle) else opened).seek(offset, whence)
+
     def is_privileged(self, handle: int) -> bool:
         """A write by somebody who is not root has to drop the set-ID bits first."""
-        return _without_privileges(self._handle(handle).file.attr) is not None
+        return without_privileges(self._handle(handle).file.attr) is not None
 
     def _handle(self, handle: int) -> Handle:
         opened = self._handles[handle]
@@ -564,17 +574,6 @@ class Filesystem:
 def _check_name(name: bytes) -> None:
     if len(name) > NAME_BYTES_MAX:
         raise NameTooLong(length=len(name))
-
-
-def _without_privileges(attr: Attr) -> int | None:
-    """The mode after a write or a new owner, as Linux has it; None if it stays. A set-group-ID bit
-    without execute permission for the group means mandatory locking, not a privilege."""
-    if not attr.is_file:
-        return None
-    mode = attr.mode & ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        mode &= ~stat.S_ISGID
-    return None if mode == attr.mode else mode
 
 
 def _check_xattr_name(name: bytes) -> None:

@@ -64,8 +64,10 @@ class Opcode(enum.IntEnum):
     INTERRUPT = 36
     DESTROY = 38
     BATCH_FORGET = 42
+    FALLOCATE = 43
     READDIRPLUS = 44
     RENAME2 = 45
+    LSEEK = 46
 
 
 UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
@@ -428,10 +430,7 @@ _PARSERS: dict[int, Callable[[memoryview], Any]] = {
     Opcode.GETXATTR: _parse_getxattr,
     Opcode.LISTXATTR: _parse_listxattr,
     Opcode.REMOVEXATTR: _parse_name,
-    Opcode.FLUSH: ranges.parse_flush,
-    Opcode.GETLK: ranges.parse_lock,
-    Opcode.SETLK: ranges.parse_lock,
-    Opcode.SETLKW: ranges.parse_lock,
+    **{Opcode[name]: parser for name, parser in ranges.PARSERS.items()},
     Opcode.INIT: _parse_init,
     Opcode.OPENDIR: _parse_open,
     Opcode.READDIR: _parse_read,

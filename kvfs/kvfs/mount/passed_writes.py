@@ -18,10 +18,11 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from kvfs.mount.backend import Backend
-from kvfs_base.errors import ConnectionLost
-from kvfs_base.limits import MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
+from kvfs_base.errors import BehindTheEnd, ConnectionLost
+from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.client.staging import StagedFile
+from kvfs_datapath.client.transfers import disk_error
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,23 @@ class PassedWrites:
         if self._copied:
             self._data.truncate(end, max(size, self._own_bytes))
         self._stored = None
+
+    def zero(self, start: int, end: int) -> None:
+        """Blocking. The bytes ``start <= x < end`` of the file are zeros."""
+        for at in range(start, end, MOUNT_IO_BYTES):
+            try:
+                os.pwrite(self.descriptor, bytes(min(MOUNT_IO_BYTES, end - at)), at)
+            except OSError as exc:
+                raise disk_error(exc, 0) from exc
+        self._stored = None
+        self.unstored = True
+
+    def seek(self, offset: int, whence: int) -> int:
+        """As lseek(2): here the file is one, and its file system knows its holes."""
+        try:
+            return os.lseek(self.descriptor, offset, whence)
+        except OSError:
+            raise BehindTheEnd(size=self.size) from None
 
     def touch(self) -> None:
         """For a sync: nobody told us of the last writes."""
