@@ -182,7 +182,9 @@ class _Mount:
         config = self._config
         if not self._served.is_set():
             if not await self._unmount():
-                log.info("%s is busy: detaching it", config.mountpoint)
+                users = await trio.to_thread.run_sync(system.users_of, config.mountpoint)
+                held = "; ".join(users) or "nobody that can be seen here"
+                log.info("%s is busy: detaching it (used by %s)", config.mountpoint, held)
                 system.unmount(config.mountpoint, lazy=True)
                 frontend.stop()
             with trio.move_on_after(config.unmount_seconds):
