@@ -225,6 +225,31 @@ def test_any_close_ends_the_locks_of_a_process(places: tuple[Path, Path]) -> Non
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+COUNT = """
+import fcntl, sys
+lock, counter = sys.argv[1:]
+for _ in range(15):
+    with open(lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with open(counter, "r+") as file:
+            value = int(file.read()) + 1
+            file.seek(0)
+            file.write(str(value))
+"""
+
+
+def test_what_is_changed_under_a_lock_is_changed_once(work: Path, second: Path) -> None:
+    """Close-to-open is enough for those who open what they change once they have the lock."""
+    (work / "counter").write_text("0")
+    places = [work, second / work.name] * 2
+    processes = [
+        subprocess.Popen([sys.executable, "-c", COUNT, place / "lock", place / "counter"])
+        for place in places
+    ]
+    assert [process.wait(60) for process in processes] == [0] * 4
+    assert (work / "counter").read_text() == str(15 * len(places))
+
+
 # --- waiting
 
 
