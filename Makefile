@@ -43,8 +43,9 @@ sim: setup ## The cluster in virtual time, with faults, under many seeds [SEEDS=
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --keep-going
 
 test-mount: $(VENV)/.stamp-test ## The mount for long: a million operations on a file [SEED=1]
-	KVFS_FILE_OPERATIONS=1000000 KVFS_FILE_SEED=$(or $(SEED),1) KVFS_MOUNT_LONG=1 \
-		$(BIN)/python -m pytest --timeout 0 tests/t4_mount/test_file_checker.py tests/t4_mount/test_mount_locks.py
+	KVFS_FILE_OPERATIONS=1000000 KVFS_FILE_SEED=$(or $(SEED),1) KVFS_MOUNT_EXAMPLES=500 \
+		KVFS_MOUNT_LONG=1 $(BIN)/python -m pytest --timeout 0 \
+		tests/t4_mount/test_file_checker.py tests/t4_mount/test_mount_model.py tests/t4_mount/test_mount_locks.py
 
 lint: setup ## Style, format, types, import order
 	$(BIN)/ruff check .
