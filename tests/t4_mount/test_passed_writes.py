@@ -23,9 +23,9 @@ SEED = b"first"
 def staged(cluster: Cluster) -> set[Path]:
     """Staging files that have something in them."""
     found = set()
-    for path in cluster.directory.glob("targets/*/staging/*"):
+    for path in cluster.directory.glob("targets/*/staging/**/*"):
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size:
+            if path.is_file() and path.stat().st_size:
                 found.add(path)
     return found
 
