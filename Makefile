@@ -20,7 +20,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 comma := ,
 TEST_EXTRAS := fuse,test$(if $(filter 3.11,$(PYTHON_VERSION)),$(comma)llm)
 
-.PHONY: help setup demo demo-llm sim test test-only test-gpu lint format bench docs clean
+.PHONY: help setup demo demo-llm sim test test-mount test-only test-gpu lint format bench docs clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,11 @@ test-only: $(VENV)/.stamp-test ## Run the tests alone [PYTEST_ARGS=...]
 
 sim: setup ## The cluster in virtual time, with faults, under many seeds [SEEDS=1000 FIRST=0]
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --keep-going
+
+test-mount: $(VENV)/.stamp-test ## The mount for long: a million operations on a file [SEED=1]
+	KVFS_FILE_OPERATIONS=1000000 KVFS_FILE_SEED=$(or $(SEED),1) KVFS_MOUNT_EXAMPLES=500 \
+		KVFS_MOUNT_LONG=1 $(BIN)/python -m pytest --timeout 0 \
+		tests/t4_mount/test_file_checker.py tests/t4_mount/test_mount_model.py tests/t4_mount/test_mount_locks.py
 
 lint: setup ## Style, format, types, import order
 	$(BIN)/ruff check .

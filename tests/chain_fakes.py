@@ -205,6 +205,11 @@ class FakeServer:
     def _do(
         self, request: Any, payload: bytes, staged: dict[int, int]
     ) -> tuple[Any, bytes, list[int]]:
+        onward = getattr(request, "onward", None)
+        if onward is not None:
+            head = self.cluster.servers[onward.head].reached()
+            asked = msgspec.structs.replace(request, target_id=onward.head, onward=None)
+            return head._do(asked, payload, staged)
         match request:
             case m.ReadChunks():
                 reply, out = self._read([(c.chunk, 0, c.size) for c in request.chunks])
@@ -237,6 +242,8 @@ class FakeServer:
                 return m.Outcomes((None,) * len(request.chunks), {}), b"", []
             case m.RepairChunks():
                 return self._repair(request), b"", []
+            case m.CheckChunks():
+                return self._each(request.chunks, self._recheck), b"", []
         raise InvalidRequest(detail=type(request).__name__)
 
     def _check(self, passing: m.Passing | None) -> Chain | None:
@@ -269,6 +276,12 @@ class FakeServer:
         if found is None:
             raise ChunkNotFound(*chunk)
         return found
+
+    def _recheck(self, ref: m.ChunkRef) -> ChunkInfo:
+        stored = self.find(ref.chunk)
+        if crc32c(stored.data) != stored.info.crc32c:
+            raise ChunkCorrupt(*ref.chunk)
+        return stored.info
 
     def _read(self, pieces: Sequence[tuple[ChunkId, int, int]]) -> tuple[m.Outcomes, bytes]:
         parts: list[bytes] = []

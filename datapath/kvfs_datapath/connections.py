@@ -16,10 +16,14 @@ from kvfs_base.limits import (
     CONNECT_SECONDS,
     DATA_BYTES_PER_SECOND,
     DATA_SECONDS,
+    PASS_CONNECT_SECONDS,
+    SUM_BYTES,
 )
 from kvfs_base.rpc import Request
-from kvfs_base.seams import BlockingNetwork, Buffer, Connection
+from kvfs_base.seams import BlockingNetwork, Buffer, Clock, Connection
 from kvfs_base.types import Address
+from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.watchdog import Watchdog
 from kvfs_datapath.wire import (
     close_all,
     decode_reply,
@@ -47,6 +51,7 @@ class DataConnection:
         self._timeout = 0.0
         self._next_id = 1
         self.broken = False
+        self.given_up = False
 
     def set_timeout(self, seconds: float) -> None:
         """For each step of the calls that follow."""
@@ -66,13 +71,38 @@ class DataConnection:
         header = receive_header(self._connection)
         reply = self._reply(header, request)
         views = [] if into is None else into(reply)
-        if sum(len(v) for v in views) != header.payload_bytes:
-            raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")
-        if header.payload_bytes:
-            self.set_timeout(max(self._timeout, seconds_for(header.payload_bytes)))
+        self._expect_payload(header, views)
+        if views:
             self._connection.receive_into(views)
         self.broken = False
         return reply
+
+    def call_summed(
+        self, request: Request, into: Callable[[Any], Sequence[memoryview]]
+    ) -> tuple[Any, list[int]]:
+        """As ``call``, and the CRC32C of what came into each view. It is computed piece by piece,
+        as they come in: later they would have to be fetched from memory again."""
+        self._ask(request, ())
+        header = receive_header(self._connection)
+        reply = self._reply(header, request)
+        views = into(reply)
+        self._expect_payload(header, views)
+        sums = [0] * len(views)
+        groups = _groups(views)
+
+        def add(number: int) -> None:
+            for index, piece in groups[number]:
+                sums[index] = crc32c(piece, sums[index])
+
+        self._connection.receive_groups([[piece for _, piece in g] for g in groups], add)
+        self.broken = False
+        return reply, sums
+
+    def _expect_payload(self, header: frames.FrameHeader, views: Sequence[memoryview]) -> None:
+        if sum(map(len, views)) != header.payload_bytes:
+            raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")
+        if header.payload_bytes:
+            self.set_timeout(max(self._timeout, seconds_for(header.payload_bytes)))
 
     def call_for_descriptors(
         self, request: Request, expected: Callable[[Any], int]
@@ -126,8 +156,30 @@ class DataConnection:
     def shutdown(self) -> None:
         self._connection.shutdown()
 
+    def give_up(self) -> None:
+        """Its server cannot be reached any more."""
+        self.given_up = True
+        self.shutdown()
+
     def close(self) -> None:
         self._connection.close()
+
+
+def _groups(views: Sequence[memoryview]) -> list[list[tuple[int, memoryview]]]:
+    """Pieces of the views, with the index of each one's view, in groups of SUM_BYTES."""
+    groups: list[list[tuple[int, memoryview]]] = []
+    room = 0
+    for index, view in enumerate(views):
+        start = 0
+        while start < len(view):
+            if not room:
+                groups.append([])
+                room = SUM_BYTES
+            piece = view[start : start + room]
+            groups[-1].append((index, piece))
+            start += len(piece)
+            room -= len(piece)
+    return groups
 
 
 class Attempt:
@@ -169,8 +221,9 @@ class Attempt:
 class ConnectionPool:
     """Connections by address, dialled when needed and kept for a while. Thread-safe."""
 
-    def __init__(self, network: BlockingNetwork) -> None:
+    def __init__(self, network: BlockingNetwork, clock: Clock) -> None:
         self._network = network
+        self._watchdog = Watchdog(network, clock)
         self._lock = threads.lock()
         self._idle: dict[Address, list[DataConnection]] = {}
         self._busy: dict[DataConnection, None] = {}
@@ -184,23 +237,30 @@ class ConnectionPool:
         seconds: float | None = None,
         connect_seconds: float = CONNECT_SECONDS,
         attempt: Attempt | None = None,
+        fresh: bool = False,
+        watch: bool = False,
     ) -> _Result:
         """Does ``action`` on a connection, each step of which may take ``seconds`` (CALL_SECONDS).
         If one that was kept turns out to be dead (the server was restarted), does it once more on a
         fresh one: every request of the data path may be repeated. ``attempt``: who may break it
-        off."""
-        connection = self._take(address)
+        off. ``fresh``: on a connection that is dialled for this. ``watch``: for what may take
+        long, so that one who cannot be reached any more is not waited for."""
+        connection = None if fresh else self._take(address)
         if connection is not None:
             try:
-                return self._use(address, connection, action, seconds, attempt)
+                with self._watching(address, connection, watch):
+                    return self._use(address, connection, action, seconds, attempt)
             except ConnectionLost:
+                if connection.given_up:
+                    raise
                 if attempt is not None:
                     attempt.check()
                 self._drop_idle(address)
         if attempt is not None:
             connect_seconds = CHAIN_CONNECT_SECONDS  # dialling cannot be broken off
         dialled = DataConnection(self._network.connect(address, connect_seconds))
-        return self._use(address, dialled, action, seconds, attempt)
+        with self._watching(address, dialled, watch):
+            return self._use(address, dialled, action, seconds, attempt)
 
     @contextlib.contextmanager
     def lend(self, address: Address) -> Iterator[DataConnection]:
@@ -208,9 +268,9 @@ class ConnectionPool:
         that was kept dead fails with ConnectionLost. The next one is dialled."""
         connection = self._take(address)
         if connection is None:
-            connection = DataConnection(self._network.connect(address, CONNECT_SECONDS))
+            connection = DataConnection(self._network.connect(address, PASS_CONNECT_SECONDS))
         try:
-            with self._in_use(address, connection):
+            with self._in_use(address, connection), self._watching(address, connection):
                 yield connection
         finally:
             if connection.broken:
@@ -238,6 +298,20 @@ class ConnectionPool:
                 return action(connection)
             finally:
                 attempt.end()
+
+    @contextlib.contextmanager
+    def _watching(
+        self, address: Address, connection: DataConnection, watch: bool = True
+    ) -> Iterator[None]:
+        if not watch or address.kind == "unix":
+            yield
+            return
+        try:
+            with self._watchdog.watch(address, connection.give_up):
+                yield
+        finally:
+            if connection.given_up:
+                self._drop_idle(address)
 
     @contextlib.contextmanager
     def _in_use(self, address: Address, connection: DataConnection) -> Iterator[None]:
@@ -281,3 +355,4 @@ class ConnectionPool:
             connection.close()
         for connection in busy:
             connection.shutdown()
+        self._watchdog.close()

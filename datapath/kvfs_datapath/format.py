@@ -6,7 +6,7 @@ little-endian:
     offset  size  field
     0       4     magic    "KVFC"
     4       2     version  1; 2 for chunks of files on chains of several copies (below)
-    6       1     state    1 OPEN (a writer may be at work, no checksum), 2 SEALED
+    6       1     state    1 OPEN (a writer may be at work, no checksum), 2 SEALED (below: 3, 4)
     7       1     flags    bit 0: somebody asked for durability (fsync); seals wait for the disk
     8       8     inode    of the file or block; for a block also its generation
     16      4     number   of the chunk in its file
@@ -15,8 +15,10 @@ little-endian:
     32      32    key      of the block, zeros for chunks of ordinary files
     64      4     crc32c   of the 64 bytes before
 
-In version 2 (docs/design/0004-chains.md) the state is SEALED, or PENDING where the file was made to
-be the chunk's next version: its place says whether it has become that. In the place of the key:
+In version 2 (docs/design/0004-chains.md) the state is SEALED, or 3 PENDING where the file was made
+to be the chunk's next version: its place says whether it has become that. Or it is 4 DAMAGED: the
+bytes of this version are lost, and whatever the file holds is not the chunk. In the place of the
+key:
 
     32      4     version           of the chunk, from 1
     36      4     writer            who made this version
@@ -71,6 +73,13 @@ class ChunkState(enum.IntEnum):
     SEALED = 2
     PENDING = 3
     """The next version of a chunk of a chain, which is not committed yet."""
+    DAMAGED = 4
+    """A chunk of a chain whose bytes nobody has; length and checksum are what they were."""
+
+
+VERSION_UNKNOWN = 1 << 31
+"""The version of a damaged chunk whose attribute is lost as well: above all that others may have,
+since nobody writes one chunk 2**31 times."""
 
 
 class ChunkInfo(msgspec.Struct, array_like=True, frozen=True):
@@ -98,10 +107,14 @@ class ChunkInfo(msgspec.Struct, array_like=True, frozen=True):
     def is_sealed(self) -> bool:
         return self.state is ChunkState.SEALED
 
+    @property
+    def is_damaged(self) -> bool:
+        return self.state is ChunkState.DAMAGED
+
 
 _STATES = {
     WHOLE: (ChunkState.OPEN, ChunkState.SEALED),
-    VERSIONED: (ChunkState.SEALED, ChunkState.PENDING),
+    VERSIONED: (ChunkState.SEALED, ChunkState.PENDING, ChunkState.DAMAGED),
 }
 
 

@@ -24,6 +24,8 @@ from kvfs_base.limits import (
     HOPS_MAX,
     ITEMS_PER_REQUEST_MAX,
     LIST_CHUNKS_MAX,
+    RELAY_SECONDS_MAX,
+    STRIPE_MAX,
     SYNC_PAGE_CHUNKS,
     TRANSFER_BYTES,
 )
@@ -87,6 +89,9 @@ class Outcomes(msgspec.Struct, array_like=True, frozen=True):
     errors: dict[int, ErrorBody]
     sums: tuple[U32, ...] = ()
     """CRC32C of each item's payload, where that was asked for; 0 where there is none."""
+    incarnation: U64 = 0
+    """Of WritePieces, TruncateChunks and SyncChunks on chains of one copy: another one than before
+    means that what was written before, and not synced, may be gone."""
 
     def error(self, index: int) -> KvfsError | None:
         body = self.errors.get(index)
@@ -133,6 +138,16 @@ class Passing(msgspec.Struct, array_like=True, frozen=True):
     """Targets that have yet to get it, in order, after the one that is asked."""
 
 
+class Onward(msgspec.Struct, array_like=True, frozen=True):
+    """For a member that is asked because the sender cannot reach the head: the request goes on to
+    that, as it is but for this. What the member answers is what the head does, or ConnectionLost:
+    the head may have carried it out, or may yet."""
+
+    head: U32
+    seconds: Annotated[int, msgspec.Meta(ge=1, le=RELAY_SECONDS_MAX)]
+    """How long the sender waits."""
+
+
 class WriteChunks(ChunkRequest, tag="write"):
     """Payload: the chunks. Each is checked against its checksum and published on its own.
     ``passing``: on a chain of several copies the bytes are passed on to ``hops`` while they come
@@ -174,6 +189,20 @@ class OpenForWrite(ChunkRequest, tag="open_for_write"):
     chunks: ChunkRefs
 
 
+class Adopted(ChunkRef, frozen=True):
+    """``token`` is from the Staged answer to an earlier request of this connection."""
+
+    token: U64
+
+
+class AdoptChunks(ChunkRequest, tag="adopt"):
+    """Gives staged files their names as chunks that are open for writing, with what is in them:
+    their descriptors are then as those of OpenForWrite. Conflict where there is a chunk. A staged
+    file that is named here is used up, also where that fails (Unix connections)."""
+
+    chunks: Annotated[tuple[Adopted, ...], _ITEMS]
+
+
 class ReadPieces(ChunkRequest, tag="read_pieces"):
     """Payload of the answer: the pieces without error. A piece is shorter where the chunk ends;
     ``infos[i].length`` says how long the chunk is. Any connection. ``summed``: with a checksum of
@@ -182,6 +211,9 @@ class ReadPieces(ChunkRequest, tag="read_pieces"):
 
     pieces: Annotated[tuple[Piece, ...], _ITEMS]
     summed: bool = False
+    passing: Passing | None = None
+    """From the source of a chain to the member that it brings in step, which does not serve: the
+    source's own copy is damaged."""
 
 
 class WritePieces(ChunkRequest, tag="write_pieces"):
@@ -210,6 +242,7 @@ class SyncChunks(ChunkRequest, tag="sync"):
 
     chunks: ChunkRefs
     passing: Passing | None = None
+    onward: Onward | None = None
 
 
 class RemoveRange(ChunkRequest, tag="remove"):
@@ -223,6 +256,7 @@ class RemoveRange(ChunkRequest, tag="remove"):
     passing: Passing | None = None
     sequence: U32 = 0
     """With ``writer``: as in Update. One that comes late would take away what was written since."""
+    onward: Onward | None = None
 
 
 class StatChunks(ChunkRequest, tag="stat"):
@@ -262,6 +296,7 @@ class UpdateChunks(ChunkRequest, tag="update"):
 
     passing: Passing
     updates: Annotated[tuple[Update, ...], _ITEMS]
+    onward: Onward | None = None
 
 
 class PassUpdate(ChunkRequest, tag="pass_update"):
@@ -279,6 +314,19 @@ class PassUpdate(ChunkRequest, tag="pass_update"):
     whole: bool = False
     durable: bool = False
     """Of a whole chunk: somebody asked for that, and the next one may never have been asked."""
+    damaged: bool = False
+    """With ``whole``, and a ``cut`` without payload: nobody has the bytes of this version any more,
+    and the next one must not serve what it has instead."""
+
+
+class DropUpdate(ChunkRequest, tag="drop_update"):
+    """From a member to the next, which has no room for an update that it was sent before, and may
+    still get: ``made`` is the pending version. The answer is the chunk as it is there. Unless it is
+    that very version, nobody behind the sender has it, and under this version of the chain nobody
+    takes it any more: DiskFull."""
+
+    passing: Passing
+    made: ChunkInfo
 
 
 class SyncChain(ChunkRequest, tag="sync_chain"):
@@ -297,6 +345,8 @@ class Held(msgspec.Struct, array_like=True, frozen=True):
     crc32c: U32
     version: U32
     """0 for a block."""
+    damaged: bool = False
+    """The bytes are lost there."""
 
 
 class Wanted(msgspec.Struct, array_like=True, frozen=True):
@@ -314,6 +364,42 @@ class CompareChunks(ChunkRequest, tag="compare"):
     start: ChunkRef
     end: ChunkRef | None
     held: Annotated[tuple[Held, ...], msgspec.Meta(max_length=SYNC_PAGE_CHUNKS)]
+
+
+class HeldChunk(msgspec.Struct, array_like=True, frozen=True):
+    """A sealed chunk of a file, at the target that it leaves."""
+
+    number: U32
+    length: U64
+    crc32c: U32
+
+
+class CompareMoved(ChunkRequest, tag="compare_moved"):
+    """From the server of target ``source``, which a file leaves: what it has of the chunks
+    ``start <= number < end`` with ``number % width`` in ``places``. Of those the other one removes
+    what it has besides, or otherwise; it answers with what it lacks, and the rest is on stable
+    storage. Raises Conflict if ``ticket`` is lower than one that this source has named before."""
+
+    Reply: ClassVar = Wanted
+    source: U32
+    ticket: U64
+    inode: U64
+    width: Annotated[int, msgspec.Meta(ge=1, le=STRIPE_MAX)]
+    places: Annotated[tuple[U32, ...], msgspec.Meta(max_length=STRIPE_MAX)]
+    start: U32
+    end: U32
+    held: Annotated[tuple[HeldChunk, ...], msgspec.Meta(max_length=SYNC_PAGE_CHUNKS)]
+
+
+class PlaceMoved(ChunkRequest, tag="place_moved"):
+    """Payload: a chunk of a file that leaves target ``source``. It is checked, and on stable
+    storage when this is answered. ``ticket`` as in CompareMoved."""
+
+    source: U32
+    ticket: U64
+    chunk: NewChunk
+    durable: bool = False
+    """Somebody asked for that where it comes from."""
 
 
 class RepairChunks(ChunkRequest, tag="repair"):
@@ -350,6 +436,16 @@ class ListChunks(ChunkRequest, tag="list"):
     limit: Annotated[int, msgspec.Meta(ge=1, le=LIST_CHUNKS_MAX)] = LIST_CHUNKS_MAX
 
 
+class FindChunks(ChunkRequest, tag="find"):
+    """The chunks ``first <= number < end`` of an inode that this target has, in their order: what
+    of a file is no hole. Only chunks of one copy."""
+
+    Reply: ClassVar[Any] = ChunkPage
+    inode: U64
+    first: U32
+    end: U32
+
+
 class CheckChunks(ChunkRequest, tag="check"):
     """Reads sealed chunks again, from the disk where it can be asked to, and compares with their
     checksums: ChunkCorrupt. Open chunks have nothing to compare with."""
@@ -373,6 +469,7 @@ DataRequest = (
     | StageChunks
     | PublishChunks
     | OpenForWrite
+    | AdoptChunks
     | ReadPieces
     | WritePieces
     | SealChunks
@@ -382,10 +479,14 @@ DataRequest = (
     | StatChunks
     | UpdateChunks
     | PassUpdate
+    | DropUpdate
     | SyncChain
     | CompareChunks
+    | CompareMoved
+    | PlaceMoved
     | RepairChunks
     | ListChunks
+    | FindChunks
     | CheckChunks
     | Statistics
 )
@@ -402,6 +503,8 @@ def payload_bytes(request: Request) -> int:
             return sum(update.payload_bytes for update in request.updates)
         case PassUpdate():
             return request.update.payload_bytes
+        case PlaceMoved():
+            return request.chunk.size
     return 0
 
 
@@ -418,12 +521,12 @@ def reply_problem(request: Request, reply: Any) -> str:
                 return f"{len(reply.sums)} sums of {count} pieces"
         case UpdateChunks():
             count = len(request.updates)
-        case PassUpdate():
+        case PassUpdate() | DropUpdate():
             count = 1
         case StageChunks():
             fits = len(reply.tokens) == request.count
             return "" if fits else f"{len(reply.tokens)} of {request.count} tokens"
-        case CompareChunks():
+        case CompareChunks() | CompareMoved():
             return "" if all(p < len(request.held) for p in reply.places) else "another page"
         case _:
             return ""

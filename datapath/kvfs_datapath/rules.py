@@ -21,7 +21,7 @@ from kvfs_base.errors import (
     WriteUncertain,
 )
 from kvfs_base.types import ChunkId
-from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_datapath.format import VERSION_UNKNOWN, ChunkInfo, ChunkState
 from kvfs_datapath.messages import Held, PassUpdate, Update
 
 NOWHERE = (StaleChain, TargetFenced, NoTarget, DiskFull, InvalidRequest, ServerBusy, Conflict)
@@ -50,15 +50,25 @@ def is_version(info: ChunkInfo | None, request: PassUpdate) -> bool:
     )
 
 
+def same_version(one: ChunkInfo | None, other: ChunkInfo) -> bool:
+    return one is not None and (
+        (one.version, one.length, one.crc32c, one.writer, one.sequence)
+        == (other.version, other.length, other.crc32c, other.writer, other.sequence)
+    )
+
+
 def receive(
     committed: ChunkInfo | None, pending: ChunkInfo | None, request: PassUpdate, in_step: bool
 ) -> Receipt:
     """``in_step``: what the member has is what the others have. A member that is brought in step
-    takes whatever comes whole, until it has got a chunk. Raises Conflict for what comes too late,
+    takes whatever comes whole, until it has got a chunk. What is damaged here is
+    replaced by bytes of the same version. Raises Conflict for what comes too late,
     ChunkMismatch for another update under the same version, which nobody ever makes."""
     have = 0 if committed is None else committed.version
-    if is_version(committed, request):
-        return Receipt.ANSWER
+    if committed is not None and is_version(committed, request):
+        if request.damaged or not committed.is_damaged:
+            return Receipt.ANSWER
+        return Receipt.PREPARE if request.whole else Receipt.ASK_WHOLE
     if in_step and have >= request.version:
         if have > request.version:
             raise Conflict(detail=f"version {request.version} comes after {have}")
@@ -68,7 +78,11 @@ def receive(
             request.passing.chain,
             detail=f"two updates are called version {have}",
         )
-    if is_version(pending, request):
+    if (
+        pending is not None
+        and is_version(pending, request)
+        and pending.is_damaged == request.damaged
+    ):
         return Receipt.CARRY
     if request.whole or have == request.version - 1:
         return Receipt.PREPARE
@@ -102,10 +116,11 @@ def is_wanted(held: Held, own: ChunkInfo | None, in_step: bool) -> bool:
     newer than what the source says."""
     if own is None:
         return True
+    is_same = (own.version, own.length, own.crc32c) == (held.version, held.length, held.crc32c)
     if held.version == 0:
-        return (own.version, own.length, own.crc32c) != (0, held.length, held.crc32c)
-    return not in_step and (own.version, own.length, own.crc32c) != (
-        held.version,
-        held.length,
-        held.crc32c,
-    )
+        return not is_same
+    if held.damaged and held.version == VERSION_UNKNOWN and own.version == 0:
+        return False  # a block, and so the right one: there is no other of this name
+    if is_same:
+        return own.is_damaged and not held.damaged
+    return not in_step

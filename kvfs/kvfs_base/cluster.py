@@ -12,7 +12,9 @@ from typing import Annotated, ClassVar
 import msgspec
 
 from kvfs_base.limits import (
+    MOVES_AT_ONCE,
     REMOVALS_PER_HEARTBEAT,
+    STRIPE_MAX,
     SUSPECTS_MAX,
     SYNCED_MAX,
     UNWANTED_INODES_MAX,
@@ -115,6 +117,8 @@ class TargetOrders(msgspec.Struct, array_like=True, frozen=True):
     fence: bool = False
     """The target is to stop answering for its chains, and to say so: it is about to be taken out of
     them. The lease is not renewed."""
+    moving: bool = False
+    """The target is being drained: what has one copy is to be moved (``TakeMoves``)."""
 
 
 class HeartbeatReply(msgspec.Struct, array_like=True, frozen=True):
@@ -169,3 +173,59 @@ class FindUnwanted(Request, tag="find_unwanted"):
     target_id: U32
     chain: U32
     inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=UNWANTED_INODES_MAX)]
+
+
+# --- moves (docs/design/0006-moves.md)
+
+
+class Move(msgspec.Struct, array_like=True, frozen=True):
+    """A block, or what a file has on the target's chain of one copy, is to be on another one."""
+
+    inode: U64
+    to: U32
+    """The chain."""
+    target_id: U32
+    """Who has it."""
+    size: U64 = 0
+    crc32c: U32 = 0
+    """Of a block."""
+    width: U32 = 0
+    """Of a file: how many chains it is striped over. 0: a block."""
+    places: Annotated[tuple[U32, ...], msgspec.Meta(max_length=STRIPE_MAX)] = ()
+    """Of these, which are to move: chunks with ``number % width`` in ``places``."""
+    end: U32 = 1
+    """The number after the last chunk that there may be."""
+
+    @property
+    def is_block(self) -> bool:
+        return self.width == 0
+
+
+MoveInodes = Annotated[tuple[U64, ...], msgspec.Meta(max_length=MOVES_AT_ONCE)]
+
+
+class Moves(msgspec.Struct, array_like=True, frozen=True):
+    ticket: U64
+    """Of this round: higher than those of all before."""
+    moves: Annotated[tuple[Move, ...], msgspec.Meta(max_length=MOVES_AT_ONCE)]
+
+
+class TakeMoves(Request, tag="take_moves"):
+    """What a target that is being drained is to move now. What it was told before and has not ended
+    is over: the answer names it again. Raises TargetUnknown."""
+
+    Reply: ClassVar = Moves
+    target_id: U32
+
+
+class EndMoves(Request, tag="end_moves"):
+    """``done``: the chunks are on the other chain. ``failed``: they cannot be brought there.
+    ``lost``: blocks that are damaged here. Answers with the moves of ``done`` that are carried out;
+    the others are off, or go on under another ticket. Raises TargetUnknown."""
+
+    Reply: ClassVar = MoveInodes
+    target_id: U32
+    ticket: U64
+    done: MoveInodes = ()
+    failed: MoveInodes = ()
+    lost: MoveInodes = ()

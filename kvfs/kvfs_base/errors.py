@@ -12,6 +12,9 @@
     │   ├── NotPermitted           EPERM      (a block is read-only, a namespace is special)
     │   ├── AttributeMissing       ENODATA
     │   ├── TooManyLinks           EMLINK
+    │   ├── LockHeld               EAGAIN     (somebody else has locked a part of the range)
+    │   ├── LockDeadlock           EDEADLOCK  (who holds it waits for the one that asks)
+    │   ├── TooManyLocks           ENOLCK
     │   └── InodeStale             ESTALE
     ├── InvalidRequest             EINVAL     the caller's arguments are wrong
     │   ├── LimitExceeded          E2BIG
@@ -19,6 +22,7 @@
     │   ├── LayoutMismatch         EINVAL
     │   ├── VersionMismatch        EPROTO
     │   ├── FileTooLarge           EFBIG
+    │   ├── BehindTheEnd           ENXIO      (a file has nothing there to seek to)
     │   ├── NotSupported           ENOTSUP    (this file system does not do that)
     │   ├── MountFailed            ENODEV     (no FUSE here, or the mount point is not usable)
     │   │   ├── MountPointBusy     EBUSY      (something is mounted there, or lies in the directory)
@@ -202,6 +206,27 @@ class TooManyLinks(NamespaceError):
 
 
 @dataclasses.dataclass(eq=False)
+class LockHeld(NamespaceError):
+    inode: int = 0
+    posix_errno = errno.EAGAIN
+    wire_code = "lock_held"
+
+
+@dataclasses.dataclass(eq=False)
+class LockDeadlock(NamespaceError):
+    inode: int = 0
+    posix_errno = errno.EDEADLK
+    wire_code = "lock_deadlock"
+
+
+@dataclasses.dataclass(eq=False)
+class TooManyLocks(NamespaceError):
+    limit: int = 0
+    posix_errno = errno.ENOLCK
+    wire_code = "too_many_locks"
+
+
+@dataclasses.dataclass(eq=False)
 class InodeStale(NamespaceError):
     inode: int = 0
     posix_errno = errno.ESTALE
@@ -252,6 +277,13 @@ class FileTooLarge(InvalidRequest):
     limit: int = 0
     posix_errno = errno.EFBIG
     wire_code = "file_too_large"
+
+
+@dataclasses.dataclass(eq=False)
+class BehindTheEnd(InvalidRequest):
+    size: int = 0
+    posix_errno = errno.ENXIO
+    wire_code = "behind_the_end"
 
 
 @dataclasses.dataclass(eq=False)

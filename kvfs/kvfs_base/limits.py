@@ -84,6 +84,19 @@ PASS_SECONDS = 4.0
 """What a member gives the next one to answer, and as much again for each one behind that. A lease
 is over by then, so the answer to a longer silence comes from the metadata service."""
 
+PASS_CONNECT_SECONDS = 2.0
+"""A connection to another member: a first segment that is lost is sent again after a second."""
+
+WATCH_SECONDS = 1.0
+WATCH_CONNECT_SECONDS = 2.0
+"""Who waits longer than the first for a write to be answered dials the server once more: if that
+takes longer than the second (a segment may be lost), it is not waited for any more. A server that
+is gone costs 3 s at most instead of DATA_SECONDS and more, a slow disk a connection a second."""
+
+RELAY_SECONDS_MAX = 300
+"""The longest that a sender can say it waits for what another member passes on to the head:
+TRANSFER_BYTES to HOPS_MAX members take less."""
+
 CHUNK_LOCK_SECONDS = 5.0
 """An update waits this long for another one of its chunk, which may wait for a member that died."""
 
@@ -95,11 +108,22 @@ PASS_BUFFERS = 8
 """Receive buffers for what is passed on, again for each number of members behind: 64 MiB each, made
 when first used."""
 
+CREW_THREADS = 8
+"""Threads of a chunk server that help with requests of several items, on its chains: as many as
+connections to the next member (PASS_CONNECTIONS). Requests that find none free do without."""
+
 PASS_PIECE_BYTES = 1 * MIB
 """A block goes on in pieces of this size: while one is sent the next one comes in."""
 
-READ_ATTEMPTS = 2
+READ_ATTEMPTS = 3
 """How often a server is asked for a piece whose bytes changed on their way."""
+
+READ_AGAIN_ATTEMPTS = 3
+"""And for a whole chunk that is right on the server's disk, each time over another connection."""
+
+WRITE_ATTEMPTS_BAD = 4
+"""How often an update is sent again because its bytes, or those that it changes, are wrong: the
+former may be the network's fault, the latter are repaired if anybody has a good copy."""
 
 COPIES_MAX = 3
 HOPS_MAX = 8
@@ -125,6 +149,18 @@ SYNCED_MAX = 256
 UPDATES_REMEMBERED_MAX = 65_536
 """Numbers of updates that a target keeps in memory to recognise repetitions, 165 bytes each: ten
 minutes at 100 writes a second."""
+
+DAMAGED_CHUNKS_MAX = 4096
+"""Chunks of one target that are known to be damaged, and counted: 30 bytes each in a note that is
+written anew with each."""
+
+UPDATES_REFUSED_MAX = 4096
+"""Updates that a member had no room for and that are given up, under one version of a chain; 150
+bytes each. Further ones stay pending until there is room."""
+
+RESOLVE_FULL_SECONDS = 10.0
+"""A member that cannot commit for so long what those behind it have, because its disk is full,
+leaves its chains."""
 
 UNWANTED_INODES_MAX = 4096
 """Chunks that a server asks about at once: 9 bytes each."""
@@ -185,6 +221,38 @@ DRAIN_PAUSE = 10
 many times as long as the look took, so it takes a tenth of the service's time at most. A million
 inodes take about 1 s."""
 
+MOVES_AT_ONCE = 64
+"""Blocks and files of one copy that a draining target has been told to move, 100 bytes each."""
+
+MOVE_FILES_AT_ONCE = 16
+"""Of these, files that move at the same time."""
+
+MOVE_CANDIDATES_MAX = 65_536
+"""Files that a look through the store found to be moved from one target, 100 bytes each; the next
+look finds the others."""
+
+MOVE_LOOKS_MAX = 256
+"""Of these, how many one TakeMoves looks at: 20 us each."""
+
+OPEN_FILES_SHOWN_MAX = 100
+"""Open files that keep a target from being empty, of those that are named."""
+
+OPEN_FILE_HOLDERS_MAX = 16
+"""Sessions that have one of these open, of those that are named."""
+
+MOVE_REMOVALS_MAX = 4096
+"""Chunks of a file whose copies are removed one by one when its move is given up; more of them are
+left to fsck."""
+
+MOVE_THREADS = 4
+"""Chunks that one target sends away at the same time."""
+
+MOVE_END_TOGETHER = 16
+"""Moves that are reported together: each report is a transaction."""
+
+MOVE_PAUSE_SECONDS = 0.5
+"""Before a target that has nothing to move for now asks again."""
+
 COUNT_PAGE_RECORDS = 4096
 """Blocks or inodes that one CountChunks looks at: about 4 ms."""
 
@@ -215,12 +283,31 @@ MOUNT_INTERRUPT_SECONDS = 1.0
 programs that do not expect EINTR of files never see it, and Ctrl-C need not wait for a dead
 server."""
 
+MOUNT_LOCK_WAITS_MAX = 512
+"""Programs that wait for locks at the same time; they are not counted in MOUNT_TASKS, since what
+they wait for may come as a request. Half of LOCK_WAITS_MAX: one mount leaves room for others."""
+
 MOUNT_PASSED_BYTES_MIN = 128 * KIB
 """Smaller ordinary files are read by one request, which costs less than to fetch a descriptor."""
 
 MOUNT_PASSED_SETTLED_SECONDS = 10.0
 """An ordinary file that changed later may be one that grows: who reads it through the kernel alone
 would not see what lies behind its first chunk. Its pages are likely to be cached, too."""
+
+STAGED_AHEAD = 32
+"""Empty files of a target that a mount has at hand for new files, a descriptor and 1 KiB of the
+server's each. One request asks for half of them: at 6,000 new files a second, 375 requests."""
+
+STAGED_AHEAD_TARGETS_MAX = 64
+"""Chains of one copy on this host that a mount asks empty files of: 2,048 descriptors at most."""
+
+STAGED_AHEAD_RETRY_SECONDS = 10.0
+"""How long a chain is taken to be elsewhere, or its server to be away, before it is looked at
+again."""
+
+PASSED_SETTLED_SECONDS = 0.05
+"""How old a change has to be for a file's mtime to tell of the next one: several ticks of the clock
+that times are taken from (4 ms, or 10)."""
 
 MOUNT_UNPUSHED_BYTES = 4 * FILE_CHUNK_BYTES
 """A file that grew by this much tells the metadata service, so that after a crash no more than
@@ -232,6 +319,29 @@ MOUNT_WRITE_BACK_SECONDS = 5.0
 MOUNT_REMEMBERED_INODES = 65_536
 """Inodes whose cached pages are known to be current, about 150 bytes each. One that was forgotten
 only has its pages dropped when it is opened again."""
+
+MOUNT_NAMES_MAX = 65_536
+"""Names, and as many inodes, that a mount answers for by itself: about 0.5 KiB for both."""
+
+MOUNT_DROPPED_MAX = 4096
+"""Keys that were dropped lately; with more, answers that are on their way are not kept."""
+
+MOUNT_NOTICES_MAX = 16_384
+"""Notices that wait to be told to the kernel. Further ones are left to its time-outs."""
+
+MOUNT_IDLE_FILES = 4096
+"""Files that nobody has open any more and that the service still counts as open, so that the next
+open costs no call. The space of one that another mount removes comes back when it is closed."""
+
+MOUNT_IDLE_SECONDS = 5.0
+"""Such a file is closed when nobody opened it for one to two times as long."""
+
+MOUNT_USES_MAX = 1024
+"""Blocks that were opened and whose use was not told to the service yet: told every
+MOUNT_IDLE_SECONDS, or when there are so many."""
+
+CLOSED_TOGETHER_MAX = 1024
+"""Files that one request closes: some milliseconds of the service's time if all were removed."""
 
 MOUNT_OPEN_FILES = 100_000
 """As many inodes as one Attach can name after a reconnect."""
@@ -293,6 +403,36 @@ SESSIONS_MAX = 8192
 SESSION_GRACE_SECONDS = 30.0
 """A session whose connection broke keeps its files open this long: three times as long as clients
 try to reconnect."""
+
+INODE_LOCKS_MAX = 4096
+"""Locked ranges of one file: they are one record of the store, of 40 bytes a range."""
+
+LOCK_WAIT_SECONDS = 5.0
+"""A question for a lock is answered after this long at the latest, and then asked again: so nobody
+waits for good for what a lost answer said. Well below CALL_SECONDS."""
+
+LOCK_WAITS_MAX = 1024
+"""Questions for locks that a metadata server keeps waiting: a task (some 10 KiB) each."""
+
+LOCK_LOOK_SECONDS = 0.5
+"""How often a server on a shared store looks whether another one has released a lock."""
+
+WATCH_SECONDS = 5.0
+"""A change waits at most so long for a mount that does not say that it has dropped what was
+changed: as long as a target may be silent. Also the pause of changes after a start that finds
+watches recorded whose mounts do not come back."""
+
+WATCH_MARGIN_SECONDS = 1.0
+"""A mount stops so much earlier to answer by itself: clocks may differ in rate by a quarter."""
+
+WATCH_POLL_SECONDS = 1.0
+"""How often a watch is renewed: two answers may come a second late before a mount asks again."""
+
+LEASES_MAX = 262_144
+"""Leases of all watchers, about 250 bytes each: 64 MiB."""
+
+REVOKED_KEYS_MAX = 8192
+"""What one message revokes: 2.2 MiB of the longest names. More is told as everything."""
 
 SERVER_BEAT_SECONDS = 2.0
 SERVER_LEASE_SECONDS = 10.0
@@ -448,6 +588,12 @@ STALL_SECONDS = 10.0
 """A peer that neither sends nor takes what was announced for that long loses its connection and
 gives back its buffer."""
 
+STAGING_DIRECTORIES = 64
+STAGING_IN_A_ROW = 64
+"""Files are made in one of so many directories, so many in one before the next. ext4 makes a file
+in the block group of its directory; without a journal it steps over all that were removed there in
+the last minute, up to 0.3 us each and 8,192 of them. The directories are in groups of their own."""
+
 STAGED_CHUNKS_MAX = 4096
 """Staging files open in one chunk server, a descriptor each."""
 
@@ -467,6 +613,11 @@ left open, if it still has a writer) to make room."""
 VERIFIED_CHUNKS_MAX = 65_536
 """Chunks a server remembers to have verified since its start, about 200 bytes each."""
 
+KEPT_FILES_MAX = 8192
+"""Files of whole chunks that a server keeps open for the next reader, of all its targets together
+(and at most a quarter of the descriptors that it may have): some 2 KiB each, half of it the
+kernel's."""
+
 REMOVE_BY_NAME_MAX = 4096
 """A removal of more chunks than this lists the directory instead of trying every name."""
 
@@ -481,6 +632,10 @@ CLIENT_IDLE_CONNECTIONS = CLIENT_THREADS_PER_TARGET
 CLIENT_SPLIT_BYTES = 1 * MIB
 """A batch is spread over threads in portions of at least this: below, the cost of a request (about
 50 us) is more than what a further thread gains."""
+
+SUM_BYTES = 512 * KIB
+"""Bytes that are received before their checksum is computed: they are still in a core's cache (1
+MiB or more in servers), and a group costs a call or two."""
 
 DATA_SECONDS = 10.0
 DATA_BYTES_PER_SECOND = 1 * MIB

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import random
+import resource
 import socket
 import stat
 import struct
@@ -42,6 +43,9 @@ LOOKED_FOR_BYTES = 256 * KIB
 """From here on it is cheaper to look whether bytes are in memory than to ask for them."""
 SOCKET_BUFFER_BYTES = 4 * MIB
 """Asked for on data connections: half a data request, so that sender and receiver overlap."""
+WAKE_BYTES = 512 * KIB
+"""Who waits for more than this is woken once for so much, not for each packet: to wake a thread
+costs the sender's side more than half of what sending takes."""
 
 
 class SystemClock:
@@ -64,6 +68,11 @@ def _disk_error(exc: OSError, path: str) -> Exception:
     if exc.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return ServerBusy(detail=os.strerror(exc.errno))  # this process's trouble, not the disk's
     return TargetFailed(detail=f"{path}: {os.strerror(exc.errno or 0)}")
+
+
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_TOPDIR_FL = 0x00020000
 
 
 class OsDiskFile:
@@ -238,6 +247,22 @@ class OsDisk:
         except OSError as exc:
             raise _disk_error(exc, path) from exc
 
+    def spread(self, path: str) -> None:
+        # What ext4 does with the directories of its root; others know no such flag.
+        try:
+            fd = os.open(self._path(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return
+        flags = array.array("l", [0])
+        try:
+            fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+            flags[0] |= FS_TOPDIR_FL
+            fcntl.ioctl(fd, FS_IOC_SETFLAGS, flags)
+        except OSError:
+            pass
+        finally:
+            os.close(fd)
+
     def remove_directory(self, path: str) -> bool:
         try:
             os.rmdir(self._path(path))
@@ -388,6 +413,7 @@ class OsConnection:
         self._sock = sock
         self._peer = peer
         self._timeout = 0.0
+        self._wakes_from = 1
         self.can_pass_descriptors = sock.family == socket.AF_UNIX
         sock.setblocking(True)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -433,9 +459,34 @@ class OsConnection:
             raise self._lost(exc) from exc
 
     def receive_into(self, views: Sequence[memoryview]) -> None:
-        wanted = sum(map(len, views))
-        done = 0
+        self._fill(views, sum(map(len, views)), time.monotonic())
+
+    def receive_groups(
+        self, groups: Sequence[Sequence[memoryview]], after: Callable[[int], None]
+    ) -> None:
+        sizes = [sum(map(len, views)) for views in groups]
+        left = sum(sizes)
         started = time.monotonic()
+        for number, (views, size) in enumerate(zip(groups, sizes, strict=True)):
+            left -= size
+            # At most what follows this group: else the last bytes would wake nobody.
+            self._wake_from(WAKE_BYTES if left >= WAKE_BYTES else 1)
+            if number and self._timeout and time.monotonic() - started >= self._timeout:
+                raise DeadlineExceeded(operation=str(self._peer), seconds=self._timeout)
+            self._fill(views, size, started)
+            after(number)
+
+    def _wake_from(self, count: int) -> None:
+        """A thread that waits for bytes sleeps until so many are there."""
+        if count != self._wakes_from and not self.can_pass_descriptors:
+            try:
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+            except OSError as exc:
+                raise self._lost(exc) from exc
+            self._wakes_from = count
+
+    def _fill(self, views: Sequence[memoryview], wanted: int, started: float) -> None:
+        done = 0
         try:
             if len(views) == 1 and wanted:
                 # Headers and bodies of frames, whole in the socket's buffer: 4 us against 7.
@@ -586,4 +637,18 @@ def os_env(seed: int | None = None, *, secret_file: str | None = None) -> Env:
     )
 
 
-__all__ = ["OsBlockingNetwork", "OsDisk", "OsNetwork", "SystemClock", "host_id", "os_env"]
+def raise_open_files_limit() -> None:
+    """For processes that keep chunks open, each with a descriptor: as many as this one may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+__all__ = [
+    "OsBlockingNetwork",
+    "OsDisk",
+    "OsNetwork",
+    "SystemClock",
+    "host_id",
+    "os_env",
+    "raise_open_files_limit",
+]

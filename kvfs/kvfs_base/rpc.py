@@ -51,15 +51,26 @@ class Request(msgspec.Struct, array_like=True):
         return self.Reply
 
 
+class Later:
+    """In place of an answer: what ``wait`` answers or raises, as soon as it does. Other requests of
+    the connection are answered meanwhile. It is cancelled with the connection."""
+
+    __slots__ = ("wait",)
+
+    def __init__(self, wait: Callable[[], Awaitable[Any]]) -> None:
+        self.wait = wait
+
+
 class Handler(Protocol):
     """A service behind an RpcServer."""
 
     def connected(self, session_id: int) -> None: ...
 
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
-        """One answer or KvfsError a request, in order."""
+        """One answer, KvfsError or Later a request, in order."""
 
-    def disconnected(self, session_id: int) -> None: ...
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
+        """``by_peer``: the other end closed the connection, in order."""
 
 
 class RpcServer:
@@ -83,26 +94,49 @@ class RpcServer:
     async def _connection(self, stream: trio.abc.Stream) -> None:
         session_id = self._next_session
         self._next_session += 1
+        by_peer = False
         async with self._open, stream:
             self._handler.connected(session_id)
             try:
-                await self._loop(session_id, stream)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                async with trio.open_nursery() as nursery:
+                    await self._loop(session_id, stream, nursery)
+                    by_peer = True
+                    nursery.cancel_scope.cancel()
+            except* (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
-            except (ProtocolError, KvfsError) as exc:
-                log.info("closing connection %d: %s", session_id, exc)
+            except* KvfsError as group:
+                log.info("closing connection %d: %s", session_id, group.exceptions[0])
             finally:
-                self._handler.disconnected(session_id)
+                self._handler.disconnected(session_id, by_peer=by_peer)
 
-    async def _loop(self, session_id: int, stream: trio.abc.Stream) -> None:
+    async def _loop(self, session_id: int, stream: trio.abc.Stream, nursery: trio.Nursery) -> None:
         decoder = FrameDecoder()
+        sender = _Sender(stream)
         while data := await stream.receive_some(READ_BYTES):
             batch = list(decoder.feed(data))
             if batch:
-                await stream.send_all(b"".join(await self._answer(session_id, batch)))
+                answers, later = await self._answer(session_id, batch)
+                for request_id, wait in later:
+                    nursery.start_soon(self._answer_later, sender, request_id, wait)
+                if answers:
+                    await sender.send(b"".join(answers))
 
-    async def _answer(self, session_id: int, batch: list[Frame]) -> list[bytes]:
+    async def _answer_later(
+        self, sender: _Sender, request_id: int, wait: Callable[[], Awaitable[Any]]
+    ) -> None:
+        try:
+            result = await wait()
+        except Exception as exc:
+            if not isinstance(exc, KvfsError):
+                log.exception("a handler failed")
+            result = exc
+        await sender.send(_encode_answer(request_id, result))
+
+    async def _answer(
+        self, session_id: int, batch: list[Frame]
+    ) -> tuple[list[bytes], list[tuple[int, Callable[[], Awaitable[Any]]]]]:
         answers: list[bytes] = [b""] * len(batch)
+        later: list[tuple[int, Callable[[], Awaitable[Any]]]] = []
         requests: list[Any] = []
         places: list[int] = []
         for place, frame in enumerate(batch):
@@ -120,14 +154,38 @@ class RpcServer:
             results = [exc] * len(requests)
         for place, result in zip(places, results, strict=True):
             request_id = batch[place].request_id
-            if isinstance(result, BaseException):
-                answers[place] = frames.encode_error(request_id, result)
-                continue
-            try:
-                answers[place] = frames.encode(Kind.REPLY, request_id, result)
-            except ProtocolError as exc:
-                answers[place] = frames.encode_error(request_id, exc)
-        return answers
+            if isinstance(result, Later):
+                later.append((request_id, result.wait))
+            else:
+                answers[place] = _encode_answer(request_id, result)
+        return [answer for answer in answers if answer], later
+
+
+class _Sender:
+    """Frames of several tasks over one stream, each whole."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self._stream = stream
+        self._lock = trio.Lock()
+
+    async def send(self, data: bytes) -> None:
+        try:
+            self._lock.acquire_nowait()  # nearly always: it costs no event-loop turn
+        except trio.WouldBlock:
+            await self._lock.acquire()
+        try:
+            await self._stream.send_all(data)
+        finally:
+            self._lock.release()
+
+
+def _encode_answer(request_id: int, result: Any) -> bytes:
+    if isinstance(result, BaseException):
+        return frames.encode_error(request_id, result)
+    try:
+        return frames.encode(Kind.REPLY, request_id, result)
+    except ProtocolError as exc:
+        return frames.encode_error(request_id, exc)
 
 
 def _decode_reply(frame: Frame, request: Request) -> Any:
@@ -372,6 +430,10 @@ class RpcClient:
             self._lose(stream, reason)
             with trio.CancelScope(shield=True):
                 await trio.aclose_forcefully(stream)
+
+    def leave(self, reason: str) -> None:
+        """Gives the connection up; the next call dials a new one."""
+        self._leave(self._stream, reason)
 
     def _leave(self, stream: trio.abc.Stream | None, reason: str) -> None:
         if stream is not None and self._lose(stream, reason):

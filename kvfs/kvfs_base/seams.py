@@ -98,6 +98,10 @@ class Disk(Protocol):
     def make_directory(self, path: str) -> None:
         """With parents; fine if it exists."""
 
+    def spread(self, path: str) -> None:
+        """Directories that will be made in this one are to lie far apart, and what is made in them
+        near them. A hint: nothing is raised."""
+
     def remove_directory(self, path: str) -> bool:
         """An empty one. False if it is not empty, or missing."""
 
@@ -144,6 +148,12 @@ class Connection(Protocol):
     def receive_into(self, views: Sequence[memoryview]) -> None:
         """Fills every view, or ConnectionLost / DeadlineExceeded. The timeout covers the whole
         call: a peer that trickles does not hold a buffer for longer."""
+
+    def receive_groups(
+        self, groups: Sequence[Sequence[memoryview]], after: Callable[[int], None]
+    ) -> None:
+        """As ``receive_into`` for all the views together; calls ``after`` with the number of each
+        group once it is filled, while the bytes of the next ones come in."""
 
     def receive_with_descriptors(self, view: memoryview) -> list[int]:
         """Fills ``view`` and returns the descriptors that came with it."""

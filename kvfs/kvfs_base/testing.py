@@ -137,6 +137,9 @@ class MemoryDisk:
         parts = path.split("/")
         self._directories.update("/".join(parts[:n]) for n in range(1, len(parts) + 1))
 
+    def spread(self, path: str) -> None:
+        pass
+
     def remove_directory(self, path: str) -> bool:
         self.before("remove_directory", path)
         if path not in self._directories:

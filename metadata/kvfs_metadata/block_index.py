@@ -205,6 +205,8 @@ class BlockIndex:
             block = self.by_inode.get(records.number_at(key))
             if value is not None:
                 written = _block(key, value)
+                if block is not None and block.chain != written.chain:
+                    self.set_chain(block.inode, written.chain)
                 if block is None:
                     new.append(written)
                 elif written.last_use_ns >= block.last_use_ns:
@@ -261,6 +263,12 @@ class BlockIndex:
         self._count(namespace, -1, -block.size)
         self.table.remove(row, block.inode)
         self.policy.removed(row)
+
+    def set_chain(self, inode: int, chain: int) -> None:
+        """Of a block that is here; no use of it."""
+        row = self.table.inodes.get(inode)
+        assert row is not None
+        self.table.set_chain(row, chain)
 
     # --- asking
 

@@ -259,6 +259,20 @@ class BlockTable:
     def use(self, rows: Sequence[int], now_ns: int) -> None:
         self._rows["last_use_ns"][list(rows)] = now_ns
 
+    def set_chain(self, row: int, chain: int) -> None:
+        self._rows["chain"][row] = chain
+
+    def newest_on(self, chain: int, count: int) -> list[Block]:
+        """At most so many blocks of a chain, the last used first. Some 10 ms for a million."""
+        rows = self._rows[: self._end]
+        found = np.flatnonzero(rows["chain"] == chain)
+        used = rows["last_use_ns"][found]
+        if len(found) > count:
+            newest = np.argpartition(used, len(found) - count)[len(found) - count :]
+            found, used = found[newest], used[newest]
+        order = np.argsort(used, kind="stable")[::-1]
+        return [self.block(row) for row in found[order].tolist()]
+
     def find_loaded(self, namespace: int, names: Sequence[bytes]) -> list[int]:
         """The row of each of ``names`` among those that were there at the start, or -1; empty if
         there is none of them."""

@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
+import msgspec
+
 from kvfs_base.errors import (
     CacheFull,
     InodeStale,
@@ -363,10 +365,14 @@ class Blocks:
         count = _key_count(request.keys)
         if request.inodes and len(request.inodes) != count:
             raise InvalidRequest(detail="one inode a key, or none")
+        if request.chains and len(request.chains) != count:
+            raise InvalidRequest(detail="one chain a key, or none")
         removed = 0
         for place, key in enumerate(split_keys(request.keys)):
             block = namespace.blocks.get(key)
             if block is None or (request.inodes and block.inode != request.inodes[place]):
+                continue
+            if request.chains and block.chain != request.chains[place]:
                 continue
             self.remove_block(tx, block)
             removed += 1
@@ -377,9 +383,17 @@ class Blocks:
         """The block is gone, its chunk will be removed."""
         tx.kv.delete(records.block_key(block.inode))
         self._cluster.remove_chunks(tx, (block.chain,), block.inode, 1, block.size)
+        self._cluster.stop_move(tx, (block.chain,), block.inode, 1)
         self.index.remove(block)
         self.index.namespaces[block.namespace].changed_ns = tx.now_ns
         tx.undo.append(partial(self.index.insert, [block]))
+
+    def move_block(self, tx: Tx, block: Block, chain: int) -> None:
+        """Its chunk is on another chain now."""
+        moved = msgspec.structs.replace(block, chain=chain)
+        tx.kv.put(records.block_key(block.inode), moved.record())
+        self.index.set_chain(block.inode, chain)
+        tx.undo.append(partial(self.index.set_chain, block.inode, block.chain))
 
     def evict(self, tx: Tx, bytes_needed: int, count_max: int = EVICT_BATCH_BLOCKS) -> int:
         """Removes the blocks that the policy gives up first; answers the bytes they had."""

@@ -16,29 +16,57 @@ session has one count for each answer that its client got, whatever was carried 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import trio
 
 from kvfs_base import threads
-from kvfs_base.cluster import ClusterMap, FindUnwanted, GetClusterMap, Heartbeat
-from kvfs_base.errors import ConnectionLost, KvfsError, StoreUnavailable
-from kvfs_base.limits import CALL_SECONDS, ONCE_SLOTS, RETRY_SECONDS, SESSION_GRACE_SECONDS
+from kvfs_base.cluster import (
+    ClusterMap,
+    EndMoves,
+    FindUnwanted,
+    GetClusterMap,
+    Heartbeat,
+    TakeMoves,
+)
+from kvfs_base.errors import (
+    ConnectionLost,
+    DeadlineExceeded,
+    KvfsError,
+    NotSupported,
+    StoreUnavailable,
+)
+from kvfs_base.limits import (
+    CALL_SECONDS,
+    CONNECT_SECONDS,
+    ONCE_SLOTS,
+    RETRY_SECONDS,
+    SESSION_GRACE_SECONDS,
+    WATCH_MARGIN_SECONDS,
+    WATCH_SECONDS,
+)
 from kvfs_base.rpc import BlockingRpcClient, Done, Request, RpcClient
 from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
 from kvfs_metadata import messages as m
 from kvfs_metadata.check import fixes
-from kvfs_metadata.cluster.admin_messages import CountChunks, DescribeCluster
+from kvfs_metadata.cluster.admin_messages import CountChunks, DescribeCluster, FindOpenFiles
 
 REPEATABLE: frozenset[type[Request]] = frozenset(
     {
         m.Attach,
+        m.Watch,
         m.OpenInode,  # Attach has just said how often each file is open
         m.CloseInode,
+        m.SetLock,  # late copies come over connections that the session has left
+        m.Unlock,
+        m.GetLock,
+        m.AwaitLock,
+        m.StopAwaiting,
         m.Lookup,
         m.Resolve,
         m.GetAttr,
@@ -59,13 +87,31 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         Heartbeat,
         GetClusterMap,
         FindUnwanted,
+        TakeMoves,
+        EndMoves,  # a move ends once: the second time it is not known any more
         DescribeCluster,
         CountChunks,
+        FindOpenFiles,
     }
 )
 """Requests that may be carried out twice. All others travel as Once."""
 
 CLIENT_BYTES = 16
+
+
+class Watcher(Protocol):
+    """Who answers by himself for what the service leases him (docs/design/0006). Nothing here
+    waits; all is called in the order in which the connection brought it."""
+
+    def began(self) -> None:
+        """What is sent from now on is asked by a watcher."""
+
+    def revoked(self, revoked: m.Revoked, until: float) -> None:
+        """Drops it. What is left may be used ``until`` then (monotonic seconds)."""
+
+    def lost(self) -> None:
+        """Nothing may be used any more."""
+
 
 RETRY_DELAY_SECONDS = 0.02
 RETRY_DELAY_SECONDS_MAX = 0.5
@@ -113,7 +159,8 @@ class MetadataClient:
     that share a store: the client begins with the first.
 
     With ``session`` (16 bytes, made by the caller) the client speaks for a session that has files
-    open: it counts OpenInode and CloseInode, and tells the service after each reconnect.
+    open: it counts OpenInode and CloseInode, and tells the service after each reconnect. ``name``
+    says to people who it is.
     """
 
     def __init__(
@@ -122,9 +169,15 @@ class MetadataClient:
         address: Address | Sequence[Address],
         *,
         session: bytes | None = None,
+        name: str = "",
         retry_seconds: float = RETRY_SECONDS,
     ) -> None:
+        self._clock = env.clock
         self._session = session
+        self._name = name
+        self._watcher: Watcher | None = None
+        self._watching = False
+        self._watch_ended = trio.Event()
         self._retry_seconds = retry_seconds
         self._open: Counter[int] = Counter()
         self._connections = 0
@@ -143,6 +196,7 @@ class MetadataClient:
                 nursery = await stack.enter_async_context(trio.open_nursery())
                 stack.callback(nursery.cancel_scope.cancel)
                 nursery.start_soon(self._stay_attached)
+                nursery.start_soon(self._keep_watch)
             self._stack = stack.pop_all()
         return self
 
@@ -163,7 +217,54 @@ class MetadataClient:
         # answered on the old one is in ``_open`` and everything else is sent after it.
         assert self._session is not None
         self._connections += 1
-        await rpc.call(m.Attach(self._session, tuple(self._open.elements()), self._connections))
+        self._begin_watch()
+        opens = tuple(self._open.elements())
+        await rpc.call(m.Attach(self._session, opens, self._connections, self._name))
+
+    # --- watching
+
+    def watch(self, watcher: Watcher) -> None:
+        """Keeps a watch for him from now on, where the service gives leases. Needs a session."""
+        self._watcher = watcher
+        self._begin_watch()
+
+    def _begin_watch(self) -> None:
+        if self._watcher is not None:
+            self._watcher.began()
+            self._watching = self._watch(0)
+
+    def _watch(self, seen: int) -> bool:
+        assert self._session is not None
+        done = functools.partial(self._watched, self._clock.monotonic())
+        return self._rpc.call_soon(m.Watch(self._session, seen), done) != 0
+
+    def _watched(self, sent_at: float, revoked: Any, error: KvfsError | None) -> None:
+        assert self._watcher is not None
+        if error is not None:
+            self._watching = False
+            self._watcher.lost()
+            if isinstance(error, NotSupported):
+                self._watcher = None
+            self._watch_ended.set()
+            return
+        until = sent_at + WATCH_SECONDS - WATCH_MARGIN_SECONDS
+        self._watcher.revoked(revoked, until)
+        # The service hears in this very turn that it has been dropped.
+        self._watching = self._watch(revoked.number)
+
+    async def _keep_watch(self) -> None:
+        """A service that has started again waits for those who watched: they come back at once."""
+        while True:
+            await self._watch_ended.wait()
+            self._watch_ended = trio.Event()
+            while self._watcher is not None and not self._watching:
+                with contextlib.suppress(KvfsError):
+                    await self._rpc.call(m.GetAttr(ROOT_INODE), CONNECT_SECONDS)
+                    if not self._watching:  # the connection is there, and no greeting was needed
+                        self._begin_watch()
+                await trio.sleep(RETRY_DELAY_SECONDS_MAX)
+
+    # --- calls
 
     async def call(self, request: Request, timeout: float = CALL_SECONDS) -> Any:
         """The reply. Raises what the service raised, and when it could not be reached for too long
@@ -196,9 +297,10 @@ class MetadataClient:
             # open and the repeated request closes it, whether or not the first one had.
             return await self._call_patiently(request, timeout)
         finally:
-            self._open[request.inode] -= 1
-            if self._open[request.inode] <= 0:
-                del self._open[request.inode]
+            for inode in (request.inode, *request.others):
+                self._open[inode] -= 1
+                if self._open[inode] <= 0:
+                    del self._open[inode]
 
     async def _call_once(self, request: Request, timeout: float) -> Any:
         async with self._slots_free:
@@ -213,6 +315,11 @@ class MetadataClient:
         while True:
             try:
                 return await self._rpc.call(request, timeout)
+            except DeadlineExceeded:
+                if self._watcher is not None:
+                    # Should it be carried out yet, then for somebody who does not watch.
+                    self._rpc.leave("no answer")
+                raise
             except (ConnectionLost, StoreUnavailable):
                 delay = patience.next_delay()
                 if delay is None:
@@ -320,4 +427,5 @@ __all__ = [
     "BlockingMetadataClient",
     "ClusterView",
     "MetadataClient",
+    "Watcher",
 ]

@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from kvfs_base.cluster import ClusterMap, FindUnwanted, GetClusterMap, Heartbeat, HeartbeatReply
+from kvfs_base.cluster import (
+    ClusterMap,
+    EndMoves,
+    FindUnwanted,
+    GetClusterMap,
+    Heartbeat,
+    HeartbeatReply,
+    TakeMoves,
+)
 from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError
 from kvfs_base.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_base.seams import Clock
@@ -30,6 +38,7 @@ from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     CountChunks,
     DescribeCluster,
+    FindOpenFiles,
     RemoveTarget,
     ReplaceTarget,
     SetDraining,
@@ -37,12 +46,22 @@ from kvfs_metadata.cluster.admin_messages import (
 from kvfs_metadata.cluster.administration import Administration
 from kvfs_metadata.cluster.cluster_state import CAPACITY_FRACTION, ClusterState
 from kvfs_metadata.cluster.draining import Drainer
+from kvfs_metadata.cluster.moving import Mover
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.unwanted import find_unwanted
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.copies import Copies
-from kvfs_metadata.engines.engine import Group, KVEngine, KVRead, KVTransaction, Overlay, Writes
+from kvfs_metadata.engines.engine import (
+    Group,
+    KVEngine,
+    KVRead,
+    KVTransaction,
+    Overlay,
+    Writes,
+)
 from kvfs_metadata.engines.migrations import migrate
+from kvfs_metadata.leases import Leases, Revocation, leased_keys, recorded_watchers
+from kvfs_metadata.lock_requests import LockRequests
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from kvfs_metadata.rename import rename
@@ -63,6 +82,7 @@ class Decision:
 
     group: Group[Any]
     undo: list[Callable[[], None]]
+    grants: list[tuple[int, bytes]]
 
 
 class MetadataCore:
@@ -87,11 +107,15 @@ class MetadataCore:
         self._requests = 0
         self._counts = BlockCounts()
         self.answers = Answers()
-        self.sessions = Sessions(clock, server, recorded=engine.shared)
+        self.sessions = Sessions(clock, server, recorded=engine.shared, opened=self._opened)
+        self.locks = LockRequests(self.sessions, engine)
+        self.leases = Leases(clock)
         migrate(engine)
         engine.listen(self._follow)
         engine.view(self._load)
         self.update([self._start])
+        if not engine.shared:
+            self.leases.expect(engine.view(recorded_watchers))
         # Else a machine that loses its power again at once skips the same numbers a second time,
         # and those given out in between are given out again.
         engine.sync()
@@ -152,12 +176,21 @@ class MetadataCore:
             removals=self.removals,
             may_be_open=self.sessions.may_be_open,
         )
+        self.mover = Mover(
+            blocks=self.blocks,
+            cluster=self.cluster,
+            removals=self.removals,
+            drainer=self.drainer,
+            counters=self._counters,
+            may_be_open=self.sessions.may_be_open,
+        )
         self._administration = Administration(
             self._clock,
             cluster=self.cluster,
             removals=self.removals,
             sessions=self.sessions,
             drainer=self.drainer,
+            mover=self.mover,
             server=self._server,
             addresses=self._addresses(),
         )
@@ -197,6 +230,7 @@ class MetadataCore:
             GetClusterMap: self._cluster_map,
             DescribeCluster: self._administration.describe,
             CountChunks: self._administration.count,
+            FindOpenFiles: self._administration.open_files,
         }
 
     def _write_table(self) -> dict[type, Callable[[Tx, Any], Any]]:
@@ -205,6 +239,10 @@ class MetadataCore:
             m.Attach: self._attach,
             m.OpenInode: self._open_inode,
             m.CloseInode: self._close_inode,
+            m.SetLock: self._set_lock,
+            m.Unlock: self.locks.unlock,
+            m.GetLock: self.locks.get,
+            m.StopAwaiting: self.locks.stop_awaiting,
             m.SetAttr: tree.set_attr,
             m.Make: self._make,
             m.Link: tree.link,
@@ -222,6 +260,8 @@ class MetadataCore:
             fixes.RepairRecords: self._repair,
             Heartbeat: self._heartbeat,
             FindUnwanted: partial(find_unwanted, self.cluster, blocks, self._counters),
+            TakeMoves: self.mover.take,
+            EndMoves: self.mover.end,
             SetDraining: self._administration.set_draining,
             RemoveTarget: self._administration.remove,
             AdmitTarget: self._administration.admit,
@@ -238,10 +278,19 @@ class MetadataCore:
         ``StrictTurns`` answers reads meanwhile."""
         return type(request) is GetClusterMap and self._config.durability == "strict"
 
-    def answer(self, requests: Sequence[Any]) -> list[Any]:
+    def answer(self, requests: Sequence[Any], connection: int = ANY_CONNECTION) -> list[Any]:
         """Answers requests that only read, on one snapshot."""
         self._requests += len(requests)
-        return self._engine.view(lambda kv: [self._answer(kv, r) for r in requests])
+        answers = self._engine.view(lambda kv: [self._answer(kv, r) for r in requests])
+        if self.leases.watches(connection):
+            for request, answer in zip(requests, answers, strict=True):
+                for key in leased_keys(request, answer, self._namespace_of):
+                    self.leases.grant(connection, key)
+        return answers
+
+    def _namespace_of(self, inode: int) -> int | None:
+        block = self.index.by_inode.get(inode)
+        return None if block is None else block.namespace
 
     def _answer(self, kv: KVRead, request: Any) -> Any:
         try:
@@ -259,6 +308,20 @@ class MetadataCore:
 
         def run(tx: Tx) -> Any:
             tx.connection = connection
+            if not self.leases.watches(connection):
+                return decide(tx)
+            answer: Any = None
+            try:
+                answer = decide(tx)
+            except KvfsError as exc:
+                answer = exc
+                raise
+            finally:
+                keys = leased_keys(request, answer, self._namespace_of)
+                tx.grants.extend([(connection, key) for key in keys])
+            return answer
+
+        def decide(tx: Tx) -> Any:
             # Looked up now and not before: memory may have been loaded anew.
             write = self._writes.get(kind)
             if write is not None:
@@ -303,13 +366,14 @@ class MetadataCore:
         """Runs each operation as a transaction of its own; nothing is written yet. No other group
         may be decided until this one is committed."""
         undo: list[Callable[[], None]] = []
+        grants: list[tuple[int, bytes]] = []
         now_ns = self._clock.time_ns()
-        fns = [partial(_run, operation, now_ns, undo) for operation in operations]
+        fns = [partial(_run, operation, now_ns, undo, grants) for operation in operations]
         self.cluster.map_version.urgent = False
         try:
             group = self._engine.run(fns)
             group.urgent = self.cluster.map_version.urgent
-            return Decision(group, undo)
+            return Decision(group, undo, grants)
         except BaseException:
             roll_back(undo)  # the store went away while functions were at work
             raise
@@ -325,15 +389,30 @@ class MetadataCore:
                 results = decision.group.results
                 results[:] = [exc] * len(results)
 
+    def committed(self, decision: Decision, author: int) -> Revocation | None:
+        """After each commit, before anything else is answered: tells who watches what was changed.
+        What is returned is to be waited for before the group is answered."""
+        revocation = self.leases.changed(decision.group.writes, author)
+        for connection, key in decision.grants:
+            self.leases.grant(connection, key)
+        return revocation
+
     def take_back(self, decision: Decision) -> None:
         """Memory as it was before the decision, which is given up."""
+        self.leases.reset_all()
         roll_back(decision.undo)
         self._engine.abandon(decision.group)
         self._orphans_from = 0  # what was to be collected is looked for again
 
     def update(self, operations: Sequence[Operation]) -> list[Any]:
-        """Decides and commits, and does so anew after a lost race; a result or KvfsError each.
-        Raises if nothing could be written."""
+        """``change`` of nobody that waits for watchers."""
+        return self.change(operations)[0]
+
+    def change(
+        self, operations: Sequence[Operation], author: int = ANY_CONNECTION
+    ) -> tuple[list[Any], Revocation | None]:
+        """Decides and commits, and does so anew after a lost race; a result or KvfsError each, and
+        what is to be over before they are told. Raises if nothing could be written."""
         for _ in range(CONFLICT_RETRIES):
             decision = self.decide(operations)
             try:
@@ -345,7 +424,7 @@ class MetadataCore:
                 self.take_back(decision)
                 raise
             else:
-                return decision.group.results
+                return decision.group.results, self.committed(decision, author)
         raise conflict
 
     def sync(self) -> None:
@@ -368,7 +447,7 @@ class MetadataCore:
         self.sessions.goodbye(tx)
 
     def _attach(self, tx: Tx, request: m.Attach) -> m.Done:
-        self.sessions.attach(tx, request.session, request.open_inodes, request.number)
+        self.sessions.attach(tx, request.session, request.open_inodes, request.number, request.name)
         return m.Done()
 
     def _open_inode(self, tx: Tx, request: m.OpenInode) -> Attr:
@@ -381,6 +460,9 @@ class MetadataCore:
             self.sessions.open(tx, request.inode)
         return attr
 
+    def _opened(self, tx: Tx, inode: int) -> None:
+        self.cluster.moves.disarm(tx, inode)
+
     def _make(self, tx: Tx, request: m.Make) -> Attr:
         attr = self.tree.make(tx, request)
         if request.open:
@@ -388,9 +470,16 @@ class MetadataCore:
         return attr
 
     def _close_inode(self, tx: Tx, request: m.CloseInode) -> m.Done:
-        if self.sessions.close(tx, request.inode):
-            self.tree.collect(tx, request.inode)
+        for inode in (request.inode, *request.others):
+            was_last = self.sessions.close(tx, inode)
+            self.locks.closed(tx, inode)
+            if was_last:
+                self.tree.collect(tx, inode)
         return m.Done()
+
+    def _set_lock(self, tx: Tx, request: m.SetLock) -> m.FileLock | None:
+        self.tree.attr_of(tx.kv, request.inode)
+        return self.locks.lock(tx, request)
 
     def _repair(self, tx: Tx, request: fixes.RepairRecords) -> tuple[fixes.Verdict, ...]:
         done = self._repairer.repair(tx, request)
@@ -472,12 +561,18 @@ class MetadataCore:
             operations.append(self.blocks.expire)
         if self.sessions.has_late():
             operations.append(self._expire_sessions)
+        if self.locks.has_work():
+            operations.append(self.locks.drop)
         if self._orphans_from is not None and not self.sessions.in_grace:
             operations.append(self._collect_orphans)
+        self.leases.expire()
+        if self.leases.forgotten():
+            operations.append(self.leases.forget)
         return operations
 
     def _expire_sessions(self, tx: Tx) -> None:
         self._collect_all(self.sessions.expire(tx), tx)
+        self.locks.drop(tx)
 
     def _collect_all(self, inodes: Sequence[int], tx: Tx) -> None:
         for inode in inodes:
@@ -512,17 +607,23 @@ class MetadataCore:
             **self.blocks.statistics(),
             **self.cluster.statistics(),
             "drained_blocks": self.drainer.drained_blocks,
+            **self.mover.statistics(),
             **self.sessions.statistics(),
+            **self.leases.statistics(),
         }
 
 
 def _run(
-    operation: Operation, now_ns: int, undo: list[Callable[[], None]], kv: KVTransaction
+    operation: Operation,
+    now_ns: int,
+    undo: list[Callable[[], None]],
+    grants: list[tuple[int, bytes]],
+    kv: KVTransaction,
 ) -> Any:
     """One operation of a group: whole or, in the store and in memory, not at all."""
     mark = len(undo)
     try:
-        return operation(Tx(kv, now_ns, ANY_CONNECTION, undo))
+        return operation(Tx(kv, now_ns, ANY_CONNECTION, undo, grants))
     except KvfsError:
         roll_back(undo, mark)
         raise

@@ -10,10 +10,11 @@ from typing import Annotated, Any, ClassVar
 
 import msgspec
 
-from kvfs_base.cluster import FindUnwanted, GetClusterMap, Heartbeat
+from kvfs_base.cluster import EndMoves, FindUnwanted, GetClusterMap, Heartbeat, TakeMoves
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     BLOCK_KEY_BYTES,
+    CLOSED_TOGETHER_MAX,
     COPIES_MAX,
     DIRECTORY_PAGE_ENTRIES,
     ONCE_SLOTS,
@@ -28,6 +29,7 @@ from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     CountChunks,
     DescribeCluster,
+    FindOpenFiles,
     RemoveTarget,
     ReplaceTarget,
     SetDraining,
@@ -38,6 +40,7 @@ Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYT
 
 XattrName = Annotated[bytes, msgspec.Meta(min_length=1, max_length=XATTR_NAME_BYTES_MAX)]
 ClientUuid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+LockOwner = Annotated[bytes, msgspec.Meta(min_length=8, max_length=8)]
 SessionUuid = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 
 
@@ -58,6 +61,29 @@ class Attach(Request, tag="attach"):
     session: SessionUuid
     open_inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=100_000)] = ()
     number: U64 = 0
+    name: ShortText = ""
+    """Who it is, for people."""
+
+
+class Revoked(msgspec.Struct, array_like=True, frozen=True):
+    """What a watcher must not answer for by itself any more."""
+
+    number: U64
+    """The next Watch says with it that all of this, and all before, has been dropped."""
+    inodes: tuple[U64, ...] = ()
+    entries: tuple[tuple[U64, bytes], ...] = ()
+    """Parent and name."""
+    everything: bool = False
+
+
+class Watch(Request, tag="watch"):
+    """Answered when something is to be revoked, or after limits.WATCH_POLL_SECONDS. From the first
+    one on (``seen`` is 0, answered at once) the service gives leases with what it answers on this
+    connection (docs/design/0006). Raises NotSupported on a shared store."""
+
+    Reply: ClassVar = Revoked
+    session: SessionUuid
+    seen: U64 = 0
 
 
 class OpenInode(Request, tag="open"):
@@ -69,8 +95,72 @@ class OpenInode(Request, tag="open"):
 
 
 class CloseInode(Request, tag="close"):
+    """Takes back one open each of ``inode`` and ``others``."""
+
     Reply: ClassVar = Done
     inode: U64
+    others: Annotated[tuple[U64, ...], msgspec.Meta(max_length=CLOSED_TOGETHER_MAX)] = ()
+
+
+# --- locks
+
+
+class FileLock(msgspec.Struct, array_like=True, frozen=True):
+    """A range of a file, from its first to its last byte (2**63 - 1: to wherever the file ends),
+    that ``owner`` locks: one process or open file of one mount. ``flock``: of the other kind of
+    locks, which is always the whole file."""
+
+    start: U64
+    end: U64
+    exclusive: bool
+    owner: LockOwner
+    flock: bool = False
+    pid: U32 = 0
+    """Of the process, where it means something to who is told; else 0."""
+
+
+class SetLock(Request, tag="set_lock"):
+    """Locks for the connection's session what nobody else has, and replaces what the owner had
+    there. The answer is None, or the lock that is in the way. A request that comes from a
+    connection that the session has left changes nothing, so it may be repeated. Raises InodeStale,
+    TooManyLocks."""
+
+    Reply: ClassVar = FileLock | None
+    inode: U64
+    lock: FileLock
+
+
+class Unlock(Request, tag="unlock"):
+    """``lock`` says whose and which range; it need not be locked."""
+
+    Reply: ClassVar = Done
+    inode: U64
+    lock: FileLock
+
+
+class GetLock(Request, tag="get_lock"):
+    """What SetLock would answer. Changes nothing."""
+
+    Reply: ClassVar = FileLock | None
+    inode: U64
+    lock: FileLock
+
+
+class AwaitLock(Request, tag="await_lock"):
+    """Answered once GetLock would say None, and after LOCK_WAIT_SECONDS in any case; what is asked
+    after it on the same connection is answered meanwhile. Raises LockDeadlock (never for flock) if
+    who holds the range waits for this owner at the same server, and ServerBusy."""
+
+    Reply: ClassVar = Done
+    inode: U64
+    lock: FileLock
+
+
+class StopAwaiting(Request, tag="stop_awaiting"):
+    """The owner does not wait any more."""
+
+    Reply: ClassVar = Done
+    owner: LockOwner
 
 
 # --- namespace
@@ -147,8 +237,14 @@ class Unlink(Request, tag="unlink"):
     name: Name
 
 
+class Touched(msgspec.Struct, array_like=True, frozen=True):
+    """Inodes that a request changed, and that its author did not name."""
+
+    inodes: tuple[U64, ...] = ()
+
+
 class Rmdir(Request, tag="rmdir"):
-    Reply: ClassVar = Done
+    Reply: ClassVar = Touched
     parent: U64
     name: Name
 
@@ -157,7 +253,7 @@ class Rename(Request, tag="rename"):
     """``flags``: 1 RENAME_NOREPLACE, 2 RENAME_EXCHANGE (Linux's renameat2). Blocks and namespace
     directories do not move: NotPermitted."""
 
-    Reply: ClassVar = Done
+    Reply: ClassVar = Touched
     parent: U64
     name: Name
     new_parent: U64
@@ -317,12 +413,14 @@ class AbortBlocks(Request, tag="abort_blocks"):
 
 class RemoveBlocks(Request, tag="remove_blocks"):
     """Answers with the number of keys that were stored. ``inodes``, if given, has one generation a
-    key: a block that was replaced since is left alone (used to drop blocks found corrupt)."""
+    key: a block that was replaced since is left alone (used to drop blocks found corrupt). So have
+    ``chains``: one that was moved since is left alone, since it was not found there."""
 
     Reply: ClassVar = int
     namespace: U64
     keys: Keys
     inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
+    chains: Annotated[tuple[U32, ...], msgspec.Meta(max_length=BATCH_BLOCKS_MAX)] = ()
 
 
 # --- requests that are repeated
@@ -379,8 +477,14 @@ class Statistics(Request, tag="statistics"):
 
 MetadataRequest = (
     Attach
+    | Watch
     | OpenInode
     | CloseInode
+    | SetLock
+    | Unlock
+    | GetLock
+    | AwaitLock
+    | StopAwaiting
     | Lookup
     | Resolve
     | GetAttr
@@ -412,8 +516,11 @@ MetadataRequest = (
     | Heartbeat
     | GetClusterMap
     | FindUnwanted
+    | TakeMoves
+    | EndMoves
     | DescribeCluster
     | CountChunks
+    | FindOpenFiles
     | SetDraining
     | RemoveTarget
     | AdmitTarget

@@ -47,7 +47,6 @@ from kvfs_metadata.inodes import (
 )
 from kvfs_metadata.messages import (
     DirectoryPage,
-    Done,
     GetAttr,
     Link,
     Lookup,
@@ -59,6 +58,7 @@ from kvfs_metadata.messages import (
     Resolve,
     Rmdir,
     SetAttr,
+    Touched,
     Unlink,
 )
 from kvfs_metadata.records import InodeRecord, NamespaceRecord
@@ -326,6 +326,7 @@ class FileTree:
         """The inode with all that hangs on it, its chunks too."""
         tx.kv.delete(records.inode_key(record.inode))
         tx.kv.delete(records.orphan_key(record.inode))
+        tx.kv.delete(records.lock_key(record.inode))
         for key, _ in list(scan(tx.kv, records.xattr_key(record.inode, b""))):
             tx.kv.delete(key)
         charged = charged_bytes(record)
@@ -333,8 +334,9 @@ class FileTree:
         chains, end = chunks_to_remove(record)
         share = charged // max(1, len(chains))
         self._cluster.remove_chunks(tx, chains, record.inode, end, share)
+        self._cluster.stop_move(tx, chains, record.inode, end)
 
-    def rmdir(self, tx: Tx, request: Rmdir) -> Done:
+    def rmdir(self, tx: Tx, request: Rmdir) -> Touched:
         check_name(request.name)
         if request.parent in self._index.namespaces:
             _block_named(self._index.namespaces[request.parent], request.name)
@@ -353,7 +355,7 @@ class FileTree:
         touch(parent, tx.now_ns)
         save(tx, parent)
         self.delete_directory(tx, record, request.name)
-        return Done()
+        return Touched((inode,))
 
     def delete_directory(self, tx: Tx, record: InodeRecord, name: bytes) -> None:
         """An empty directory that has no entry any more. Raises DirectoryNotEmpty."""

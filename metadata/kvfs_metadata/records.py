@@ -43,14 +43,17 @@ COMMITTED = b"DONE"
 TARGET = b"TARG"
 CHAIN = b"CHAN"
 REMOVAL = b"RMVL"
+MOVE = b"MOVE"
 REMOVAL_STATE = b"RSEQ"
 COUNTER = b"CNTR"
 SESSION = b"SESS"
 OPEN = b"OPEN"
+WATCHER = b"WTCH"
 SERVER = b"SRVR"
 BEAT = b"BEAT"
 GONE = b"GONE"
 ANSWER = b"RSLT"
+LOCK = b"LOCK"
 USAGE_KEY = b"STATusage"
 SWEEP_KEY = b"STATsweep"
 """There, with an empty value, while something may refer to a target that was removed."""
@@ -116,6 +119,10 @@ def removal_key(target_id: int, seq: int) -> bytes:
     return REMOVAL + target_id.to_bytes(4, "big") + seq.to_bytes(8, "big")
 
 
+def move_key(inode: int) -> bytes:
+    return MOVE + inode.to_bytes(8, "big")
+
+
 def removal_state_key(target_id: int) -> bytes:
     return REMOVAL_STATE + target_id.to_bytes(4, "big")
 
@@ -124,8 +131,17 @@ def session_key(uuid: bytes) -> bytes:
     return SESSION + uuid
 
 
+def watcher_key(session: bytes) -> bytes:
+    """There, with an empty value, while the session may answer for names by itself (0007)."""
+    return WATCHER + session
+
+
 def open_key(inode: int, uuid: bytes) -> bytes:
     return OPEN + inode.to_bytes(8, "big") + uuid
+
+
+def lock_key(inode: int) -> bytes:
+    return LOCK + inode.to_bytes(8, "big")
 
 
 def server_key(server: bytes) -> bytes:
@@ -323,6 +339,21 @@ def unpack_session(value: bytes) -> tuple[bytes, int]:
     return value[:-8], int.from_bytes(value[-8:], "big")
 
 
+class HeldLock(msgspec.Struct, array_like=True, frozen=True):
+    """``LOCK`` + inode has the list of them, in the order of the ranges; those of one owner do not
+    overlap."""
+
+    session: bytes
+    owner: bytes
+    start: U64
+    end: U64
+    """The last byte."""
+    exclusive: bool
+    flock: bool = False
+    pid: U32 = 0
+    """Of the process that locked it, as its mount's kernel counts."""
+
+
 class ServerRecord(msgspec.Struct, array_like=True, frozen=True):
     """``SRVR`` + server: a metadata server on a shared store, written again with each beat.
     ``SESS`` + session names the server that has it, ``OPEN`` + inode + session what it has open."""
@@ -384,6 +415,32 @@ def unpack_removal(value: bytes) -> RemovalValue:
     return RemovalValue._make(_REMOVAL.unpack(value))
 
 
+class MoveValue(NamedTuple):
+    """``MOVE`` + inode: 28 bytes, little-endian. A block or file of one copy that is on its way to
+    another chain (docs/design/0006-moves.md)."""
+
+    source: int
+    """The target that it leaves."""
+    chain: int
+    """That target's."""
+    to: int
+    after: int
+    """The last removal that was queued for the new target when the move began, 0 if none was."""
+    ticket: int = 0
+    """Under which the move may end; 0 while it may not."""
+
+
+_MOVE = struct.Struct("<IIIQQ")
+
+
+def pack_move(move: MoveValue) -> bytes:
+    return _MOVE.pack(*move)
+
+
+def unpack_move(value: bytes) -> MoveValue:
+    return MoveValue._make(_MOVE.unpack(value))
+
+
 class RemovalState(NamedTuple):
     """``RSEQ`` + target: 24 bytes, little-endian. Kept apart from the queue's entries: an empty one
     must not start from 1 again, and a full one need not be read to know its size."""
@@ -430,5 +487,6 @@ decode_prepared = msgspec.msgpack.Decoder(PreparedRecord).decode
 decode_target = msgspec.msgpack.Decoder(TargetRecord).decode
 decode_gone = msgspec.msgpack.Decoder(GoneRecord).decode
 decode_server = msgspec.msgpack.Decoder(ServerRecord).decode
+decode_locks = msgspec.msgpack.Decoder(list[HeldLock]).decode
 decode_answer = msgspec.msgpack.Decoder(AnswerRecord).decode
 decode_chain = msgspec.msgpack.Decoder(ChainRecord).decode

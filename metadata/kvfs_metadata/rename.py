@@ -25,7 +25,7 @@ from kvfs_metadata.inodes import (
     save,
     touch,
 )
-from kvfs_metadata.messages import Done, Rename
+from kvfs_metadata.messages import Rename, Touched
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.records import InodeRecord
 from kvfs_metadata.transaction import Tx
@@ -34,7 +34,7 @@ NOREPLACE = 1
 EXCHANGE = 2
 
 
-def rename(tree: FileTree, tx: Tx, request: Rename) -> Done:
+def rename(tree: FileTree, tx: Tx, request: Rename) -> Touched:
     """Raises EntryNotFound, EntryExists (NOREPLACE), IsADirectory, NotADirectory,
     DirectoryNotEmpty, InvalidRename (into its own subtree), NotPermitted."""
     check_name(request.name)
@@ -54,7 +54,7 @@ def rename(tree: FileTree, tx: Tx, request: Rename) -> Done:
     if replaced is None and request.flags == EXCHANGE:
         raise EntryNotFound(request.new_name)
     if replaced is not None and replaced.inode == source.inode:
-        return Done()  # two names of one file: POSIX wants nothing to happen
+        return Touched()  # two names of one file: POSIX wants nothing to happen
     _check_move(tx.kv, source, new_parent, request.name)
     if request.flags == EXCHANGE and replaced is not None:
         _check_move(tx.kv, replaced, old_parent, request.new_name)
@@ -70,7 +70,8 @@ def rename(tree: FileTree, tx: Tx, request: Rename) -> Done:
     for parent in (old_parent, new_parent):
         touch(parent, tx.now_ns)
         save(tx, parent)
-    return Done()
+    moved = (source, replaced) if replaced is not None else (source,)
+    return Touched(tuple(record.inode for record in moved))
 
 
 def _named(kv: KVRead, parent: InodeRecord, name: bytes) -> InodeRecord | None:

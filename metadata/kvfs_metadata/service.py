@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import trio
@@ -18,15 +19,18 @@ from kvfs_base.limits import (
     SYNC_SECONDS,
     WRITE_GROUP_REQUESTS,
 )
-from kvfs_base.rpc import RpcServer
+from kvfs_base.rpc import Later, RpcServer
 from kvfs_base.seams import Env
 from kvfs_base.types import Address
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.core import MetadataCore, Operation
 from kvfs_metadata.engines.engine import KVEngine
 from kvfs_metadata.engines.stores import open_store
-from kvfs_metadata.messages import Done, MetadataRequest, Sync
+from kvfs_metadata.leases import Revocation
+from kvfs_metadata.lock_waiters import LockWaiters
+from kvfs_metadata.messages import AwaitLock, Done, MetadataRequest, Sync, Watch
 from kvfs_metadata.turns import CacheTurns, SharedTurns, StrictTurns, Turns, update
+from kvfs_metadata.watching import CHANGES, Watching
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,8 @@ class MetadataService:
         self.core = MetadataCore(engine, env.clock, config, server=server)
         kind = SharedTurns if self._shared else StrictTurns if self._strict else CacheTurns
         self._turns: Turns = kind(self.core, self._committed)
+        self._lock_waiters = LockWaiters(self.core.locks, self._turns, shared=self._shared)
+        self._watching = Watching(env.clock, self.core, self._turns)
         self._evict_wanted = trio.Event()
         self._blocks_size = 0
         self._unsynced = False
@@ -87,7 +93,8 @@ class MetadataService:
     def connected(self, session_id: int) -> None:
         pass
 
-    def disconnected(self, session_id: int) -> None:
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
+        self._watching.disconnected(session_id, by_peer=by_peer)
         if self._shared:
             self._gone.add(session_id)  # a thread may be at work on the sessions
         else:
@@ -98,23 +105,51 @@ class MetadataService:
             self._heard.add(session_id)
         else:
             self.core.heard(session_id)
+        watches = [place for place, request in enumerate(requests) if type(request) is Watch]
+        if not watches:
+            return await self._answer(session_id, requests)
+        # They come first: what else arrived with one was asked by a watcher.
+        late = {place: await self._watching.hear(session_id, requests[place]) for place in watches}
+        rest = [request for place, request in enumerate(requests) if place not in late]
+        answers = iter(await self._answer(session_id, rest) if rest else ())
+        return [late[place] if place in late else next(answers) for place in range(len(requests))]
+
+    async def _answer(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
         if self.core.only_reads(requests):
-            return await self._turns.read(requests)
-        syncs = [place for place, request in enumerate(requests) if type(request) is Sync]
+            return await self._turns.read(session_id, requests)
+        special = [p for p, request in enumerate(requests) if type(request) in (Sync, AwaitLock)]
         results: list[Any] = []
+        revocations: list[Revocation] = []
         for start in range(0, len(requests), WRITE_GROUP_REQUESTS):
             batch = requests[start : start + WRITE_GROUP_REQUESTS]
-            results += await self._turns.write(
-                [
-                    _nothing if type(request) is Sync else self.core.operation(session_id, request)
-                    for request in batch
-                ]
-            )
-        if syncs:
-            answer = await self._answer_sync()
-            for place in syncs:
-                results[place] = answer
+            operations = [
+                _nothing
+                if type(request) in (Sync, AwaitLock)
+                else self.core.operation(session_id, request)
+                for request in batch
+            ]
+            part, revocation = await self._turns.change(session_id, operations)
+            results += part
+            if revocation is not None:
+                revocations.append(revocation)
+        if special:
+            await self._answer_special(session_id, requests, special, results)
+        if revocations and not CHANGES.isdisjoint(map(type, requests)):
+            return await self._watching.hold(session_id, results, revocations)
         return results
+
+    async def _answer_special(
+        self, session_id: int, requests: Sequence[Any], places: Sequence[int], results: list[Any]
+    ) -> None:
+        """What is no transaction."""
+        synced: Done | KvfsError | None = None
+        for place in places:
+            request = requests[place]
+            if isinstance(request, AwaitLock):
+                results[place] = Later(partial(self._lock_waiters.wait, session_id, request))
+            else:
+                synced = synced or await self._answer_sync()
+                results[place] = synced
 
     async def _answer_sync(self) -> Done | KvfsError:
         try:
@@ -162,6 +197,7 @@ class MetadataService:
 
     def _committed(self) -> None:
         self._unsynced = True
+        self._lock_waiters.look()
         # The whole question costs 20 us. Files may grow too: _watch_disks asks every second.
         size = self.core.blocks_size()
         if size > self._blocks_size and (self._shared or self.core.excess_bytes() > 0):
@@ -262,12 +298,12 @@ class MetadataService:
     def _record_all_uses(self) -> None:
         """At a clean end recency is recorded whole."""
         while self.core.unrecorded_uses:
-            result = update(self.core, [self.core.persist_uses])[0]
+            result = update(self.core, [self.core.persist_uses])[0][0]
             if isinstance(result, KvfsError):
                 _log_failures([result])
                 return
         if self._shared:
-            _log_failures(update(self.core, [self.core.goodbye]))
+            _log_failures(update(self.core, [self.core.goodbye])[0])
 
 
 def _nothing(tx: Any) -> None:

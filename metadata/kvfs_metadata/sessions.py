@@ -15,8 +15,9 @@ that any other, gives a session up.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from kvfs_base.errors import LimitExceeded, ServerBusy
@@ -42,14 +43,25 @@ class _Session:
     """When it had a connection for the last time, or was heard of on it."""
     number: int = 0
     """Of its connection: they are counted by the client."""
+    name: str = ""
+    """As its client calls it; not known of sessions of other servers."""
     opens: Counter[int] = dataclasses.field(default_factory=Counter)
 
 
 class Sessions:
-    """``server`` is this server's number; ``recorded`` if the store is shared with others."""
+    """``server`` is this server's number; ``recorded`` if the store is shared with others.
+    ``opened`` is told, in the same transaction, what somebody opens."""
 
-    def __init__(self, clock: Clock, server: bytes, *, recorded: bool) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        server: bytes,
+        *,
+        recorded: bool,
+        opened: Callable[[Tx, int], None] = lambda tx, inode: None,
+    ) -> None:
         self._clock = clock
+        self._opened = opened
         self._server = server
         self._recorded = recorded
         self._started_at = clock.monotonic()
@@ -134,7 +146,9 @@ class Sessions:
 
     # --- connections
 
-    def attach(self, tx: Tx, uuid: bytes, open_inodes: Iterable[int], number: int) -> None:
+    def attach(
+        self, tx: Tx, uuid: bytes, open_inodes: Iterable[int], number: int, name: str = ""
+    ) -> None:
         """Connection ``tx.connection``, the session's ``number``-th, speaks for session ``uuid``
         from now on, and exactly ``open_inodes`` are open. Nothing happens if the session has gone
         on to a later connection: this request lay in a queue."""
@@ -149,6 +163,7 @@ class Sessions:
         tx.undo.append(partial(self._restore, session, dataclasses.replace(session)))
         session.connection = tx.connection
         session.heard_at = self._clock.monotonic()
+        session.name = name
         self._by_connection[tx.connection] = uuid
         if (session.server, session.number) != (self._server, number):
             session.server, session.number = self._server, number
@@ -162,6 +177,9 @@ class Sessions:
         before = session.opens
         tx.undo.append(partial(self._swap_opens, session, before))
         self._swap_opens(session, opens)
+        for inode in opens:
+            if inode not in before:
+                self._opened(tx, inode)
         if self._recorded:
             for inode in before.keys() - opens.keys():
                 tx.kv.delete(records.open_key(inode, uuid))
@@ -272,6 +290,7 @@ class Sessions:
             raise LimitExceeded(detail="open files", limit=OPEN_INODES_MAX)
         self._reopen(session, inode)
         tx.undo.append(partial(self._drop, session, inode))
+        self._opened(tx, inode)
         if self._recorded and session.opens[inode] == 1:
             tx.kv.put(records.open_key(inode, uuid), b"")
 
@@ -289,6 +308,19 @@ class Sessions:
     def has_open(self, tx: Tx, inode: int) -> bool:
         """Whether the connection's session has it open."""
         return inode in self._session_of(tx)[1].opens
+
+    def speaker(self, tx: Tx) -> bytes | None:
+        """The session that the connection speaks for; None if it has gone on to another one, and
+        nobody reads the answer."""
+        uuid, session = self._session_of(tx)
+        return uuid if session.connection == tx.connection else None
+
+    def session_on(self, connection: int) -> bytes:
+        """The same without a transaction, for what changes nothing."""
+        return self._by_connection.get(connection) or self._anonymous(connection)
+
+    def is_known(self, uuid: bytes) -> bool:
+        return uuid in self._sessions
 
     def _session_of(self, tx: Tx) -> tuple[bytes, _Session]:
         uuid = self._by_connection.get(tx.connection)
@@ -313,6 +345,17 @@ class Sessions:
 
     def may_be_open(self, inode: int) -> bool:
         return self.in_grace or inode in self._holders
+
+    def holders(self, inode: int, count_max: int) -> list[str]:
+        """Who has a file open."""
+        if inode not in self._holders:
+            return []
+        found = (
+            session.name or f"session {uuid.hex()[:8]}"
+            for uuid, session in self._sessions.items()
+            if inode in session.opens
+        )
+        return list(itertools.islice(found, count_max))
 
     @property
     def in_grace(self) -> bool:

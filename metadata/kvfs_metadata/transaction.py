@@ -26,6 +26,8 @@ class Tx:
     now_ns: int
     connection: int
     undo: list[Callable[[], None]]
+    grants: list[tuple[int, bytes]] = dataclasses.field(default_factory=list)
+    """Connections and keys of what they may answer for by themselves, once this is committed."""
 
 
 def roll_back(undo: list[Callable[[], None]], mark: int = 0) -> None:
@@ -85,6 +87,8 @@ class Counters:
         self.chain = counter(b"chain", 1, 1)
         self.start = counter(b"start", 1, 1)
         """Starts of the service: makes map versions grow across restarts."""
+        self.move = counter(b"move", 1, 1)
+        """Rounds of movers. One at a time, so that they grow whichever server is asked."""
 
 
 def change_usage(tx: Tx, inodes: int, file_bytes: int) -> None:

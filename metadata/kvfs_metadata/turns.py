@@ -21,17 +21,27 @@ import trio
 from kvfs_base.errors import InternalError, KvfsError
 from kvfs_base.limits import WRITE_GROUP_REQUESTS
 from kvfs_metadata.core import MetadataCore, Operation
+from kvfs_metadata.leases import MERGED, Revocation
+from kvfs_metadata.transaction import ANY_CONNECTION
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+Changed = tuple[list[Any], Revocation | None]
+"""A result or KvfsError for each operation, and what is to be over before they are told."""
+
+
 class Turns(Protocol):
-    async def read(self, requests: Sequence[Any]) -> list[Any]:
+    async def read(self, connection: int, requests: Sequence[Any]) -> list[Any]:
         """Answers to requests that only read."""
 
+    async def change(self, author: int, operations: Sequence[Operation]) -> Changed:
+        """``operations`` of the connection ``author``, once they are as durable as configured."""
+
     async def write(self, operations: Sequence[Operation]) -> list[Any]:
-        """A result or KvfsError for each operation, once they are as durable as configured."""
+        """The same for the service itself, which waits for no watcher."""
+        return (await self.change(ANY_CONNECTION, operations))[0]
 
     async def ask(self, fn: Callable[[], T]) -> T:
         """Calls ``fn`` while nobody else touches the core. Raises what it raises."""
@@ -40,20 +50,20 @@ class Turns(Protocol):
         """Runs beside the requests until cancelled."""
 
 
-class CacheTurns:
+class CacheTurns(Turns):
     """``committed`` is called after each group."""
 
     def __init__(self, core: MetadataCore, committed: Callable[[], None]) -> None:
         self._core = core
         self._committed = committed
 
-    async def read(self, requests: Sequence[Any]) -> list[Any]:
-        return self._core.answer(requests)
+    async def read(self, connection: int, requests: Sequence[Any]) -> list[Any]:
+        return self._core.answer(requests, connection)
 
-    async def write(self, operations: Sequence[Operation]) -> list[Any]:
-        results = update(self._core, operations)
+    async def change(self, author: int, operations: Sequence[Operation]) -> Changed:
+        changed = update(self._core, operations, author)
         self._committed()
-        return results
+        return changed
 
     async def ask(self, fn: Callable[[], T]) -> T:
         return fn()
@@ -66,27 +76,29 @@ class CacheTurns:
 class _Waiting:
     """Somebody whose turn comes: ``results`` are set, then ``done``."""
 
+    author: int
     operations: Sequence[Operation]
     done: trio.Event = dataclasses.field(default_factory=trio.Event)
     results: list[Any] = dataclasses.field(default_factory=list)
+    revocation: Revocation | None = None
 
 
-class StrictTurns:
+class StrictTurns(Turns):
     def __init__(self, core: MetadataCore, committed: Callable[[], None]) -> None:
         self._core = core
         self._committed = committed
         self._queue: list[_Waiting] = []
         self._arrived = trio.Event()
 
-    async def read(self, requests: Sequence[Any]) -> list[Any]:
-        return self._core.answer(requests)
+    async def read(self, connection: int, requests: Sequence[Any]) -> list[Any]:
+        return self._core.answer(requests, connection)
 
-    async def write(self, operations: Sequence[Operation]) -> list[Any]:
-        waiting = _Waiting(operations)
+    async def change(self, author: int, operations: Sequence[Operation]) -> Changed:
+        waiting = _Waiting(author, operations)
         self._queue.append(waiting)
         self._arrived.set()
         await waiting.done.wait()
-        return waiting.results
+        return waiting.results, waiting.revocation
 
     async def ask(self, fn: Callable[[], T]) -> T:
         return fn()
@@ -108,7 +120,12 @@ class StrictTurns:
         except Exception as exc:
             self._core.take_back(decision)
             results = [commit_error(exc)] * len(results)
-        _deliver(group, results)
+            revocation = None
+        else:
+            authors = {waiting.author for waiting in group}
+            author = authors.pop() if len(authors) == 1 else MERGED
+            revocation = self._core.committed(decision, author)
+        _deliver(group, results, revocation)
         self._committed()
 
 
@@ -124,7 +141,7 @@ class _Question:
     error: BaseException | None = None
 
 
-class SharedTurns:
+class SharedTurns(Turns):
     def __init__(self, core: MetadataCore, committed: Callable[[], None]) -> None:
         self._core = core
         self._committed = committed
@@ -132,7 +149,7 @@ class SharedTurns:
         self._queue: list[_Waiting] = []
         self._arrived = trio.Event()
 
-    async def read(self, requests: Sequence[Any]) -> list[Any]:
+    async def read(self, connection: int, requests: Sequence[Any]) -> list[Any]:
         answers: list[Any] = await self._question(_Question(requests))
         return answers
 
@@ -148,12 +165,12 @@ class SharedTurns:
             raise question.error
         return question.answer
 
-    async def write(self, operations: Sequence[Operation]) -> list[Any]:
-        waiting = _Waiting(operations)
+    async def change(self, author: int, operations: Sequence[Operation]) -> Changed:
+        waiting = _Waiting(author, operations)
         self._queue.append(waiting)
         self._arrived.set()
         await waiting.done.wait()
-        return waiting.results
+        return waiting.results, None
 
     async def run(self) -> None:
         while True:
@@ -172,7 +189,8 @@ class SharedTurns:
                 question.done.set()
         if group:
             operations = [op for waiting in group for op in waiting.operations]
-            _deliver(group, await trio.to_thread.run_sync(update, self._core, operations))
+            results, _ = await trio.to_thread.run_sync(update, self._core, operations)
+            _deliver(group, results)
             self._committed()
 
     def _answer(self, questions: list[_Question]) -> None:
@@ -205,19 +223,24 @@ def _first(queue: list[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
     return queue[:count], queue[count:]
 
 
-def _deliver(group: list[_Waiting], results: Sequence[Any]) -> None:
+def _deliver(
+    group: list[_Waiting], results: Sequence[Any], revocation: Revocation | None = None
+) -> None:
     left = iter(results)
     for waiting in group:
         waiting.results = [next(left) for _ in waiting.operations]
+        waiting.revocation = revocation
         waiting.done.set()
 
 
-def update(core: MetadataCore, operations: Sequence[Operation]) -> list[Any]:
-    """``core.update``; if nothing could be written, that error for each operation."""
+def update(
+    core: MetadataCore, operations: Sequence[Operation], author: int = ANY_CONNECTION
+) -> Changed:
+    """``core.change``; if nothing could be written, that error for each operation."""
     try:
-        return core.update(operations)
+        return core.change(operations, author)
     except Exception as exc:
-        return [commit_error(exc)] * len(operations)
+        return [commit_error(exc)] * len(operations), None
 
 
 def commit_error(exc: Exception) -> KvfsError:

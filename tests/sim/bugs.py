@@ -17,6 +17,7 @@ from kvfs_datapath.chains import requests as chain_session
 from kvfs_datapath.chains.peers import Unreached
 from kvfs_datapath.chains.replication import Replicator
 from kvfs_datapath.chains.views import Views
+from kvfs_datapath.chunks import versions
 from kvfs_datapath.chunks.versions import Versions
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.format import ChunkState
@@ -181,6 +182,11 @@ def _synced_at_once() -> Any:
     return mock.patch.object(members, "returned", hasty)
 
 
+def _serve_what_is_lost() -> Any:
+    """Readers are given what is left of a chunk that is recorded as damaged."""
+    return mock.patch.object(versions, "refuse_damaged", lambda info: None)
+
+
 BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "remove another generation": (_remove_other_generation, "network"),
     "commit without chunks": (_commit_without_chunks, "network"),
@@ -195,6 +201,7 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "serve while syncing": (_serve_while_syncing, "leases"),
     "take silence for no": (_take_silence_for_no, "chains"),
     "synced at once": (_synced_at_once, "chains"),
+    "serve what is lost": (_serve_what_is_lost, "chains and ruin"),
 }
 """What is wrong, and the kind of world in which it shows."""
 

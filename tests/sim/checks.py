@@ -58,7 +58,10 @@ def _read_everything(world: World) -> bool:
         files = FileWorker(world, client, 100)
         for inode, file in files.files:
             for page in range(FILE_PAGES):
-                good = files.read(inode, file, page, 1) and good
+                if not files.read(inode, file, page, 1):
+                    good = False
+                    if world.plan.ruins:
+                        files.write(inode, file, 0, FILE_PAGES)
     return good
 
 

@@ -366,6 +366,9 @@ class SimDisk:
             if above not in self.entries:
                 self._change(_Change(None, above, None))
 
+    def spread(self, path: str) -> None:
+        pass
+
     def remove_directory(self, path: str) -> bool:
         self.enter("remove_directory", path)
         is_missing = path not in self.entries or self.entries[path] is not None

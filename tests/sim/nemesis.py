@@ -226,8 +226,9 @@ class Nemesis:
 
     def _rot_at_rest(self) -> None:
         """While the server is down: chunks of files are verified when they are first read after
-        that. Always on the same host, so that another one has the right bytes."""
-        host = self.world.chunk_hosts[0]
+        that. Always on the same host, so that another one has the right bytes, or on any."""
+        hosts = self.world.chunk_hosts
+        host = self.rng.choice(hosts) if self.world.plan.ruins else hosts[0]
         if not host.is_running:
             return
         host.kill()

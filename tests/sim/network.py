@@ -390,6 +390,13 @@ class SimConnection:
                     raise ConnectionLost(address=self._peer, detail="closed by peer")
                 self._wait(self._end.into.readers, deadline)
 
+    def receive_groups(
+        self, groups: Sequence[Sequence[memoryview]], after: Callable[[int], None]
+    ) -> None:
+        for number, views in enumerate(groups):
+            self.receive_into(views)
+            after(number)
+
     def receive_with_descriptors(self, view: memoryview) -> list[int]:
         self.receive_into([view])
         return []

@@ -28,6 +28,8 @@ SOMETIMES: dict[str, tuple[object, ...]] = {
     "SERVER_CHECK_BYTES": (PAGE_BYTES,),
     "UNSEALED_CHUNKS_MAX": (1, 2),
     "LOCKS": (1, 2),
+    "KEPT_FILES_MAX": (1, 2),
+    "TICKETS": (1,),
     "VERIFIED_CHUNKS_MAX": (1, 2),
     "REMOVE_BY_NAME_MAX": (0, 1),
     "CLIENT_SPLIT_BYTES": (1, PAGE_BYTES),

@@ -82,6 +82,11 @@ class Plan:
     disk: DiskKnobs
 
     @property
+    def ruins(self) -> bool:
+        """All copies of a chunk may rot: whoever finds that writes it anew."""
+        return self.kind == "chains and ruin"
+
+    @property
     def may_be_damaged(self) -> bool:
         """For a while nobody may have a good copy: the others are away. In the end somebody has."""
         return self.files_lossy or "rot" in self.faults
@@ -94,9 +99,12 @@ CHAINS = (
     "chains and power",
     "chains and disks",
     "chains and rot",
+    "chains and ruin",
     "chains and memory",
 )
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
+FLIPPING = ("chains", "chains and rot", "chains and ruin")
+"""Where bytes change on their way, for whole chunks and for pieces of files."""
 
 
 def make_plan(rng: random.Random, kind: str = "") -> Plan:
@@ -127,6 +135,9 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         faults = (*faults, *NETWORK, "dead disk", "full disk")
     elif kind == "chains and rot":  # and nobody else away: of two copies one may rot
         faults = ("rot", "rot", "kill client", "clock", "break", "kill metadata")
+    elif kind == "chains and ruin":  # of some chunks no good copy is left
+        lossy = True
+        faults = ("rot", "rot", "kill chunks", "kill client", "break", "isolate")
     chosen = tuple(f for f in faults if rng.random() < 0.7) or faults[:1]
     return Plan(
         kind=kind,
@@ -153,7 +164,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
             slow_chance=0.0 if files and copies == 1 else rng.choice((0.0, 0.001, 0.02)),
             split_chance=rng.choice((0.0, 0.05, 0.3)),
             window_bytes=rng.choice((8 << 10, 128 << 10)),
-            flip_chance=rng.choice((0.0, 0.05)) if lying else 0.0,
+            flip_chance=rng.choice((0.0, 0.05)) if lying or kind in FLIPPING else 0.0,
         ),
         disk=DiskKnobs(
             latency=rng.choice((0.0001, 0.001, 0.01)),

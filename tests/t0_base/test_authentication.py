@@ -52,7 +52,7 @@ class Echoing:
     async def handle(self, session_id: int, requests: Sequence[Echo]) -> Sequence[int]:
         return [request.value for request in requests]
 
-    def disconnected(self, session_id: int) -> None:
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
         pass
 
 

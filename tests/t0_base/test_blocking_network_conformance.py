@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from kvfs_base import os_env
 from kvfs_base.errors import ConnectionLost, DeadlineExceeded, NotLoopback
 from kvfs_base.handshake import Secret
 from kvfs_base.limits import FDS_PER_MESSAGE_MAX
@@ -105,6 +106,71 @@ def test_large_views_that_arrive_a_little_at_a_time(pair: Pair, excess: int) -> 
     received = pair.threads.submit(receive, pair.far, 3)
     pair.near.send([b"end"])
     assert received.result(SECONDS) == b"end"
+
+
+@pytest.mark.parametrize("excess", [0, 1, 5000, 600_000])
+def test_groups_are_told_of_one_after_the_other(pair: Pair, excess: int) -> None:
+    """The last bytes wake the reader though there are few, and so does what comes after them."""
+    sizes = [[400_000, 0, 100_000], [], [700_000], [1], [500_000 + excess]]
+    groups = [[memoryview(bytearray(size)) for size in group] for group in sizes]
+    data = os.urandom(sum(map(sum, sizes)))
+    seen: list[int] = []
+
+    def after(number: int) -> None:
+        seen.append(number)
+        have = b"".join(view for group in groups[: number + 1] for view in group)
+        assert have == data[: len(have)]
+
+    for _ in range(2):
+        received = pair.threads.submit(pair.far.receive_groups, groups, after)
+        for start in range(0, len(data), 50_000):
+            pair.near.send([data[start : start + 50_000]])
+        received.result(SECONDS)
+        one = pair.threads.submit(receive, pair.far, 3)
+        pair.near.send([b"end"])
+        assert one.result(SECONDS) == b"end"
+    assert seen == [*range(len(groups))] * 2
+
+
+@pytest.mark.parametrize("size", [65_536, 212_992])
+def test_groups_through_a_small_socket_buffer(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """It never holds as much as a reader would like to be woken for."""
+    monkeypatch.setattr(os_env, "SOCKET_BUFFER_BYTES", size)
+    with contextlib.closing(Pair(OsBlockingNetwork(), Address.tcp("127.0.0.1", 0))) as pair:
+        groups = [[memoryview(bytearray(1 << 20))] for _ in range(3)]
+        seen: list[int] = []
+        received = pair.threads.submit(pair.far.receive_groups, groups, seen.append)
+        pair.near.send([bytes(3 << 20)])
+        received.result(SECONDS)
+        assert seen == [0, 1, 2]
+
+
+def test_a_peer_that_goes_between_groups(pair: Pair) -> None:
+    groups = [[memoryview(bytearray(1 << 20))] for _ in range(3)]
+    seen: list[int] = []
+    received = pair.threads.submit(pair.far.receive_groups, groups, seen.append)
+    pair.near.send([bytes((1 << 20) + 1000)])
+    pair.near.close()
+    with pytest.raises(ConnectionLost):
+        received.result(SECONDS)
+    assert seen == [0]
+
+
+def test_groups_have_one_deadline(pair: Pair) -> None:
+    """A peer that sends a little of each in time does not hold a buffer for longer."""
+    pair.far.set_timeout(0.3)
+    groups = [[memoryview(bytearray(10))]] * 200_000
+    filled = 0
+
+    def after(number: int) -> None:
+        nonlocal filled
+        filled = number
+        pair.near.send([bytes(10)])
+
+    pair.near.send([bytes(10)])
+    with pytest.raises(DeadlineExceeded):
+        pair.far.receive_groups(groups, after)
+    assert 0 < filled < len(groups) - 1
 
 
 def test_a_peer_that_goes_in_the_middle_of_a_large_view(pair: Pair) -> None:

@@ -3,10 +3,13 @@ simulator's."""
 
 from __future__ import annotations
 
+import array
 import errno
+import fcntl
 import mmap
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 
 from kvfs_base.errors import DiskFull, ServerBusy, TargetFailed
 from kvfs_base.limits import PAGE_BYTES
-from kvfs_base.os_env import OsDisk, _disk_error
+from kvfs_base.os_env import FS_IOC_GETFLAGS, FS_TOPDIR_FL, OsDisk, _disk_error
 from kvfs_base.seams import Disk, DiskFile
 from kvfs_base.testing import MemoryDisk
 from sim.disk import SimDisk
@@ -318,6 +321,30 @@ def test_a_lock_has_one_holder(disk: Disk) -> None:
 )
 def test_system_errors_are_translated(code: int, expected: type[Exception]) -> None:
     assert type(_disk_error(OSError(code, "text"), "path")) is expected
+
+
+def test_a_directory_is_told_to_spread_what_is_made_in_it(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    OsDisk(str(tmp_path)).spread("d")
+    OsDisk(str(tmp_path)).spread("missing")
+    fd = os.open(tmp_path / "d", os.O_RDONLY)
+    flags = array.array("l", [0])
+    try:
+        fcntl.ioctl(fd, FS_IOC_GETFLAGS, flags)
+    except OSError:
+        pytest.skip("a file system without such flags")
+    finally:
+        os.close(fd)
+    if not flags[0] & FS_TOPDIR_FL and "ext" not in file_system_of(tmp_path):
+        pytest.skip("a file system that does not know this one")
+    assert flags[0] & FS_TOPDIR_FL
+
+
+def file_system_of(path: Path) -> str:
+    found = subprocess.run(
+        ["stat", "-f", "-c", "%T", str(path)], capture_output=True, text=True, check=True
+    )
+    return found.stdout
 
 
 def test_a_full_disk_says_so(tmp_path: Path) -> None:

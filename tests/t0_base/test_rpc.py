@@ -72,7 +72,7 @@ class Calculator:
     def connected(self, session_id: int) -> None:
         self.sessions.add(session_id)
 
-    def disconnected(self, session_id: int) -> None:
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
         self.sessions.remove(session_id)
 
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:

@@ -18,6 +18,7 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of
 from t1_stores.chain_chunks import open_store
 from t1_stores.power_disk import PowerDisk
@@ -137,7 +138,7 @@ def test_who_is_told_that_it_failed_finds_nothing(
         store.close()
         store = open_store(disk)
         assert [is_whole(store, chunk) for chunk in chunks] == [not f for f in failed], operation
-        assert disk.list("staging") == []
+        assert drafts(disk) == []
         store.close()
     assert number > 20
     store.close()

@@ -36,6 +36,7 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks import store as store_module
 from kvfs_datapath.chunks import tree as tree_module
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.format import (
     ATTRIBUTE,
     ChunkInfo,
@@ -118,7 +119,7 @@ def test_a_chunk_comes_back(store: ChunkStore, disk: Disk, size: int) -> None:
     assert store.stat(CHUNK) == info
     assert read(store) == data
     verify(store)
-    assert disk.list("staging") == []
+    assert drafts(disk) == []
     assert list(store.list()) == [CHUNK]
 
 
@@ -136,14 +137,14 @@ def test_fewer_bytes_than_promised_are_refused(store: ChunkStore, disk: Disk) ->
     store.fill(staged, memoryview(mmap.mmap(-1, 4096)), 0)
     with pytest.raises(ChunkMismatch):
         store.publish(staged, info_of(bytes(4097)))
-    assert list(store.list()) == disk.list("staging") == []
+    assert list(store.list()) == drafts(disk) == []
 
 
 def test_what_is_staged_is_not_there(store: ChunkStore, disk: Disk) -> None:
     staged = store.stage()
     assert list(store.list()) == []
     store.discard(staged)
-    assert disk.list("staging") == []
+    assert drafts(disk) == []
 
 
 def test_staged_chunks_are_bounded(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +285,7 @@ def test_a_failed_put_is_invisible(strict: bool, error: KvfsError) -> None:
         store.close()
         store = open_store(disk)
         assert read(store, ChunkId(1, 0)) == b"neighbour"
-        assert disk.list("staging") == []
+        assert drafts(disk) == []
         assert (CHUNK in set(store.list())) == (not failed), fail_at
         store.close()
         if operations < fail_at:
@@ -408,6 +409,17 @@ def test_a_restarted_server_knows_writers_that_it_never_met(disk: Disk) -> None:
     store.close()
 
 
+def test_a_staged_file_becomes_a_chunk_that_is_open(store: ChunkStore, disk: Disk) -> None:
+    staged = store.stage()
+    staged.file.pwritev([memoryview(mmap.mmap(-1, 4096))], 0)
+    assert store.adopt(staged, CHUNK) == ChunkInfo(*CHUNK, ChunkState.OPEN, length=4096)
+    assert drafts(disk) == []
+    assert store.seal(CHUNK).crc32c == crc32c(bytes(4096))
+    with pytest.raises(Conflict):
+        store.adopt(store.stage(), CHUNK)
+    assert drafts(disk) == []
+
+
 def test_blocks_are_never_written_in_place(store: ChunkStore) -> None:
     info = put(store, b"block")
     for operation in (
@@ -424,7 +436,7 @@ def test_a_block_does_not_replace_a_chunk_that_is_open(store: ChunkStore, disk: 
     store.patch(CHUNK, 0, [b"file"])
     with pytest.raises(Conflict):
         put(store, b"block")
-    assert read(store) == b"file" and disk.list("staging") == []
+    assert read(store) == b"file" and drafts(disk) == []
 
 
 def test_truncate(store: ChunkStore) -> None:
@@ -534,10 +546,25 @@ def test_two_servers_on_one_target(disk: Disk) -> None:
     staged = store.stage()
     with pytest.raises(Conflict):
         open_store(disk)
-    assert disk.list("staging") != []  # the second one touched nothing
+    assert drafts(disk) != []  # the second one touched nothing
     store.discard(staged)
     store.close()
     open_store(disk).close()
+
+
+def test_files_are_made_in_one_directory_after_the_other(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tree_module, "STAGING_DIRECTORIES", 3)
+    monkeypatch.setattr(tree_module, "STAGING_IN_A_ROW", 2)
+    store = open_store(disk)
+    seen: list[str] = []
+    for _ in range(8):
+        staged = store.stage()
+        seen.append(staged.path.rpartition("/")[0])
+        store.discard(staged)
+    store.close()
+    assert seen == [f"staging/{number // 2 % 3:02x}" for number in range(1, 9)]
 
 
 def test_staging_is_emptied_at_start(disk: Disk) -> None:
@@ -545,9 +572,12 @@ def test_staging_is_emptied_at_start(disk: Disk) -> None:
     store.stage().file.close()
     put(store, b"kept")
     store.close()
-    assert len(disk.list("staging")) == 1
+    assert len(drafts(disk)) == 1
+    make = disk.open("staging/0000000000000001", write=True, create=True)  # a former version's
+    make.close()
+    assert len(drafts(disk)) == 2
     store = open_store(disk)
-    assert disk.list("staging") == []
+    assert drafts(disk) == []
     assert read(store) == b"kept"
     store.close()
 

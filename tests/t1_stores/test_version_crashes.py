@@ -14,6 +14,7 @@ from kvfs_base.errors import ChunkCorrupt, ChunkMismatch, ChunkNotFound
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.chunks.tree import drafts
 from t1_stores.chain_chunks import (
     CHUNK,
     commit,
@@ -171,7 +172,7 @@ def check(disk: MemoryDisk, case: Case, done: list[str], *, strict: bool) -> Non
     update(store, len(before), b"later", 8)
     update(store, 0, b"L", 9)
     assert read(store) == (b"L" + before[1:] + b"later" if before else b"Later")
-    assert disk.list("staging") == disk.list("chains/00000005/pending") == []
+    assert drafts(disk) == disk.list("chains/00000005/pending") == []
     store.close()
 
 

@@ -15,6 +15,7 @@ from kvfs_base.os_env import OsDisk, _disk_error
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.chunks.tree import drafts
 from t1_stores.chain_chunks import (
     CHUNK,
     Faults,
@@ -121,7 +122,7 @@ def test_what_failed_to_be_prepared_is_not_there(
             make(store)
             commit(store)
             assert content(store) == new
-        assert disk.list("staging") == []
+        assert drafts(disk) == []
         store.close()
     assert at > 4
 
@@ -239,7 +240,7 @@ def test_a_full_disk_takes_nothing_and_keeps_everything() -> None:
         with pytest.raises(DiskFull):
             prepare(store, offset, os.urandom(count), 3)
         assert store.healthy and read(store) == OLD + bytes(10_000)
-        assert pending(store) is None and disk.list("staging") == []
+        assert pending(store) is None and drafts(disk) == []
     assert disk.usage().free_bytes > 29_000  # what was begun takes no room
     update(store, 30_000, MORE, 4)
     assert read(store) == OLD + bytes(10_000) + MORE

@@ -25,8 +25,9 @@ from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.chunks import versions as versions_module
+from kvfs_datapath.chunks import numbers as numbers_module
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of, pending_path_of
 from t1_stores.chain_chunks import (
     CHUNK,
@@ -285,7 +286,7 @@ def test_a_whole_chunk_that_is_not_what_was_announced(store: ChunkStore, disk: D
             with pytest.raises(InvalidRequest):
                 store.versions.prepare_whole(CHUNK, wrong, [])
     assert read(store) == b"old" and pending(store) is None
-    assert disk.list("staging") == []
+    assert drafts(disk) == []
 
 
 def test_only_a_newer_whole_chunk_outlives_the_process(disk: Disk) -> None:
@@ -322,7 +323,7 @@ def test_damaged_bytes_never_get_a_right_checksum(store: ChunkStore, disk: Disk)
     update(store, 30_000, b"an append reads nothing", 3)
     with pytest.raises(ChunkCorrupt):
         store.recheck(CHUNK)
-    assert store.healthy and disk.list("staging") == []
+    assert store.healthy and drafts(disk) == []
 
 
 def test_a_damaged_chunk_is_replaced_by_what_another_member_has(
@@ -347,7 +348,7 @@ def test_a_damaged_chunk_is_replaced_by_what_another_member_has(
     prepare(store, 0, b"x", 9)
     with store.versions.lock(CHUNK), pytest.raises(Conflict):
         store.versions.replace(CHUNK, info, [data])
-    assert disk.list("staging") == []
+    assert drafts(disk) == []
 
 
 # --- after a restart
@@ -449,7 +450,7 @@ def test_forgetting_all_that_is_pending_on_a_chain(disk: Disk) -> None:
 
 
 def test_numbers_are_remembered(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions_module, "UPDATES_REMEMBERED_MAX", 3)
+    monkeypatch.setattr(numbers_module, "UPDATES_REMEMBERED_MAX", 3)
     store = open_store(disk)
     for sequence in range(1, 6):
         update(store, sequence, b"x", sequence)

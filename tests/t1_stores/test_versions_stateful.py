@@ -14,6 +14,7 @@ from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from t1_stores.chain_chunks import commit, open_store, pending, read
 
@@ -154,7 +155,7 @@ class VersionsMachine(RuleBasedStateMachine):
             assert self.store.versions.seen(chunk, 9, version.sequence) == version.number
         for (chunk, sequence), number in self.done.items():
             assert self.store.versions.seen(chunk, 9, sequence) == number
-        assert self.disk.list("staging") == []
+        assert drafts(self.disk) == []
 
     @invariant()
     def what_is_pending_is_known(self) -> None:

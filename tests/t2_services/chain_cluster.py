@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfs_base.cluster import Chain
+from kvfs_base.cluster import Chain, Synced
 from kvfs_base.errors import KvfsError
 from kvfs_base.frames import ErrorBody
 from kvfs_base.rpc import Request
@@ -19,7 +19,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.connections import DataConnection
-from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.format import ChunkInfo, path_of
 from kvfs_datapath.server.chunk_server import ChunkServer
 from t2_services.chunk_cluster import Cluster, wait_until
 
@@ -195,6 +195,19 @@ class Cut:
             self._network.listeners[address] = self._gone.pop(address)
 
 
+def wait_for_sync(cluster: ChainCluster, target: int) -> None:
+    wanted = Synced(CHAIN, cluster.chain().version, target)
+    cluster.metadata.wait_for(lambda: wanted in cluster.metadata.synced())
+
+
+def rot(cluster: ChainCluster, number: int, chunk: ChunkId, offset: int = 0) -> None:
+    file = cluster.disk(number).open(path_of(chunk), write=True)
+    byte = memoryview(bytearray(1))
+    file.preadv([byte], offset)
+    file.pwritev([bytes([byte[0] ^ 1])], offset)
+    file.close()
+
+
 def payload(size: int) -> bytes:
     return os.urandom(size)
 
@@ -211,4 +224,15 @@ def chains(root: Path, **settings: Any) -> Iterator[ChainCluster]:
         cluster.stop()
 
 
-__all__ = ["CHAIN", "ChainCluster", "Cut", "ErrorBody", "chains", "new_block", "only", "payload"]
+__all__ = [
+    "CHAIN",
+    "ChainCluster",
+    "Cut",
+    "ErrorBody",
+    "chains",
+    "new_block",
+    "only",
+    "payload",
+    "rot",
+    "wait_for_sync",
+]

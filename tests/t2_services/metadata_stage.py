@@ -45,7 +45,7 @@ class Scripted:
     def connected(self, session_id: int) -> None:
         pass
 
-    def disconnected(self, session_id: int) -> None:
+    def disconnected(self, session_id: int, *, by_peer: bool) -> None:
         self.core.disconnected(session_id)
 
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
@@ -72,15 +72,16 @@ class Scripted:
 class HangingUpServer(RpcServer):
     """Lets the handler's BrokenResourceError end the connection instead of answering it."""
 
-    async def _answer(self, session_id: int, batch: Any) -> list[bytes]:
+    async def _answer(self, session_id: int, batch: Any) -> tuple[list[bytes], list[Any]]:
         requests = [self._decoder.decode(frame.body) for frame in batch]
         results = await self._handler.handle(session_id, requests)
-        return [
+        answers = [
             frames.encode_error(frame.request_id, result)
             if isinstance(result, BaseException)
             else frames.encode(frames.Kind.REPLY, frame.request_id, result)
             for frame, result in zip(batch, results, strict=True)
         ]
+        return answers, []
 
 
 class Stage:

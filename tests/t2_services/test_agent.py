@@ -40,6 +40,7 @@ from kvfs_base.errors import (
     ArenaFull,
     ChunkCorrupt,
     ChunkMismatch,
+    ChunkNotFound,
     ConnectionLost,
     EntryNotFound,
     InternalError,
@@ -55,7 +56,7 @@ from kvfs_base.errors import (
 from kvfs_base.frames import Kind
 from kvfs_base.limits import MIB, PAGE_BYTES, PUTS_PER_CLIENT_MAX
 from kvfs_base.os_env import os_env
-from kvfs_base.rpc import receive_frame
+from kvfs_base.rpc import Request, receive_frame
 from kvfs_base.types import Address, ChunkId
 from kvfs_gds.arena import ArenaView
 from kvfs_metadata import messages as m
@@ -218,10 +219,38 @@ def test_a_block_that_cannot_be_read_is_a_miss(
     assert agent.figures()[counter] == 1
     assert agent.figures()["blocks_loaded"] == 2
     removals = agent.metadata.named(m.RemoveBlocks)
-    assert removals == ([m.RemoveBlocks(NAMESPACE, KEYS[1], (victim,))] if removed else [])
+    gone = m.RemoveBlocks(NAMESPACE, KEYS[1], (victim,), (1,))
+    assert removals == ([gone] if removed else [])
     peer.give_back(lease)
     assert agent.figures()["arena_leased_bytes"] == 0
     assert agent.figures()["arena_blocks"] == 2
+
+
+def test_a_block_that_has_moved_is_read_where_it_is(start: Callable[..., RunningAgent]) -> None:
+    """It was looked up before that, and read after."""
+    agent = start(keep_puts=False)
+    peer = agent.peer()
+    data = [block(n) for n in range(3)]
+    peer.put(KEYS[:3], data)
+    info = agent.metadata.blocks[KEYS[1]]
+    chunk = ChunkId(info.inode, 0)
+    agent.chunks.errors[chunk] = ChunkNotFound(inode=info.inode)
+
+    def move(request: Request) -> None:
+        if isinstance(request, m.LookupBlocks) and request.keys == KEYS[1]:
+            agent.metadata.blocks[KEYS[1]] = msgspec.structs.replace(info, chain=2)
+            agent.chunks.errors.clear()
+
+    chains: list[list[int]] = []
+    agent.chunks.before = lambda batch: chains.append([read.chain for read in batch])
+    agent.metadata.before = move
+    _, blocks = peer.get(KEYS[:3])
+    assert blocks == data
+    assert chains == [[1, 1, 1], [2]]
+    assert agent.metadata.named(m.RemoveBlocks) == []
+    figures = agent.figures()
+    assert (figures["blocks_loaded"], figures["blocks_missing"]) == (3, 0)
+    assert figures["loaded_bytes"] == sum(map(len, data))
 
 
 @pytest.mark.logs_warnings

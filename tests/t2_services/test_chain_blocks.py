@@ -20,6 +20,7 @@ from kvfs_base.limits import FENCE_SECONDS, MIB
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.tree import drafts
 from t2_services.chain_cluster import CHAIN, ChainCluster, chains, new_block, only, payload
 from t2_services.chunk_cluster import wait_until
 
@@ -40,7 +41,7 @@ def test_a_block_that_goes_to_any_member_is_on_all(
     for number in (1, 2, 3):
         for inode, data in blocks.items():
             assert cluster.get_block(number, inode, len(data)) == data
-        assert cluster.disk(number).list("staging") == []
+        assert drafts(cluster.disk(number)) == []
 
 
 def test_one_hop_and_none(cluster: ChainCluster) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
 from chain_fakes import SECONDS, FakeCluster, Fault, Script, Stored, always, first
@@ -413,7 +415,7 @@ def test_a_hedge_that_fails_changes_nothing(remote: FakeCluster) -> None:
     slow = asked_first(remote, client, write)
     mine = threading.Event()
     for n, server in remote.servers.items():
-        server.script = first(1, Fault(wait=mine) if n == slow else Fault(flip=True))
+        server.script = first(1, Fault(wait=mine) if n == slow else Fault(error=ChunkCorrupt()))
     results: list[object] = []
     reader = threading.Thread(target=lambda: results.append(read_one(client, write)))
     reader.start()
@@ -508,3 +510,56 @@ def test_open_sealed_leaves_trouble_to_read_chunks() -> None:
         assert read_one(client, write) is None
     finally:
         cluster.stop()
+
+
+# --- bytes that change on their way
+
+
+def stored_with(cluster: FakeCluster, copies: int, sizes: list[int]) -> list[ChunkWrite]:
+    """On a chain of so many copies. Chunks of single copies are named by no chain."""
+    writes = stored(cluster, sizes)
+    if copies > 1:
+        return writes
+    cluster.set_chain(4, [1], copies=1)
+    for server in cluster.servers.values():
+        for chunk, found in list(server.chunks.items()):
+            info = msgspec.structs.replace(found.info, chain=0)
+            server.chunks[ChunkId(chunk.inode, 0)] = Stored(found.data, info)
+    return [dataclasses.replace(write, chain=4) for write in writes]
+
+
+@pytest.mark.parametrize("flips", [1, 2, 3])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_flips_in_a_row_are_no_damage(remote: FakeCluster, flips: int, copies: int) -> None:
+    """The disks are right, and the servers say so."""
+    client = remote.client()
+    writes = stored_with(remote, copies, [3000, 5000])
+    for server in remote.servers.values():
+        server.script = first(flips, Fault(flip=True), m.ReadChunks)
+    reads = reads_of(writes)
+    assert client.read_chunks(reads) == [None] * 2
+    assert_equal(reads, writes)
+    assert client.statistics()["repairs_asked"] == client.statistics()["bad_chunks"] == 0
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_way_that_flips_all_loses_no_block(remote: FakeCluster, copies: int) -> None:
+    """Whoever is told that a block is damaged or missing removes it."""
+    client = remote.client()
+    (write,) = stored_with(remote, copies, [3000])
+    for server in remote.servers.values():
+        server.script = always(Fault(flip=True), m.ReadChunks)
+    assert type(read_one(client, write)) is ConnectionLost
+    for server in remote.servers.values():
+        server.script = lambda request: None
+    assert read_one(client, write) is None
+
+
+def test_what_is_damaged_on_the_disk_is_damaged(remote: FakeCluster) -> None:
+    client = remote.client()
+    (write,) = stored_with(remote, 1, [3000])
+    kept, name = remote.servers[1].chunks, write.chunk
+    kept[name] = Stored(b"x" + kept[name].data[1:], kept[name].info)
+    asked = len(remote.servers[1].requests)
+    assert type(read_one(client, write)) is ChunkCorrupt
+    assert len(remote.servers[1].requests) == asked + 2, "it is asked to look, once"

@@ -23,14 +23,20 @@ from kvfs_base.errors import (
     TargetFenced,
     WriteUncertain,
 )
-from kvfs_base.limits import FENCE_SECONDS, SUSPECT_SECONDS, TRANSFER_BYTES
+from kvfs_base.limits import (
+    FENCE_SECONDS,
+    RESOLVE_FULL_SECONDS,
+    SUSPECT_SECONDS,
+    TRANSFER_BYTES,
+)
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains import peers as peers_module
 from kvfs_datapath.chains import service as chain_service_module
 from kvfs_datapath.chains.peers import Unreached
+from kvfs_datapath.chains.requests import side_by_side
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.format import path_of
+from kvfs_datapath.format import ChunkInfo, path_of
 from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload
 from t2_services.chunk_cluster import wait_until
 
@@ -51,6 +57,10 @@ def lazy(tmp_path: Path) -> Iterator[ChainCluster]:
 
 def quiet(cluster: ChainCluster, *members: int) -> Callable[[], bool]:
     return lambda: all(cluster.pending(n) is None for n in members)
+
+
+def updated(chunk: int, sequence: int, data: bytes) -> m.Update:
+    return m.Update(7, chunk, 0, len(data), crc32c(data), 1, sequence)
 
 
 def everywhere(cluster: ChainCluster, *members: int) -> set[bytes]:
@@ -102,13 +112,69 @@ def test_every_member_has_every_version(cluster: ChainCluster) -> None:
 def test_several_updates_in_one_request(cluster: ChainCluster) -> None:
     cluster.set_chain([1, 2])
     pieces = [b"first", b"second", b"third"]
-    updates = [
-        m.Update(7, place, 0, len(data), crc32c(data), 1, place)
-        for place, data in enumerate(pieces)
-    ]
+    updates = [updated(place, place, data) for place, data in enumerate(pieces)]
     outcomes = cluster.update(1, *updates, data=pieces)
     assert outcomes.errors == {} and [i.version for i in outcomes.infos if i] == [1, 1, 1]
     assert [cluster.read(2, chunk=place) for place in range(3)] == pieces
+
+
+def test_updates_of_different_chunks_go_down_the_chain_together(lazy: ChainCluster) -> None:
+    """Each is kept at the last member until all are there."""
+    lazy.set_chain([1, 2, 3])
+    replicator = lazy.servers[3]._chains.replicator
+    receive, together = replicator.receive, threading.Barrier(4)
+
+    def wait(*args: Any) -> Any:
+        together.wait(20)
+        return receive(*args)
+
+    replicator.receive = wait  # type: ignore[method-assign]
+    data = [payload(1000 + place) for place in range(4)]
+    updates = [updated(place, place, data[place]) for place in range(4)]
+    assert lazy.update(1, *updates, data=data).errors == {}
+    assert [lazy.read(3, chunk=place) for place in range(4)] == data
+    assert lazy.call(1, m.RemoveRange(1, 7, 0, 4, 1, lazy.passing(), 10)).errors == {}
+    assert [lazy.read(3, chunk=place) for place in range(4)] == [b""] * 4
+
+
+def test_updates_of_one_chunk_keep_their_order(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    order = [0, 1, 0, 2, 2, 0, 1]
+    data = [b"%d" % n for n in range(len(order))]
+    updates = [updated(place, n, data[n]) for n, place in enumerate(order)]
+    outcomes = lazy.update(1, *updates, data=data)
+    assert outcomes.errors == {}
+    assert [i.version for i in outcomes.infos if i] == [1, 1, 2, 1, 2, 3, 2]
+    assert [lazy.read(2, chunk=place) for place in range(3)] == [b"5", b"6", b"4"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room", "expected"),
+    [
+        ([1], 10, [range(1)]),
+        ([4, 4, 4], 8, [range(2), range(2, 3)]),
+        ([10, 10], 10, [range(1), range(1, 2)]),
+        ([0] * 4, 0, [range(4)]),
+    ],
+)
+def test_updates_are_taken_as_far_as_the_buffer_goes(
+    sizes: list[int], room: int, expected: list[range]
+) -> None:
+    updates = [m.Update(7, place, 0, size, 0, 1, 1) for place, size in enumerate(sizes)]
+    assert list(side_by_side(updates, room)) == expected
+
+
+def test_more_updates_than_fit_into_a_buffer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TRANSFER_BYTES", "CHAIN_CHUNK_BYTES"):
+        monkeypatch.setattr(chain_service_module, name, 10_000)
+    with chains(tmp_path) as cluster:
+        cluster.set_chain([1, 2])
+        data = [payload(3000 + place) for place in range(9)]
+        updates = [updated(place, place, data[place]) for place in range(9)]
+        assert cluster.update(1, *updates, data=data).errors == {}
+        assert [cluster.read(2, chunk=place) for place in range(9)] == data
 
 
 def test_one_bad_update_is_its_own(lazy: ChainCluster) -> None:
@@ -223,6 +289,99 @@ def test_a_full_disk_anywhere_leaves_the_update_nowhere(
     disk.before = lambda operation, path: None
     assert cluster.write(1, b"more", offset=offset, sequence=2).version == 2
     assert len(everywhere(cluster, 1, 2, 3)) == 1
+
+
+def fill(cluster: ChainCluster, number: int, *operations: str) -> None:
+    """The disk of a member has no room for what these would write."""
+
+    def refuse(operation: str, path: str) -> None:
+        if operation in operations:
+            raise DiskFull(path=path)
+
+    cluster.memory_disk(number).before = refuse
+
+
+def make_room(cluster: ChainCluster, number: int) -> None:
+    cluster.memory_disk(number).before = lambda operation, path: None
+
+
+@pytest.mark.parametrize("full", [2, 3])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_an_update_that_was_not_answered_is_given_up_where_there_is_no_room(
+    lazy: ChainCluster, full: int, offset: int
+) -> None:
+    """An attempt may still be on its way to the full member: it is not taken any more."""
+    cluster = lazy
+    cluster.set_chain([1, 2, 3])
+    cluster.write(1, b"four", sequence=1)
+    cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(cluster.servers[full])
+    with pytest.raises(ConnectionLost):
+        cluster.write(1, b"more", offset=offset, sequence=2, base=1)
+    made = cluster.pending(1)
+    assert made is not None
+    fill(cluster, full, "pwritev")
+    cut.on(cluster.servers[full])
+    wait_until(quiet(cluster, 1, 2, 3))
+    assert everywhere(cluster, 1, 2, 3) == {b"four"}, "readers are not kept waiting"
+    with pytest.raises(DiskFull):
+        cluster.write(1, b"more", offset=offset, sequence=2, again=True, base=1)
+    make_room(cluster, full)
+    update = m.Update(7, 0, offset, 4, crc32c(b"more"), 1, 2)
+    passing = cluster.passing(*range(full + 1, 4))
+    late = m.PassUpdate(full, passing, update, 2, made.crc32c, made.length)
+    assert isinstance(cluster.call(full, late, [b"more"]).error(0), DiskFull)
+    assert everywhere(cluster, 1, 2, 3) == {b"four"}
+    assert cluster.write(1, b"next", sequence=3).version == 2
+    assert everywhere(cluster, 1, 2, 3) == {b"next"}
+
+
+def test_what_was_carried_out_is_not_given_up(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    made = lazy.write(1, b"four", sequence=1)
+    request = m.DropUpdate(2, lazy.passing(), made)
+    assert only(lazy.call(2, request)) == made
+    assert everywhere(lazy, 1, 2) == {b"four"}
+    with pytest.raises(StaleChain):
+        lazy.call(1, m.DropUpdate(1, lazy.passing(), made))
+
+
+def test_a_tail_that_cannot_commit_refuses(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"four", sequence=1)
+    commit = lazy.store(2).versions.commit
+
+    def full(chunk: ChunkId) -> ChunkInfo:
+        raise DiskFull(path="target-2")
+
+    lazy.store(2).versions.commit = full  # type: ignore[method-assign]
+    with pytest.raises(DiskFull):
+        lazy.write(1, b"more", sequence=2)
+    assert quiet(lazy, 1, 2)()
+    assert everywhere(lazy, 1, 2) == {b"four"}
+    lazy.store(2).versions.commit = commit  # type: ignore[method-assign]
+
+
+@pytest.mark.logs_warnings
+def test_a_member_that_cannot_commit_what_others_have_leaves(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2])
+    lazy.write(1, b"four", sequence=1)
+    commit = lazy.store(1).versions.commit
+
+    def full(chunk: ChunkId) -> ChunkInfo:
+        raise DiskFull(path="target-1")
+
+    lazy.store(1).versions.commit = full  # type: ignore[method-assign]
+    before = lazy.metadata.report(1).incarnation
+    with pytest.raises(ConnectionLost):
+        lazy.write(1, b"more", sequence=2)
+    assert lazy.read(2) == b"more", "it may be shown, so it may not be dropped"
+    full_since = lazy.servers[1]._chains._maintenance._full
+    wait_until(lambda: full_since)
+    assert lazy.metadata.report(1).incarnation == before
+    lazy.clock.advance(RESOLVE_FULL_SECONDS)
+    lazy.metadata.wait_for(lambda: lazy.metadata.report(1).incarnation != before)
+    lazy.store(1).versions.commit = commit  # type: ignore[method-assign]
 
 
 def test_a_hop_without_a_lease_leaves_the_update_nowhere(lazy: ChainCluster) -> None:
@@ -470,6 +629,39 @@ def test_fsync_reaches_every_member(lazy: ChainCluster) -> None:
         lazy.call(2, m.SyncChunks(2, (m.ChunkRef(*CHUNK),), lazy.passing()))
 
 
+def test_all_chunks_of_a_request_are_synced_together_on_all_members(lazy: ChainCluster) -> None:
+    """Each sync of a file waits until all have begun."""
+    lazy.set_chain([1, 2, 3])
+    for number in range(3):
+        lazy.write(1, b"bytes", number=number, sequence=number)
+    together = threading.Barrier(9)
+
+    def wait(operation: str, path: str) -> None:
+        if operation == "sync":
+            together.wait(20)
+
+    for number in (1, 2, 3):
+        lazy.memory_disk(number).before = wait
+    refs = tuple(m.ChunkRef(7, number, CHAIN) for number in range(3))
+    assert lazy.call(1, m.SyncChunks(1, refs, lazy.passing())).errors == {}
+    assert not together.broken
+
+
+def test_what_one_member_cannot_sync_is_told_of_that_chunk(lazy: ChainCluster) -> None:
+    lazy.set_chain([1, 2, 3])
+    for number in range(2):
+        lazy.write(1, b"bytes", number=number, sequence=number)
+
+    def fail(operation: str, path: str) -> None:
+        if operation == "sync" and path == path_of(ChunkId(7, 1, CHAIN)):
+            raise DiskFull(path=path)
+
+    lazy.memory_disk(3).before = fail
+    refs = tuple(m.ChunkRef(7, number, CHAIN) for number in range(2))
+    outcomes = lazy.call(1, m.SyncChunks(1, refs, lazy.passing()))
+    assert outcomes.error(0) is None and isinstance(outcomes.error(1), DiskFull)
+
+
 def test_removals_are_ordered_of_every_member(lazy: ChainCluster) -> None:
     lazy.set_chain([1, 2])
     lazy.write(1, b"bytes", sequence=1)
@@ -502,11 +694,14 @@ def test_chains_in_all_orders_never_wait_in_a_circle(
         def work(chain: int, worker: int) -> None:
             for sequence in range(1, 9):
                 data = payload(20_000)
-                update = m.Update(7, worker, 0, len(data), crc32c(data), worker + 1, sequence)
+                updates = tuple(
+                    m.Update(7, place, 0, len(data), crc32c(data), worker + 1, sequence)
+                    for place in (worker, worker + 3)
+                )
                 head = orders[chain][0]
-                request = m.UpdateChunks(head, m.Passing(chain, 1), (update,))
+                request = m.UpdateChunks(head, m.Passing(chain, 1), updates)
                 try:
-                    failures.extend(cluster.call(head, request, [data]).errors.values())
+                    failures.extend(cluster.call(head, request, [data, data]).errors.values())
                 except KvfsError as exc:
                     failures.append(exc)
 
@@ -517,7 +712,7 @@ def test_chains_in_all_orders_never_wait_in_a_circle(
             thread.join()
         assert failures == []
         for chain in orders:
-            for worker in range(3):
-                chunk = ChunkId(7, worker, chain)
+            for place in range(6):
+                chunk = ChunkId(7, place, chain)
                 found = {cluster.store(n).recheck(chunk).crc32c for n in (1, 2, 3)}
                 assert len(found) == 1 and cluster.store(1).stat(chunk).version == 8

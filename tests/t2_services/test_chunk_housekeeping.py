@@ -20,10 +20,11 @@ from kvfs_base.errors import (
     NoTarget,
     NotLoopback,
 )
-from kvfs_base.os_env import os_env
+from kvfs_base.os_env import OsDisk, os_env
 from kvfs_base.types import Address, ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.config import ChunkServerConfig
@@ -385,7 +386,7 @@ sys.stdin.readline()
         (tmp_path / "victim" / "staging" / "torn").write_bytes(b"x")
         with start() as process:
             assert client.read_chunks(reads_of(writes)) == [None] * 20
-            assert os.listdir(tmp_path / "victim" / "staging") == []
+            assert drafts(OsDisk(str(tmp_path / "victim"))) == []
             process.kill()
 
 

@@ -31,12 +31,19 @@ from kvfs_base.errors import (
     TargetFailed,
 )
 from kvfs_base.frames import Kind
-from kvfs_base.limits import ITEMS_PER_REQUEST_MAX, MIB, PUBLISH_TOGETHER_MAX, TRANSFER_BYTES
+from kvfs_base.limits import (
+    ITEMS_PER_REQUEST_MAX,
+    MIB,
+    PUBLISH_TOGETHER_MAX,
+    SUM_BYTES,
+    TRANSFER_BYTES,
+)
 from kvfs_base.seams import Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite, ClusterSource
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of, path_of
@@ -88,7 +95,7 @@ def test_a_batch_comes_back(cluster: Cluster) -> None:
     assert statistics["chunks_written"] == statistics["chunks_read"] == len(sizes)
     assert statistics["read_bytes"] == sum(sizes)
     for number in cluster.servers:
-        assert cluster.disk(number).list("staging") == []
+        assert drafts(cluster.disk(number)) == []
 
 
 def test_a_chunk_file_is_its_payload(real: Cluster) -> None:
@@ -130,7 +137,7 @@ def test_bad_chunks_of_a_long_request_cost_only_themselves(tmp_path: Path, durab
         assert_equal(reads, good)
         lost = cluster.client().read_chunks(reads_of([writes[index] for index in bad]))
         assert all(isinstance(error, ChunkNotFound) for error in lost)
-        assert cluster.disk(1).list("staging") == []
+        assert drafts(cluster.disk(1)) == []
 
 
 def test_many_small_chunks(cluster: Cluster) -> None:
@@ -236,11 +243,36 @@ def test_a_flipped_bit_is_corrupt(cluster: Cluster, offset: int) -> None:
     expect(cluster, reads_of([write])[0], ChunkCorrupt)
 
 
+@pytest.mark.parametrize("offset", [0, SUM_BYTES - 1, SUM_BYTES, 3 * SUM_BYTES + 4])
+def test_a_flipped_bit_of_a_long_chunk_is_corrupt(cluster: Cluster, offset: int) -> None:
+    """It comes in several pieces, each of which is summed when it is there."""
+    sizes = [5, 3 * SUM_BYTES + 5, 0, SUM_BYTES - 5, 2 * SUM_BYTES]
+    writes = make_writes(sizes, chains=[1])
+    client = cluster.client()
+    assert client.write_chunks(writes) == [None] * len(sizes)
+    change(cluster, writes[1], offset, None)
+    reads = reads_of(writes)
+    results = client.read_chunks(reads)
+    assert type(results.pop(1)) is ChunkCorrupt
+    assert results == [None] * 4
+    assert_equal([reads[0], *reads[2:]], [writes[0], *writes[2:]])
+
+
 @pytest.mark.parametrize("size", [0, 19_999, 20_001])
 def test_a_torn_chunk_is_a_mismatch(cluster: Cluster, size: int) -> None:
     write = stored(cluster)
     change(cluster, write, None, size)
     expect(cluster, reads_of([write])[0], ChunkMismatch)
+
+
+def test_a_chunk_that_was_read_and_then_cut_is_a_mismatch(cluster: Cluster) -> None:
+    """The server has it open, as it was; at the latest the second attempt looks again."""
+    write = stored(cluster)
+    client = cluster.client()
+    assert client.read_chunks(reads_of([write])) == [None]
+    change(cluster, write, None, 10_000)
+    (error,) = client.read_chunks(reads_of([write]))
+    assert type(error) is ChunkMismatch
 
 
 def test_another_key_is_a_mismatch(cluster: Cluster) -> None:
@@ -289,7 +321,7 @@ def test_a_remote_server_checks_what_it_receives(tmp_path: Path) -> None:
         first, wrong, last = cluster.client().write_chunks(writes)
         assert first is last is None and isinstance(wrong, ChunkCorrupt)
         expect(cluster, reads_of(writes)[1], ChunkNotFound)
-        assert cluster.disk(1).list("staging") == []
+        assert drafts(cluster.disk(1)) == []
         assert cluster.servers[1].statistics()["bad_chunks"] == 1
 
 
@@ -500,7 +532,7 @@ def test_a_full_disk_fails_writes_and_serves_reads(in_memory: Cluster) -> None:
     results = client.write_chunks(make_writes([100] * 3, first_inode=2000))
     assert [type(r) for r in results] == [DiskFull, type(None), type(None)]
     assert client.read_chunks(reads_of(kept)) == [None]
-    assert disk.list("staging") == []
+    assert drafts(disk) == []
     assert cluster.servers[1].statistics()["failed_targets"] == 0
 
 
@@ -518,7 +550,7 @@ def test_a_real_disk_that_fills_up() -> None:
                 results = client.write_chunks(make_writes([3 * MIB] * 8))
                 assert {type(r) for r in results} == {type(None), DiskFull}
                 for number in cluster.servers:
-                    assert cluster.disk(number).list("staging") == []
+                    assert drafts(cluster.disk(number)) == []
             for target in root.iterdir():
                 shutil.rmtree(target)
     finally:
@@ -694,11 +726,11 @@ def test_staged_chunks_go_with_their_connection(tmp_path: Path) -> None:
     with running("os", "local", tmp_path) as cluster:
         connection = DataConnection(cluster.connection(1))
         _, passed = connection.call_for_descriptors(m.StageChunks(1, 3), lambda s: len(s.tokens))
-        assert len(cluster.disk(1).list("staging")) == 3
+        assert len(drafts(cluster.disk(1))) == 3
         connection.close()
         for descriptor in passed:
             os.close(descriptor)
-        wait_until(lambda: cluster.disk(1).list("staging") == [])
+        wait_until(lambda: drafts(cluster.disk(1)) == [])
 
 
 def test_stalled_writers_cost_bounded_memory(
@@ -725,7 +757,7 @@ def test_stalled_writers_cost_bounded_memory(
             connection.send([head, bytes(1000)])
         assert cluster.client().read_chunks(reads_of([write])) == [None]
         wait_until(lambda: cluster.servers[1].statistics()["connections"] <= 2)
-        assert cluster.disk(1).list("staging") == []
+        assert drafts(cluster.disk(1)) == []
         assert sum(made) - sum(n for n in made if n < TRANSFER_BYTES) <= 3 * TRANSFER_BYTES
         monkeypatch.setattr("kvfs_datapath.buffers.mmap.mmap", real_mmap)
         assert cluster.client().write_chunks(make_writes([100], 4000)) == [None]

@@ -267,8 +267,8 @@ def test_a_file_opened_as_it_is_made_stays_open_if_the_answer_is_lost(
         """Between the first copy and the greeting of the next connection."""
         disconnected = stage.handler.disconnected
 
-        def unlinking(session_id: int) -> None:
-            disconnected(session_id)
+        def unlinking(session_id: int, *, by_peer: bool) -> None:
+            disconnected(session_id, by_peer=by_peer)
             if how != "before":
                 rig.call(m.Unlink(ROOT, b"f"))
             stage.handler.disconnected = disconnected  # type: ignore[method-assign]

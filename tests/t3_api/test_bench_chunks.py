@@ -73,6 +73,19 @@ def test_a_server_that_lost_everything_is_timed(tmp_path: Path) -> None:
     assert 0 < rows[0]["lost_bytes"] <= 1 << 20
 
 
+def test_requests_of_several_updates_are_timed(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = ["--updates", "--dir", str(tmp_path), "--sizes", "64K", "--total-mib", "1"]
+    options += ["--servers", "2", "--replicas", "2", "--rounds", "1", "--json", str(out)]
+    result = CliRunner().invoke(bench_chunks, options)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())
+    assert [(row["what"], row["chunk_bytes"]) for row in rows] == [
+        (what, 64 << 10) for what in ("written", "synced", "cut")
+    ]
+    assert all(row["milliseconds"] > 0 and row["cpu_milliseconds"] > 0 for row in rows)
+
+
 def test_a_limit_is_the_better_of_both_sides() -> None:
     limits = iter([Sample(3.0), Sample(1.0), Sample(2.0)])
     figures, best = measure(2, {"disk": lambda: next(limits)}, lambda: Sample(0.5))

@@ -320,7 +320,7 @@ def test_a_listing_goes_on_over_another_connection(cluster: ApiCluster) -> None:
     for fresh in (False, True):
         found: list[tuple[int, int]] = []
         start: m.ChunkRef | None = m.ChunkRef(0, 0, 0)
-        pool = ConnectionPool(os_env().blocking_network)
+        pool = ConnectionPool(os_env().blocking_network, os_env().clock)
         while start is not None:
             request = m.ListChunks(target, start, 3)
             page: m.ChunkPage = pool.run(address, operator.methodcaller("call", request))
@@ -329,7 +329,7 @@ def test_a_listing_goes_on_over_another_connection(cluster: ApiCluster) -> None:
             start = page.next
             if fresh:
                 pool.close()
-                pool = ConnectionPool(os_env().blocking_network)
+                pool = ConnectionPool(os_env().blocking_network, os_env().clock)
         pool.close()
         listed[fresh] = found
     assert listed[False] == listed[True] == sorted(listed[True])

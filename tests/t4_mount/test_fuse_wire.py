@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import struct
 from typing import Any
 
@@ -14,6 +15,7 @@ from kvfs.mount.fuse_wire import Opcode
 from kvfs_base.errors import ProtocolError
 from kvfs_base.limits import MOUNT_IO_BYTES
 from kvfs_base.types import Attr
+from kvfs_metadata.messages import FileLock
 
 
 def request(opcode: int, body: bytes = b"", *, length: int | None = None, extra: int = 0) -> bytes:
@@ -31,6 +33,8 @@ READ = struct.pack("=QQIIQII", 3, 4096, 100, 0, 0, 0, 0)
 SETATTR = struct.pack(
     "=IIQQQqqqIIIIIIII", 0x3F, 0, 5, 77, 0, -1, 2, 3, 999_999_999, 5, 6, 0o644, 0, 8, 9, 0
 )
+LOCK = struct.pack("=Q8sQQIIII", 3, b"anybody!", 10, 19, 1, 77, 1, 0)
+LOCKED = (3, fcntl.F_WRLCK, FileLock(10, 19, True, b"anybody!", flock=True, pid=77))
 
 REQUESTS: dict[Opcode, tuple[bytes, Any]] = {
     Opcode.LOOKUP: (b"name\0", (b"name",)),
@@ -56,7 +60,12 @@ REQUESTS: dict[Opcode, tuple[bytes, Any]] = {
     Opcode.GETXATTR: (struct.pack("=II", 64, 0) + b"user.a\0", (64, b"user.a")),
     Opcode.LISTXATTR: (struct.pack("=II", 64, 0), (64, b"")),
     Opcode.REMOVEXATTR: (b"user.a\0", (b"user.a",)),
-    Opcode.FLUSH: (struct.pack("=QIIQ", 3, 0, 0, 0), (3,)),
+    Opcode.FLUSH: (struct.pack("=QIIQ", 3, 0, 0, 258), (3, b"\2\1\0\0\0\0\0\0")),
+    Opcode.FALLOCATE: (struct.pack("=QQQII", 3, 10, 20, 3, 0), (3, 10, 20, 3)),
+    Opcode.LSEEK: (struct.pack("=QQII", 3, 10, 4, 0), (3, 10, 4)),
+    Opcode.GETLK: (LOCK, LOCKED),
+    Opcode.SETLK: (LOCK, LOCKED),
+    Opcode.SETLKW: (LOCK, LOCKED),
     Opcode.INIT: (struct.pack("=IIIII44x", 7, 45, 131072, 1 << 30 | 1, 1 << 5),
                   (7, 45, 131072, 1 << 37 | 1 << 30 | 1)),
     Opcode.OPENDIR: (struct.pack("=II", 0, 0), (0, False)),
@@ -103,6 +112,9 @@ def test_unknown_requests_have_no_arguments() -> None:
         request(Opcode.READ, struct.pack("=QQIIQII", 3, 0, MOUNT_IO_BYTES + 1, 0, 0, 0, 0)),
         request(Opcode.BATCH_FORGET, struct.pack("=IIQQ", 2, 0, 11, 1)),
         request(Opcode.BATCH_FORGET, struct.pack("=II", 0xFFFF_FFFF, 0)),
+        request(Opcode.SETLK, struct.pack("=QQQQIIII", 3, 0, 20, 19, 1, 77, 1, 0)),
+        request(Opcode.SETLK, struct.pack("=QQQQIIII", 3, 0, 0, 1 << 63, 1, 77, 1, 0)),
+        request(Opcode.SETLK, struct.pack("=QQQQIIII", 3, 0, 0, 19, 3, 77, 1, 0)),
         request(Opcode.SETXATTR, struct.pack("=II", 4, 0) + b"user.a\0v"),
         request(Opcode.SETXATTR, struct.pack("=II", 0, 0) + b"user.a"),
         request(Opcode.SETATTR, SETATTR[:-1]),

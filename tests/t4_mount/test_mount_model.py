@@ -4,6 +4,7 @@ results, the same errno, the same tree in the end."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import random
 import stat
@@ -14,7 +15,11 @@ from typing import Any
 
 import pytest
 
+from posix_model import PosixModel, check
+from posix_trees import KernelTree
+
 STEPS = 1500
+MODEL_EXAMPLES = int(os.environ.get("KVFS_MOUNT_EXAMPLES", "20"))
 NAMES = ["a", "b", "c", "dd", "e" * 60, "x.tmp"]
 
 
@@ -250,3 +255,18 @@ def test_random_operations(work: Path, reference: Path, seed: int) -> None:
     finally:
         twins.close_all()
     assert tree(work) == tree(reference), "\n".join(twins.trace[-40:])
+
+
+def test_names_and_attributes(work: Path) -> None:
+    """The histories that the metadata service alone agrees with the kernel in, through a mount."""
+    numbers = itertools.count()
+
+    class MountModel(PosixModel):
+        beside = "/var/tmp"
+
+        def tree(self) -> KernelTree:
+            directory = work / str(next(numbers))
+            directory.mkdir()
+            return KernelTree(str(directory))
+
+    check(MountModel, MODEL_EXAMPLES)

@@ -8,6 +8,8 @@ import random
 import shutil
 import sqlite3
 import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,48 @@ def test_compiling_a_program(work: Path) -> None:
         "hello: main.o greeting.o\n\tgcc -o $@ $^\n%.o: %.c hello.h\n\tgcc -c -o $@ $<\n"
         "libgreeting.a: greeting.o\n\tar rcs $@ $^\n"
     )
-    run("make", "hello", "libgreeting.a", cwd=work)
+    run("make", "-j2", "hello", "libgreeting.a", cwd=work)
     assert run(work / "hello").strip() == "hello from kvfs"
     assert "up to date" in run("make", "hello", cwd=work)
+
+
+def test_pip_into_an_environment(work: Path, tmp_path: Path) -> None:
+    """A wheel with many small modules and a script; the environment lies on the mount."""
+    pytest.importorskip("pip")
+    wheel = tmp_path / "many-1.0-py3-none-any.whl"
+    files = {f"many/module_{n}.py": f"VALUE = {n}\n" for n in range(40)}
+    files["many/__init__.py"] = "def main():\n    print('hello from', __file__)\n"
+    info = {
+        "METADATA": "Metadata-Version: 2.1\nName: many\nVersion: 1.0\n",
+        "WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "entry_points.txt": "[console_scripts]\nmany = many:main\n",
+    }
+    files |= {f"many-1.0.dist-info/{name}": text for name, text in info.items()}
+    names = [*files, "many-1.0.dist-info/RECORD"]
+    files["many-1.0.dist-info/RECORD"] = "".join(f"{name},,\n" for name in names)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+    environment = work / "environment"
+    run(sys.executable, "-m", "venv", "--without-pip", environment)
+    python = environment / "bin/python"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-index", wheel)
+    assert run(environment / "bin/many").strip().endswith("/many/__init__.py")
+    assert run(python, "-c", "import many.module_7 as m; print(m.VALUE)").strip() == "7"
+    run(sys.executable, "-m", "pip", "--python", python, "uninstall", "-q", "-y", "many")
+    assert not list(environment.rglob("module_*"))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "--ioengine=psync --rw=randwrite --bs=4k",
+        "--ioengine=psync --rw=randrw --bsrange=1k-300k --fsync=16",
+        "--ioengine=mmap --rw=randwrite --bs=8k",
+        "--ioengine=libaio --iodepth=8 --direct=1 --rw=write --bs=256k",
+    ],
+)
+def test_fio_reads_what_it_wrote(work: Path, how: str) -> None:
+    need("fio")
+    sizes = ["--size=8m", "--verify=crc32c", "--verify_fatal=1", "--verify_backlog=64"]
+    run("fio", "--name=job", f"--directory={work}", *sizes, *how.split(), "--output-format=terse")

@@ -36,6 +36,7 @@ from kvfs_tools.bench import fio_read
 from kvfs_tools.chunk_pair import Pair
 from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table
 from kvfs_tools.chunk_rig import ChunkRig, check, write_json
+from kvfs_tools.chunk_updates import UpdateBench, Updates, updates_table
 
 CHUNKS_MAX = 2048
 """Of one size: an unlink costs up to a millisecond, and all of a round's chunks are removed."""
@@ -309,6 +310,11 @@ def _numbers(text: str, parse: Callable[[str], int], low: int, high: int) -> lis
     is_flag=True,
     help="Measure only how fast a member that lost its data gets it back.",
 )
+@click.option(
+    "--updates",
+    is_flag=True,
+    help="Measure only requests of several updates of files: written, synced, cut.",
+)
 @click.option("--json", "json_path", help="Write the figures here too.")
 def bench_chunks(
     *,
@@ -320,21 +326,23 @@ def bench_chunks(
     durability: str,
     rounds: int,
     rebuild: bool,
+    updates: bool,
     json_path: str | None,
 ) -> None:
     """Measure chunk servers and a chunk client against fio and a plain socket pair.
 
     A size's data is --total-mib, but at most 2,048 chunks.
     """
-    if shutil.which("fio") is None and not rebuild:
+    if shutil.which("fio") is None and not rebuild and not updates:
         raise click.ClickException("fio is not installed (apt-get install fio)")
     chunk_sizes = _numbers(sizes, parse_size, 1, BLOCK_BYTES_MAX)
     if any(size % PAGE_BYTES for size in chunk_sizes):
         raise click.BadParameter(f"sizes are multiples of {PAGE_BYTES} bytes")
-    if rebuild and replicas < 2:
-        raise click.BadParameter("--rebuild takes --replicas of 2 or 3")
+    if (rebuild or updates) and replicas < 2:
+        raise click.BadParameter("--rebuild and --updates take --replicas of 2 or 3")
     figures: list[Figure] = []
     rebuilds: list[Rebuild] = []
+    updated: list[Updates] = []
     with tempfile.TemporaryDirectory(prefix="kvfs-bench-", dir=directory) as name:
         for number in _numbers(servers, int, 1, 16):
             folder = Path(name, str(number))
@@ -344,14 +352,24 @@ def bench_chunks(
                     again = RebuildBench(rig, number, replicas, total_mib * MIB, rounds, _tell)
                     rebuilds += [*map(again.blocks, chunk_sizes), again.files()]
                     continue
+                if updates:
+                    requests = UpdateBench(rig, replicas, total_mib * MIB, rounds, _tell)
+                    for size in chunk_sizes:
+                        updated += requests.run(size)
+                    continue
                 for size in chunk_sizes:
                     total = min(total_mib * MIB, 16 * GIB)
                     count = max(8, min(CHUNKS_MAX, total // size))
                     bench = Bench(rig, number, replicas, size, count, rounds, folder, _tell)
                     figures += bench.run()
-    Console().print(rebuild_table(rebuilds) if rebuild else table(figures))
+    if rebuild:
+        Console().print(rebuild_table(rebuilds))
+    elif updates:
+        Console().print(updates_table(updated))
+    else:
+        Console().print(table(figures))
     if json_path:
-        rows: list[Figure | Rebuild] = [*figures, *rebuilds]
+        rows: list[Figure | Rebuild | Updates] = [*figures, *rebuilds, *updated]
         write_json(json_path, [dataclasses.asdict(row) for row in rows])
 
 

@@ -61,7 +61,7 @@ class BlockWriter:
         try:
             for index, new in enumerate(chunks):
                 try:
-                    staged[index] = self._take(store, new, buffer)
+                    staged[index] = self.take(store, new, buffer)
                 except (ConnectionLost, DeadlineExceeded):
                     raise
                 except KvfsError as exc:
@@ -89,7 +89,8 @@ class BlockWriter:
         for index, error in zip(batch, outcomes, strict=True):
             results[index] = error
 
-    def _take(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> StagedChunk:
+    def take(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> StagedChunk:
+        """Receives a chunk whole, for the caller to publish or discard."""
         try:
             staged = store.stage()
         except KvfsError:

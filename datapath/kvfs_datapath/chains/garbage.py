@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from kvfs_base import threads
 from kvfs_base.cluster import FindUnwanted
@@ -101,21 +101,30 @@ class GarbageCollector:
             if self._stopping.wait(GARBAGE_PAUSE_SECONDS) or not store.target_id:
                 return
             version = self._version(chain)
+            came = store.incoming.watch()
             request = FindUnwanted(store.target_id, chain, tuple(page))
             for index in self._rpc.call(request, TARGET_LEASE_SECONDS):
                 if index < len(page):
                     unwanted = (store.uuid, chain, page[index])
                     if unwanted in self._before:
-                        self._remove(store, chain, page[index], version)
+                        self._remove(store, chain, page[index], version, came)
                     yield unwanted
 
     def _version(self, chain_id: int) -> int:
         chain = self._views.chain(chain_id)
         return 0 if chain is None else chain.version
 
-    def _remove(self, store: ChunkStore, chain: int, inode: int, version: int) -> None:
+    def _remove(
+        self,
+        store: ChunkStore,
+        chain: int,
+        inode: int,
+        version: int,
+        came: Collection[int] = (),
+    ) -> None:
         """Unless the target may have come (back) into the chain since the question was asked: then
-        it has what others sent it, or were told that it has."""
+        it has what others sent it, or were told that it has. What has one copy may have come as
+        well (``came``): it may have been here before, and moved here again."""
         with self._removing:
             if self._version(chain) != version:
                 return
@@ -125,5 +134,5 @@ class GarbageCollector:
                     with store.versions.lock(chunk, CHUNK_LOCK_SECONDS):
                         removed = store.remove(chunk)
                 else:
-                    removed = store.remove(chunk)
+                    removed = store.remove(chunk, unless=came)
                 self._counters.add(chunks_removed=int(removed), garbage_removed=int(removed))

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Sequence
 
 from kvfs_base import threads
-from kvfs_base.errors import Conflict, KvfsError
-from kvfs_base.limits import RESOLVE_SECONDS
+from kvfs_base.errors import Conflict, DiskFull, KvfsError
+from kvfs_base.limits import RESOLVE_FULL_SECONDS, RESOLVE_SECONDS
 from kvfs_base.seams import Env
+from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains.peers import Peers, Unreached
 from kvfs_datapath.chains.replication import Replicator, Unresolved
@@ -39,6 +40,8 @@ class Maintenance:
         self._stopping = False
         self._wake = threads.event()
         self._searched: set[tuple[str, int]] = set()
+        self._full: dict[tuple[ChunkStore, ChunkId], float] = {}
+        """Since when they cannot be committed here."""
         self._thread = threads.thread(self._run, name="kvfs-chains")
         views.on_change(self._wake.set)
         replicator.wake = self._wake.set
@@ -80,7 +83,10 @@ class Maintenance:
     def _resolve(self) -> None:
         """Whoever does not answer is asked once in a round."""
         silent: set[int] = set()
-        for store, chunk in self._replicator.unresolved():
+        unresolved = self._replicator.unresolved()
+        for key in [key for key in self._full if key not in unresolved]:
+            del self._full[key]
+        for store, chunk in unresolved:
             if self._stopping:
                 return
             following = self._following(store, chunk.chain)
@@ -89,12 +95,25 @@ class Maintenance:
             try:
                 self._replicator.resolve(store, chunk)
             except Unresolved as exc:
+                if isinstance(exc.__cause__, DiskFull):
+                    self._note_full(store, chunk)
                 if isinstance(exc.__cause__, Unreached):
                     silent.add(exc.__cause__.target_id)
             except Conflict:
                 pass  # somebody is at it
             except KvfsError as exc:
                 log.info("chunk %s stays pending: %s", tuple(chunk), exc)
+
+    def _note_full(self, store: ChunkStore, chunk: ChunkId) -> None:
+        """A target that has no room to commit what others have committed leaves its chains, if
+        somebody else is there: it is brought in step once it has room."""
+        now = self._env.clock.monotonic()
+        since = self._full.setdefault((store, chunk), now)
+        chain = self._views.chain(chunk.chain)
+        if now - since >= RESOLVE_FULL_SECONDS and chain is not None and len(chain.targets) > 1:
+            log.error("target %d is full, and leaves its chains", store.target_id)
+            self._full.clear()
+            self._views.renounce(store.uuid)
 
     def _following(self, store: ChunkStore, chain_id: int) -> int | None:
         for place in self._views.places(store.target_id):

@@ -79,7 +79,7 @@ class Peers:
         self._clock: Clock = env.clock
         self._host_id = env.host_id
         self._views = views
-        self._pool = ConnectionPool(env.blocking_network)
+        self._pool = ConnectionPool(env.blocking_network, env.clock)
         self._slots: dict[tuple[Address, int], threads.Semaphore] = {}
         self._lock = threads.lock()
         self.reach = Reach()
@@ -157,8 +157,16 @@ class Relay:
     the way there stops the payload from being received: ``finish`` says what did."""
 
     def __init__(
-        self, peers: Peers, target_id: int, request: Request, payload_bytes: int, hops: int
+        self,
+        peers: Peers,
+        target_id: int,
+        request: Request,
+        payload_bytes: int,
+        hops: int,
+        *,
+        seconds: float | None = None,
     ) -> None:
+        """``seconds``: less than what the hops would get."""
         self._peers = peers
         self._target_id = target_id
         self._request = request
@@ -168,6 +176,8 @@ class Relay:
         try:
             connection = self._stack.enter_context(peers.connection(target_id, hops))
             self._connection = connection
+            if seconds is not None:
+                connection.set_timeout(min(seconds, PASS_SECONDS * (hops + 1)))
             self._try(lambda: connection.begin(request, payload_bytes))
         except (Unreached, KvfsError) as exc:
             self._failure = exc

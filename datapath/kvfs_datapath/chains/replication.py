@@ -8,7 +8,8 @@ The invariants, in the order in which they are used:
 - What a member has pending, all serving members before it have pending or committed.
 - What a member has committed, all members behind it have committed.
 - A pending update is dropped only if nobody behind has it, nor can get it from a request that is
-  still on its way. Else it stays until every member behind has it, or there is none behind.
+  still on its way: whoever has no room for one is asked, and takes it no more. Else it stays until
+  every member behind has it, or there is none behind.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -27,6 +29,7 @@ from kvfs_base.errors import (
     ChunkMismatch,
     Conflict,
     ConnectionLost,
+    DiskFull,
     KvfsError,
     ServerBusy,
     StaleChain,
@@ -38,7 +41,9 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath import rules
 from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.chains.crew import Crew
 from kvfs_datapath.chains.peers import Peers, Unreached
+from kvfs_datapath.chains.refused import Refused
 from kvfs_datapath.chains.views import Place, Views, require_head, require_hops
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
@@ -89,16 +94,20 @@ class Replicator:
         in_step: InStep,
         buffers: BufferPool,
         counters: Counters,
+        *,
+        crew: Crew,
     ) -> None:
         self._views = views
         self._peers = peers
         self._in_step = in_step
         self._buffers = buffers
         self._counters = counters
+        self._crew = crew
         self._unresolved: dict[tuple[ChunkStore, ChunkId], None] = {}
         self._removed: collections.OrderedDict[tuple[int, int, int], None]
         self._removed = collections.OrderedDict()
         self._removing: set[tuple[int, int, int]] = set()
+        self._refused = Refused()
         self._guard = threads.lock()
         self.wake: Callable[[], None] = lambda: None
         """Somebody is to call ``resolve`` soon."""
@@ -148,10 +157,17 @@ class Replicator:
     def _cut_range(self, store: ChunkStore, request: m.RemoveRange, passing: m.Passing) -> None:
         chunks = store.list_directory(directory_of(request.inode, passing.chain), passing.chain)
         chunks += store.versions.pendings(passing.chain)
-        for chunk in sorted(set(chunks)):
-            if chunk.inode == request.inode and request.first <= chunk.number < request.end:
-                cut = m.Update(*chunk[:2], 0, 0, 0, request.writer, request.sequence, cut=True)
-                self.update(store, passing, cut, memoryview(b""))
+        wanted = range(request.first, request.end)
+
+        def cut(chunk: ChunkId) -> None:
+            update = m.Update(*chunk[:2], 0, 0, 0, request.writer, request.sequence, cut=True)
+            self.update(store, passing, update, memoryview(b""))
+
+        self._crew.work(
+            functools.partial(cut, chunk)
+            for chunk in sorted(set(chunks))
+            if chunk.inode == request.inode and chunk.number in wanted
+        )
 
     def receive(self, store: ChunkStore, request: m.PassUpdate, data: memoryview) -> ChunkInfo:
         """At any other member: the chunk as it is afterwards, or another version of it, which asks
@@ -163,6 +179,7 @@ class Replicator:
                 store, chunk.chain, lambda p: require_hops(p, request.passing)
             ) as place,
         ):
+            self._refused.check(place, request)
             committed, pending, known = self._look(store, chunk)
             in_step = place.serving or self._in_step.has(place, chunk)
             receipt = rules.receive(committed, pending, request, in_step)
@@ -210,7 +227,7 @@ class Replicator:
         if request.whole:
             info = ChunkInfo(
                 *chunk,
-                ChunkState.PENDING,
+                ChunkState.DAMAGED if request.damaged else ChunkState.PENDING,
                 length=request.length,
                 crc32c=request.crc32c,
                 version=request.version,
@@ -237,7 +254,8 @@ class Replicator:
         if pending is None:
             self._forget(store, chunk)
         else:
-            self._carry(store, place, pending, None, clean=False)
+            with contextlib.suppress(DiskFull):  # then it is nowhere, and will not be
+                self._carry(store, place, pending, None, clean=False)
 
     def _carry(
         self, store: ChunkStore, place: Place, info: ChunkInfo, load: Load | None, *, clean: bool
@@ -248,6 +266,14 @@ class Replicator:
         try:
             if place.hops:
                 self._pass(store, place, info, load)
+        except DiskFull as exc:
+            if not clean and self._is_done_behind(store, place, info):
+                pass  # an attempt that was not answered was carried out
+            elif self._drop(store, chunk):
+                self._forget(store, chunk)
+                raise
+            else:
+                raise self._remember(store, chunk, exc) from exc
         except rules.NOWHERE as exc:
             if clean and self._drop(store, chunk):
                 raise
@@ -257,13 +283,59 @@ class Replicator:
         except BaseException as exc:
             self._remember(store, chunk, exc)
             raise
+        droppable = clean and not place.hops  # nobody has seen it
+        return self._commit(store, chunk, droppable=droppable)
+
+    def _commit(self, store: ChunkStore, chunk: ChunkId, *, droppable: bool = False) -> ChunkInfo:
         try:
             committed = store.versions.commit(chunk)
         except KvfsError as exc:
+            if droppable and isinstance(exc, DiskFull) and self._drop(store, chunk):
+                raise
             raise self._remember(store, chunk, exc) from exc
         self._forget(store, chunk)
         self._counters.add(updates=1)
         return committed
+
+    def _is_done_behind(self, store: ChunkStore, place: Place, info: ChunkInfo) -> bool:
+        """What became of a pending version for which the next member has no room now, though an
+        earlier attempt may have found some. False: nobody behind has it, or takes it from such an
+        attempt any more. Raises Unresolved."""
+        following, *rest = place.hops
+        request = m.DropUpdate(following, place.passing(tuple(rest)), info)
+        try:
+            outcomes: m.Outcomes = self._peers.call(following, request, hops=len(rest))
+            error = outcomes.error(0)
+            if error is not None:
+                raise error
+        except (Unreached, KvfsError) as exc:
+            raise self._remember(store, info.chunk, exc) from exc
+        return rules.same_version(outcomes.infos[0], info)
+
+    def drop_update(self, store: ChunkStore, request: m.DropUpdate) -> ChunkInfo:
+        """At a member that had no room for an update. Raises Unresolved, and as ``update``."""
+        made = request.made
+        chunk = ChunkId(made.inode, made.number, request.passing.chain)
+        with (
+            store.versions.lock(chunk, CHUNK_LOCK_SECONDS),
+            self._views.writing(
+                store, chunk.chain, lambda p: require_hops(p, request.passing)
+            ) as place,
+        ):
+            committed, pending, known = self._look(store, chunk)
+            if not known:
+                raise ChunkMismatch(*chunk, detail="it is not known what is pending")
+            if rules.same_version(committed, made):
+                return committed or rules.nothing(chunk)
+            if pending is not None and rules.same_version(pending, made):
+                if place.hops and self._is_done_behind(store, place, pending):
+                    return self._commit(store, chunk)
+                store.versions.drop(chunk)
+                self._forget(store, chunk)
+                if not place.serving:
+                    self._in_step.went(place, chunk)
+            self._refused.add(place, made)
+            return committed or rules.nothing(chunk)
 
     def _drop(self, store: ChunkStore, chunk: ChunkId) -> bool:
         try:
@@ -296,6 +368,7 @@ class Replicator:
             length=info.length,
             whole=load.whole,
             durable=info.durable,
+            damaged=load.whole and info.is_damaged,
         )
         outcomes = self._peers.call(following, request, [load.data], hops=len(rest))
         error = outcomes.error(0)
@@ -323,8 +396,8 @@ class Replicator:
 
     def send_committed(self, place: Place, info: ChunkInfo, data: memoryview) -> bool:
         """Passes a committed version on as a whole, the chunk's lock being held: ``data`` are its
-        bytes. False if the next member wants another one. Raises Unreached and what that one
-        answers."""
+        bytes, none if it is damaged. False if the next member wants another one. Raises Unreached
+        and what that one answers."""
         return self._ask(place, info, whole_load(info, data))
 
     # --- what could not be finished
@@ -369,5 +442,8 @@ class Replicator:
 
 def whole_load(info: ChunkInfo, data: memoryview) -> Load:
     """A chunk as one update from nothing."""
-    update = m.Update(*info.chunk[:2], 0, info.length, info.crc32c, info.writer, info.sequence)
+    length, checksum, lost = info.length, info.crc32c, info.is_damaged
+    if lost:
+        length = checksum = 0
+    update = m.Update(*info.chunk[:2], 0, length, checksum, info.writer, info.sequence, cut=lost)
     return Load(update, data, whole=True)

@@ -8,6 +8,7 @@ from kvfs_base.cluster import Synced
 from kvfs_base.counters import Counters
 from kvfs_base.limits import (
     CHAIN_CHUNK_BYTES,
+    CREW_THREADS,
     HOPS_MAX,
     PASS_BUFFERS,
     SYNC_BUFFERS,
@@ -15,6 +16,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Env
 from kvfs_datapath.buffers import BufferPool
+from kvfs_datapath.chains.crew import Crew
 from kvfs_datapath.chains.garbage import GarbageCollector
 from kvfs_datapath.chains.maintenance import Maintenance
 from kvfs_datapath.chains.peers import Peers
@@ -57,17 +59,20 @@ class ChainService:
         )
         self.sinks = SyncSinks(self.views, self._garbage.wait_past)
         # Each holds a whole chunk of a file.
-        size = max(TRANSFER_BYTES, CHAIN_CHUNK_BYTES)
+        self.buffer_bytes = size = max(TRANSFER_BYTES, CHAIN_CHUNK_BYTES)
         self._buffers = [BufferPool(PASS_BUFFERS, size) for _ in range(HOPS_MAX + 1)]
         sending = BufferPool(SYNC_BUFFERS, size)
-        self.replicator = Replicator(self.views, self.peers, self.sinks, sending, counters)
+        self.crew = Crew(CREW_THREADS)
+        self.replicator = Replicator(
+            self.views, self.peers, self.sinks, sending, counters, crew=self.crew
+        )
         self.repairer = Repairer(self.views, self.peers, self.replicator, sending, counters)
         self._source = SyncSource(
             stores,
             self.views,
             self.peers,
             self.replicator,
-            repair=self.repairer.repair,
+            repairer=self.repairer,
             buffers=sending,
             counters=counters,
             bytes_per_second=config.sync_bytes_per_second,
@@ -98,3 +103,4 @@ class ChainService:
         self._maintenance.stop()
         self._source.stop()
         self._garbage.stop()
+        self.crew.close()

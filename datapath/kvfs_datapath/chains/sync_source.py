@@ -18,13 +18,14 @@ from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
     ChunkNotFound,
+    ConnectionLost,
     KvfsError,
     ServerBusy,
-    StaleChain,
 )
 from kvfs_base.limits import (
     CHUNK_LOCK_SECONDS,
     PASS_SECONDS,
+    READ_ATTEMPTS,
     SYNC_CALL_SECONDS,
     SYNC_PAGE_CHUNKS,
     SYNC_RETRY_SECONDS,
@@ -35,8 +36,9 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.chains.peers import Peers, Relay, Unreached
+from kvfs_datapath.chains.repair import Repairer
 from kvfs_datapath.chains.replication import Replicator, Unresolved
-from kvfs_datapath.chains.views import Place, Views
+from kvfs_datapath.chains.views import Place, Views, require_version
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.listing import ChunkListing
 from kvfs_datapath.chunks.store import ChunkStore
@@ -45,8 +47,7 @@ from kvfs_datapath.format import ChunkInfo
 log = logging.getLogger(__name__)
 
 _Job = tuple[ChunkStore, Place]
-Repair = Callable[[ChunkStore, ChunkId], ChunkInfo]
-"""Makes a chunk whole again from another serving member. Raises KvfsError if it cannot."""
+_Send = Callable[[ChunkStore, Place, ChunkId], int]
 
 
 class SyncSource:
@@ -59,7 +60,7 @@ class SyncSource:
         peers: Peers,
         replicator: Replicator,
         *,
-        repair: Repair,
+        repairer: Repairer,
         buffers: BufferPool,
         counters: Counters,
         bytes_per_second: int,
@@ -68,7 +69,7 @@ class SyncSource:
         self._views = views
         self._peers = peers
         self._replicator = replicator
-        self._repair = repair
+        self._repairer = repairer
         self._buffers = buffers
         self._counters = counters
         self._rate = bytes_per_second
@@ -168,7 +169,7 @@ class SyncSource:
         listing = ChunkListing(store, start.chunk)
         while True:
             page = listing.page(SYNC_PAGE_CHUNKS)
-            held = self._held(store, page)
+            held = self._held(store, place, page)
             request = m.CompareChunks(sink, passing, start, page.next, held)
             wanted: m.Wanted = self._peers.call(sink, request, seconds=SYNC_CALL_SECONDS)
             for index in wanted.places:
@@ -184,39 +185,58 @@ class SyncSource:
             raise ServerBusy(detail="the server is stopping")
         require_version(self._views.place(store, place.chain.chain_id), place)
 
-    def _held(self, store: ChunkStore, page: m.ChunkPage) -> tuple[m.Held, ...]:
+    def _held(self, store: ChunkStore, place: Place, page: m.ChunkPage) -> tuple[m.Held, ...]:
         """What to compare with. A chunk that cannot be used must not be left out, for then the
-        other one, which may have it, would remove it. Raises ChunkMismatch."""
+        other one, which may have it, would remove it. Raises as ``_mended``."""
         held = []
         for listed in page.chunks:
             info = listed.info
             if info is None:
                 with contextlib.suppress(ChunkNotFound):  # removed meanwhile
-                    info = self._repair(store, listed.chunk)
+                    info = self._mended(store, place, listed.chunk)
             if info is not None:
-                held.append(m.Held(*info.chunk[:2], info.length, info.crc32c, info.version))
+                numbers = (info.length, info.crc32c, info.version)
+                held.append(m.Held(*info.chunk[:2], *numbers, info.is_damaged))
         return tuple(held)
+
+    def _mended(self, store: ChunkStore, place: Place, chunk: ChunkId) -> ChunkInfo:
+        """A damaged chunk, whole again from whoever has it, or recorded as damaged: then the other
+        one is to know that as well. Raises what is wrong while that is not settled, ChunkNotFound,
+        Unreached."""
+        try:
+            return self._repairer.repair(store, chunk)
+        except (ChunkCorrupt, ChunkMismatch):
+            info = store.versions.committed(chunk)
+            if info is None or not info.is_damaged:
+                raise
+        return self._repairer.heal(store, place, place.hops[0], chunk)
 
     def _send(self, store: ChunkStore, place: Place, held: m.Held) -> None:
         chunk = ChunkId(held.inode, held.number, place.chain.chain_id)
         send = self._send_file if held.version else self._send_block
         try:
-            try:
-                sent = send(store, place, chunk)
-            except ChunkCorrupt as exc:
-                log.info("chunk %s is damaged: %s", tuple(chunk), exc)
-                self._repair(store, chunk)
-                sent = send(store, place, chunk)
+            sent = self._send_mended(send, store, place, chunk)
         except ChunkNotFound:
             return  # removed meanwhile: the other one has the order, too
         except ChunkCorrupt:
             if held.version:
-                raise  # the other one must not serve without it
+                raise  # the other one must not serve without it, nor without knowing
             return  # whoever reads the block finds out
         self._counters.add(chunks_synced=1, synced_bytes=sent)
         if self._rate:
             with self._turn:
                 self._stopping.wait(sent / self._rate)
+
+    def _send_mended(self, send: _Send, store: ChunkStore, place: Place, chunk: ChunkId) -> int:
+        """What is damaged is mended first; it may also be the way to the other one that is to
+        blame. Raises as ``_mended``, Unreached."""
+        for _ in range(READ_ATTEMPTS):
+            try:
+                return send(store, place, chunk)
+            except ChunkCorrupt as exc:
+                log.info("chunk %s is damaged: %s", tuple(chunk), exc)
+                self._mended(store, place, chunk)
+        raise Unreached(place.hops[0], ConnectionLost(detail="bytes change on their way"))
 
     def _send_file(self, store: ChunkStore, place: Place, chunk: ChunkId) -> int:
         with (
@@ -227,6 +247,9 @@ class SyncSource:
             info = store.versions.committed(chunk)
             if info is None:
                 raise ChunkNotFound(*chunk)
+            if info.is_damaged:
+                self._send_committed(place, info, memoryview(b""))
+                return 0
             with self._buffers.lend(SYNC_CALL_SECONDS) as buffer:
                 data = buffer[: info.length]
                 file, _ = store.open(chunk)
@@ -235,9 +258,12 @@ class SyncSource:
                 found = crc32c(data[:count])
                 if found != info.crc32c:
                     raise ChunkCorrupt(*chunk, expected_crc32c=info.crc32c, found_crc32c=found)
-                if not self._replicator.send_committed(place, info, data):
-                    raise ChunkMismatch(*chunk, detail="the other one wants another")
+                self._send_committed(place, info, data)
             return info.length
+
+    def _send_committed(self, place: Place, info: ChunkInfo, data: memoryview) -> None:
+        if not self._replicator.send_committed(place, info, data):
+            raise ChunkMismatch(*info.chunk, detail="the other one wants another")
 
     def _send_block(self, store: ChunkStore, place: Place, chunk: ChunkId) -> int:
         """The other one checks it. Raises ChunkCorrupt."""
@@ -259,9 +285,3 @@ class SyncSource:
         if error is not None:
             raise error
         return info.length
-
-
-def require_version(now: Place, place: Place) -> None:
-    """Raises StaleChain once the chain has changed."""
-    if now.chain.version != place.chain.version:
-        raise StaleChain(chain=now.chain.chain_id, version=now.chain.version)

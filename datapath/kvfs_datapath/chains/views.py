@@ -274,6 +274,15 @@ def require_head(place: Place, passing: Passing) -> None:
         raise StaleChain(chain=passing.chain, version=place.chain.version)
 
 
+def require_relay(chain: Chain | None, target_id: int, passing: Passing, head: int) -> Chain:
+    """A member passes on to the head what clients ask of that. Raises StaleChain."""
+    if chain is None or passing.version != chain.version:
+        raise StaleChain(chain=passing.chain, version=0 if chain is None else chain.version)
+    if chain.targets[:1] != (head,) or target_id == head or target_id not in chain.members:
+        raise StaleChain(chain=passing.chain, version=chain.version)
+    return chain
+
+
 def require_hops(place: Place, passing: Passing) -> None:
     """From member to member: who follows must be the same for both. Raises StaleChain."""
     if passing.version != place.chain.version or passing.hops != place.hops:
@@ -295,3 +304,9 @@ def require_syncing(place: Place, passing: Passing) -> None:
     require_hops(place, passing)
     if place.serving:
         raise StaleChain(chain=passing.chain, version=place.chain.version)
+
+
+def require_version(now: Place, place: Place) -> None:
+    """Raises StaleChain once the chain has changed."""
+    if now.chain.version != place.chain.version:
+        raise StaleChain(chain=now.chain.chain_id, version=now.chain.version)

@@ -54,10 +54,10 @@ class InPlace(ChunkTree):
 
     def _create_open(self, chunk: ChunkId) -> None:
         """By rename, as no chunk file is ever seen without its attribute."""
-        path = self.draft_path()
-        file = self.disk.open(path, write=True, create=True, exclusive=True)
+        file, path = self.create_draft()
         try:
             file.set_attribute(ATTRIBUTE, pack(ChunkInfo(*chunk, ChunkState.OPEN)))
+            self.incoming.arrived(chunk.inode)
             self.appear(path, chunk)
         except BaseException:
             self.discard_draft(path)
@@ -73,7 +73,7 @@ class InPlace(ChunkTree):
             return msgspec.structs.replace(info, length=file.size())
         size = file.size()
         info = msgspec.structs.replace(info, state=ChunkState.OPEN, length=size, crc32c=0)
-        file.set_attribute(ATTRIBUTE, pack(info))
+        self.mark(file, info)
         if info.durable or self.strict:
             # Else a power loss could leave changed bytes under the old checksum.
             file.sync(attributes=True)
@@ -122,7 +122,7 @@ class InPlace(ChunkTree):
         info = msgspec.structs.replace(
             info, state=ChunkState.SEALED, crc32c=self.checksum(file, info.length)
         )
-        file.set_attribute(ATTRIBUTE, pack(info))
+        self.mark(file, info)
         self.remember_verified(info.chunk, info.crc32c)
         return info
 
@@ -137,11 +137,23 @@ class InPlace(ChunkTree):
             try:
                 info = unpack(file.get_attribute(ATTRIBUTE), chunk)
                 if not info.durable:
-                    durable = msgspec.structs.replace(info, durable=True)
-                    file.set_attribute(ATTRIBUTE, pack(durable))
+                    self.mark(file, msgspec.structs.replace(info, durable=True))
                 file.sync(attributes=True)
             finally:
                 file.close()
             if not info.durable:
-                self.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
-                self.disk.sync_directory(CHUNKS)
+                self._sync_names(chunk)
+
+    def make_last(self, chunk: ChunkId) -> None:
+        """Makes a sealed chunk durable as it is now. Raises ChunkNotFound."""
+        with self.io(chunk), self.guard(chunk):
+            file = self.disk.open(path_of(chunk))
+            try:
+                file.sync(attributes=True)
+            finally:
+                file.close()
+            self._sync_names(chunk)
+
+    def _sync_names(self, chunk: ChunkId) -> None:
+        self.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
+        self.disk.sync_directory(CHUNKS)

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from kvfs_base.errors import ChunkMismatch, ChunkNotFound, VersionMismatch
+from kvfs_base.limits import LIST_CHUNKS_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.format import directory_of
 
 
 class ChunkListing:
@@ -65,11 +67,24 @@ class ChunkListing:
         return m.ChunkPage(tuple(look_at(self.store, chunks)), after)
 
 
+def find_chunks(store: ChunkStore, inode: int, first: int, end: int) -> m.ChunkPage:
+    """The first page of an inode's chunks from ``first`` up to ``end``."""
+    names = store.list_directory(directory_of(inode))
+    found = sorted(c for c in names if c.inode == inode and first <= c.number < end)
+    after = m.ChunkRef(*found[LIST_CHUNKS_MAX]) if len(found) > LIST_CHUNKS_MAX else None
+    return m.ChunkPage(tuple(look_at(store, found[:LIST_CHUNKS_MAX])), after)
+
+
 def look_at(store: ChunkStore, chunks: list[ChunkId]) -> Iterator[m.ListedChunk]:
     """What each of the chunks is, without those that do not exist."""
     for chunk in chunks:
         try:
-            yield m.ListedChunk(*chunk, info=store.stat(chunk))
+            info = store.stat(chunk)
+            if info.is_damaged:
+                problem = f"the bytes of version {info.version} are lost"
+                yield m.ListedChunk(*chunk, info=None, problem=problem)
+            else:
+                yield m.ListedChunk(*chunk, info=info)
         except ChunkNotFound:
             pass
         except (ChunkMismatch, VersionMismatch) as exc:

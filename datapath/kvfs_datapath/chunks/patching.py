@@ -49,6 +49,15 @@ class Change:
         """Nothing changes before the chunk's end."""
         return self.head == self.before
 
+    @property
+    def keeps_nothing(self) -> bool:
+        """No byte of the chunk is left afterwards, so it does not matter what they are."""
+        return not self.head and self.tail >= self.before
+
+    def from_nothing(self) -> Change:
+        """The same where ``keeps_nothing``, of a chunk without bytes."""
+        return dataclasses.replace(self, before=0, tail=0)
+
     def append(self, file: DiskFile) -> None:
         """Writes behind the end of a file that is ``before`` bytes long."""
         if self.count:

@@ -4,7 +4,8 @@ The directory tree is the index. A look-up is one ``open`` of a path computed fr
 (ext4 hashes directory entries, 256 directories keep them small), the attribute lies in the inode
 that ``open`` read anyway, and a crash leaves nothing that could disagree with the files. What an
 index in memory would save (3 us a look-up) is little beside the read that follows, and it would
-cost memory in proportion to the disk and a scan at every start.
+cost memory in proportion to the disk and a scan at every start. What was read lately is still open
+(``kept.py``).
 
 Three kinds of chunks share the format. Blocks are created whole: staging file, payload, attribute,
 rename; they are SEALED from their first moment and never change. Chunks of ordinary files are
@@ -21,7 +22,9 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import msgspec
 
 from kvfs_base import threads
 from kvfs_base.errors import (
@@ -37,12 +40,14 @@ from kvfs_base.seams import Disk, DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chunks.inplace import InPlace
+from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.versions import Versions
 from kvfs_datapath.format import (
     ATTRIBUTE,
     CHAINS,
     DIRECTORIES,
     ChunkInfo,
+    ChunkState,
     directory_of,
     pack,
     path_of,
@@ -81,9 +86,17 @@ class _Appearing:
 class ChunkStore(InPlace):
     """See ChunkTree."""
 
-    def __init__(self, disk: Disk, uuid: str, *, buffers: BufferPool, strict: bool = False) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        uuid: str,
+        *,
+        buffers: BufferPool,
+        strict: bool = False,
+        kept_files: int = 0,
+    ) -> None:
         """See ChunkTree."""
-        super().__init__(disk, uuid, buffers=buffers, strict=strict)
+        super().__init__(disk, uuid, buffers=buffers, strict=strict, kept_files=kept_files)
         self._staging_slots = threads.semaphore(STAGED_CHUNKS_MAX)
         self._appearing: dict[ChunkId, _Appearing] = {}
         try:
@@ -100,10 +113,9 @@ class ChunkStore(InPlace):
         discarded. Raises DiskFull, ServerBusy."""
         if not self._staging_slots.acquire(blocking=False):
             raise ServerBusy(detail="too many staged chunks")
-        path = self.draft_path()
         try:
             with self.io():
-                file = self.disk.open(path, write=True, create=True, exclusive=True, direct=True)
+                file, path = self.create_draft(direct=True)
         except BaseException:
             self._staging_slots.release()
             raise
@@ -192,7 +204,9 @@ class ChunkStore(InPlace):
         chunk = info.chunk
         with self.guard(chunk):
             is_new = not self._may_replace(chunk)
+            self.incoming.arrived(chunk.inode)
             self.appear(staged.path, chunk)
+            self.versions.damaged.gone(chunk)
             if self.strict:
                 self._appearing.setdefault(chunk, _Appearing(is_new)).waiting += 1
 
@@ -213,7 +227,7 @@ class ChunkStore(InPlace):
                     del self._appearing[chunk]
                     if appearing.is_new and not appearing.lasts:
                         with contextlib.suppress(TargetFailed, FileNotFoundError):
-                            self.disk.unlink(path_of(chunk))
+                            self.vanish(chunk)
 
     def _may_replace(self, chunk: ChunkId) -> bool:
         """Whether there is a block of this name. Raises Conflict over anything else that is whole;
@@ -227,11 +241,32 @@ class ChunkStore(InPlace):
             return False
         finally:
             file.close()
+        if info.is_damaged:
+            return False
         if not info.is_sealed:
             raise Conflict(detail=f"chunk {chunk} is open for writing")
         if info.version:
             raise Conflict(detail=f"chunk {chunk} is a file's, at version {info.version}")
         return True
+
+    def adopt(self, staged: StagedChunk, chunk: ChunkId) -> ChunkInfo:
+        """Gives a staged file its name as the chunk of an ordinary file, as long as it is and
+        marked OPEN: somebody has its descriptor and may write on. It is used up in any case. Raises
+        Conflict where there is a chunk, DiskFull."""
+        try:
+            with self.io(chunk), self.guard(chunk):
+                if self.disk.exists(path_of(chunk)):
+                    raise Conflict(detail=f"chunk {tuple(chunk)} exists")
+                info = ChunkInfo(*chunk, ChunkState.OPEN)
+                staged.file.set_attribute(ATTRIBUTE, pack(info))
+                self.appear(staged.path, chunk)
+                size = staged.file.size()
+        except BaseException:
+            self.discard(staged)
+            raise
+        staged.file.close()
+        self._staging_slots.release()
+        return msgspec.structs.replace(info, length=size)
 
     def discard(self, staged: StagedChunk) -> None:
         """Drops a staged file. Never raises: the staging directory is emptied at the next start."""
@@ -239,6 +274,23 @@ class ChunkStore(InPlace):
         self._staging_slots.release()
         with contextlib.suppress(TargetFailed, FileNotFoundError):
             self.disk.unlink(staged.path)
+
+    # --- reading
+
+    def borrow(self, chunk: ChunkId, *, direct: bool = False) -> KeptFile:
+        """For a reader: as ``open``, or ``Versions.open_settled`` on a chain of several copies. A
+        chunk that is whole, and will not become another version, stays open for the next one."""
+        self.require_healthy()
+        (found,) = self.kept.borrow([chunk], direct=direct)
+        if found is not None:
+            return found
+        ticket: int | None = self.kept.ticket(chunk)
+        file, info = (self.versions.open_settled if chunk.chain else self.open)(
+            chunk, direct=direct
+        )
+        if not info.is_sealed or info.version:
+            ticket = None
+        return self.kept.add(file, info, ticket, direct=direct)
 
     # --- syncing and removing
 
@@ -250,14 +302,17 @@ class ChunkStore(InPlace):
         with self.versions.lock(chunk):
             self.versions.sync(chunk)
 
-    def remove(self, chunk: ChunkId) -> bool:
+    def remove(self, chunk: ChunkId, *, unless: Collection[int] = ()) -> bool:
         """Whether there was one. Open descriptors keep showing the old bytes. What is pending for
-        the chunk goes as well."""
+        the chunk goes as well. Nothing happens if its inode is one of ``unless``."""
         with self.io(), self.guard(chunk):
+            if chunk.inode in unless:
+                return False
             self.forget_verified(chunk)
             pending = bool(chunk.chain) and self.versions.discard(chunk)
+            self.versions.damaged.gone(chunk)
             try:
-                self.disk.unlink(path_of(chunk))
+                self.vanish(chunk)
             except FileNotFoundError:
                 return pending
             return True

@@ -24,11 +24,19 @@ from kvfs_base.errors import (
     KvfsError,
     TargetFailed,
 )
-from kvfs_base.limits import BATCH_SYNC_THREADS, CALL_SECONDS, VERIFIED_CHUNKS_MAX
+from kvfs_base.limits import (
+    BATCH_SYNC_THREADS,
+    CALL_SECONDS,
+    STAGING_DIRECTORIES,
+    STAGING_IN_A_ROW,
+    VERIFIED_CHUNKS_MAX,
+)
 from kvfs_base.seams import Disk, DiskFile, DiskUsage
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.incoming import Incoming
+from kvfs_datapath.chunks.kept import KeptFiles
 from kvfs_datapath.chunks.target import (
     load_identity,
     lock_target,
@@ -47,6 +55,7 @@ from kvfs_datapath.format import (
     ChunkState,
     chain_of,
     chunk_of,
+    pack,
     path_of,
     root_of,
     unpack_versioned,
@@ -61,9 +70,18 @@ class ChunkTree:
     """All operations raise TargetFailed once the disk has failed: a disk that lost one write is not
     asked again. They may be called from any number of threads."""
 
-    def __init__(self, disk: Disk, uuid: str, *, buffers: BufferPool, strict: bool = False) -> None:
-        """Takes over the directory: ``uuid`` becomes its name if it has none yet. Raises Conflict
-        if another server has it, VersionMismatch, TargetFailed."""
+    def __init__(
+        self,
+        disk: Disk,
+        uuid: str,
+        *,
+        buffers: BufferPool,
+        strict: bool = False,
+        kept_files: int = 0,
+    ) -> None:
+        """Takes over the directory: ``uuid`` becomes its name if it has none yet. So many
+        ``kept_files`` stay open between readers. Raises Conflict if another server has it,
+        VersionMismatch, TargetFailed."""
         self.disk = disk
         self.strict = strict
         self.buffers = buffers
@@ -72,12 +90,16 @@ class ChunkTree:
             self._identity = load_identity(disk, uuid)
             disk.make_directory(CHUNKS)
             disk.make_directory(STAGING)
-            for name in disk.list(STAGING):
-                disk.unlink(f"{STAGING}/{name}")
+            disk.spread(STAGING)
+            for path in drafts(disk):
+                disk.unlink(path)
         except BaseException:
             self._lock_file.close()
             raise
+        self.incoming = Incoming()
         self._failure: TargetFailed | None = None
+        self.kept = KeptFiles(kept_files)
+        """What readers borrow (``ChunkStore.borrow``)."""
         self._staging_names = itertools.count(1)
         self._locks = [threads.lock() for _ in range(LOCKS)]
         self._verified: collections.OrderedDict[ChunkId, int] = collections.OrderedDict()
@@ -110,6 +132,10 @@ class ChunkTree:
     def healthy(self) -> bool:
         return self._failure is None
 
+    def require_healthy(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
     def usage(self) -> DiskUsage:
         with self.io():
             return self.disk.usage()
@@ -120,8 +146,10 @@ class ChunkTree:
         if self._failure is None:
             log.error("target %s is out of service: %s", self.uuid, failure.detail)
             self._failure = TargetFailed(target_id=self.target_id, detail=failure.detail)
+            self.kept.clear()
 
     def close(self) -> None:
+        self.kept.clear()
         self._threads.shutdown(wait=True)
         self._lock_file.close()
 
@@ -142,8 +170,7 @@ class ChunkTree:
     def io(self, chunk: ChunkId | None = None) -> Iterator[None]:
         """Every use of the disk: refuses once it has failed, notices when it does, and names the
         chunk that is missing."""
-        if self._failure is not None:
-            raise self._failure
+        self.require_healthy()
         try:
             yield
         except TargetFailed as exc:
@@ -163,9 +190,20 @@ class ChunkTree:
 
     # --- places
 
-    def draft_path(self) -> str:
-        """A new name in the staging directory, which is emptied at every start."""
-        return f"{STAGING}/{next(self._staging_names):016x}"
+    def create_draft(self, *, direct: bool = False) -> tuple[DiskFile, str]:
+        """A new file, and its path, in one of the staging directories, which are emptied at every
+        start. A few in a row are in the same one: syncs that wait together write less."""
+        number = next(self._staging_names)
+        directory = f"{STAGING}/{number // STAGING_IN_A_ROW % STAGING_DIRECTORIES:02x}"
+        path = f"{directory}/{number:016x}"
+        try:
+            file = self.disk.open(path, write=True, create=True, exclusive=True, direct=direct)
+        except FileNotFoundError:
+            if not self.disk.exists(STAGING):  # nor is the target
+                raise
+            self.disk.make_directory(directory)
+            file = self.disk.open(path, write=True, create=True, exclusive=True, direct=direct)
+        return file, path
 
     def discard_draft(self, path: str) -> None:
         """Never raises."""
@@ -174,7 +212,24 @@ class ChunkTree:
 
     def appear(self, path: str, chunk: ChunkId) -> None:
         """Gives a complete file its final name."""
-        self.move(path, path_of(chunk), chunk.chain)
+        try:
+            self.move(path, path_of(chunk), chunk.chain)
+        finally:
+            self.kept.drop(chunk)
+
+    def vanish(self, chunk: ChunkId) -> None:
+        """Takes a file's name away. Raises FileNotFoundError."""
+        try:
+            self.disk.unlink(path_of(chunk))
+        finally:
+            self.kept.drop(chunk)
+
+    def mark(self, file: DiskFile, info: ChunkInfo) -> None:
+        """Changes what the attribute of a chunk's file says."""
+        try:
+            file.set_attribute(ATTRIBUTE, pack(info))
+        finally:
+            self.kept.drop(info.chunk)
 
     def move(self, path: str, target: str, chain: int) -> None:
         """A rename into a directory that may not be there yet. In ``strict`` the directory lasts
@@ -268,6 +323,8 @@ class ChunkTree:
     def look(self, file: DiskFile, chunk: ChunkId) -> tuple[ChunkInfo, Append | None]:
         """What the attribute of a chunk's file says, compared with the file's size."""
         info, append = unpack_versioned(file.get_attribute(ATTRIBUTE), chunk)
+        if info.is_damaged:
+            return info, None
         size = file.size()
         if info.state is ChunkState.OPEN:
             return msgspec.structs.replace(info, length=size), append
@@ -305,7 +362,8 @@ class ChunkTree:
 
     def recheck(self, chunk: ChunkId) -> ChunkInfo:
         """Reads a sealed chunk again, past the page cache where that is possible, whether it was
-        verified before or not. Raises ChunkNotFound, ChunkMismatch, ChunkCorrupt."""
+        verified before or not. Raises ChunkNotFound, ChunkMismatch, ChunkCorrupt (also of one that
+        is known to be damaged)."""
         check = self.recheck_in_pieces(chunk)
         while True:
             try:
@@ -319,6 +377,7 @@ class ChunkTree:
         holds nothing but the open file meanwhile."""
         file, info = self.open(chunk, direct=True)
         try:
+            refuse_damaged(info)
             found = info.crc32c
             if info.is_sealed:
                 found = 0
@@ -386,3 +445,19 @@ class ChunkTree:
         for number in range(DIRECTORIES):
             if f"{number:02x}" in present:
                 yield from self.list_directory(f"{root}/{number:02x}", chain)
+
+
+def refuse_damaged(info: ChunkInfo) -> None:
+    """Raises ChunkCorrupt for a chunk that is recorded as damaged."""
+    if info.is_damaged:
+        raise ChunkCorrupt(*info.chunk, expected_crc32c=info.crc32c, found_crc32c=0)
+
+
+def drafts(disk: Disk) -> list[str]:
+    """Files that are being filled, or were."""
+    found: list[str] = []
+    for name in disk.list(STAGING):
+        path = f"{STAGING}/{name}"
+        # A file in the directory itself is of a former version.
+        found += [path] if len(name) != 2 else [f"{path}/{draft}" for draft in disk.list(path)]
+    return found

@@ -16,7 +16,6 @@ Only ``open``, ``open_settled`` and ``seen`` may be called without the chunk's l
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import logging
@@ -24,7 +23,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
-from kvfs_base import threads
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
@@ -37,14 +35,15 @@ from kvfs_base.errors import (
     NotPermitted,
     TargetFailed,
 )
-from kvfs_base.limits import UPDATES_REMEMBERED_MAX
 from kvfs_base.seams import Buffer, DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.damaged import DamagedChunks
 from kvfs_datapath.chunks.locks import ChunkLocks
+from kvfs_datapath.chunks.numbers import UpdateNumbers
 from kvfs_datapath.chunks.patching import Change
-from kvfs_datapath.chunks.tree import ChunkTree
+from kvfs_datapath.chunks.tree import ChunkTree, refuse_damaged
 from kvfs_datapath.format import (
     ATTRIBUTE,
     Append,
@@ -80,8 +79,8 @@ class Versions:
         """Copies of a former process that nobody has looked at yet."""
         for chain in tree.chains():
             self._left.update(tree.list_directory(pending_directory_of(chain), chain))
-        self._done: collections.OrderedDict[int, int] = collections.OrderedDict()
-        self._done_lock = threads.lock()
+        self._numbers = UpdateNumbers()
+        self.damaged = DamagedChunks(tree)
 
     # --- locks and numbers
 
@@ -94,8 +93,7 @@ class Versions:
     def seen(self, chunk: ChunkId, writer: int, sequence: int) -> int | None:
         """Which version of the chunk this update made, as far as that is remembered: the last
         UPDATES_REMEMBERED_MAX, and the one that made the committed version."""
-        with self._done_lock:
-            version = self._done.get(_name_of_update(chunk, writer, sequence))
+        version = self._numbers.find(chunk, writer, sequence)
         if version is None:
             committed = self.committed(chunk)
             if committed is not None and (committed.writer, committed.sequence) == (
@@ -104,12 +102,6 @@ class Versions:
             ):
                 return committed.version
         return version
-
-    def _remember(self, info: ChunkInfo) -> None:
-        with self._done_lock:
-            self._done[_name_of_update(info.chunk, info.writer, info.sequence)] = info.version
-            while len(self._done) > UPDATES_REMEMBERED_MAX:
-                self._done.popitem(last=False)
 
     # --- looking
 
@@ -120,7 +112,8 @@ class Versions:
 
     def open_settled(self, chunk: ChunkId, *, direct: bool = False) -> tuple[DiskFile, ChunkInfo]:
         """As ``open``. Raises ChunkPending if another version is on its way, or was when the server
-        ended (what remained of it may turn out to be useless: ``pending`` finds out)."""
+        ended (what remained of it may turn out to be useless: ``pending`` finds out); ChunkCorrupt
+        for one that is known to be damaged."""
         tree = self._tree
         if chunk in self._pending or chunk in self._left:
             raise ChunkPending(*chunk)
@@ -130,17 +123,20 @@ class Versions:
                 info, append = tree.look(file, chunk)
                 if append is not None:
                     raise ChunkPending(*chunk)
+                refuse_damaged(info)
             except BaseException:
                 file.close()
                 raise
         return file, info
 
     def committed(self, chunk: ChunkId) -> ChunkInfo | None:
-        """Raises ChunkMismatch if what is there cannot be used."""
+        """It may be known to be damaged. Raises ChunkMismatch if what is there cannot be used."""
         try:
-            return self._tree.stat(chunk)
+            info = self._tree.stat(chunk)
         except ChunkNotFound:
             return None
+        self.damaged.found(info)
+        return info
 
     def pending(self, chunk: ChunkId) -> ChunkInfo | None:
         """The version that is pending. Raises ChunkCorrupt, ChunkMismatch if the committed one is
@@ -210,7 +206,7 @@ class Versions:
                 file = tree.disk.open(pending_path_of(chunk))
                 try:
                     info = unpack(file.get_attribute(ATTRIBUTE), chunk)
-                    whole = file.size() == info.length
+                    whole = file.size() == info.length and not info.is_damaged
                     if not whole or tree.checksum(file, info.length) != info.crc32c:
                         info = None
                 finally:
@@ -287,6 +283,10 @@ class Versions:
                 change = Change.cut(before.length, update.offset)
             else:
                 change = Change.write(before.length, update.offset, data)
+            if update.offset or not change.keeps_nothing:
+                refuse_damaged(before)  # no zeros for what was there
+            elif before.is_damaged:
+                return self._copy(None, before, made, change.from_nothing())
             if file is not None and known is None and change.keeps_all and change.after:
                 return self._append(file, before, made, change)
             return self._copy(file, before, made, change)
@@ -332,6 +332,9 @@ class Versions:
         self, file: DiskFile | None, before: ChunkInfo, made: ChunkInfo, change: Change
     ) -> ChunkInfo:
         def fill(draft: DiskFile) -> ChunkInfo:
+            if change.keeps_nothing:
+                _, checksum = change.from_nothing().copy(None, draft, self._tree.buffers)
+                return msgspec.structs.replace(made, length=change.after, crc32c=checksum)
             found, checksum = change.copy(file, draft, self._tree.buffers)
             if found != before.crc32c:
                 raise ChunkCorrupt(*before.chunk, expected_crc32c=before.crc32c, found_crc32c=found)
@@ -341,11 +344,11 @@ class Versions:
 
     def prepare_whole(self, chunk: ChunkId, info: ChunkInfo, pieces: Iterable[Buffer]) -> ChunkInfo:
         """Makes what another member has pending here, whatever this one has: version, number,
-        length and checksum are ``info``'s, and the bytes come piece by piece. One that is not newer
-        than what is committed is forgotten with the process. Raises ChunkMismatch, ChunkCorrupt if
-        other bytes came."""
-
-        return self._put_aside(chunk, self._filling(chunk, info, pieces, ChunkState.PENDING))
+        length and checksum are ``info``'s, and the bytes come piece by piece; none if it is
+        damaged there. One that is not newer than what is committed is forgotten with the process,
+        and a damaged one. Raises ChunkMismatch, ChunkCorrupt if other bytes came."""
+        state = ChunkState.DAMAGED if info.is_damaged else ChunkState.PENDING
+        return self._put_aside(chunk, self._filling(chunk, info, pieces, state))
 
     def _filling(
         self, chunk: ChunkId, info: ChunkInfo, pieces: Iterable[Buffer], state: ChunkState
@@ -359,7 +362,8 @@ class Versions:
             durable |= before is not None and before.durable
 
         def fill(draft: DiskFile) -> ChunkInfo:
-            _write_whole(draft, chunk, info, pieces)
+            if not info.is_damaged:
+                _write_whole(draft, chunk, info, pieces)
             return msgspec.structs.replace(info, state=state, durable=durable)
 
         return fill
@@ -391,8 +395,7 @@ class Versions:
     def _draft(self, fill: Callable[[DiskFile], ChunkInfo]) -> Iterator[tuple[str, ChunkInfo]]:
         """A file with all that belongs to it, for as long as it takes to give it a place."""
         tree = self._tree
-        path = tree.draft_path()
-        file = tree.disk.open(path, write=True, create=True, exclusive=True)
+        file, path = tree.create_draft()
         try:
             try:
                 info = fill(file)
@@ -415,13 +418,16 @@ class Versions:
         found = self._pending.get(chunk)
         if pending is None or found is None:
             raise ChunkNotFound(*chunk)
-        info = msgspec.structs.replace(pending, state=ChunkState.SEALED)
+        info = pending
+        if not pending.is_damaged:
+            info = msgspec.structs.replace(pending, state=ChunkState.SEALED)
         try:
             (self._commit_copy if found.is_copy else self._commit_append)(chunk, info)
         except ChunkNotFound:
             self._pending.pop(chunk, None)
             raise
-        self._remember(info)
+        self._numbers.add(info)
+        self.damaged.found(info)
         return info
 
     def _commit_copy(self, chunk: ChunkId, info: ChunkInfo) -> None:
@@ -430,7 +436,10 @@ class Versions:
             with tree.guard(chunk):
                 tree.appear(pending_path_of(chunk), chunk)
                 self._pending.pop(chunk, None)
-            tree.remember_verified(chunk, info.crc32c)
+            if info.is_damaged:
+                tree.forget_verified(chunk)
+            else:
+                tree.remember_verified(chunk, info.crc32c)
             if tree.strict:
                 tree.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
 
@@ -509,9 +518,10 @@ class Versions:
 
         fill = self._filling(chunk, info, pieces, ChunkState.SEALED)
         tree = self._tree
-        with tree.io(), self._draft(fill) as (path, _):
+        with tree.io(), self._draft(fill) as (path, made):
             tree.forget_verified(chunk)
             tree.appear(path, chunk)
+            self.damaged.found(made)
             if tree.strict:
                 tree.disk.sync_directory(directory_of(chunk.inode, chunk.chain))
 
@@ -552,12 +562,6 @@ class Versions:
             finally:
                 file.close()
         found.info = info
-
-
-def _name_of_update(chunk: ChunkId, writer: int, sequence: int) -> int:
-    """One number takes half the memory that a tuple of them does."""
-    name = (chunk.inode << 32 | chunk.number) << 32 | chunk.chain
-    return (name << 32 | writer) << 32 | sequence
 
 
 def _number(info: ChunkInfo) -> tuple[int, int, int]:

@@ -13,8 +13,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from kvfs_base import threads
-from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, KvfsError, WriteUncertain
+from kvfs_base.errors import ChunkNotFound, ConnectionLost, KvfsError, WriteUncertain
 from kvfs_base.limits import (
+    CALL_SECONDS,
+    CHAIN_CONNECT_SECONDS,
     CHAIN_WRITE_SECONDS,
     ITEMS_PER_REQUEST_MAX,
     READ_ATTEMPTS,
@@ -27,9 +29,9 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.client.outcomes import raise_first, wrong_piece
 from kvfs_datapath.client.patience import Patience
-from kvfs_datapath.client.routes import ChainRoutes, Route
+from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment
-from kvfs_datapath.client.updates import Change
+from kvfs_datapath.client.updates import Change, Way
 from kvfs_datapath.client.workers import cut, portion_bytes
 from kvfs_datapath.connections import Attempt, seconds_for
 
@@ -123,13 +125,14 @@ class ChainedFile:
             return [view[:received]] if received else []
 
         request = m.ReadPieces(route.target_id, (piece,), summed=True)
-        error: ChunkCorrupt | None = None
-        for _ in range(READ_ATTEMPTS):
+        error: ConnectionLost | None = None
+        for number in range(READ_ATTEMPTS):
             outcomes = self._shared.pool.run(
                 route.address,
                 lambda c: c.call(request, into=into),
                 seconds=seconds_for(0),
                 attempt=attempt,
+                fresh=number > 0,
             )
             raise_first(outcomes)
             error = wrong_piece(piece, outcomes, view[:received])
@@ -261,12 +264,18 @@ class ChainedFile:
         writer, sequence = self._updater.number()
 
         def remove(chain: int) -> None:
-            def act(head: Route, routes: ChainRoutes) -> None:
-                passing = m.Passing(routes.chain_id, routes.version)
+            def act(way: Way) -> None:
                 request = m.RemoveRange(
-                    head.target_id, self._inode, first, end, writer, passing, sequence
+                    target_id=way.target_id,
+                    inode=self._inode,
+                    first=first,
+                    end=end,
+                    writer=writer,
+                    passing=way.passing,
+                    sequence=sequence,
+                    onward=way.onward(CALL_SECONDS),
                 )
-                raise_first(self._shared.pool.run(head.address, lambda c: c.call(request)))
+                raise_first(self._ask(way, request))
 
             self._updater.at_head(chain, act, self._patience(CHAIN_WRITE_SECONDS))
 
@@ -296,15 +305,23 @@ class ChainedFile:
     def _sync(self, chain: int, numbers: Sequence[int]) -> None:
         refs = self._updater.refs(self._inode, numbers, chain)
 
-        def act(head: Route, routes: ChainRoutes) -> None:
-            passing = m.Passing(routes.chain_id, routes.version)
-            request = m.SyncChunks(head.target_id, refs, passing)
-            outcomes = self._shared.pool.run(head.address, lambda c: c.call(request))
-            raise_first(outcomes, besides=ChunkNotFound)  # cut off since
+        def act(way: Way) -> None:
+            onward = way.onward(CALL_SECONDS)
+            request = m.SyncChunks(way.target_id, refs, way.passing, onward)
+            raise_first(self._ask(way, request), besides=ChunkNotFound)  # cut off since
 
         self._updater.at_head(chain, act, self._patience(CHAIN_WRITE_SECONDS))
 
     # --- helpers
+
+    def _ask(self, way: Way, request: m.ChunkRequest) -> m.Outcomes:
+        outcomes: m.Outcomes = self._shared.pool.run(
+            way.address,
+            lambda c: c.call(request),
+            connect_seconds=CHAIN_CONNECT_SECONDS,
+            watch=True,
+        )
+        return outcomes
 
     def _chunk(self, number: int) -> ChunkId:
         return ChunkId(self._inode, number, self._layout.chain_of(number))

@@ -64,13 +64,14 @@ class ChainWriter:
         results: Results = [None] * len(writes)
         left = list(range(len(writes)))
         patience: Patience | None = None
+        silences = 0
         while True:
             fresh = patience is not None
             routes = self._shared.router.chains({writes[i].chain for i in left}, fresh=fresh)
             served = [i for i in left if writes[i].chain in routes]
             for index in left:
                 results[index] = NoTarget(detail=f"chain {writes[index].chain}")
-            self._once(named, served, routes, results)
+            self._once(named, served, routes, results, silences)
             for index in served:
                 if results[index] is None:
                     writes[index].version = routes[writes[index].chain].version
@@ -84,6 +85,7 @@ class ChainWriter:
                 patience = Patience(self._shared.env, self._shared.closed, CHAIN_WRITE_SECONDS)
             if not patience.wait():
                 return results
+            silences += any(isinstance(results[i], UNREACHABLE) for i in left)
 
     def _once(
         self,
@@ -91,6 +93,7 @@ class ChainWriter:
         indexes: list[int],
         routes: dict[int, ChainRoutes],
         results: Results,
+        silences: int,
     ) -> None:
         """Each chunk to all members of its chain. Its result is None if all of them have it."""
         avoided = self._shared.health.avoided(
@@ -99,7 +102,7 @@ class ChainWriter:
         lanes: dict[Route, dict[m.Passing, list[int]]] = {}
         for index in indexes:
             results[index] = None
-            ways = _ways(routes[writes[index].chain], writes[index].chunk, avoided)
+            ways = self._ways(routes[writes[index].chain], writes[index].chunk, avoided, silences)
             if not ways:
                 results[index] = NoTarget(detail=f"no way to all of chain {writes[index].chain}")
             for route, passing in ways:
@@ -110,6 +113,21 @@ class ChainWriter:
             drive = functools.partial(self._drive, lane, route, writes, results)
             jobs += [drive] * min(len(lane.portions), CLIENT_THREADS_PER_TARGET)
         self._shared.workers.parallel(jobs)
+
+    def _ways(
+        self, chain: ChainRoutes, chunk: ChunkId, avoided: set[int], silences: int
+    ) -> list[_Way]:
+        """A member that some of the others cannot reach must not fail for ever: after attempts in
+        which somebody did not answer every member is asked from here, and then, in turn, another
+        order is drawn."""
+        order = [route.target_id for route in chain.in_order(chunk, avoided)]
+        order += [target_id for target_id in chain.members if target_id not in order]
+        found = [route for t in order if (route := chain.find(t)) is not None]
+        if silences % 2 and len(found) == len(order):
+            return [(route, m.Passing(chain.chain_id, chain.version)) for route in found]
+        if silences:
+            self._shared.env.rng.shuffle(order)
+        return _ways(chain, order)
 
     def _drive(
         self, lane: _Lane, route: Route, writes: Sequence[ChunkWrite], results: Results
@@ -138,11 +156,9 @@ class ChainWriter:
                     results[index] = answer
 
 
-def _ways(chain: ChainRoutes, chunk: ChunkId, avoided: set[int]) -> list[_Way]:
-    """Whom to send a chunk to, and whom they pass it on to: together all members. Empty if a member
-    that is left has no route, and nobody to pass it on."""
-    order = [route.target_id for route in chain.in_order(chunk, avoided)]
-    order += [target_id for target_id in chain.members if target_id not in order]
+def _ways(chain: ChainRoutes, order: list[int]) -> list[_Way]:
+    """Whom to send a chunk to, and whom they pass it on to: together all members, in ``order``.
+    Empty if a member that is left has no route, and nobody to pass it on."""
     ways: list[_Way] = []
     local = next((r for r in (*chain.serving, *chain.others) if r.local), None)
     if local is not None:

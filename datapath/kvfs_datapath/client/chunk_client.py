@@ -37,6 +37,7 @@ from kvfs_datapath.client.descriptors import DescriptorCache
 from kvfs_datapath.client.health import Health
 from kvfs_datapath.client.routes import ChainRoutes, ClusterSource, Route, Router
 from kvfs_datapath.client.shared import Shared
+from kvfs_datapath.client.staging import StagedFiles
 from kvfs_datapath.client.transfers import (
     ChunkRead,
     ChunkWrite,
@@ -88,7 +89,7 @@ class ChunkClient:
         if prefer not in ("auto", "local", "tcp"):
             raise InvalidRequest(detail=f"prefer={prefer!r}: auto, local or tcp")
         self.router = Router(cluster, env.host_id, prefer)
-        self.pool = ConnectionPool(env.blocking_network)
+        self.pool = ConnectionPool(env.blocking_network, env.clock)
         open_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self.descriptors = DescriptorCache(min(FILE_DESCRIPTORS_MAX, open_max // 4))
         self._workers = Workers()
@@ -106,6 +107,7 @@ class ChunkClient:
         self.chain_reader = ChainReader(self.shared)
         self._chain_writer = ChainWriter(self.shared)
         self.updater = Updater(self.shared)
+        self.staged = StagedFiles(self.shared)
 
     def read_chunks(self, reads: Sequence[ChunkRead]) -> list[KvfsError | None]:
         """Reads sealed chunks into the callers' views. One result an item: None, and its bytes are
@@ -175,6 +177,7 @@ class ChunkClient:
         """Breaks off what is under way in other threads; their items fail with ConnectionLost."""
         self.shared.closed.set()
         self.pool.close()
+        self.staged.close()
         self._workers.close()
         self.chain_reader.close()
         self.descriptors.clear()

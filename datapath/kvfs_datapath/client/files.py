@@ -14,6 +14,7 @@ flushes last seals it. A writer that dies is noticed by the server.
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -21,7 +22,6 @@ from typing import TypeVar
 
 from kvfs_base import threads
 from kvfs_base.errors import (
-    ChunkCorrupt,
     ChunkNotFound,
     ConnectionLost,
     InvalidRequest,
@@ -46,7 +46,12 @@ from kvfs_datapath.client.outcomes import raise_first, wrong_piece
 from kvfs_datapath.client.patience import Patience
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment, segments
+from kvfs_datapath.client.staging import StagedFile
 from kvfs_datapath.client.transfers import descriptor_count, disk_error
+from kvfs_datapath.client.unsynced import Unsynced
+
+STAT_CHUNKS_MAX = 64
+"""More chunks than this are looked for in their directories: their names may not even be there."""
 
 _Result = TypeVar("_Result")
 
@@ -77,7 +82,11 @@ class StripedFile:
         self._closed = threads.event()
         self._lock = threads.lock()
         self._unsealed: set[int] = set()
-        self._unsynced: set[int] = set()
+        self._unsynced = Unsynced()
+
+    @property
+    def chunk_bytes(self) -> int:
+        return self._layout.chunk_bytes
 
     # --- reading
 
@@ -162,9 +171,11 @@ class StripedFile:
             return [view[:received]] if received else []
 
         request = m.ReadPieces(route.target_id, (piece,), summed=True)
-        error: ChunkCorrupt | None = None
-        for _ in range(READ_ATTEMPTS):
-            outcomes = self._client.pool.run(route.address, lambda c: c.call(request, into=into))
+        error: ConnectionLost | None = None
+        for number in range(READ_ATTEMPTS):
+            outcomes = self._client.pool.run(
+                route.address, lambda c: c.call(request, into=into), fresh=number > 0
+            )
             raise_first(outcomes)
             error = wrong_piece(piece, outcomes, view[:received])
             if error is None:
@@ -267,13 +278,23 @@ class StripedFile:
             for done in range(0, len(view), TRANSFER_BYTES):
                 part = view[done : done + TRANSFER_BYTES]
                 piece = m.Piece(*self._chunk(segment.number), segment.offset + done, len(part))
-                self._send_piece(route, m.WritePieces(route.target_id, (piece,)), part)
+                incarnation = self._send_piece(
+                    route, m.WritePieces(route.target_id, (piece,)), part
+                )
+                with self._lock:
+                    self._unsynced.add(segment.number, incarnation)
         finally:
             # Afterwards: a flush that came between has sealed what was there before.
             self._note_write(segment.number)
 
-    def _send_piece(self, route: Route, request: m.WritePieces, part: memoryview) -> None:
-        raise_first(self._client.pool.run(route.address, lambda c: c.call(request, [part])))
+    def _send_piece(self, route: Route, request: m.WritePieces, part: memoryview) -> int:
+        """Of which incarnation of the target it was taken."""
+        pool = self._client.pool
+        outcomes: m.Outcomes = pool.run(
+            route.address, lambda c: c.call(request, [part]), watch=True
+        )
+        raise_first(outcomes)
+        return outcomes.incarnation
 
     def _note_write(self, number: int) -> None:
         with self._lock:
@@ -331,16 +352,72 @@ class StripedFile:
             raise NoTarget(detail=f"inode {self._inode} is not one file of {size} bytes")
         return descriptor
 
+    def stage(self) -> StagedFile | None:
+        """An empty file on this host that can be this file's first chunk, if there is one at hand.
+        Never waits."""
+        return self._client.staged.take(self._layout.chain_of(0))
+
+    def adopt(self, staged: StagedFile) -> None:
+        """What is in ``staged`` is the first chunk from now on: who has its descriptor writes to
+        it. Raises ConnectionLost if its server has forgotten it, DiskFull."""
+        self._note_write(0)
+        self._client.staged.adopt(staged, self._chunk(0))
+
+    def unstage(self, staged: StagedFile) -> None:
+        """Nobody has ``staged`` open any more, and what was written to it is not wanted."""
+        found = os.fstat(staged.fd)
+        if found.st_size or found.st_blocks:
+            self._client.staged.discard(staged)
+        else:
+            self._client.staged.give_back(staged)
+
+    def is_first(self, fd: int) -> bool:
+        """Whether ``fd`` is the first chunk's. Waits for its server."""
+        try:
+            return self._patiently(0, self._is_chunk, 0, fd)
+        except ChunkNotFound:
+            return False
+
+    def _is_chunk(self, route: Route, number: int, fd: int) -> bool:
+        descriptor = self._descriptor(route, number, writable=False)
+        try:
+            return os.path.sameopenfile(descriptor.fd, fd)
+        finally:
+            self._client.descriptors.give_back(descriptor)
+
+    def touched(self) -> None:
+        """Somebody wrote to the first chunk who does not tell."""
+        self._note_write(0)
+
+    def copy_from(self, descriptor: int, offset: int, end: int, bytes_max: int) -> int:
+        """Copies bytes of another file from ``offset`` to ``end`` to the same places here, but for
+        holes, and no more than ``bytes_max`` of them. Where it got to; ``end`` if there is
+        nothing left."""
+        copied = 0
+        while (offset := _next_data(descriptor, offset, end)) < end and copied < bytes_max:
+            wanted = min(end, os.lseek(descriptor, offset, os.SEEK_HOLE)) - offset
+            data = os.pread(descriptor, min(TRANSFER_BYTES, bytes_max - copied, wanted), offset)
+            if not data:  # it was made shorter meanwhile
+                return end
+            self.write(offset, data)
+            offset += len(data)
+            copied += len(data)
+        return offset
+
     def _cut(self, route: Route, number: int, length: int) -> None:
         sized = m.SizedChunk(*self._chunk(number), length)
         request = m.TruncateChunks(route.target_id, (sized,))
-        raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
+        outcomes: m.Outcomes = self._client.pool.run(route.address, lambda c: c.call(request))
+        raise_first(outcomes)
+        if not route.local:
+            with self._lock:
+                self._unsynced.add(number, outcomes.incarnation)
 
     def _remove(self, first: int, end: int) -> None:
         """Each target looks for the whole range: chunks of one inode share a directory there."""
         with self._lock:
             self._unsealed -= {n for n in self._unsealed if first <= n < end}
-            self._unsynced -= {n for n in self._unsynced if first <= n < end}
+            self._unsynced.drop(first, end)
         self._client.descriptors.drop_range(self._inode, first, end)
         one_of_each_chain = range(first, min(end, first + len(self._layout.chains)))
         self._client.parallel(
@@ -353,6 +430,46 @@ class StripedFile:
     def _remove_range(self, route: Route, first: int, end: int) -> None:
         request = m.RemoveRange(route.target_id, self._inode, first, end)
         self._client.pool.run(route.address, lambda c: c.call(request))
+
+    # --- holes
+
+    def drop_chunks(self, first: int, end: int) -> None:
+        """The chunks ``first <= number < end`` are gone: they read as zeros (``sparse``)."""
+        if (several := self._several()) is not None:
+            size = self._layout.chunk_bytes
+            several.truncate(end * size, first * size)
+        else:
+            self._remove(first, end)
+
+    def lengths(self, first: int, end: int) -> dict[int, int] | None:
+        """Of those of the chunks ``first <= number < end`` that there are. None on chains of
+        several copies, where it is not asked for."""
+        if self._several() is not None:
+            return None
+        found: dict[int, int] = {}
+
+        def stat(route: Route, numbers: list[int]) -> set[int]:
+            request = m.StatChunks(route.target_id, self._refs(numbers))
+            outcomes = self._client.pool.run(route.address, lambda c: c.call(request))
+            raise_first(outcomes, besides=ChunkNotFound)
+            found.update((info.number, info.length) for info in outcomes.infos if info is not None)
+            return set()
+
+        def find(route: Route, start: int = first) -> None:
+            request = m.FindChunks(route.target_id, self._inode, start, end)
+            page: m.ChunkPage = self._client.pool.run(route.address, lambda c: c.call(request))
+            found.update((c.number, c.info.length) for c in page.chunks if c.info is not None)
+            if page.next is not None:
+                find(route, page.next.number)
+
+        if end - first <= STAT_CHUNKS_MAX:
+            self._each_chunk(set(range(first, end)), stat, ITEMS_PER_REQUEST_MAX)
+        else:
+            one_of_each_chain = range(first, min(end, first + len(self._layout.chains)))
+            self._client.parallel(
+                [functools.partial(self._patiently, n, find) for n in one_of_each_chain]
+            )
+        return found
 
     # --- finishing
 
@@ -388,23 +505,30 @@ class StripedFile:
     def sync(self) -> None:
         """Everything written here is on stable storage afterwards. It is not sealed for that: a
         database that syncs after each page would compute a checksum of the whole chunk each
-        time."""
+        time. Raises TargetFailed, from then on each time, if a server that was written to may have
+        lost that since: it was killed, or its machine started again."""
         if self._chained is not None:
             self._chained.sync()
             return
         with self._lock:
-            numbers, self._unsynced = self._unsynced, set()
+            syncing, self._unsynced = self._unsynced, Unsynced()
+
+        def sync(route: Route, numbers: list[int]) -> set[int]:
+            request = m.SyncChunks(route.target_id, self._refs(numbers))
+            pool = self._client.pool
+            outcomes: m.Outcomes = pool.run(route.address, lambda c: c.call(request), watch=True)
+            raise_first(outcomes)
+            with self._lock:
+                syncing.compare(numbers, outcomes.incarnation)
+            return set()
+
         try:
-            self._each_chunk(numbers, self._sync, ITEMS_PER_REQUEST_MAX)
+            self._each_chunk(syncing.numbers, sync, ITEMS_PER_REQUEST_MAX)
+            syncing.raise_lost()
         except BaseException:
             with self._lock:
-                self._unsynced |= numbers
+                self._unsynced.take_back(syncing)
             raise
-
-    def _sync(self, route: Route, numbers: list[int]) -> set[int]:
-        request = m.SyncChunks(route.target_id, self._refs(numbers))
-        raise_first(self._client.pool.run(route.address, lambda c: c.call(request)))
-        return set()
 
     def close(self) -> None:
         """``flush``, and gives up the descriptors in any case."""
@@ -502,3 +626,13 @@ class StripedFile:
             ]
         )
         return set().union(*answers)
+
+
+def _next_data(descriptor: int, offset: int, end: int) -> int:
+    """Where the next bytes are that are not a hole; ``end`` if there are none before it."""
+    try:
+        return min(end, os.lseek(descriptor, offset, os.SEEK_DATA))
+    except OSError as exc:
+        if exc.errno == errno.ENXIO:
+            return end
+        raise disk_error(exc, 0) from exc

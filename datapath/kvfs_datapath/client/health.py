@@ -58,6 +58,13 @@ class Health:
             target.failures = min(target.failures + 1, 16)
             target.avoid_until = self._clock.monotonic() + pause
 
+    def answered(self, target_id: int) -> None:
+        """It need not be avoided."""
+        target = self._targets.get(target_id)
+        if target is not None and target.failures:
+            with self._lock:
+                target.failures = 0
+
     def worked(self, target_id: int, size: int, seconds: float) -> None:
         """A read of ``size`` bytes took so long."""
         with self._lock:

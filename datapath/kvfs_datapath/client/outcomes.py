@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvfs_base.errors import ChunkCorrupt, KvfsError
+from kvfs_base.errors import ConnectionLost, KvfsError
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
 
@@ -15,13 +15,15 @@ def raise_first(outcomes: m.Outcomes, *, besides: type[KvfsError] | None = None)
             raise error
 
 
-def wrong_piece(piece: m.Piece, outcomes: m.Outcomes, data: memoryview) -> ChunkCorrupt | None:
-    """What is wrong with the bytes of the only piece that was asked for with its sum."""
+def wrong_piece(piece: m.Piece, outcomes: m.Outcomes, data: memoryview) -> ConnectionLost | None:
+    """What is wrong with the bytes of the only piece that was asked for with its sum. They were
+    summed when they were sent: it is not the chunk that is damaged."""
     (expected,) = outcomes.sums
     found = crc32c(data)
     if found == expected:
         return None
-    return ChunkCorrupt(*piece.chunk, expected_crc32c=expected, found_crc32c=found)
+    detail = f"bytes of chunk {tuple(piece.chunk)} changed on their way"
+    return ConnectionLost(detail=detail)
 
 
 __all__ = ["raise_first", "wrong_piece"]

@@ -17,7 +17,10 @@ from collections.abc import Sequence
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
+    ChunkNotFound,
+    ConnectionLost,
     DiskFull,
+    IntegrityError,
     InvalidRequest,
     KvfsError,
     TargetFailed,
@@ -26,7 +29,9 @@ from kvfs_base.limits import (
     BLOCK_BYTES_MAX,
     BLOCK_KEY_BYTES,
     CHAIN_CONNECT_SECONDS,
-    CONNECT_SECONDS,
+    CHECK_CHUNKS_PER_REQUEST,
+    PASS_CONNECT_SECONDS,
+    READ_AGAIN_ATTEMPTS,
 )
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -34,7 +39,7 @@ from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.connections import Attempt, ConnectionPool, DataConnection, seconds_for
-from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.wire import close_all
 
 _NO_KEY = bytes(BLOCK_KEY_BYTES)
@@ -109,7 +114,8 @@ def write_portion(
         route.address,
         lambda c: write(c, route, writes, passing),
         seconds=seconds_for(size),
-        connect_seconds=CONNECT_SECONDS if passing is None else CHAIN_CONNECT_SECONDS,
+        connect_seconds=PASS_CONNECT_SECONDS if passing is None else CHAIN_CONNECT_SECONDS,
+        watch=True,
     )
 
 
@@ -117,7 +123,14 @@ def write_portion(
 
 
 def _check_info(read: ChunkRead, info: ChunkInfo) -> KvfsError | None:
-    wrong = ""
+    if (
+        info.state is ChunkState.SEALED
+        and info.crc32c == read.crc32c
+        and info.length == read.size
+        and (info.inode, info.number, info.chain) == read.chunk
+        and (info.key or _NO_KEY) == (read.key or _NO_KEY)
+    ):
+        return None
     if not info.is_sealed:
         wrong = "the chunk is open for writing"
     elif info.chunk != read.chunk:
@@ -126,13 +139,12 @@ def _check_info(read: ChunkRead, info: ChunkInfo) -> KvfsError | None:
         wrong = "the chunk holds another key"
     elif info.length != read.size:
         wrong = f"{info.length} bytes, {read.size} expected"
-    elif info.crc32c != read.crc32c:
+    else:
         wrong = "the chunk was stored with another checksum"
-    return ChunkMismatch(*read.chunk, detail=wrong) if wrong else None
+    return ChunkMismatch(*read.chunk, detail=wrong)
 
 
-def _check_bytes(read: ChunkRead) -> KvfsError | None:
-    found = crc32c(read.view[: read.size])
+def _check_sum(read: ChunkRead, found: int) -> KvfsError | None:
     if found == read.crc32c:
         return None
     return ChunkCorrupt(*read.chunk, expected_crc32c=read.crc32c, found_crc32c=found)
@@ -193,7 +205,7 @@ def _read_descriptor(fd: int, read: ChunkRead, info: ChunkInfo, route: Route) ->
             done += count
     except OSError as exc:
         return disk_error(exc, route.target_id)
-    return _check_bytes(read)
+    return _check_sum(read, crc32c(read.view[: read.size]))
 
 
 def disk_error(exc: OSError, target_id: int) -> KvfsError:
@@ -265,30 +277,115 @@ def _fill_descriptor(fd: int, write: ChunkWrite, route: Route) -> KvfsError | No
 def _read_remote(
     pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead], attempt: Attempt | None
 ) -> Results:
-    request = m.ReadChunks(
-        route.target_id, tuple(m.SizedChunk(*read.chunk, read.size) for read in reads)
-    )
+    return _RemoteRead(pool, route, reads, attempt).run()
 
-    def into(outcomes: m.Outcomes) -> list[memoryview]:
-        return [
-            read.view[: read.size]
-            for read, info in zip(reads, outcomes.infos, strict=True)
-            if info is not None and read.size
-        ]
 
-    outcomes = pool.run(
-        route.address,
-        lambda c: c.call(request, into=into),
-        seconds=seconds_for(0),
-        attempt=attempt,
-    )
-    results: Results = []
-    for index, (read, info) in enumerate(zip(reads, outcomes.infos, strict=True)):
-        if info is None:
-            results.append(outcomes.error(index))
-        else:
-            results.append(_check_info(read, info) or _check_bytes(read))
-    return results
+class _RemoteRead:
+    """Bytes that are wrong here may be right there: then the way is to blame, and no block must be
+    taken for lost. The server looks at its disk, and is asked again over another connection."""
+
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        route: Route,
+        reads: Sequence[ChunkRead],
+        attempt: Attempt | None,
+    ) -> None:
+        self._pool = pool
+        self._route = route
+        self._reads = reads
+        self._attempt = attempt
+        self._results: Results = [None] * len(reads)
+
+    def run(self) -> Results:
+        results = self._results
+        left = self._fetch(range(len(self._reads)))
+        for _ in range(READ_AGAIN_ATTEMPTS):
+            left = self._recheck(left)
+            if not left:
+                return results
+            before = list(results)
+            try:
+                doubtful = self._fetch(left, fresh=True)
+            except KvfsError as exc:
+                self._check_attempt()
+                for index in left:
+                    results[index] = exc
+                return results
+            # What the server says of a chunk twice it means; bytes say nothing.
+            left = [
+                i
+                for i in doubtful
+                if isinstance(results[i], ChunkCorrupt) or str(results[i]) != str(before[i])
+            ]
+        for index in left:
+            detail = "bytes change on their way"
+            results[index] = ConnectionLost(address=str(self._route.address), detail=detail)
+        return results
+
+    def _check_attempt(self) -> None:
+        if self._attempt is not None:
+            self._attempt.check()
+
+    def _fetch(self, indexes: Sequence[int], *, fresh: bool = False) -> list[int]:
+        """Results of some of the reads; answers which of them this side found wrong."""
+        wanted = [self._reads[i] for i in indexes]
+        request = m.ReadChunks(
+            self._route.target_id, tuple(m.SizedChunk(*read.chunk, read.size) for read in wanted)
+        )
+
+        def into(outcomes: m.Outcomes) -> list[memoryview]:
+            return [
+                read.view[: read.size]
+                for read, info in zip(wanted, outcomes.infos, strict=True)
+                if info is not None
+            ]
+
+        outcomes, sums = self._pool.run(
+            self._route.address,
+            lambda c: c.call_summed(request, into),
+            seconds=seconds_for(0),
+            attempt=self._attempt,
+            fresh=fresh,
+        )
+        doubtful: list[int] = []
+        found = iter(sums)
+        for place, (index, info) in enumerate(zip(indexes, outcomes.infos, strict=True)):
+            if info is None:
+                self._results[index] = outcomes.error(place)
+                continue
+            read = self._reads[index]
+            checksum = next(found)
+            error = self._results[index] = _check_info(read, info) or _check_sum(read, checksum)
+            if error is not None:
+                doubtful.append(index)
+        return doubtful
+
+    def _recheck(self, indexes: Sequence[int]) -> list[int]:
+        """Lets the server read chunks again from its disk. Those that are bad there have that as
+        their result; answers the others."""
+        left: list[int] = []
+        for start in range(0, len(indexes), CHECK_CHUNKS_PER_REQUEST):
+            group = indexes[start : start + CHECK_CHUNKS_PER_REQUEST]
+            for index, error in zip(group, self._look(group), strict=True):
+                if isinstance(error, IntegrityError | ChunkNotFound):
+                    self._results[index] = error
+                else:
+                    left.append(index)
+        return left
+
+    def _look(self, indexes: Sequence[int]) -> Results:
+        """What the server finds on its disk. Nothing, if it cannot be asked: it is asked again."""
+        refs = _refs([self._reads[i] for i in indexes])
+        request = m.CheckChunks(self._route.target_id, refs)
+        try:
+            outcomes: m.Outcomes = self._pool.run(
+                self._route.address, lambda c: c.call(request), attempt=self._attempt, fresh=True
+            )
+        except KvfsError:
+            self._check_attempt()
+            return [None] * len(indexes)
+        return [outcomes.error(place) for place in range(len(indexes))]
 
 
 def _write_remote(

@@ -9,6 +9,7 @@ which is always safe. 0 says that the chunk was never there, and is therefore sa
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -16,16 +17,18 @@ from kvfs_base import threads
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkMismatch,
+    IntegrityError,
     KvfsError,
     NoTarget,
     TargetFailed,
 )
-from kvfs_base.limits import CHAIN_CONNECT_SECONDS
-from kvfs_base.types import ChunkId
+from kvfs_base.limits import CHAIN_CONNECT_SECONDS, WRITE_ATTEMPTS_BAD
+from kvfs_base.types import Address, ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.chain_reads import UNREACHABLE
 from kvfs_datapath.client.chain_writes import PASSING_ERRORS
+from kvfs_datapath.client.health import Health
 from kvfs_datapath.client.patience import Patience
 from kvfs_datapath.client.routes import ChainRoutes, Route
 from kvfs_datapath.client.shared import Shared
@@ -73,6 +76,53 @@ class Change:
         )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Way:
+    """To the head of a chain: ``route`` is to itself, or to a member that passes on what it is
+    asked."""
+
+    route: Route
+    routes: ChainRoutes
+
+    @property
+    def is_relay(self) -> bool:
+        return self.route.target_id != self.routes.head
+
+    @property
+    def target_id(self) -> int:
+        return self.route.target_id
+
+    @property
+    def address(self) -> Address:
+        return self.route.address
+
+    @property
+    def passing(self) -> m.Passing:
+        return m.Passing(self.routes.chain_id, self.routes.version)
+
+    @property
+    def hops(self) -> int:
+        """How many have to get what is sent, one after the other."""
+        return len(self.routes.members) + self.is_relay
+
+    def onward(self, seconds: float) -> m.Onward | None:
+        return m.Onward(self.routes.head, math.ceil(seconds)) if self.is_relay else None
+
+
+def _way(routes: ChainRoutes, health: Health, relay: bool | None, relays: int) -> Way:
+    """``relay``: whether to ask another member, one after the other; None: if the head failed
+    lately. Raises NoTarget."""
+    head = routes.find(routes.head)
+    if head is None:
+        raise NoTarget(detail=f"the head of chain {routes.chain_id} cannot be reached")
+    others = [r for r in (*routes.serving, *routes.others) if r is not head]
+    if relay is None:
+        relay = bool(health.avoided([routes.head]))
+    if not others or not relay:
+        return Way(head, routes)
+    return Way(others[relays % len(others)], routes)
+
+
 class Updater:
     """One a client; thread-safe."""
 
@@ -104,9 +154,9 @@ class Updater:
             change.crc32c = crc32c(change.data)
         left = list(range(len(changes)))
 
-        def send(head: Route, routes: ChainRoutes) -> None:
+        def send(way: Way) -> None:
             nonlocal left
-            outcomes = self._send(head, routes, [changes[i] for i in left])
+            outcomes = self._send(way, [changes[i] for i in left])
             failed: dict[int, KvfsError] = {}
             for place, index in enumerate(left):
                 error = outcomes.error(place)
@@ -121,9 +171,9 @@ class Updater:
         self.at_head(chain, send, patience)
         return infos
 
-    def _send(self, head: Route, routes: ChainRoutes, changes: Sequence[Change]) -> m.Outcomes:
-        passing = m.Passing(routes.chain_id, routes.version)
+    def _send(self, way: Way, changes: Sequence[Change]) -> m.Outcomes:
         payload = [change.data for change in changes if len(change.data)]
+        seconds = seconds_for(way.hops * sum(map(len, payload)))
 
         def act(connection: DataConnection) -> m.Outcomes:
             # May run twice, on two connections: what was sent on the first may arrive yet.
@@ -131,7 +181,8 @@ class Updater:
             messages = tuple(change.message() for change in changes)
             for change in changes:
                 change.sent = True
-            request = m.UpdateChunks(head.target_id, passing, messages)
+            onward = way.onward(seconds)
+            request = m.UpdateChunks(way.target_id, way.passing, messages, onward)
             try:
                 outcomes: m.Outcomes = connection.call(request, payload)
             except NOWHERE:
@@ -143,33 +194,39 @@ class Updater:
                     change.sent = before[index]
             return outcomes
 
-        size = len(routes.members) * sum(map(len, payload))
         return self._shared.pool.run(
-            head.address,
-            act,
-            seconds=seconds_for(size),
-            connect_seconds=CHAIN_CONNECT_SECONDS,
+            way.address, act, seconds=seconds, connect_seconds=CHAIN_CONNECT_SECONDS, watch=True
         )
 
-    def at_head(
-        self, chain: int, action: Callable[[Route, ChainRoutes], _Result], patience: Patience
-    ) -> _Result:
-        """``action`` on the head of a chain, again and again while the chain is changing."""
+    def at_head(self, chain: int, action: Callable[[Way], _Result], patience: Patience) -> _Result:
+        """``action`` at the head of a chain, again and again while the chain is changing. If the
+        head cannot be reached from here, every other attempt goes through another member."""
+        health = self._shared.health
         fresh = False
+        relay: bool | None = None
+        relays = bad = 0
         while True:
-            head: Route | None = None
+            way: Way | None = None
             try:
                 routes = self._shared.router.chain(chain, fresh=fresh)
-                head = routes.find(routes.head)
-                if head is None:
-                    raise NoTarget(detail=f"the head of chain {chain} cannot be reached")
-                return action(head, routes)
+                way = _way(routes, health, relay, relays)
+                result = action(way)
+                if not way.is_relay:
+                    health.answered(routes.head)
+                return result
             except KvfsError as exc:
                 # A chain that was removed has no head, and will have none.
-                if not isinstance(exc, _AGAIN) or (head is None and not exc.temporary):
+                if not isinstance(exc, _AGAIN) or (way is None and not exc.temporary):
                     raise
-                if head is not None and isinstance(exc, UNREACHABLE):
-                    self._shared.health.failed(head.target_id)
+                bad += isinstance(exc, IntegrityError)
+                if bad > WRITE_ATTEMPTS_BAD:
+                    raise  # what is there is damaged, and nobody has it
+                relay = None
+                if way is not None and isinstance(exc, UNREACHABLE):
+                    relay = not way.is_relay
+                    relays += way.is_relay
+                    if not way.is_relay:
+                        health.failed(routes.head)
                 # The map may be old: the second attempt is made at once.
                 if fresh and not patience.wait():
                     raise
@@ -179,4 +236,4 @@ class Updater:
         return tuple(m.ChunkRef(*ChunkId(inode, number, chain)) for number in numbers)
 
 
-__all__ = ["Change", "Updater"]
+__all__ = ["Change", "Updater", "Way"]

@@ -7,6 +7,7 @@ GIL, and a blocking call costs 23 us a side where a trio task costs 160 us (meas
 from __future__ import annotations
 
 import logging
+import resource
 import uuid
 
 from kvfs_base import threads
@@ -14,6 +15,7 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import ConnectionLost, KvfsError, TargetFailed
 from kvfs_base.limits import (
     CONNECTIONS_MAX,
+    KEPT_FILES_MAX,
     SERVER_BUFFERS,
     SERVER_CHECK_BUFFERS,
     SERVER_CHECK_BYTES,
@@ -26,6 +28,7 @@ from kvfs_datapath.chains.service import ChainService
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.server.heartbeat import Housekeeping
+from kvfs_datapath.server.mover import Mover
 from kvfs_datapath.server.scrub import Scrubber
 from kvfs_datapath.server.session import DataSession
 from kvfs_datapath.server.targets import Targets
@@ -46,6 +49,7 @@ class ChunkServer:
         self._config = config
         self._counters = Counters(
             "bad_chunks",
+            "chunks_moved",
             "chunks_read",
             "chunks_removed",
             "chunks_repaired",
@@ -56,8 +60,11 @@ class ChunkServer:
             "garbage_removed",
             "heartbeats",
             "heartbeats_failed",
+            "moved_bytes",
+            "moves_ended",
             "read_bytes",
             "requests",
+            "requests_relayed",
             "synced_bytes",
             "updates",
             "scrub_bad_chunks",
@@ -69,10 +76,17 @@ class ChunkServer:
         )
         self._buffers = BufferPool(SERVER_BUFFERS, TRANSFER_BYTES)
         self._check_buffers = BufferPool(SERVER_CHECK_BUFFERS, SERVER_CHECK_BYTES)
+        open_max = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._kept_files = min(KEPT_FILES_MAX, open_max // 4) // len(config.directories)
         self._never_opened = 0
-        self._targets = Targets(self._open_stores())
+        self._targets = Targets(
+            self._open_stores(), env.host_id, lambda: env.rng.getrandbits(62) + 1
+        )
         self._chains = ChainService(env, config, self._targets.stores, self._counters)
-        self._housekeeping = Housekeeping(env, config, self._targets, self._chains, self._counters)
+        self._mover = Mover(env, config, self._targets.stores, self._chains.peers, self._counters)
+        self._housekeeping = Housekeeping(
+            env, config, self._targets, self._chains, self._counters, moving=self._mover.order
+        )
         self._scrubber = Scrubber(
             env,
             self._targets.stores,
@@ -111,6 +125,7 @@ class ChunkServer:
             str(uuid.UUID(int=self._env.rng.getrandbits(128), version=4)),
             buffers=self._check_buffers,
             strict=self._config.durability == "strict",
+            kept_files=self._kept_files,
         )
 
     @property
@@ -136,6 +151,7 @@ class ChunkServer:
         by_kind = {address.kind: address for address in self.addresses}
         self._housekeeping.start(by_kind.get("unix"), by_kind.get("tcp"))
         self._scrubber.start()
+        self._mover.start()
 
     def stop(self) -> None:
         """Breaks off every connection, waits for the threads, gives the directories back."""
@@ -147,6 +163,7 @@ class ChunkServer:
         with self._lock:
             open_connections = dict(self._connections)
         self._chains.stop()
+        self._mover.stop()
         for connection in open_connections:
             connection.shutdown()
         for thread in open_connections.values():
@@ -160,7 +177,15 @@ class ChunkServer:
         with self._lock:
             connections = len(self._connections)
         failed = self._never_opened + sum(not store.healthy for store in self._targets.stores)
-        return self._counters.snapshot() | {"connections": connections, "failed_targets": failed}
+        stores = self._targets.stores
+        gauges = {
+            "connections": connections,
+            "damaged_chunks": sum(len(store.versions.damaged) for store in stores),
+            "failed_targets": failed,
+            "kept_files": sum(len(store.kept) for store in stores),
+            "kept_files_used": sum(store.kept.hits for store in stores),
+        }
+        return self._counters.snapshot() | gauges
 
     # --- connections
 

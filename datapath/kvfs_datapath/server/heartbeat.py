@@ -8,6 +8,7 @@ passes it, and removing twice does no harm, so nothing is remembered across a re
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from kvfs_base import threads
 from kvfs_base.cluster import (
@@ -44,8 +45,12 @@ class Housekeeping:
         targets: Targets,
         chains: ChainService,
         counters: Counters,
+        *,
+        moving: Callable[[frozenset[str]], None],
     ) -> None:
+        """``moving`` is told which targets are being drained."""
         self._env = env
+        self._moving = moving
         self._config = config
         self._targets = targets
         self._chains = chains
@@ -165,6 +170,7 @@ class Housekeeping:
             store = by_uuid.get(orders.uuid)
             if store is not None:
                 self._take_orders(store, orders)
+        self._moving(frozenset(orders.uuid for orders in reply.targets if orders.moving))
 
     def _retire(self, store: ChunkStore) -> None:
         """A target that was removed from the cluster has no number: nobody writes to it any more

@@ -35,9 +35,11 @@ from kvfs_datapath.chains.block_writes import BlockWriter, info_of, publish, rai
 from kvfs_datapath.chains.requests import ChainSession, refuse_versioned
 from kvfs_datapath.chains.service import ChainService
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.chunks.listing import ChunkListing
+from kvfs_datapath.chunks.kept import KeptFile
+from kvfs_datapath.chunks.listing import ChunkListing, find_chunks
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.server import placing
 from kvfs_datapath.server.targets import Targets
 from kvfs_datapath.wire import receive_body, receive_header, send_message
 
@@ -46,6 +48,8 @@ log = logging.getLogger(__name__)
 _requests = msgspec.msgpack.Decoder(m.DataRequest)
 _Item = TypeVar("_Item")
 DRAIN_BYTES = 64 * KIB
+SMALL_BYTES = 256 * KIB
+"""A chunk of up to this size is read from the disk at once when its first byte is wanted."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -53,6 +57,8 @@ class _Answer:
     message: Any
     store: ChunkStore | None
     """Whose disk the answer comes from."""
+    kept: list[KeptFile] = dataclasses.field(default_factory=list)
+    """Given back once the answer is sent."""
     files: list[DiskFile] = dataclasses.field(default_factory=list)
     """Closed once the answer is sent."""
     passed: list[int] = dataclasses.field(default_factory=list)
@@ -66,6 +72,9 @@ class _Answer:
     def close(self) -> None:
         for file in self.files:
             file.close()
+        if self.kept:
+            assert self.store is not None
+            self.store.kept.give_back(self.kept)
         self.lent.close()
 
 
@@ -100,6 +109,7 @@ class DataSession:
             m.StageChunks: self._stage_chunks,
             m.PublishChunks: self._publish_chunks,
             m.OpenForWrite: self._open_for_write,
+            m.AdoptChunks: self._adopt_chunks,
             m.ReadPieces: self._read_pieces,
             m.WritePieces: self._write_pieces,
             m.SealChunks: self._seal_chunks,
@@ -108,7 +118,10 @@ class DataSession:
             m.RemoveRange: self._remove_range,
             m.StatChunks: self._stat_chunks,
             m.ListChunks: self._list_chunks,
+            m.FindChunks: self._find_chunks,
             m.CheckChunks: self._check_chunks,
+            m.CompareMoved: lambda store, request: _Answer(placing.compare(store, request), store),
+            m.PlaceMoved: self._place_moved,
         }
 
     def run(self) -> None:
@@ -194,6 +207,11 @@ class DataSession:
         try:
             for file, offset, length in answer.pieces:
                 self._connection.send_file(file, offset, length)
+        except ConnectionLost:
+            # If a file that was kept is shorter than it was, the next attempt opens it again.
+            for kept in answer.kept:
+                kept.drop()
+            raise
         except TargetFailed as exc:
             # The answer is under way: only breaking off can still say that it went wrong.
             assert answer.store is not None
@@ -236,23 +254,51 @@ class DataSession:
 
     # --- whole chunks
 
+    def _borrow_kept(
+        self, answer: _Answer, items: Sequence[m.ChunkRef], *, direct: bool = False
+    ) -> Iterator[KeptFile | None]:
+        """For ``_next_kept``, in the order of the items."""
+        assert answer.store is not None
+        chunks = [item.chunk for item in items]
+        found = self._chains.borrow_kept(answer.store, chunks, direct=direct)
+        answer.kept += [kept for kept in found if kept is not None]
+        return iter(found)
+
+    def _next_kept(
+        self,
+        answer: _Answer,
+        open_already: Iterator[KeptFile | None],
+        item: m.ChunkRef,
+        *,
+        direct: bool = False,
+    ) -> KeptFile:
+        kept = next(open_already)
+        if kept is None:
+            assert answer.store is not None
+            kept = self._chains.borrow(answer.store, item.chunk, direct=direct)
+            answer.kept.append(kept)
+        return kept
+
     def _read_chunks(self, store: ChunkStore, request: m.ReadChunks) -> _Answer:
         answer = _Answer(None, store)
 
         def read(item: m.SizedChunk) -> ChunkInfo:
-            file, info = self._chains.open(store, item.chunk)
-            answer.files.append(file)
+            kept = self._next_kept(answer, open_already, item)
+            info = kept.info
             if not info.is_sealed:
                 raise ChunkMismatch(*item.chunk, detail="the chunk is open for writing")
             if info.length != item.size:
                 detail = f"{info.length} bytes, {item.size} expected"
                 raise ChunkMismatch(*item.chunk, detail=detail)
-            # The whole batch is on its way from the disk before the first byte is sent.
-            file.will_need(0, info.length)
-            answer.pieces.append((file, 0, info.length))
+            # The whole batch is on its way from the disk before the first byte is sent. What was
+            # kept open was read lately: where it is small, to ask costs a tenth of sending it.
+            if kept.is_new or info.length > SMALL_BYTES:
+                kept.file.will_need(0, info.length)
+            answer.pieces.append((kept.file, 0, info.length))
             return info
 
         with _closing_on_error(answer):
+            open_already = self._borrow_kept(answer, request.chunks)
             answer.message = self._each(request.chunks, read)
         self._counters.add(chunks_read=len(answer.pieces))
         return answer
@@ -264,23 +310,23 @@ class DataSession:
         def open_one(item: m.ChunkRef) -> ChunkInfo:
             if request.verify:
                 self._verify(store, item.chunk, request.seal)
-            file, info = self._chains.open(store, item.chunk, direct=request.direct)
-            answer.files.append(file)
-            return info
+            kept = self._next_kept(answer, open_already, item, direct=request.direct)
+            answer.passed.append(kept.file.fileno())
+            return kept.info
 
         with _closing_on_error(answer):
+            open_already = self._borrow_kept(answer, request.chunks, direct=request.direct)
             answer.message = self._each(request.chunks, open_one)
-            answer.passed = [file.fileno() for file in answer.files]
         return answer
 
     def _verify(self, store: ChunkStore, chunk: ChunkId, seal: bool) -> None:
         if seal and not chunk.chain:
             store.seal(chunk)
-        file, info = self._chains.open(store, chunk)
+        kept = self._chains.borrow(store, chunk)
         try:
-            store.verify(file, info)
+            store.verify(kept.file, kept.info)
         finally:
-            file.close()
+            kept.close()
 
     def _write_chunks(self, store: ChunkStore, request: m.WriteChunks) -> _Answer:
         if request.passing is not None:
@@ -344,12 +390,25 @@ class DataSession:
             self._writes_to(store, item.chunk)
             file, info = store.open_for_write(item.chunk)
             answer.files.append(file)
+            answer.passed.append(file.fileno())
             return info
 
         with _closing_on_error(answer):
             answer.message = self._each(request.chunks, open_one)
-            answer.passed = [file.fileno() for file in answer.files]
         return answer
+
+    def _adopt_chunks(self, store: ChunkStore, request: m.AdoptChunks) -> _Answer:
+        refuse_versioned(request.chunks)
+
+        def adopt(item: m.Adopted) -> ChunkInfo:
+            found = self._staged.get(item.token)
+            if found is None or found[0] is not store:
+                raise InvalidRequest(detail=f"nothing is staged as {item.token}")
+            del self._staged[item.token]
+            self._writes_to(store, item.chunk)
+            return store.adopt(found[1], item.chunk)
+
+        return _Answer(self._each(request.chunks, adopt), store)
 
     def _read_pieces(self, store: ChunkStore, request: m.ReadPieces) -> _Answer:
         if request.summed:
@@ -357,8 +416,13 @@ class DataSession:
         answer = _Answer(None, store)
 
         def read(item: m.Piece) -> ChunkInfo:
-            file, info = self._chains.open(store, item.chunk)
-            answer.files.append(file)
+            if request.passing is not None:
+                file, info = self._chains.open_for(store, item.chunk, request.passing)
+                answer.files.append(file)
+            else:
+                kept = self._chains.borrow(store, item.chunk)
+                answer.kept.append(kept)
+                file, info = kept.file, kept.info
             store.verify(file, info)
             length = max(0, min(item.length, info.length - item.offset))
             answer.pieces.append((file, item.offset, length))
@@ -392,7 +456,8 @@ class DataSession:
     def _read_piece(
         self, store: ChunkStore, item: m.Piece, room: memoryview
     ) -> tuple[ChunkInfo, memoryview]:
-        file, info = self._chains.open(store, item.chunk)
+        kept = self._chains.borrow(store, item.chunk)
+        file, info = kept.file, kept.info
         try:
             store.verify(file, info)
             wanted = max(0, min(item.length, info.length - item.offset))
@@ -403,7 +468,7 @@ class DataSession:
             store.fail(exc)
             raise
         finally:
-            file.close()
+            kept.close()
         if count < wanted:  # it was cut meanwhile
             info = msgspec.structs.replace(info, length=item.offset + count)
         return info, room[:count]
@@ -418,7 +483,12 @@ class DataSession:
             self._counters.add(written_bytes=item.length)
 
         with self._buffers.lend(STALL_SECONDS) as buffer:
-            return _Answer(self._each(request.pieces, write), store)
+            return self._told(store, self._each(request.pieces, write))
+
+    def _told(self, store: ChunkStore, outcomes: m.Outcomes) -> _Answer:
+        """With the incarnation to which it was done."""
+        incarnation = self._targets.incarnation(store)
+        return _Answer(msgspec.structs.replace(outcomes, incarnation=incarnation), store)
 
     def _seal_chunks(self, store: ChunkStore, request: m.SealChunks) -> _Answer:
         refuse_versioned(request.chunks)
@@ -438,10 +508,10 @@ class DataSession:
             self._writes_to(store, item.chunk)
             store.truncate(item.chunk, item.size)
 
-        return _Answer(self._each(request.chunks, truncate), store)
+        return self._told(store, self._each(request.chunks, truncate))
 
     def _sync_chunks(self, store: ChunkStore, request: m.SyncChunks) -> _Answer:
-        return _Answer(self._chains.sync_chunks(store, request), store)
+        return self._told(store, self._chains.sync_chunks(store, request))
 
     def _remove_range(self, store: ChunkStore, request: m.RemoveRange) -> _Answer:
         if request.passing is not None:
@@ -458,6 +528,14 @@ class DataSession:
 
         return _Answer(self._each(request.chunks, stat), store)
 
+    def _place_moved(self, store: ChunkStore, request: m.PlaceMoved) -> _Answer:
+        refuse_versioned([request.chunk])
+
+        def place(moved: m.PlaceMoved) -> None:
+            placing.place(store, moved, self._receive, self._buffers, self._counters)
+
+        return _Answer(self._each([request], place), store)
+
     # --- checking
 
     def _list_chunks(self, store: ChunkStore, request: m.ListChunks) -> _Answer:
@@ -467,6 +545,10 @@ class DataSession:
         page = listing.page(request.limit)
         if page.next is None:
             self._listing = None
+        return _Answer(page, store)
+
+    def _find_chunks(self, store: ChunkStore, request: m.FindChunks) -> _Answer:
+        page = find_chunks(store, request.inode, request.first, request.end)
         return _Answer(page, store)
 
     def _check_chunks(self, store: ChunkStore, request: m.CheckChunks) -> _Answer:

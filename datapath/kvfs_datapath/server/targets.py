@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import KvfsError, NoTarget
 from kvfs_base.limits import HEARTBEAT_SECONDS, UNSEALED_CHUNKS_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.server import incarnations
 
 
 class Targets:
-    def __init__(self, stores: Sequence[ChunkStore]) -> None:
+    def __init__(
+        self, stores: Sequence[ChunkStore], host_id: str = "", draw: Callable[[], int] = lambda: 1
+    ) -> None:
+        """``draw`` answers another number each time."""
         self.stores = tuple(stores)
+        self._host_id = host_id
+        self._incarnations = {s: incarnations.begin(s, host_id, draw) for s in self.stores}
         self._unsettled: dict[tuple[ChunkStore, ChunkId], None] = {}
         self._lock = threads.lock()
         self._numbered = threads.condition()
+
+    def incarnation(self, store: ChunkStore) -> int:
+        return self._incarnations[store]
 
     def find(self, target_id: int) -> ChunkStore:
         """Raises NoTarget. A client may hear of a new target before this server hears what its
@@ -66,4 +75,5 @@ class Targets:
 
     def close(self) -> None:
         for store in self.stores:
+            incarnations.end(store, self._host_id, self._incarnations[store])
             store.close()

@@ -36,7 +36,7 @@ class BlockReader:
     def get(self, metadata: MetadataCalls, session: Session, request: GetBlocks) -> Granted:
         """Leases what is stored of a batch. Raises ArenaFull, or what the metadata service raised;
         blocks that cannot be had are misses."""
-        infos = metadata.call(LookupBlocks(request.namespace, request.keys))
+        infos = list(metadata.call(LookupBlocks(request.namespace, request.keys)))
         size_bytes = sum([info.size + _PAD & ~_PAD for info in infos if info is not None])
         if not size_bytes:
             self._counters.add(blocks_requested=len(infos), blocks_unknown=len(infos))
@@ -64,7 +64,7 @@ class BlockReader:
         self,
         metadata: MetadataCalls,
         request: GetBlocks,
-        infos: Sequence[BlockInfo | None],
+        infos: list[BlockInfo | None],
         grant: Grant,
     ) -> None:
         """Loads and waits until every entry of the grant is ready; the others become None."""
@@ -72,7 +72,7 @@ class BlockReader:
         hits = len(infos) - unknown - len(grant.load)
         failures: dict[int, KvfsError] = {}
         if grant.load:
-            failures = self._load(infos, grant)
+            failures = self._load(metadata, request, infos, grant)
         waited_for_nothing = self._wait(grant)
         self._counters.add(
             blocks_requested=len(infos),
@@ -83,10 +83,39 @@ class BlockReader:
         if failures:
             self._forget(metadata, request, infos, failures)
 
-    def _load(self, infos: Sequence[BlockInfo | None], grant: Grant) -> dict[int, KvfsError]:
+    def _load(
+        self,
+        metadata: MetadataCalls,
+        request: GetBlocks,
+        infos: list[BlockInfo | None],
+        grant: Grant,
+    ) -> dict[int, KvfsError]:
         """Reads all blocks of ``grant.load``; those that failed, by place, are None in the grant
-        afterwards."""
-        loading = [(place, *_present(infos, grant, place)) for place in grant.load]
+        afterwards. ``infos`` follows where blocks have moved."""
+        failed: dict[int, KvfsError] | None = None
+        try:
+            found = self._read(infos, grant, grant.load)
+            if found:
+                moved = self._look_again(metadata, request, infos, list(found))
+                for place in moved:
+                    del found[place]
+                found |= self._read(infos, grant, moved)
+            failed = found
+        finally:
+            # Whatever happened: others wait for these entries.
+            self._cache.finish(grant, set(grant.load) if failed is None else failed)
+        self._give_back(grant, failed)
+        loaded = [info for p in grant.load if p not in failed and (info := infos[p]) is not None]
+        self._counters.add(
+            blocks_loaded=len(loaded), loaded_bytes=sum(info.size for info in loaded)
+        )
+        return failed
+
+    def _read(
+        self, infos: Sequence[BlockInfo | None], grant: Grant, places: Sequence[int]
+    ) -> dict[int, KvfsError]:
+        """What went wrong, by place."""
+        loading = [_present(infos, grant, place) for place in places]
         reads = [
             ChunkRead(
                 chunk=ChunkId(info.inode, 0),
@@ -96,25 +125,34 @@ class BlockReader:
                 key=entry.name[1],
                 view=self._space.extent(entry),
             )
-            for _, info, entry in loading
+            for info, entry in loading
         ]
-        failed: dict[int, KvfsError] | None = None
+        results = self._chunks.read_chunks(reads) if reads else []
+        return {p: error for p, error in zip(places, results, strict=True) if error is not None}
+
+    def _look_again(
+        self,
+        metadata: MetadataCalls,
+        request: GetBlocks,
+        infos: list[BlockInfo | None],
+        places: Sequence[int],
+    ) -> list[int]:
+        """Which of the blocks that could not be read are on another chain by now."""
+        keys = split_keys(request.keys)
+        look_up = LookupBlocks(request.namespace, b"".join(keys[place] for place in places))
         try:
-            results = self._chunks.read_chunks(reads)
-            failed = {
-                place: error
-                for (place, _, _), error in zip(loading, results, strict=True)
-                if error is not None
-            }
-        finally:
-            # Whatever happened: others wait for these entries.
-            self._cache.finish(grant, set(grant.load) if failed is None else failed)
-        self._give_back(grant, failed)
-        self._counters.add(
-            blocks_loaded=len(loading) - len(failed),
-            loaded_bytes=sum(info.size for place, info, _ in loading if place not in failed),
-        )
-        return failed
+            now = metadata.call(look_up)
+        except KvfsError:
+            return []  # then the next get finds them
+        moved: list[int] = []
+        for place, info in zip(places, now, strict=True):
+            before = infos[place]
+            if info is None or before is None or info.inode != before.inode:
+                continue
+            if info.chain != before.chain:
+                infos[place] = info
+                moved.append(place)
+        return moved
 
     def _wait(self, grant: Grant) -> int:
         """Waits for entries that others load. Returns how many did not come; they are None in the
@@ -158,9 +196,12 @@ class BlockReader:
         if not lost:
             return
         keys = split_keys(request.keys)
-        gone = [(keys[p], info.inode) for p in lost if (info := infos[p]) is not None]
+        gone = [(keys[p], info) for p in lost if (info := infos[p]) is not None]
         removal = RemoveBlocks(
-            request.namespace, b"".join(k for k, _ in gone), tuple(inode for _, inode in gone)
+            request.namespace,
+            b"".join(key for key, _ in gone),
+            tuple(info.inode for _, info in gone),
+            tuple(info.chain for _, info in gone),
         )
         try:
             metadata.call(removal)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -11,12 +10,13 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
+from kvfs.cli.emptying import drained_blocks, state_of, wait_until_empty
 from kvfs.cli.figures import chunk_server_figures, told
+from kvfs.cli.paths import files_on
 from kvfs.cli.targets import env_of, metadata_addresses, target_argument
 from kvfs.settings import format_size
 from kvfs_base.cluster import Chain, GetClusterMap
-from kvfs_base.errors import EntryNotFound, InodeStale, TargetInUse, TargetUnknown
-from kvfs_base.types import ROOT_INODE, Attr
+from kvfs_base.errors import TargetInUse, TargetUnknown
 from kvfs_metadata.client import BlockingMetadataClient
 from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
@@ -30,8 +30,6 @@ from kvfs_metadata.cluster.admin_messages import (
     SpreadDetails,
     TargetDetails,
 )
-from kvfs_metadata.cluster.administration import chunks_by_chain
-from kvfs_metadata.messages import ReadDir
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,16 +100,6 @@ def _held_by(target: TargetDetails, counts: dict[int, Held]) -> Held:
     for chain in target.chains:
         held.add(counts.get(chain, Held()))
     return held
-
-
-def _state(target: TargetDetails) -> str:
-    if target.drained:
-        drain = "drained"
-    elif target.draining:
-        drain = "draining"
-    else:
-        return target.state.value
-    return f"offline, {drain}" if target.state == "offline" else drain
 
 
 def _describe_target(target: TargetDetails, held: Held | None) -> dict[str, Any]:
@@ -202,7 +190,7 @@ def _describe_server(name: str, targets: list[TargetDetails]) -> dict[str, Any]:
         "host": targets[0].host,
         "rack": targets[0].rack,
         "targets": [target.target_id for target in targets],
-        "states": [_state(target) for target in targets],
+        "states": [state_of(target) for target in targets],
         "heard_seconds": round(min(target.heard_seconds for target in targets), 1),
     }
 
@@ -267,7 +255,7 @@ def targets(target: str, *, as_json: bool, quick: bool) -> None:
             (
                 str(one.target_id),
                 one.server_id,
-                _state(one),
+                state_of(one),
                 format_size(one.capacity_bytes),
                 format_size(one.free_bytes),
                 f"{one.removals:,}",
@@ -360,7 +348,7 @@ def _chain_cells(
     members += [f"{target_id} (offline)" for target_id in chain.offline]
     serving = [states[target_id] for target_id in chain.targets if target_id in states]
     if not chain.is_replicated:
-        state = ", ".join(map(_state, serving))
+        state = ", ".join(map(state_of, serving))
     elif all(one.state == "offline" for one in serving):
         state = "unavailable"
     else:
@@ -404,21 +392,29 @@ def _told(numbers: Sequence[int]) -> str:
 @target_argument
 @names_argument
 @click.option("--keep-blocks", is_flag=True, help="Blocks stay until they are evicted.")
-def drain(target: str, names: tuple[str, ...], *, keep_blocks: bool) -> None:
-    """Place nothing new on targets, bring copies that lie there to others, and give up the blocks
-    of which there is one copy.
+@click.option("--wait", is_flag=True, help="Show what is left, until nothing is.")
+def drain(target: str, names: tuple[str, ...], *, keep_blocks: bool, wait: bool) -> None:
+    """Place nothing new on targets, and bring what lies there to others.
 
-    Files of one copy stay, and stay readable: they are not moved. `kvfs cluster targets` shows what
-    is left; once nothing is, the state is "drained" and the target can be removed. `kvfs cluster
-    add` undoes it.
+    A file of one copy moves while nobody has it open; with --wait those that are open are named.
+    `kvfs cluster targets` shows what is left; once nothing is, the state is "drained" and the
+    target can be removed. `kvfs cluster add` undoes it. An interrupted --wait does not.
     """
     with _connected(target) as client:
         details: ClusterDetails = client.call(DescribeCluster())
         chosen = [_numbers(_require(details, name)) for name in names]
+        given_up = drained_blocks(client)
         for numbers in chosen:
             client.call(SetDraining(numbers, True, keep_blocks))
-            blocks = "its blocks stay" if keep_blocks else "blocks there are given up"
-            click.echo(f"{_told(numbers)}: takes nothing new, {blocks}")
+            moves = (
+                "files there are moved, blocks stay" if keep_blocks else "what is there is moved"
+            )
+            click.echo(f"{_told(numbers)}: takes nothing new, {moves}")
+        if wait:
+            wait_until_empty(client, {number for numbers in chosen for number in numbers})
+            given_up = drained_blocks(client) - given_up
+            if given_up > 0:
+                click.echo(f"{given_up:,} blocks were given up: there was nowhere to move them")
 
 
 @cluster.command()
@@ -501,35 +497,6 @@ def _remove(client: BlockingMetadataClient, leaving: list[TargetDetails], force:
             removals=exc.removals,
             detail=exc.detail,
         ) from None
-
-
-def files_on(client: BlockingMetadataClient, chains: set[int]) -> Iterator[tuple[str, int]]:
-    """Path and number of chunks, holes included, of every file that has chunks on ``chains``."""
-    directories = [(ROOT_INODE, b"")]
-    while directories:
-        inode, path = directories.pop()
-        for name, attr in _entries(client, inode):
-            if attr.is_dir and not attr.is_namespace:
-                directories.append((attr.inode, path + b"/" + name))
-            elif attr.is_file and attr.layout is not None:
-                by_chain = chunks_by_chain(attr.size, attr.layout)
-                chunks = sum(count for chain, count in by_chain.items() if chain in chains)
-                if chunks:
-                    text = os.fsdecode(path + b"/" + name)
-                    yield text.encode(errors="replace").decode(), chunks
-
-
-def _entries(client: BlockingMetadataClient, directory: int) -> Iterator[tuple[bytes, Attr]]:
-    after, more = b"", True
-    while more:
-        try:
-            page = client.call(ReadDir(directory, after))
-        except (EntryNotFound, InodeStale):
-            return  # removed meanwhile
-        yield from page.entries
-        more = page.more
-        if page.entries:
-            after = page.entries[-1][0]
 
 
 @cluster.command()

@@ -16,6 +16,8 @@ import trio
 
 from kvfs.cli import logs
 from kvfs.cli.exits import ExitCode, exit_for
+from kvfs.cli.notify import VARIABLE as NOTIFY_VARIABLE
+from kvfs.cli.notify import notify
 from kvfs.supervisor.child import PARENT_VARIABLE
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ def _tie_to_supervisor() -> None:
     supervisor = os.environ.pop(PARENT_VARIABLE, None)
     if supervisor is None:
         return
+    os.environ.pop(NOTIFY_VARIABLE, None)  # that is for the supervisor
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl")
@@ -57,6 +60,7 @@ def announce_ready(role: str, addresses: Sequence[object]) -> None:
         "addresses": [str(address) for address in addresses],
     }
     print(json.dumps(line), flush=True)
+    notify(f"READY=1\nMAINPID={os.getpid()}\nSTATUS={role} serves")
 
 
 class ThreadedService(Protocol):
@@ -75,6 +79,7 @@ def run_threaded(
 
     def stop(number: int, frame: object) -> None:
         signal.alarm(STOP_SECONDS_MAX)
+        notify("STOPPING=1")
         wanted.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -99,6 +104,7 @@ def run_trio(role: str, serve: Callable[..., Awaitable[None]]) -> None:
             task_status.started()
             async for _ in received:
                 signal.alarm(STOP_SECONDS_MAX)
+                notify("STOPPING=1")
                 scope.cancel()
 
     async def run_then_cancel(

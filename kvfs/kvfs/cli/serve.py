@@ -16,7 +16,7 @@ from kvfs.cli.targets import SECRET_VARIABLE, env_of, metadata_addresses
 from kvfs.mount.config import MountConfig
 from kvfs.supervisor.home import Home
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.os_env import os_env
+from kvfs_base.os_env import os_env, raise_open_files_limit
 from kvfs_base.seams import Env
 from kvfs_base.types import Address
 from kvfs_datapath.config import ChunkServerConfig
@@ -55,6 +55,7 @@ def chunks(config_path: Path | None, **flags: Any) -> None:
     --directories is a list: /disk1/kvfs,/disk2/kvfs.
     """
     begin_service()
+    raise_open_files_limit()
     config = load_settings(ChunkServerConfig, "chunks", flags, config_path)
     env = _env(config.secret_file, config.tcp)
     if config.tcp is not None and config.tcp.is_wildcard:

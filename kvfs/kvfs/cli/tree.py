@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import BinaryIO
@@ -37,7 +38,9 @@ SESSION_BYTES = 16
 @contextlib.asynccontextmanager
 async def open_tree(env: Env, metadata: Sequence[Address]) -> AsyncIterator[Tree]:
     """Raises ConnectionLost if no metadata service listens there."""
-    async with MetadataClient(env, metadata, session=os.urandom(SESSION_BYTES)) as client:
+    name = f"a command on {platform.node()} (pid {os.getpid()})"
+    session = os.urandom(SESSION_BYTES)
+    async with MetadataClient(env, metadata, session=session, name=name) as client:
         cluster = ClusterView(env, metadata)
         chunks = ChunkClient(env, cluster)
         try:

@@ -108,6 +108,7 @@ class ChunkCheck:
         self._load_chains()
         self._batches = Batches(self._reader)
         self._queued = QueuedRemovals(self._reader)
+        self._moving = {records.number_at(key) for key, _ in read_sound(self._reader, records.MOVE)}
         merged = heapq.merge(
             self._blocks(), self._files(), self._chunks(), key=lambda item: item.inode
         )
@@ -170,7 +171,10 @@ class ChunkCheck:
             yield from self._unused(Kind.CHUNK_ORPHAN, inode, found)
 
     def _unused(self, kind: Kind, inode: int, found: Sequence[Located]) -> Iterator[Finding]:
-        """Chunks that nobody will look for, each run of numbers on one target in one finding."""
+        """Chunks that nobody will look for, each run of numbers on one target in one finding. What
+        is being moved lies in two places; there are few, and the next check finds what was left."""
+        if inode in self._moving:
+            return
         left = [
             one for one in found if not self._queued.covers(one.target_id, inode, one.chunk.number)
         ]
@@ -226,7 +230,7 @@ class ChunkCheck:
             one = own.get(target_id)
             problems[target_id] = "missing" if one is None else block_problem(block, one.chunk)
         good = [target_id for target_id, problem in problems.items() if problem is None]
-        fix = None if good else f.DropBlock(inode, "chunk")
+        fix = None if good else f.DropBlock(inode, "chunk", chain=block.chain)
         for target_id, problem in problems.items():
             if problem is None:
                 if self._examine is not None:
@@ -334,7 +338,7 @@ class ChunkCheck:
                     inode=record.inode,
                     detail=f"chunk {number} on target {one.target_id} has {info.length} bytes, "
                     f"{expected} expected",
-                    fix=f.MarkSparse(record.inode, record.ctime_ns),
+                    fix=_mark_sparse(record),
                     place=place,
                 )
             elif info.is_sealed and self._examine is not None:
@@ -353,7 +357,7 @@ class ChunkCheck:
             detail=f"{_numbers(first, end)} of a file of {record.size} bytes are missing"
             if end - first > 1
             else f"chunk {first} of a file of {record.size} bytes is missing",
-            fix=f.MarkSparse(record.inode, record.ctime_ns),
+            fix=_mark_sparse(record),
             place=Place(
                 target_id,
                 first,
@@ -365,6 +369,11 @@ class ChunkCheck:
 
 
 _BLOCK_KINDS = (Kind.BLOCK_DAMAGED, Kind.BLOCK_LOST)
+
+
+def _mark_sparse(record: InodeRecord) -> f.MarkSparse:
+    chains = () if record.layout is None else record.layout.chains
+    return f.MarkSparse(record.inode, record.ctime_ns, chains)
 
 
 def _tag(number: int, chain: ChainRecord) -> int:

@@ -96,7 +96,7 @@ class RemoteTargets:
 
     def __init__(self, env: Env, client: BlockingMetadataClient) -> None:
         self.unreachable: dict[str, str] = {}
-        self._pool = ConnectionPool(env.blocking_network)
+        self._pool = ConnectionPool(env.blocking_network, env.clock)
         self._addresses: dict[int, Address] = {}
         cluster: ClusterMap = client.call(GetClusterMap())
         for target in cluster.targets:

@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
+from kvfs.mount.names import Names
+from kvfs_base.errors import KvfsError
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Env
@@ -41,6 +43,8 @@ class Backend:
 
     name_is_gone: Callable[[int, int, bytes], None] = lambda *_: None
     """Told parent, inode and name of what disappears without the kernel's having asked for it."""
+    names: Names = dataclasses.field(init=False)
+    """Every question and every change goes by it."""
     epoch: int = 0
     """Counts changes that were made here and that a reply on its way cannot know of."""
     scratch: memoryview = dataclasses.field(
@@ -49,19 +53,38 @@ class Backend:
     """Where data that is at hand is put for a reply: the next read overwrites it. Used only between
     two awaits. The page faults of a fresh buffer would cost as much as the copy."""
 
+    def __post_init__(self) -> None:
+        self.names = Names(self.env.clock)
+
     def count(self, name: str, amount: int = 1) -> None:
         self.statistics[name] = self.statistics.get(name, 0) + amount
 
     async def call(self, request: Request) -> Any:
         """The client waits for a service that restarts, and makes sure that what it repeats happens
         once. ConnectionLost, when that took too long, leaves open whether it was carried out."""
-        return await self.metadata.call(request)
+        token = self.names.token
+        try:
+            reply = await self.metadata.call(request)
+        except KvfsError as exc:
+            self.names.failed(request, exc, token)
+            raise
+        self.names.answered(request, reply, token)
+        return reply
 
     def call_soon(self, request: Request, done: Done) -> int:
         """A look-up, in the turn of the event loop that it came up in; ``done`` is told in the one
         that the answer arrives in. A number for ``give_up``; 0 if ``call`` has to be used, as after
         an error that is temporary."""
-        return self.metadata.call_soon(request, done)
+        token = self.names.token
+
+        def tell(reply: Any, error: KvfsError | None) -> None:
+            if error is None:
+                self.names.answered(request, reply, token)
+            else:
+                self.names.failed(request, error, token)
+            done(reply, error)
+
+        return self.metadata.call_soon(request, tell)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """A hop costs about 190 us of CPU: callers first try what does not wait."""

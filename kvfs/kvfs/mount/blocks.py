@@ -8,21 +8,40 @@ cannot be checked; those buffers are bounded and the least recently used go firs
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import mmap
 import os
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
-from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError, NoTarget, TargetFailed
-from kvfs_base.limits import MOUNT_BLOCK_BUFFER_BYTES, MOUNT_IO_BYTES, PAGE_BYTES
+from kvfs_base.errors import (
+    BehindTheEnd,
+    ChunkNotFound,
+    InodeStale,
+    IntegrityError,
+    KvfsError,
+    NoTarget,
+    TargetFailed,
+)
+from kvfs_base.limits import (
+    MOUNT_BLOCK_BUFFER_BYTES,
+    MOUNT_IDLE_SECONDS,
+    MOUNT_IO_BYTES,
+    MOUNT_USES_MAX,
+    PAGE_BYTES,
+)
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr, ChunkId
 from kvfs_datapath.client.chunk_client import ChunkRead
-from kvfs_metadata.messages import RemoveBlocks
+from kvfs_metadata.messages import GetAttr, LookupBlocks, RemoveBlocks
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 
 class OpenBlock:
@@ -42,6 +61,12 @@ class OpenBlock:
         assert self.attr.layout is not None
         return self.attr.layout.chains[0]
 
+    async def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE: a block has no holes. Raises BehindTheEnd."""
+        if offset >= self.attr.size:
+            raise BehindTheEnd(size=self.attr.size)
+        return offset if whence == os.SEEK_DATA else self.attr.size
+
 
 class Blocks:
     """Opens, reads and closes blocks."""
@@ -50,19 +75,73 @@ class Blocks:
         self._backend = backend
         self._fetched: collections.OrderedDict[int, memoryview] = collections.OrderedDict()
         self._fetched_bytes = 0
+        self._uses: dict[int, dict[bytes, None]] = {}
+        """Keys by namespace."""
+        self._uses_count = 0
+        self._many_uses = trio.Event()
+
+    def use(self, block: OpenBlock) -> None:
+        """Of a block that is known to be there. Told to the service some time later."""
+        self._uses.setdefault(block.namespace, {})[block.attr.key] = None
+        self._uses_count += 1
+        if self._uses_count >= MOUNT_USES_MAX:
+            self._many_uses.set()
+
+    async def tell_uses(self) -> None:
+        """Until cancelled."""
+        while True:
+            with trio.move_on_after(MOUNT_IDLE_SECONDS):
+                await self._many_uses.wait()
+            self._many_uses = trio.Event()
+            uses, self._uses, self._uses_count = self._uses, {}, 0
+            for namespace, keys in uses.items():
+                with contextlib.suppress(KvfsError):  # the blocks look older than they are
+                    await self._backend.call(LookupBlocks(namespace, b"".join(keys)))
 
     async def open(self, block: OpenBlock) -> None:
-        """Raises IntegrityError or ChunkNotFound for a damaged block, ServiceError else."""
+        """Raises IntegrityError or ChunkNotFound for a damaged block, InodeStale for one that was
+        removed meanwhile, ServiceError else."""
+        await self._patiently(block, self._open)
+
+    async def _open(self, block: OpenBlock) -> None:
         try:
             block.descriptor = await self._backend.in_thread(
                 self._open_local, ChunkId(block.inode, 0), block
             )
         except NoTarget:
             # Not on this host. Fetched now, so that damage is told by open, not by a later read.
-            await self._whole(block)
-        except (IntegrityError, ChunkNotFound) as exc:
+            await self._fetch(block)
+
+    async def _patiently(
+        self, block: OpenBlock, action: Callable[[OpenBlock], Awaitable[_Result]]
+    ) -> _Result:
+        """Once more if the block has moved meanwhile; what is then damaged is removed."""
+        try:
+            return await action(block)
+        except KvfsError as exc:
+            if not await self._has_moved(block):
+                await self._damaged(block, exc)
+                raise
+        try:
+            return await action(block)
+        except KvfsError as exc:
             await self._damaged(block, exc)
             raise
+
+    async def _has_moved(self, block: OpenBlock) -> bool:
+        """Whether it is on another chain than it was; it is looked for there from now on. Raises
+        InodeStale if it is gone, and nobody has it open."""
+        try:
+            attr: Attr = await self._backend.call(GetAttr(block.inode))
+        except KvfsError as exc:
+            if isinstance(exc, InodeStale) and not block.handles:
+                raise
+            return False
+        if attr.layout == block.attr.layout:
+            return False
+        block.attr = attr
+        self._backend.names.drop(block.inode)
+        return True
 
     def _open_local(self, chunk: ChunkId, block: OpenBlock) -> int:
         descriptor = self._backend.chunks.open_sealed(chunk, block.chain)
@@ -94,7 +173,8 @@ class Blocks:
             return found
         length = min(length, block.attr.size - offset)
         if block.descriptor == NO_DESCRIPTOR:
-            return (await self._whole(block))[offset : offset + length]
+            view = await self._patiently(block, self._fetch)
+            return view[offset : offset + length]
         return await self._backend.in_thread(_read_all, block, offset, length)
 
     def close(self, block: OpenBlock) -> None:
@@ -103,7 +183,7 @@ class Blocks:
             block.descriptor = NO_DESCRIPTOR
         self._forget(block.inode)
 
-    async def _whole(self, block: OpenBlock) -> memoryview:
+    async def _fetch(self, block: OpenBlock) -> memoryview:
         """All bytes of a block of another host, verified."""
         async with block.fetching:
             view = self._fetched.get(block.inode)
@@ -123,7 +203,6 @@ class Blocks:
             )
             error = (await self._backend.in_thread(self._backend.chunks.read_chunks, [read]))[0]
             if error is not None:
-                await self._damaged(block, error)
                 raise error
             self._fetched[block.inode] = view
             self._fetched_bytes += len(view)
@@ -146,7 +225,7 @@ class Blocks:
         log.warning("block %s: %s", block.attr.key.hex(), error)
         if not block.namespace:
             return
-        request = RemoveBlocks(block.namespace, block.attr.key, (block.inode,))
+        request = RemoveBlocks(block.namespace, block.attr.key, (block.inode,), (block.chain,))
         try:
             await self._backend.call(request)
         except KvfsError as exc:

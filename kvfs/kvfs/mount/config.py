@@ -31,6 +31,9 @@ class MountConfig:
     """How long an orderly unmount may wait for busy users before the mount is detached."""
     frontend: str = "auto"
     """Who talks to the kernel: ``auto``, ``direct`` or ``pyfuse3``."""
+    locks: str = "auto"
+    """Where locks (flock, fcntl) hold: ``cluster``, ``mount``, or ``auto``: in the cluster if the
+    front end can."""
     transport: str = "auto"
     """How chunks are read: ``auto``, ``local`` or ``tcp`` (see ChunkClient)."""
     secret_file: str | None = None
@@ -48,5 +51,7 @@ class MountConfig:
             raise InvalidRequest(detail="read_ahead_bytes must be between 0 and 256 MiB")
         if self.frontend not in ("auto", "direct", "pyfuse3"):
             raise InvalidRequest(detail=f"unknown front end {self.frontend!r}")
+        if self.locks not in ("auto", "cluster", "mount"):
+            raise InvalidRequest(detail=f"locks must be auto, cluster or mount: {self.locks!r}")
         if self.transport not in ("auto", "local", "tcp"):
             raise InvalidRequest(detail=f"unknown transport {self.transport!r}")

@@ -27,6 +27,7 @@ from kvfs.mount.direct_handlers import Answer, Handlers, Later
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import errno_of
 from kvfs.mount.fuse_wire import Opcode, Request
+from kvfs.mount.notices import Notices
 from kvfs_base.errors import KvfsError, ProtocolError
 from kvfs_base.limits import (
     MOUNT_DRAIN_REQUESTS,
@@ -72,6 +73,8 @@ class DirectFrontend:
         self._reading_ended = trio.Event()
         self._running: dict[int, tuple[int, trio.CancelScope]] = {}
         """Opcode and scope by number, which the kernel uses again only after the answer."""
+        self._lock_waits = 0
+        """How many of these are for a lock."""
         self._asked: dict[int, _Asked] = {}
         """Requests that wait for an answer of the metadata service, and have no task."""
         self._room = trio.Event()
@@ -94,11 +97,16 @@ class DirectFrontend:
     async def serve(self) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._fs.when_gone(self._name_is_gone)
+            assert self._device is not None
+            notices = Notices(self._device)
+            self._fs.when_gone(notices.is_gone)
+            self._fs.when_changed(notices.changed)
+            nursery.start_soon(notices.tell)
             nursery.start_soon(self._watch_asked)
             with self._reading:
                 await self._read_requests()
             self._reading_ended.set()
+            notices.stop()
 
     def stop(self) -> None:
         self._reading.cancel()
@@ -124,7 +132,8 @@ class DirectFrontend:
                 await self._room.wait()
 
     def _is_full(self) -> bool:
-        return len(self._running) + len(self._asked) >= MOUNT_TASKS
+        """Who waits for a lock does not count: what it waits for may come as a request."""
+        return len(self._running) - self._lock_waits + len(self._asked) >= MOUNT_TASKS
 
     def _drain(self, device: Device, handlers: Handlers) -> None:
         for _ in range(MOUNT_DRAIN_REQUESTS):
@@ -172,6 +181,7 @@ class DirectFrontend:
             data = memoryview(bytes(request.arguments.data))
             request = request._replace(arguments=request.arguments._replace(data=data))
         scope = trio.CancelScope()
+        self._lock_waits += request.opcode == Opcode.SETLKW
         self._running[request.unique] = (request.opcode, scope)
         nursery.start_soon(self._carry_out, device, handlers, request, later, scope)
 
@@ -199,6 +209,7 @@ class DirectFrontend:
                 await handlers.take_back(request, answer)
         finally:
             del self._running[request.unique]
+            self._lock_waits -= request.opcode == Opcode.SETLKW
             self._room.set()
 
     # --- asked without a task
@@ -253,22 +264,11 @@ class DirectFrontend:
         if asked is not None:
             self._take_over(asked)
         opcode, scope = self._running.get(unique, (0, None))
-        if scope is not None and opcode in INTERRUPTIBLE:
+        if scope is not None and opcode == Opcode.SETLKW:
+            scope.cancel()
+        elif scope is not None and opcode in INTERRUPTIBLE:
             scope.deadline = min(scope.deadline, trio.current_time() + MOUNT_INTERRUPT_SECONDS)
-
-    def _name_is_gone(self, parent: int, inode: int, name: bytes) -> None:
-        """In a thread: the kernel waits for changes of the directory, which may wait for us."""
-        assert self._device is not None and self._nursery is not None
-        notice = wire.delete(parent, inode, name)
-        self._nursery.start_soon(_notify, self._device, notice)
 
 
 def _name(request: Request) -> str:
     return Opcode(request.opcode).name.lower()
-
-
-async def _notify(device: Device, notice: bytes) -> None:
-    try:
-        await trio.to_thread.run_sync(device.notify, notice, abandon_on_cancel=True)
-    except OSError as exc:
-        log.info("the kernel was not told that a name is gone: %s", exc.strerror)

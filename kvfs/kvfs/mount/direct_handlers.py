@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from fcntl import F_UNLCK
 
 from kvfs.mount import fuse_wire as wire
+from kvfs.mount import fuse_wire_ranges as ranges
 from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.config import MountConfig
 from kvfs.mount.device import Device
@@ -49,6 +51,9 @@ have a say. OPENDIR is answered, as positions in a listing belong to its handle.
 carry attributes (no READDIRPLUS_AUTO): the service sends them anyway, and ``ls -l`` lists first
 and asks for each name afterwards, when it would be too late for the kernel to adapt."""
 
+LOCKING = Feature.POSIX_LOCKS | Feature.FLOCK_LOCKS
+"""Without these the kernel keeps locks by itself, and they hold within this mount."""
+
 
 class Handlers:
     """Of one mount."""
@@ -57,6 +62,8 @@ class Handlers:
         self._fs = filesystem
         self._config = config
         self._device = device
+        self._locks = filesystem.locks
+        self._locking = config.locks != "mount"
         self._backings: Backings | None = None
         """None where the kernel does not read by itself."""
         self._entry_times = wire.Times.of(config.entry_seconds)
@@ -89,11 +96,12 @@ class Handlers:
         return {
             Opcode.INIT: self._init,
             Opcode.DESTROY: lambda _: (),
+            Opcode.LOOKUP: self._lookup_now,
             Opcode.GETATTR: self._getattr_now,
             Opcode.OPEN: self._open_now,
             Opcode.READ: self._read_now,
             Opcode.WRITE: self._write_now,
-            Opcode.FLUSH: lambda r: () if self._fs.flush_now(r.arguments.handle) else None,
+            Opcode.FLUSH: self._flush_now,
             Opcode.RELEASE: self._release_now,
             Opcode.OPENDIR: lambda r: (wire.open_out(self._fs.opendir(r.inode), 0),),
             Opcode.RELEASEDIR: self._releasedir,
@@ -104,19 +112,29 @@ class Handlers:
         init: wire.Init = request.arguments
         if init.major != wire.MAJOR or init.minor < wire.MINOR_MIN:
             raise ProtocolError(detail=f"the kernel speaks FUSE {init.major}.{init.minor}")
-        features = int(WANTED) & init.features
+        features = int(WANTED | LOCKING if self._locking else WANTED) & init.features
         if os.geteuid() == 0 and init.features & Feature.PASSTHROUGH:
             features |= Feature.PASSTHROUGH
             self._backings = Backings(self._device)
             self._fs.pass_files_through()
         return (wire.init_out(init, features, init.max_readahead),)
 
+    def _lookup_now(self, request: Request) -> Answer | None:
+        try:
+            attr = self._fs.lookup_now(request.inode, request.arguments.name)
+        except EntryNotFound:
+            if not self._config.negative_seconds:
+                raise
+            return (wire.missing_entry_out(self._negative_times),)
+        return None if attr is None else self._entry(attr)
+
     def _getattr_now(self, request: Request) -> Answer | None:
         attr = self._fs.getattr_now(request.inode)
         return None if attr is None else self._attr(attr)
 
     def _open_now(self, request: Request) -> Answer | None:
-        opened = self._fs.open_now(request.inode, request.arguments.flags)
+        flags, kill = request.arguments
+        opened = None if kill else self._fs.open_now(request.inode, flags)
         return None if opened is None else self._opened(request.inode, opened)
 
     def _read_now(self, request: Request) -> Answer | None:
@@ -133,7 +151,15 @@ class Handlers:
         handle = request.arguments.handle
         if self._backings is not None:
             self._backings.released(handle)
+        if self._locks.ends_with_release(request.inode, handle):
+            return None
         return () if self._fs.release_now(handle) else None
+
+    def _flush_now(self, request: Request) -> Answer | None:
+        handle, owner = request.arguments
+        if self._locks.ends_with_flush(request.inode, owner):
+            return None
+        return () if self._fs.flush_now(handle) else None
 
     def _releasedir(self, request: Request) -> Answer:
         self._fs.releasedir(request.arguments.handle)
@@ -183,6 +209,11 @@ class Handlers:
             Opcode.FLUSH: self._flush,
             Opcode.FSYNC: self._fsync,
             Opcode.RELEASE: self._release,
+            Opcode.FALLOCATE: self._fallocate,
+            Opcode.LSEEK: self._lseek,
+            Opcode.GETLK: self._getlk,
+            Opcode.SETLK: self._setlk,
+            Opcode.SETLKW: self._setlk,
             Opcode.READDIR: self._readdir,
             Opcode.READDIRPLUS: self._readdir,
             Opcode.FSYNCDIR: self._fsyncdir,
@@ -271,9 +302,10 @@ class Handlers:
             self._device.notify(wire.inval_attributes(inode))
         if backing_id != NO_BACKING:
             # No pages to keep. Who writes goes through us: the file may outgrow its chunk.
-            flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if opened.writable else 0)
-        if not opened.writable:
-            flags |= OpenFlag.NOFLUSH
+            through_us = opened.writable and not opened.passes_writes
+            flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if through_us else 0)
+        if not opened.writable and (opened.is_block or not self._locking):
+            flags |= OpenFlag.NOFLUSH  # elsewhere a close may end locks
         return (wire.open_out(opened.handle, flags, backing_id),)
 
     async def _open(self, request: Request) -> Answer:
@@ -286,7 +318,14 @@ class Handlers:
     async def _create(self, request: Request) -> Answer:
         flags, mode, name = request.arguments
         attr, opened = await self._fs.create(request.inode, name, mode, flags, _caller(request))
-        return (*self._entry(attr), wire.open_out(opened.handle, OpenFlag.KEEP_CACHE))
+        flags, backing_id = OpenFlag.KEEP_CACHE, NO_BACKING
+        if self._backings is not None and opened.backing != NO_DESCRIPTOR:
+            backing_id = self._backings.opened(opened.handle, attr.inode, opened.backing)
+            if backing_id != NO_BACKING:
+                flags = OpenFlag.PASSTHROUGH
+            else:
+                self._fs.refuse_backing(opened.handle)
+        return (*self._entry(attr), wire.open_out(opened.handle, flags, backing_id))
 
     async def _read(self, request: Request) -> Answer:
         return (await self._fs.read(*request.arguments),)
@@ -298,7 +337,9 @@ class Handlers:
         return (wire.size_out(await self._fs.write(handle, offset, data)),)
 
     async def _flush(self, request: Request) -> Answer:
-        await self._fs.flush(request.arguments.handle)
+        handle, owner = request.arguments
+        await self._locks.flushed(request.inode, owner)
+        await self._fs.flush(handle)
         return ()
 
     async def _fsync(self, request: Request) -> Answer:
@@ -306,7 +347,30 @@ class Handlers:
         return ()
 
     async def _release(self, request: Request) -> Answer:
-        await self._fs.release(request.arguments.handle)
+        handle = request.arguments.handle
+        await self._locks.released(request.inode, handle)
+        await self._fs.release(handle)
+        return ()
+
+    # --- ranges
+
+    async def _fallocate(self, request: Request) -> Answer:
+        await self._fs.allocate(*request.arguments)
+        return ()
+
+    async def _lseek(self, request: Request) -> Answer:
+        return (ranges.seek_out(await self._fs.seek(*request.arguments)),)
+
+    async def _getlk(self, request: Request) -> Answer:
+        return (ranges.lock_out(await self._locks.get(request.inode, request.arguments.lock)),)
+
+    async def _setlk(self, request: Request) -> Answer:
+        handle, kind, lock = request.arguments
+        if kind == F_UNLCK:
+            await self._locks.unlock(request.inode, lock)
+        else:
+            wait = request.opcode == Opcode.SETLKW
+            await self._locks.lock(request.inode, handle, lock, wait=wait)
         return ()
 
     # --- directories

@@ -13,15 +13,26 @@ reply to a request that was sent before the file's last change is not used.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import os
+from collections.abc import Callable
 
 import msgspec
 import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.locks import SharedLock
-from kvfs_base.errors import FileTooLarge, InternalError, KvfsError
+from kvfs.mount.passed_writes import PassedWrites
+from kvfs_base.errors import (
+    BehindTheEnd,
+    CacheFull,
+    FileTooLarge,
+    InternalError,
+    KvfsError,
+    NotSupported,
+)
 from kvfs_base.limits import (
     FILE_BYTES_MAX,
     MOUNT_IO_BYTES,
@@ -31,10 +42,16 @@ from kvfs_base.limits import (
 )
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
+from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
-from kvfs_metadata.messages import GetAttr, SetAttr
+from kvfs_metadata.messages import GetAttr, SetAttr, StatFs
 
 log = logging.getLogger(__name__)
+
+FALLOC_FL_KEEP_SIZE = 1
+FALLOC_FL_PUNCH_HOLE = 2
+FALLOC_FL_ZERO_RANGE = 16
+ALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
 
 
 class OpenFile:
@@ -52,6 +69,8 @@ class OpenFile:
         self.sparse = attr.sparse
         self.recorded = (attr.size, attr.mtime_ns)
         """Size and mtime as the metadata service has them."""
+        self.pages = self.recorded
+        """The same of the contents that the kernel may have cached."""
         self.error: KvfsError | None = None
         """Of a write-back that nobody waited for; told by the next flush or fsync."""
         self._backend = backend
@@ -64,6 +83,8 @@ class OpenFile:
         self._tail_clean = False
         self.backing = NO_DESCRIPTOR
         """The chunk that the kernel may read by itself."""
+        self._passed: PassedWrites | None = None
+        """It may write there as well."""
         self._is_decided = False
         self._deciding = trio.Lock()
 
@@ -71,10 +92,20 @@ class OpenFile:
 
     @property
     def dirty(self) -> bool:
+        self._look()
         return self._dirty
+
+    def _look(self) -> None:
+        """What the kernel has written by itself counts as written here."""
+        if self._passed is not None and self._passed.look():
+            self.size, self.mtime_ns = self._passed.size, self._passed.mtime_ns
+            self.sparse = self.sparse or self._passed.sparse
+            self._dirty = self._unflushed = True
+            self._count_change()
 
     def view(self) -> Attr:
         """The attributes as this mount sees them."""
+        self._look()
         return msgspec.structs.replace(
             self.attr,
             size=self.size,
@@ -96,11 +127,17 @@ class OpenFile:
         else:
             self.size, self.mtime_ns = attr.size, attr.mtime_ns
 
+    def distrust(self) -> None:
+        """Somebody else changed it."""
+        self._fetched = -math.inf
+
     def fresh_now(self, seconds: float) -> Attr | None:
-        """The attributes, if they are not older than ``seconds`` where they are the service's."""
-        if self._backend.env.clock.monotonic() - self._fetched > seconds:
-            return None
-        return self.view()
+        """The attributes, if they are leased or not older than ``seconds`` where they are the
+        service's."""
+        if self._backend.names.attr(self.inode) is self.attr:
+            return self.view()
+        age = self._backend.env.clock.monotonic() - self._fetched
+        return None if age > seconds else self.view()
 
     async def fresh(self, seconds: float) -> Attr:
         """The same; asks the service if need be."""
@@ -114,10 +151,7 @@ class OpenFile:
     async def decide(self, *, reads_only: bool) -> None:
         """At each open, after it was counted: the first one says whether the kernel reads the file
         by itself (``backing``), since all opens of an inode must be alike."""
-        if self._is_decided:
-            return
-        if not self._deciding.locked() and not (reads_only and self._may_pass()):
-            self._is_decided = True
+        if self.decide_now(reads_only=reads_only):
             return
         async with self._deciding, self.lock.shared():
             if not self._is_decided and reads_only and self._may_pass():
@@ -126,6 +160,12 @@ class OpenFile:
                 except KvfsError as exc:  # a read will tell what is wrong, if anything is
                     log.debug("inode %d is not passed through: %s", self.inode, exc)
             self._is_decided = True
+
+    def decide_now(self, *, reads_only: bool) -> bool:
+        """The same if nothing need be waited for, else nothing."""
+        if not (self._is_decided or self._deciding.locked()):
+            self._is_decided = not (reads_only and self._may_pass())
+        return self._is_decided
 
     def _may_pass(self) -> bool:
         """Nobody else has it open, and it looks finished."""
@@ -138,17 +178,43 @@ class OpenFile:
             and age_ns >= MOUNT_PASSED_SETTLED_SECONDS * 1e9
         )
 
+    def pass_writes(self) -> None:
+        """Of a file that was just made: the kernel writes it by itself, if there is a staged file
+        for it."""
+        staged = self._data.stage()
+        if staged is not None:
+            assert self.attr.layout is not None
+            chunk_bytes = self.attr.layout.chunk_bytes
+            self._passed = PassedWrites(self._backend, self._data, staged, chunk_bytes)
+            self.backing = staged.fd
+            self._is_decided = True
+
+    @property
+    def passes_writes(self) -> bool:
+        return self._passed is not None
+
+    def refuse_backing(self) -> None:
+        """The kernel does not take what ``pass_writes`` had for it."""
+        if self._passed is not None:
+            self._passed.close()
+            self._passed, self.backing = None, NO_DESCRIPTOR
+
     async def let_write(self) -> None:
         """Before somebody gets a file that the kernel reads by itself for writing: a shared mapping
         writes into the chunk without asking us, so it is marked as open now."""
+        if self._passed is not None:
+            return
         async with self.lock.exclusive():
             await self._truncate(self.size, self.size)
 
     async def _truncate(self, end: int, size: int) -> None:
         """Nothing lies behind ``size`` afterwards. Holds the lock exclusive."""
         self._unflushed = True
-        passed = self.backing != NO_DESCRIPTOR
-        truncate = self._data.truncate_in_place if passed else self._data.truncate
+        truncate: Callable[[int, int], None] = self._data.truncate
+        if self._passed is not None:
+            truncate = self._passed.truncate
+        elif self.backing != NO_DESCRIPTOR:
+            truncate = self._data.truncate_in_place
         await self._backend.in_thread(truncate, end, size)
 
     # --- data
@@ -283,6 +349,7 @@ class OpenFile:
             attr = await self._backend.call(request)
             self.absorb(attr, epoch)
             return
+        await self._store_passed()
         async with self.lock.exclusive():
             if request.size is not None:
                 await self._resize(request.size)
@@ -304,8 +371,65 @@ class OpenFile:
         else:
             await self._open_hole(size)
 
+    async def allocate(self, offset: int, length: int, mode: int) -> None:
+        """As fallocate(2). What is allocated is not reserved: it is a hole that may be written."""
+        if mode & ~ALLOCATE_MODES:
+            raise NotSupported(detail=f"fallocate mode {mode:#x}")
+        end = offset + length
+        if end > FILE_BYTES_MAX:
+            raise FileTooLarge(limit=FILE_BYTES_MAX)
+        await self._store_passed()
+        async with self.lock.exclusive():
+            self._look()
+            request = SetAttr(self.inode, mtime_ns=self._backend.env.clock.time_ns())
+            if mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
+                await self._zero(offset, min(end, self.size), request)
+            if end > self.size and not mode & FALLOC_FL_KEEP_SIZE:
+                await self._check_space(end - self.size)
+                await self._open_hole(end)
+                request.size = end
+            await self._record(request)
+
+    async def _zero(self, start: int, end: int, request: SetAttr) -> None:
+        if start >= end:
+            return
+        if self._passed is not None:
+            await self._backend.in_thread(self._passed.zero, start, end)
+            return
+        if not self.sparse:
+            # First: chunks that are missing are damage anywhere else.
+            self.sparse = True
+            await self._record(SetAttr(self.inode, mtime_ns=request.mtime_ns))
+        self._unflushed = True
+        passed = self.backing != NO_DESCRIPTOR
+        zero = functools.partial(holes.zero, self._data, start, end, keep_first=passed)
+        await self._backend.in_thread(zero)
+
+    async def _check_space(self, needed: int) -> None:
+        space = await self._backend.call(StatFs())
+        free = max(0, space.capacity_bytes - space.used_bytes)
+        if needed > free:
+            raise CacheFull(needed_bytes=needed, capacity_bytes=space.capacity_bytes)
+
+    async def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE, as lseek(2). Raises BehindTheEnd."""
+        async with self.lock.shared():
+            self._look()
+            if offset >= self.size:
+                raise BehindTheEnd(size=self.size)
+            if self._passed is not None:
+                return self._passed.seek(offset, whence)
+            find = holes.next_data if whence == os.SEEK_DATA else holes.next_hole
+            if not self.sparse:
+                return offset if whence == os.SEEK_DATA else self.size
+            found = await self._backend.in_thread(find, self._data, offset, self.size)
+            if whence == os.SEEK_DATA and found >= self.size:
+                raise BehindTheEnd(size=self.size)
+            return found
+
     async def push(self) -> None:
         """Records size and times if they changed here."""
+        await self._store_passed()
         async with self.lock.shared():
             if self._dirty and self.attr.nlink:
                 await self._record(SetAttr(self.inode, mtime_ns=self.mtime_ns))
@@ -317,7 +441,10 @@ class OpenFile:
         request.sparse = self.sparse
         epoch = self._backend.epoch
         attr: Attr = await self._backend.call(request)
+        follows = self.pages == self.recorded
         self.recorded = (attr.size, attr.mtime_ns)
+        if follows:
+            self.pages = self.recorded
         if (
             self._changed_at <= epoch
         ):  # else a write went on meanwhile: still dirty, its size is newer
@@ -325,15 +452,26 @@ class OpenFile:
             self.absorb(attr, epoch)
             self._count_change()
 
+    async def _store_passed(self) -> None:
+        """No size is recorded before the chunks have what lies there."""
+        self._look()
+        if self._passed is not None and self._passed.unstored and self.attr.nlink:
+            await self._passed.store(self._record_growth)
+            self._look()
+
+    async def _record_growth(self, size: int) -> None:
+        await self._backend.call(SetAttr(self.inode, grow_to=size, sparse=self.sparse))
+
     @property
     def flushed(self) -> bool:
         """``flush`` would do nothing."""
+        self._look()
         return not (self._unflushed or self._dirty or self.error is not None)
 
     async def flush(self) -> None:
         """Everything written is with the servers, size and times are recorded."""
         self._tell_error()
-        if self._unflushed:
+        if self._unflushed and self._passed is None:
             self._unflushed = False
             try:
                 await self._backend.in_thread(self._data.flush)
@@ -347,6 +485,9 @@ class OpenFile:
     async def sync(self) -> None:
         """Data on stable storage at the chunk servers; size and times are recorded."""
         self._tell_error()
+        await self._store_passed()
+        if self._passed is not None:
+            self._passed.touch()
         await self._backend.in_thread(self._data.sync)
         await self.push()
 
@@ -365,12 +506,24 @@ class OpenFile:
             log.exception("inode %d was not written back", self.inode)
             self.error = InternalError(detail=type(exc).__name__)
 
+    def close_now(self) -> bool:
+        """Lets go of descriptors, if nothing need be waited for."""
+        if self._unflushed or self._passed is not None:
+            return False
+        self._close_backing()
+        self._data.close()
+        return True
+
     async def close(self) -> None:
-        """Lets go of descriptors."""
+        """The same in any case."""
+        if self._passed is not None:
+            passed, self._passed, self.backing = self._passed, None, NO_DESCRIPTOR
+            self._unflushed = await self._backend.in_thread(passed.close)
+        if not self.close_now():
+            self._close_backing()
+            await self._backend.in_thread(self._data.close)
+
+    def _close_backing(self) -> None:
         if self.backing != NO_DESCRIPTOR:
             os.close(self.backing)
             self.backing = NO_DESCRIPTOR
-        if self._unflushed:
-            await self._backend.in_thread(self._data.close)
-        else:
-            self._data.close()

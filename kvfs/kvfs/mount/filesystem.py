@@ -1,9 +1,8 @@
 """The file system as a mount shows it: all semantics, no words of any front end.
 
 A front end turns requests of the kernel into calls of one ``Filesystem`` and KvfsErrors into errno.
-Names live at the metadata service; this mount keeps only what is open (``files``, ``blocks``) and
-what it last told the kernel about a file (``_told``), which decides whether pages that the kernel
-has cached may stay when the file is opened again (close-to-open).
+Names live at the metadata service; this mount keeps what is open (``open_files``, ``blocks``) and
+what was leased to it (``names``).
 
 Methods in ``_now`` answer what is known here without a turn of the event loop, and None or False
 when somebody has to be asked: the method of the same name then does.
@@ -14,24 +13,27 @@ than under the lock of the inode (see ``files``).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import trio
 
-from kvfs.mount.backend import NO_DESCRIPTOR, Backend
+from kvfs.mount.backend import Backend
 from kvfs.mount.blocks import Blocks, OpenBlock
 from kvfs.mount.directory import DirectoryEntry, OpenDirectory
+from kvfs.mount.file_locks import FileLocks
 from kvfs.mount.files import OpenFile
+from kvfs.mount.names import MISSING, Entry
+from kvfs.mount.open_files import OpenFiles
 from kvfs.mount.remembered import Remembered
-from kvfs.mount.requests import AttrChanges, Caller, Opened
+from kvfs.mount.requests import AttrChanges, Caller, Opened, without_privileges
 from kvfs_base.errors import (
     AttributeMissing,
     EntryExists,
+    EntryNotFound,
     InodeStale,
     KvfsError,
     LimitExceeded,
@@ -50,9 +52,8 @@ from kvfs_base.limits import (
 )
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Buffer
-from kvfs_base.types import Attr, BlockInfo
+from kvfs_base.types import Attr, BlockInfo, Layout
 from kvfs_metadata.messages import (
-    CloseInode,
     FilesystemStats,
     GetAttr,
     GetXattr,
@@ -61,7 +62,6 @@ from kvfs_metadata.messages import (
     Lookup,
     LookupBlocks,
     Make,
-    OpenInode,
     ReadLink,
     RemoveXattr,
     Rename,
@@ -70,6 +70,7 @@ from kvfs_metadata.messages import (
     SetXattr,
     StatFs,
     Sync,
+    Touched,
     Unlink,
 )
 
@@ -93,21 +94,22 @@ class Filesystem:
         self._backend = backend
         self._attribute_seconds = attribute_seconds
         self._blocks = Blocks(backend)
-        self._files: dict[int, OpenFile] = {}
+        self._files = OpenFiles(backend)
         self._open_blocks: dict[int, OpenBlock] = {}
         self._handles: dict[int, Handle | OpenBlock | OpenDirectory] = {}
         self._next_handle = 1
-        self._told: Remembered[tuple[int, int]] = Remembered(MOUNT_REMEMBERED_INODES)
         self._seen_blocks: Remembered[tuple[int, Attr]] = Remembered(MOUNT_REMEMBERED_INODES)
-        self._pass_files = False
+        self.locks = FileLocks(backend)
 
     def statistics(self) -> dict[str, int]:
         """Counters and gauges by name."""
         return {
             "blocks_damaged": 0,
             **self._backend.statistics,
+            **self._backend.names.statistics(),
             "handles": len(self._handles),
             "open_blocks": len(self._open_blocks),
+            "idle_files": len(self._files.opens),
             "open_files": len(self._files),
         }
 
@@ -116,9 +118,19 @@ class Filesystem:
         wait for the kernel."""
         self._backend.name_is_gone = tell
 
+    def when_changed(self, tell: Callable[[Sequence[int], Sequence[Entry]], None]) -> None:
+        """``tell`` is called with inodes and entries that somebody else changed; it does not wait
+        for the kernel."""
+
+        def changed(inodes: Sequence[int], entries: Sequence[Entry]) -> None:
+            self._files.changed(inodes)
+            tell(inodes, entries)
+
+        self._backend.names.tell_kernel = changed
+
     def pass_files_through(self) -> None:
         """The kernel reads by itself what Opened has as ``backing``: ordinary files, too."""
-        self._pass_files = True
+        self._files.pass_through = True
 
     # --- look-ups
 
@@ -143,31 +155,56 @@ class Filesystem:
         """Of what was asked ``soon`` nothing will be told any more."""
         self._backend.metadata.give_up(number)
 
+    def lookup_now(self, parent: int, name: bytes) -> Attr | None:
+        """Raises EntryNotFound."""
+        inode = self._backend.names.entry(parent, name)
+        if inode is None:
+            return None
+        if inode == MISSING:
+            self._backend.names.answered_here += 1
+            raise EntryNotFound(name)
+        file = self._files.get(inode)
+        return self._leased(inode, parent) if file is None else self._fresh_now(file)
+
+    def _leased(self, inode: int, parent: int = 0) -> Attr | None:
+        """Of what is not open here."""
+        attr = self._backend.names.attr(inode)
+        if attr is None:
+            return None
+        self._backend.names.answered_here += 1
+        return self._tell(attr, self._backend.epoch, parent)
+
+    def _fresh_now(self, file: OpenFile) -> Attr | None:
+        return file.fresh_now(self._attribute_seconds)
+
     async def lookup(self, parent: int, name: bytes) -> Attr:
         _check_name(name)
+        known = self.lookup_now(parent, name)
+        if known is not None:
+            return known
         epoch = self._backend.epoch
         return self._tell(await self._backend.call(Lookup(parent, name)), epoch, parent)
 
     def forget(self, inodes: Iterable[int]) -> None:
         """The kernel dropped what it knew of these inodes."""
         for inode in inodes:
-            self._told.drop(inode)
+            self._files.forget(inode)
             self._seen_blocks.drop(inode)
 
     def getattr_now(self, inode: int) -> Attr | None:
         file = self._files.get(inode)
         if file is not None:
-            return file.fresh_now(self._attribute_seconds)
+            return self._fresh_now(file)
         block = self._open_blocks.get(inode)
-        return None if block is None else block.attr
+        return self._leased(inode) if block is None else block.attr
 
     async def getattr(self, inode: int) -> Attr:
         file = self._files.get(inode)
         if file is not None:
             return await file.fresh(self._attribute_seconds)
-        block = self._open_blocks.get(inode)
-        if block is not None:
-            return block.attr
+        known = self.getattr_now(inode)
+        if known is not None:
+            return known
         epoch = self._backend.epoch
         return self._tell(await self._backend.call(GetAttr(inode)), epoch)
 
@@ -182,13 +219,13 @@ class Filesystem:
             if file is not None:
                 file.absorb(attr, epoch)
                 return file.view()
-            self._told.keep(attr.inode, (attr.size, attr.mtime_ns))
+            self._files.told(attr.inode)
         return attr
 
     async def setattr(self, inode: int, changes: AttrChanges) -> Attr:
         mode = changes.mode
         if changes.drop_privileges and mode is None:
-            mode = _without_privileges(await self.getattr(inode))
+            mode = without_privileges(await self.getattr(inode))
         request = SetAttr(
             inode,
             mode=None if mode is None else stat.S_IMODE(mode),
@@ -201,7 +238,7 @@ class Filesystem:
         if changes.size is None and inode not in self._files:
             epoch = self._backend.epoch
             return self._tell(await self._backend.call(request), epoch)
-        async with self._held(inode) as file:
+        async with self._files.held(inode) as file:
             await file.change(request)
             if changes.size is not None:
                 await file.flush()
@@ -241,7 +278,9 @@ class Filesystem:
 
     async def unlink(self, parent: int, name: bytes) -> None:
         _check_name(name)
-        self._changed_by_name(await self._backend.call(Unlink(parent, name)))
+        attr = self._changed_by_name(await self._backend.call(Unlink(parent, name)))
+        if not attr.nlink:
+            self._files.opens.changed((attr.inode,))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         _check_name(name)
@@ -253,7 +292,9 @@ class Filesystem:
         """``flags`` as in renameat2."""
         _check_name(name)
         _check_name(new_name)
-        await self._backend.call(Rename(parent, name, new_parent, new_name, flags))
+        request = Rename(parent, name, new_parent, new_name, flags)
+        touched: Touched = await self._backend.call(request)
+        self._files.opens.changed(touched.inodes[1:])  # what was replaced
 
     def _changed_by_name(self, attr: Attr) -> Attr:
         """Link counts of open files follow."""
@@ -284,35 +325,33 @@ class Filesystem:
             if flags & os.O_EXCL:
                 raise
             raise InodeStale() from None
-        file = self._files.get(attr.inode)  # somebody may have seen the name already
-        if file is None:
-            file = self._files[attr.inode] = OpenFile(self._backend, attr)
-            file.is_new()
-            await file.decide(reads_only=False)
-        file.handles += 1
-        return file.view(), self._opened(file, flags, current=True)
+        # Who writes a new file as a whole says that it must not be there yet.
+        is_whole = flags & os.O_EXCL and flags & os.O_ACCMODE != os.O_RDONLY
+        file = await self._files.made(attr, is_whole=bool(is_whole))
+        return file.view(), self._opened(file, True, flags)
 
     def open_now(self, inode: int, flags: int) -> Opened | None:
         block = self._open_blocks.get(inode)
-        if block is None:
-            return None
-        self._check_room()
-        return self._share_block(block, flags)
+        if block is not None:
+            self._check_room()
+            return self._share_block(block, flags)
+        found = self._files.open_now(inode, flags)
+        return None if found is None else self._opened(*found, flags)
 
     async def open(self, inode: int, flags: int) -> Opened:
         """``flags`` as in open(2), O_TRUNC included. Answers from fresh attributes."""
         self._check_room()
-        block = self._open_blocks.get(inode)
-        if block is not None:
-            return self._share_block(block, flags)
+        opened = self.open_now(inode, flags)
+        if opened is not None:
+            return opened
         seen = self._seen_blocks.get(inode)
         if seen is not None:
             return await self._open_block(*seen, flags)
-        if inode not in self._files and inode not in self._told:
+        if not self._files.is_known(inode):
             attr: Attr = await self._backend.call(GetAttr(inode))
             if attr.is_block:
                 return await self._open_block(0, attr, flags)
-        return await self._open_file(inode, flags)
+        return self._opened(*await self._files.open(inode, flags), flags)
 
     def _check_room(self) -> None:
         if len(self._files) + len(self._open_blocks) >= MOUNT_OPEN_FILES:
@@ -324,87 +363,39 @@ class Filesystem:
         self._handles[handle] = opened
         return handle
 
-    async def _open_file(self, inode: int, flags: int) -> Opened:
-        file, current = await self._hold(inode)
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        try:
-            if self._pass_files:
-                await file.decide(reads_only=not (writable or flags & os.O_TRUNC))
-            if writable and file.backing != NO_DESCRIPTOR:
-                await file.let_write()
-            if flags & os.O_TRUNC:
-                await file.change(SetAttr(inode, size=0))
-                current = False
-        except BaseException:
-            await self._let_go(file)
-            raise
-        return self._opened(file, flags, current=current)
-
-    def _opened(self, file: OpenFile, flags: int, *, current: bool) -> Opened:
+    def _opened(self, file: OpenFile, current: bool, flags: int) -> Opened:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self._add(Handle(file, writable))
-        return Opened(handle, keep_cache=current, writable=writable, backing=file.backing)
+        return Opened(
+            handle,
+            keep_cache=current,
+            writable=writable,
+            backing=file.backing,
+            passes_writes=file.passes_writes,
+        )
 
-    async def _hold(self, inode: int) -> tuple[OpenFile, bool]:
-        """Opens an inode at the service; True if it is as the kernel was told last."""
-        epoch = self._backend.epoch
-        attr: Attr = await self._backend.call(OpenInode(inode))
-        if attr.is_block or not attr.is_file:
-            await self._backend.call(CloseInode(inode))
-            raise NotPermitted(reason="not an ordinary file")
-        file = self._files.get(inode)
-        if file is None:
-            file = self._files[inode] = OpenFile(self._backend, attr)
-            current = self._told.get(inode) == file.recorded
-        else:
-            current = file.recorded == (attr.size, attr.mtime_ns)
-            file.absorb(attr, epoch)
-        file.handles += 1
-        return file, current
-
-    async def _let_go(self, file: OpenFile) -> None:
-        """Gives back one open; the last one records what is left and forgets the file."""
-        file.handles -= 1
-        try:
-            if not file.handles and file.attr.nlink:
-                await file.flush()
-        except KvfsError as exc:
-            log.warning("inode %d was not written back: %s", file.inode, exc)
-        # A handle that was opened during the flush keeps the file.
-        if not file.handles and self._files.get(file.inode) is file:
-            del self._files[file.inode]
-            self._told.keep(file.inode, file.recorded)
-            try:
-                await file.close()
-            except KvfsError as exc:
-                log.info("inode %d: its chunks stay open: %s", file.inode, exc)
-        try:
-            await self._backend.call(CloseInode(file.inode))
-        except KvfsError as exc:
-            log.info("inode %d stays open at the service: %s", file.inode, exc)
-
-    @contextlib.asynccontextmanager
-    async def _held(self, inode: int) -> AsyncIterator[OpenFile]:
-        file, _ = await self._hold(inode)
-        try:
-            yield file
-        finally:
-            await self._let_go(file)
+    def refuse_backing(self, handle: int) -> None:
+        """The kernel did not take what a file that was just made had as ``backing``."""
+        self._files.pass_through = False
+        self._handle(handle).file.refuse_backing()
 
     async def _open_block(self, namespace: int, attr: Attr, flags: int) -> Opened:
         """A use of the block, as eviction sees it. Raises EntryNotFound if it was removed."""
         _check_read_only(flags)
-        if namespace:
+        if namespace and self._backend.names.attr(attr.inode) is None:
             found: tuple[BlockInfo | None, ...] = await self._backend.call(
                 LookupBlocks(namespace, attr.key)
             )
             if found[0] is None or found[0].inode != attr.inode:
                 self._seen_blocks.drop(attr.inode)
                 raise InodeStale(inode=attr.inode)
+            attr.layout = Layout(attr.size, (found[0].chain,))  # it may have moved
         block = self._open_blocks.get(attr.inode)
         if block is None:
             block = OpenBlock(attr, namespace)
             await self._blocks.open(block)
+            if namespace:
+                self._blocks.use(block)
             other = self._open_blocks.setdefault(attr.inode, block)
             if other is not block:  # opened twice at the same time
                 self._blocks.close(block)
@@ -414,7 +405,7 @@ class Filesystem:
     def _share_block(self, block: OpenBlock, flags: int) -> Opened:
         _check_read_only(flags)
         block.handles += 1
-        return Opened(self._add(block), True, writable=False, backing=block.descriptor)
+        return Opened(self._add(block), True, False, backing=block.descriptor, is_block=True)
 
     def read_now(self, handle: int, offset: int, length: int) -> Buffer | None:
         opened = self._handles[handle]
@@ -438,9 +429,19 @@ class Filesystem:
         await self._handle(handle).file.write(offset, data)
         return len(data)
 
+    # As fallocate(2), and SEEK_DATA and SEEK_HOLE of lseek(2).
+
+    async def allocate(self, handle: int, offset: int, length: int, mode: int) -> None:
+        await self._handle(handle).file.allocate(offset, length, mode)
+
+    async def seek(self, handle: int, offset: int, whence: int) -> int:
+        opened = self._handles[handle]
+        assert not isinstance(opened, OpenDirectory)
+        return await (opened.file if isinstance(opened, Handle) else opened).seek(offset, whence)
+
     def is_privileged(self, handle: int) -> bool:
         """A write by somebody who is not root has to drop the set-ID bits first."""
-        return _without_privileges(self._handle(handle).file.attr) is not None
+        return without_privileges(self._handle(handle).file.attr) is not None
 
     def _handle(self, handle: int) -> Handle:
         opened = self._handles[handle]
@@ -467,7 +468,7 @@ class Filesystem:
 
     def release_now(self, handle: int) -> bool:
         opened = self._handles[handle]
-        if isinstance(opened, Handle):
+        if isinstance(opened, Handle) and not self._files.let_go_now(opened.file):
             return False
         del self._handles[handle]
         if isinstance(opened, OpenBlock):
@@ -481,7 +482,8 @@ class Filesystem:
         if not self.release_now(handle):
             opened = self._handle(handle)
             del self._handles[handle]
-            await self._let_go(opened.file)
+            await self._files.let_go(opened.file)
+        await self._files.opens.close_unwanted()
 
     # --- directories
 
@@ -553,29 +555,25 @@ class Filesystem:
         """Records what changed in files that stay open."""
         while True:
             await trio.sleep(MOUNT_WRITE_BACK_SECONDS)
-            for file in [f for f in self._files.values() if f.dirty]:
+            for file in [f for f in self._files if f.dirty]:
                 await file.write_back()
+
+    async def tidy_forever(self) -> None:
+        """Tells the service what can wait: closes, and uses of blocks."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._files.opens.close_idle)
+            nursery.start_soon(self._blocks.tell_uses)
 
     async def close(self) -> None:
         """Records everything, after the last request."""
         for handle in list(self._handles):
             await self.release(handle)
+        await self._files.opens.close_all()
 
 
 def _check_name(name: bytes) -> None:
     if len(name) > NAME_BYTES_MAX:
         raise NameTooLong(length=len(name))
-
-
-def _without_privileges(attr: Attr) -> int | None:
-    """The mode after a write or a new owner, as Linux has it; None if it stays. A set-group-ID bit
-    without execute permission for the group means mandatory locking, not a privilege."""
-    if not attr.is_file:
-        return None
-    mode = attr.mode & ~stat.S_ISUID
-    if mode & stat.S_IXGRP:
-        mode &= ~stat.S_ISGID
-    return None if mode == attr.mode else mode
 
 
 def _check_xattr_name(name: bytes) -> None:

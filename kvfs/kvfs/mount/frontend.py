@@ -121,8 +121,12 @@ def errno_of(error: Exception, operation: str) -> int:
 
 
 def sectors(attr: Attr) -> int:
-    """st_blocks"""
-    return -(-attr.size // SECTOR_BYTES) if attr.is_file else 0
+    """st_blocks. How large the holes of a file are is not known here, only that there may be some:
+    one block less makes programs (cp, rsync, tar) look for them. With none all would be a hole."""
+    if not attr.is_file:
+        return 0
+    count = -(-attr.size // SECTOR_BYTES)
+    return max(1, count - 1) if attr.sparse and count else count
 
 
 class Space(NamedTuple):

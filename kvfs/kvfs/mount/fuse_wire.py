@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from kvfs.mount import fuse_wire_ranges as ranges
 from kvfs.mount.frontend import BLOCK_SIZE, Space, sectors
 from kvfs_base.errors import ProtocolError
 from kvfs_base.limits import MOUNT_BACKGROUND, MOUNT_IO_BYTES, NAME_BYTES_MAX, PAGE_BYTES
@@ -56,12 +57,17 @@ class Opcode(enum.IntEnum):
     READDIR = 28
     RELEASEDIR = 29
     FSYNCDIR = 30
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33
     CREATE = 35
     INTERRUPT = 36
     DESTROY = 38
     BATCH_FORGET = 42
+    FALLOCATE = 43
     READDIRPLUS = 44
     RENAME2 = 45
+    LSEEK = 46
 
 
 UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
@@ -71,8 +77,10 @@ class Feature(enum.IntFlag):
     """What INIT negotiates, as far as it is used here."""
 
     ASYNC_READ = 1 << 0
+    POSIX_LOCKS = 1 << 1
     ATOMIC_O_TRUNC = 1 << 3
     BIG_WRITES = 1 << 5
+    FLOCK_LOCKS = 1 << 10
     DO_READDIRPLUS = 1 << 13
     ASYNC_DIO = 1 << 15
     PARALLEL_DIROPS = 1 << 18
@@ -224,7 +232,7 @@ class Write(NamedTuple):
 
 
 class OfHandle(NamedTuple):
-    """RELEASE, FLUSH, FSYNC and those of directories."""
+    """RELEASE, FSYNC and those of directories."""
 
     handle: int
 
@@ -422,7 +430,7 @@ _PARSERS: dict[int, Callable[[memoryview], Any]] = {
     Opcode.GETXATTR: _parse_getxattr,
     Opcode.LISTXATTR: _parse_listxattr,
     Opcode.REMOVEXATTR: _parse_name,
-    Opcode.FLUSH: _parse_of_handle,
+    **{Opcode[name]: parser for name, parser in ranges.PARSERS.items()},
     Opcode.INIT: _parse_init,
     Opcode.OPENDIR: _parse_open,
     Opcode.READDIR: _parse_read,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import platform
 
 import trio
 
@@ -13,7 +14,8 @@ from kvfs.mount.backend import Backend
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import Choice, Frontend, choose, make
-from kvfs_base.errors import ConnectionLost, KvfsError, MountFailed, MountPointBusy
+from kvfs_base.errors import ConnectionLost, InvalidRequest, KvfsError, MountFailed, MountPointBusy
+from kvfs_base.os_env import raise_open_files_limit
 from kvfs_base.seams import Env
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_metadata.client import ClusterView, MetadataClient
@@ -40,8 +42,10 @@ async def run_mount(
     mount behind. Raises MountFailed, FuseMissing, MountPointBusy, or what the metadata service
     answered (ConnectionLost if it does not run). One mount a process."""
     choice = choose(config.frontend)
+    if choice.name == "pyfuse3" and config.locks == "cluster":
+        raise InvalidRequest(detail="locks in the cluster need the direct front end")
     await _prepare(config)
-    system.raise_open_files_limit()
+    raise_open_files_limit()
     mount = _Mount(env, config, choice)
     try:
         async with trio.open_nursery() as nursery:
@@ -118,13 +122,15 @@ class _Mount:
     async def run(self, task_status: trio.TaskStatus[None]) -> None:
         env, config = self._env, self._config
         session = env.rng.randbytes(SESSION_BYTES)
+        name = f"{config.mountpoint} on {platform.node()} (pid {os.getpid()})"
         with self._work:
-            async with MetadataClient(env, config.metadata, session=session) as metadata:
+            async with MetadataClient(env, config.metadata, session=session, name=name) as metadata:
                 await self._reach(metadata)
                 cluster = ClusterView(env, config.metadata)
                 chunks = ChunkClient(env, cluster, prefer=config.transport)
                 try:
                     backend = Backend(env, metadata, chunks)
+                    metadata.watch(backend.names)
                     filesystem = Filesystem(backend, attribute_seconds=config.attribute_seconds)
                     frontend = make(self._choice, filesystem, config)
                     await self._mount(filesystem, frontend, task_status)
@@ -151,6 +157,7 @@ class _Mount:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._serve, frontend)
                 nursery.start_soon(filesystem.write_back_forever)
+                nursery.start_soon(filesystem.tidy_forever)
                 try:
                     await trio.to_thread.run_sync(_greet, config, abandon_on_cancel=True)
                     log.info("mounted at %s (%s: %s)", config.mountpoint, *self._choice)
@@ -175,7 +182,9 @@ class _Mount:
         config = self._config
         if not self._served.is_set():
             if not await self._unmount():
-                log.info("%s is busy: detaching it", config.mountpoint)
+                users = await trio.to_thread.run_sync(system.users_of, config.mountpoint)
+                held = "; ".join(users) or "nobody that can be seen here"
+                log.info("%s is busy: detaching it (used by %s)", config.mountpoint, held)
                 system.unmount(config.mountpoint, lazy=True)
                 frontend.stop()
             with trio.move_on_after(config.unmount_seconds):

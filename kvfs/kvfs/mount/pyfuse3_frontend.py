@@ -7,6 +7,7 @@ the mount, so every handler goes through ``_handler``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -25,6 +26,7 @@ from pyfuse3 import (
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import BLOCK_SIZE, DOT_ENTRIES, Space, errno_of, sectors
+from kvfs.mount.names import Entry
 from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, MountFailed
 from kvfs_base.limits import MOUNT_TASKS, NAME_BYTES_MAX, PAGE_BYTES
@@ -273,6 +275,14 @@ def _name_is_gone(parent: int, inode: int, name: bytes) -> None:
     pyfuse3.invalidate_entry_async(parent, name, deleted=inode, ignore_enoent=True)
 
 
+def _changed(inodes: Sequence[int], entries: Sequence[Entry]) -> None:
+    for inode in inodes:
+        with contextlib.suppress(OSError):  # the kernel does not know it
+            pyfuse3.invalidate_inode(inode, attr_only=True)
+    for parent, name in entries:
+        pyfuse3.invalidate_entry_async(parent, name, ignore_enoent=True)
+
+
 class Pyfuse3Frontend:
     def __init__(self, filesystem: Filesystem, config: MountConfig) -> None:
         self._filesystem = filesystem
@@ -281,6 +291,7 @@ class Pyfuse3Frontend:
 
     def mount(self) -> None:
         self._filesystem.when_gone(_name_is_gone)
+        self._filesystem.when_changed(_changed)
         options = {"default_permissions", "fsname=kvfs", "subtype=kvfs"}
         if self._config.allow_other:
             options.add("allow_other")

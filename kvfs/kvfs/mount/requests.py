@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import stat
 
 from kvfs.mount.backend import NO_DESCRIPTOR
+from kvfs_base.types import Attr
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,6 +23,9 @@ class Opened:
     writable: bool
     backing: int = NO_DESCRIPTOR
     """A file that the kernel may read instead of asking: it has all bytes, verified."""
+    passes_writes: bool = False
+    """It may write there as well."""
+    is_block: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,3 +40,14 @@ class AttrChanges:
     mtime_ns: int | None = None
     drop_privileges: bool = False
     """Set-user-ID and set-group-ID bits of an ordinary file go: its contents or owner change."""
+
+
+def without_privileges(attr: Attr) -> int | None:
+    """The mode after a write or a new owner, as Linux has it; None if it stays. A set-group-ID bit
+    without execute permission for the group means mandatory locking, not a privilege."""
+    if not attr.is_file:
+        return None
+    mode = attr.mode & ~stat.S_ISUID
+    if mode & stat.S_IXGRP:
+        mode &= ~stat.S_ISGID
+    return None if mode == attr.mode else mode

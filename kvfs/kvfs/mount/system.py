@@ -5,13 +5,14 @@ Mount tables and sysfs are not data of kvfs, so they do not go through a Disk.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
-import resource
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ FUSE_DEVICE = "/dev/fuse"
 FILE_SYSTEM_TYPE = "fuse.kvfs"
 MOUNT_TABLE = Path("/proc/self/mountinfo")
 MNT_DETACH = 2
+PROCESSES = Path("/proc")
+USERS_TOLD = 10
 LINKS_FOLLOWED_MAX = 40
 """As Linux."""
 
@@ -132,6 +135,39 @@ def _unmount_as_user(mountpoint: str, lazy: bool) -> bool:
     return done.returncode == 0 or mounted_at(mountpoint) is None
 
 
+def users_of(mountpoint: str) -> list[str]:
+    """Who has something open in the mount there, works in it or maps it: ``name (pid): path``, at
+    most USERS_TOLD of them. Reads links only, so it never waits for the mount."""
+    place = _resolve(mountpoint)
+    found: list[str] = []
+    for process in sorted(PROCESSES.glob("[0-9]*"), key=lambda path: int(path.name)):
+        used = next((path for path in _paths_of(process) if _is_below(path, place)), None)
+        if used is None:
+            continue
+        if len(found) == USERS_TOLD:
+            return [*found, "others"]
+        with contextlib.suppress(OSError):
+            name = (process / "comm").read_text().strip()
+            found.append(f"{name} ({process.name}): {used}")
+    return found
+
+
+def _paths_of(process: Path) -> Iterator[str]:
+    """Processes of others, and such as end meanwhile, show less or nothing."""
+    with contextlib.suppress(OSError):
+        links = [process / "cwd", process / "root", process / "exe", *(process / "fd").iterdir()]
+        for link in links:
+            with contextlib.suppress(OSError):
+                yield os.readlink(link)
+    with contextlib.suppress(OSError):
+        for line in (process / "maps").read_bytes().splitlines():
+            yield os.fsdecode(line[line.find(b"/") :]) if b"/" in line else ""
+
+
+def _is_below(path: str, place: str) -> bool:
+    return path == place or path.startswith(place.rstrip("/") + "/")
+
+
 def set_read_ahead(mountpoint: str, size: int) -> bool:
     """The kernel starts with 128 KiB and lets a FUSE server only lower it; root may raise it."""
     found = mounted_at(mountpoint)
@@ -142,9 +178,3 @@ def set_read_ahead(mountpoint: str, size: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def raise_open_files_limit() -> None:
-    """Each open chunk holds a descriptor."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

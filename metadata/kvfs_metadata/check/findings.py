@@ -87,9 +87,10 @@ _KEY_BYTES = {
     records.BLOCK: 12,
     records.PREPARED: 12,
     records.REMOVAL: 16,
+    records.MOVE: 12,
     records.CHAIN: 8,
 }
-_VALUE_BYTES = {records.ENTRY: 8, records.BLOCK: 68, records.REMOVAL: 28}
+_VALUE_BYTES = {records.ENTRY: 8, records.BLOCK: 68, records.REMOVAL: 28, records.MOVE: 28}
 _NAMED = (records.ENTRY, records.XATTR)
 
 DROPPABLE = frozenset(
@@ -99,6 +100,7 @@ DROPPABLE = frozenset(
         records.BLOCK,
         records.PREPARED,
         records.REMOVAL,
+        records.MOVE,
         records.XATTR,
     }
 )

@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from kvfs_base.limits import FIXES_PER_REQUEST, NAME_BYTES_MAX, SCAN_RECORDS_MAX
+from kvfs_base.limits import FIXES_PER_REQUEST, NAME_BYTES_MAX, SCAN_RECORDS_MAX, STRIPE_MAX
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64
 
@@ -92,10 +92,12 @@ class MakeRoot(FixBase, frozen=True, tag="root"):
 
 
 class MarkSparse(FixBase, frozen=True, tag="sparse"):
-    """What is lost of the file will read as zeros instead of failing."""
+    """What is lost of the file will read as zeros instead of failing. ``chains`` are its layout's:
+    of others it was not missed."""
 
     inode: U64
     ctime_ns: int
+    chains: Annotated[tuple[U32, ...], msgspec.Meta(max_length=STRIPE_MAX)] = ()
 
 
 class CoverTail(FixBase, frozen=True, tag="tail"):
@@ -107,13 +109,14 @@ class CoverTail(FixBase, frozen=True, tag="tail"):
 
 
 class DropBlock(FixBase, frozen=True, tag="block"):
-    """``why``: ``chunk`` (lost or damaged), ``namespace`` (gone), ``chain`` (unknown), or
-    ``duplicate`` of the block ``other``."""
+    """``why``: ``chunk`` (lost or damaged, on ``chain`` if that is named), ``namespace`` (gone),
+    ``chain`` (unknown), or ``duplicate`` of the block ``other``."""
 
     rank: ClassVar[int] = 1
     inode: U64
     why: Annotated[str, msgspec.Meta(max_length=16)]
     other: U64 = 0
+    chain: U32 = 0
 
 
 class DropDamaged(FixBase, frozen=True, tag="damaged"):

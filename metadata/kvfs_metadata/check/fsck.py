@@ -518,8 +518,9 @@ class MetadataCheck:
         for _, value in self._sound(records.PREPARED, "batches", bad):
             batch = records.decode_prepared(value)
             self._last_number = max(self._last_number, batch.first_inode + len(batch.sizes) - 1)
-        for _ in self._sound(records.REMOVAL, "removals", bad):
-            pass
+        for kind, name in ((records.REMOVAL, "removals"), (records.MOVE, "moves")):
+            for _ in self._sound(kind, name, bad):
+                pass
         yield from bad
 
     def _check_counter(self) -> Iterator[Finding]:

@@ -278,6 +278,8 @@ class Repairer:
         record = load(tx.kv, fix.inode)
         if record.ctime_ns != fix.ctime_ns or record.sparse:
             return False
+        if fix.chains and (record.layout is None or record.layout.chains != fix.chains):
+            return False
         change_usage(tx, inodes=0, file_bytes=-charged_bytes(record))
         record.sparse = True
         save(tx, record)
@@ -444,7 +446,8 @@ class Repairer:
         block = records.unpack_block(value)
         chain = tx.kv.get(records.chain_key(block.chain))
         wanted = {
-            "chunk": True,  # who says so has seen the chunk; the block is the one it saw
+            # Who says so has seen the chunk; the block is the one it saw, if it has not moved.
+            "chunk": fix.chain in (0, block.chain),
             "chain": chain is None,
             "namespace": not _is_namespace(tx.kv, block.namespace),
             "duplicate": _is_duplicate(tx.kv, block, fix),
@@ -522,6 +525,8 @@ class Repairer:
 
     def _is_wanted(self, kv: KVRead, fix: f.RemoveChunks) -> bool:
         """Whether one of the chunks belongs to something, or may."""
+        if self._is_moving_there(kv, fix):
+            return True
         value = kv.get(records.block_key(fix.inode))
         if value is not None:
             chain = records.unpack_block(value).chain
@@ -532,6 +537,11 @@ class Repairer:
         if self._batches is None:
             self._batches = Batches(kv)
         return fix.inode in self._batches
+
+    @staticmethod
+    def _is_moving_there(kv: KVRead, fix: f.RemoveChunks) -> bool:
+        value = kv.get(records.move_key(fix.inode))
+        return value is not None and _has_place(kv, records.unpack_move(value).to, fix)
 
     @staticmethod
     def _is_wanted_of(kv: KVRead, record: InodeRecord, fix: f.RemoveChunks) -> bool:

@@ -7,7 +7,11 @@ from typing import Annotated, ClassVar
 import msgspec
 
 from kvfs_base.cluster import Chain, TargetState
-from kvfs_base.limits import TARGETS_PER_SERVER_MAX
+from kvfs_base.limits import (
+    OPEN_FILE_HOLDERS_MAX,
+    OPEN_FILES_SHOWN_MAX,
+    TARGETS_PER_SERVER_MAX,
+)
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, Address, ShortText
 
@@ -38,6 +42,10 @@ class TargetDetails(msgspec.Struct, array_like=True, frozen=True):
     """Failure domains."""
     replaces: U32 = 0
     """The target whose places in chains it takes."""
+    blocks_left: U64 = 0
+    """Of one copy, and the next one, when the answering server last looked through a draining
+    target's; 0 before that."""
+    files_left: U64 = 0
 
 
 class ServerDetails(msgspec.Struct, array_like=True, frozen=True):
@@ -82,6 +90,20 @@ class ClusterDetails(msgspec.Struct, array_like=True, frozen=True):
 
 class DescribeCluster(Request, tag="describe_cluster"):
     Reply: ClassVar = ClusterDetails
+
+
+class OpenFile(msgspec.Struct, array_like=True, frozen=True):
+    inode: U64
+    holders: Annotated[tuple[ShortText, ...], msgspec.Meta(max_length=OPEN_FILE_HOLDERS_MAX)]
+    """Who has it open. Nobody: the service was just started, and does not know."""
+
+
+class FindOpenFiles(Request, tag="find_open_files"):
+    """Files that keep a draining target from being empty because somebody has them open, some of
+    them, as the answering server saw them last. Raises TargetUnknown."""
+
+    Reply: ClassVar = Annotated[tuple[OpenFile, ...], msgspec.Meta(max_length=OPEN_FILES_SHOWN_MAX)]
+    target_id: U32
 
 
 class ChainCount(msgspec.Struct, array_like=True, frozen=True):

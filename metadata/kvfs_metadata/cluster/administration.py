@@ -7,7 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from kvfs_base.errors import TargetInUse
-from kvfs_base.limits import COPIES_MAX, COUNT_PAGE_RECORDS
+from kvfs_base.limits import (
+    COPIES_MAX,
+    COUNT_PAGE_RECORDS,
+    OPEN_FILE_HOLDERS_MAX,
+    OPEN_FILES_SHOWN_MAX,
+)
 from kvfs_base.seams import Clock
 from kvfs_base.types import Layout
 from kvfs_metadata import records
@@ -19,6 +24,8 @@ from kvfs_metadata.cluster.admin_messages import (
     ClusterDetails,
     CountChunks,
     DescribeCluster,
+    FindOpenFiles,
+    OpenFile,
     RemovedTarget,
     RemoveTarget,
     ReplaceTarget,
@@ -29,6 +36,7 @@ from kvfs_metadata.cluster.admin_messages import (
 )
 from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.cluster.draining import Drainer
+from kvfs_metadata.cluster.moving import Mover
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.targets import TargetEntry
 from kvfs_metadata.engines.engine import Item, KVRead, prefix_end, scan
@@ -49,6 +57,7 @@ class Administration:
         removals: Removals,
         sessions: Sessions,
         drainer: Drainer,
+        mover: Mover,
         server: bytes,
         addresses: tuple[str, ...],
     ) -> None:
@@ -57,6 +66,7 @@ class Administration:
         self._removals = removals
         self._sessions = sessions
         self._drainer = drainer
+        self._mover = mover
         self._server = server
         self._addresses = addresses
 
@@ -84,6 +94,7 @@ class Administration:
 
     def _target(self, entry: TargetEntry) -> TargetDetails:
         record = entry.record
+        left = self._drainer.left_on(record.target_id) if record.draining else (0, 0)
         return TargetDetails(
             target_id=record.target_id,
             uuid=entry.uuid,
@@ -102,6 +113,8 @@ class Administration:
             host=record.domain,
             rack=record.rack,
             replaces=record.replaces,
+            blocks_left=left[0],
+            files_left=left[1],
         )
 
     def _servers(self, kv: KVRead) -> tuple[ServerDetails, ...]:
@@ -129,15 +142,33 @@ class Administration:
             next=records.number_at(items[-1][0]) + 1 if more else 0,
         )
 
+    def open_files(self, kv: KVRead, request: FindOpenFiles) -> tuple[OpenFile, ...]:
+        entry = self._cluster.targets[request.target_id]
+        inodes = [
+            inode
+            for chain in self._cluster.chains.single(entry.target_id)
+            for inode in self._drainer.open_files(chain)
+            if self._sessions.may_be_open(inode)
+        ]
+        return tuple(
+            OpenFile(inode, tuple(self._sessions.holders(inode, OPEN_FILE_HOLDERS_MAX)))
+            for inode in inodes[:OPEN_FILES_SHOWN_MAX]
+        )
+
     # --- changing
 
     def set_draining(self, tx: Tx, request: SetDraining) -> Changed:
         for target_id in request.targets:
             self._cluster.departures.set_draining(tx, target_id, request.on, request.keep_blocks)
+            if request.on:
+                self._mover.turn_away(tx, target_id)
+            else:
+                self._mover.cancel_all(tx, target_id)
         return Changed()
 
     def remove(self, tx: Tx, request: RemoveTarget) -> Changed:
         for target_id in request.targets:
+            self._mover.forget_target(tx, target_id)
             try:
                 self._cluster.departures.remove(tx, target_id, force=request.force)
             except TargetInUse as exc:

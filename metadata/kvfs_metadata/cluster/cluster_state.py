@@ -35,6 +35,7 @@ from kvfs_metadata import records
 from kvfs_metadata.cluster.chains import ChainTable, MapVersion
 from kvfs_metadata.cluster.departures import Departures
 from kvfs_metadata.cluster.membership import Membership
+from kvfs_metadata.cluster.moves import Moves
 from kvfs_metadata.cluster.placing import Placement
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.targets import TargetEntry, TargetTable, as_target, evict_below_bytes
@@ -61,6 +62,7 @@ class ClusterState:
         self._recorded = recorded
         self._counters = counters
         self._removals = removals
+        self.moves = Moves(read)
         self.map_version = MapVersion(read)
         self.targets = TargetTable(clock, self.map_version)
         self.chains = ChainTable(self.map_version)
@@ -79,6 +81,7 @@ class ClusterState:
 
     def apply(self, writes: Writes) -> None:
         """Another server committed ``writes``."""
+        self.moves.apply(writes)
         beats: list[tuple[int, BeatValue]] = []
         changed = False
         for key, value in writes.items():
@@ -223,6 +226,7 @@ class ClusterState:
             entry.target_id,
             self._removals.head(tx.kv, entry.target_id),
             fence=is_late or entry.record.is_to_be_fenced,
+            moving=entry.record.draining and not entry.record.drained,
         )
 
     def _register(self, tx: Tx, request: Heartbeat, report: TargetReport) -> TargetEntry:
@@ -265,6 +269,14 @@ class ClusterState:
                 number = chain_id if chain.is_replicated else 0
                 removal = records.RemovalValue(inode, 0, end, size, number)
                 self._removals.add(tx, chain.everybody, removal)
+
+    def stop_move(self, tx: Tx, chains: Sequence[int], inode: int, end: int) -> None:
+        """Of a block or file that is gone, with its chunks on ``chains``: also what was copied."""
+        move = self.moves.get(inode)
+        if move is not None:
+            self.moves.put(tx, inode, None)
+            if move.to not in chains:
+                self.remove_chunks(tx, (move.to,), inode, end)
 
     def missing_bytes(self) -> int:
         """How much the target that is worst off lacks of what it keeps free, not counting what it

@@ -1,11 +1,12 @@
 """Emptying targets that are to leave the cluster, in the background, a page of records at a time.
 
-A *pass* looks at every block and every file once. Blocks of draining targets are given up as if
-they had been evicted: a cache may lose them. Files keep their chunks, but most of them only *might*
-have chunks on a target: a file names its chains when it is made, and a short one has used few of
-them. Those places of a layout get another chain. The chains of existing chunks stay what they are,
-so nothing moves. Only files that nobody has open are changed, because whoever opens one takes the
-layout along; the next pass finds the others.
+What has one copy there is moved, by the target's server (``moving.py``). A *pass* looks at every
+block and every file once. It counts what is left, and finds the files that are to be moved. Most
+files only *might* have chunks on a target: a file names its chains when it is made, and a short one
+has used few of them. Those places of a layout get another chain at once. Only files that nobody has
+open are changed, because whoever opens one takes the layout along; the next pass finds the others.
+Where there is no target that blocks could be moved to, they are given up as if they had been
+evicted: a cache may lose them.
 
 After a pass that found nothing the target is *drained*, which is recorded. It stays true: nothing
 new is placed on a draining target, and a batch of blocks that was prepared before spoils the pass.
@@ -18,11 +19,12 @@ layouts. A file that had chunks there keeps its layout: what was lost must not l
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from kvfs_base.limits import DRAIN_PAGE_RECORDS
+from kvfs_base.limits import DRAIN_PAGE_RECORDS, MOVE_CANDIDATES_MAX, OPEN_FILES_SHOWN_MAX
 from kvfs_base.types import Layout
 from kvfs_metadata import records
 from kvfs_metadata.blocks import Blocks
@@ -40,6 +42,8 @@ class _Pass:
     draining: set[int]
     """Chains, as below."""
     keeping: set[int]
+    hopeless: bool
+    """There is nowhere to move to."""
     spoiled: set[int]
     """Batches that were prepared before may yet bring blocks."""
     stage: int = 0
@@ -47,6 +51,8 @@ class _Pass:
     blocks: Counter[int] = dataclasses.field(default_factory=Counter)
     """What is left, by chain; of removed targets, too."""
     files: Counter[int] = dataclasses.field(default_factory=Counter)
+    open_files: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    """Some that have chunks there, by chain."""
     unswept: bool = False
     """A file that somebody has open names a chain of a removed target without need."""
 
@@ -70,15 +76,30 @@ class Drainer:
         self._pass: _Pass | None = None
         self._left: dict[int, tuple[int, int]] = {}
         self.drained_blocks = 0
+        self._candidates: dict[int, dict[int, None]] = {}
+        self._open_files: dict[int, list[int]] = {}
 
     def left_on(self, target_id: int) -> tuple[int, int]:
         """Blocks and files that the last pass left on a target."""
         return self._left.get(target_id, (0, 0))
 
+    def candidates(self, chain: int, count_max: int) -> list[int]:
+        """Files that had chunks on a draining chain when they were looked at, some of them."""
+        return list(itertools.islice(self._candidates.get(chain, ()), count_max))
+
+    def open_files(self, chain: int) -> list[int]:
+        """Files on a draining chain that somebody may have had open in the last pass, some."""
+        return self._open_files.get(chain, [])
+
+    def looked_at(self, chain: int, inode: int) -> None:
+        """Not to be named again before the next pass."""
+        self._candidates[chain].pop(inode, None)
+
     def step(self, tx: Tx) -> bool:
         """One transaction's worth of a pass; False at its end, or if there is nothing to do."""
         if not self._departures.has_departures():
             self._pass = None
+            self._candidates.clear()
             return False
         # What is undone must be looked at again.
         tx.undo.append(self._abandon)
@@ -101,7 +122,10 @@ class Drainer:
     def _begin(self) -> _Pass:
         draining, keeping = self._departures.leaving_chains()
         spoiled = self._blocks.prepared_chains() & draining
-        return _Pass(self._cluster.targets.departures, draining, keeping, spoiled)
+        hopeless = not any(entry.is_settled for entry in self._cluster.targets)
+        for chain in self._candidates.keys() - draining:
+            del self._candidates[chain]
+        return _Pass(self._cluster.targets.departures, draining, keeping, hopeless, spoiled)
 
     def _finish(self, tx: Tx, done: _Pass) -> None:
         left: dict[int, tuple[int, int]] = {}
@@ -117,6 +141,7 @@ class Drainer:
             if not blocks and not files and not needed and done.spoiled.isdisjoint(chains):
                 self._departures.set_drained(tx, target_id)
         self._left = left
+        self._open_files = done.open_files
         if self._departures.sweep_wanted and not done.unswept:
             self._departures.swept(tx)
 
@@ -131,7 +156,8 @@ class Drainer:
         items = tx.kv.range(start, end, DRAIN_PAGE_RECORDS)
         for key, value in items:
             chain = records.unpack_block(value).chain
-            if chain in current.keeping:
+            stays = chain in current.keeping or not current.hopeless
+            if chain in current.draining and stays:
                 current.blocks[chain] += 1
             elif chain in current.draining or chain not in self._cluster.chains:
                 self._blocks.remove_block(tx, self._blocks.index.by_inode[records.number_at(key)])
@@ -168,6 +194,14 @@ class Drainer:
         used = used_places(record, layout)
         unused = [p for p in range(used, len(layout.chains)) if layout.chains[p] in leaving]
         current.files.update(leaving.intersection(layout.chains[:used]))
+        for chain in leaving.intersection(layout.chains[:used]) & current.draining:
+            found = self._candidates.setdefault(chain, {})
+            if len(found) < MOVE_CANDIDATES_MAX:
+                found[record.inode] = None
+            if self._may_be_open(record.inode):
+                shown = current.open_files.setdefault(chain, [])
+                if len(shown) < OPEN_FILES_SHOWN_MAX:
+                    shown.append(record.inode)
         if unused and not self._replace(tx, record, layout, unused):
             # Whoever has it open may write there any time.
             kept = {layout.chains[place] for place in unused} - set(layout.chains[:used])
@@ -183,7 +217,7 @@ class Drainer:
         chains = list(layout.chains)
         for place in places:
             other = self._cluster.placement.place_instead(record.inode, chains)
-            if other is None:
+            if other is None or self._is_dangerous(tx, other, record.inode):
                 return False
             chains[place] = other
         # A file that was longer, or whose writer died, may have left chunks behind its end.
@@ -193,6 +227,12 @@ class Drainer:
         record.layout = Layout(layout.chunk_bytes, tuple(chains))
         save(tx, record)
         return True
+
+    def _is_dangerous(self, tx: Tx, chain: int, inode: int) -> bool:
+        """A target that the file has left before may not have removed its chunks yet, and would
+        take new ones for those."""
+        members = self._cluster.chains[chain].everybody
+        return any(self._removals.waits(tx.kv, target_id, inode) for target_id in members)
 
 
 def used_places(record: InodeRecord, layout: Layout) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kvfs_base.cluster import TargetState
@@ -10,7 +10,7 @@ from kvfs_base.errors import NoTarget
 from kvfs_base.limits import CLIENT_SPLIT_BYTES, STRIPE_MAX, TRANSFER_BYTES
 from kvfs_metadata.cluster.chains import ChainTable, MapVersion
 from kvfs_metadata.cluster.placement import Loads, Site, Spread, design, in_order, measure, runs
-from kvfs_metadata.cluster.targets import TargetEntry, TargetTable
+from kvfs_metadata.cluster.targets import TargetEntry, TargetTable, full_below_bytes
 from kvfs_metadata.records import ChainRecord
 from kvfs_metadata.transaction import Counters, Tx
 
@@ -55,6 +55,11 @@ class Placement:
             return None
         order = in_order(inode, usable, len(usable))
         return next((chain for chain in order if chain not in chains), order[0])
+
+    def room(self) -> Room:
+        """For what is moved away from targets."""
+        chains = {chain: self._targets[self._chains[chain].targets[0]] for chain in self.usable(1)}
+        return Room(chains)
 
     def _require(self, tx: Tx, copies: int) -> list[int]:
         if copies > 1:
@@ -194,6 +199,27 @@ class Placement:
         """Of the chains of a class that take new chunks."""
         usable = self.usable(copies)
         return measure(self._sites(), [self._chains[chain_id].everybody for chain_id in usable])
+
+
+class Room:
+    """Targets that take chunks of one copy, and what they have left above their reserve. What was
+    given out before the last heartbeats is not known here: a target that gets full says so."""
+
+    def __init__(self, chains: Mapping[int, TargetEntry]) -> None:
+        self._left = {
+            chain: entry.free_bytes - full_below_bytes(entry.record.capacity_bytes)
+            for chain, entry in chains.items()
+        }
+
+    def take(self, inode: int, size: int, beside: Sequence[int] = ()) -> int | None:
+        """A chain with room for ``size`` bytes, if possible one that is not ``beside``."""
+        found = [chain for chain, left in self._left.items() if left > size]
+        apart = [chain for chain in found if chain not in beside]
+        if not found:
+            return None
+        (chain,) = in_order(inode, apart or found, 1)
+        self._left[chain] -= size
+        return chain
 
 
 class _Basis(NamedTuple):

@@ -121,6 +121,29 @@ class Removals:
         queue = self._queues.get(target_id)
         return queue.state.waiting if queue else 0
 
+    def waits(self, read: KVRead, target_id: int, inode: int) -> bool:
+        """Whether the target may yet be told to remove chunks of ``inode``."""
+        if self.pending(target_id) == 0:
+            return False
+        prefix = records.REMOVAL + records.u32(target_id)
+        items = read.range(prefix, prefix_end(prefix), REMOVALS_PER_HEARTBEAT + 1)
+        return len(items) > REMOVALS_PER_HEARTBEAT or any(
+            records.unpack_removal(value).inode == inode for _, value in items
+        )
+
+    def last_queued(self, target_id: int) -> int:
+        """The number of the last removal of a queue, 0 if nothing waits there."""
+        queue = self._queues.get(target_id)
+        return queue.state.next_seq - 1 if queue and queue.state.waiting else 0
+
+    def is_past(self, read: KVRead, target_id: int, seq: int) -> bool:
+        """Whether the target has acknowledged everything up to ``seq``."""
+        if self.pending(target_id) == 0:
+            return True
+        prefix = records.REMOVAL + records.u32(target_id)
+        first = read.range(prefix, prefix_end(prefix), 1)
+        return not first or records.number_at(first[0][0], 8) > seq
+
     def pending_bytes(self, target_id: int) -> int:
         queue = self._queues.get(target_id)
         return queue.state.size if queue else 0

@@ -41,6 +41,7 @@ def find_unwanted(
         and inode not in prepared
         and not (block is not None and records.unpack_block(block).chain in chains)
         and not (file is not None and _is_on(file, chains))
+        and not ((move := cluster.moves.get(inode)) is not None and move.to in chains)
     )
 
 

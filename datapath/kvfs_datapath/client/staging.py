@@ -1,0 +1,224 @@
+"""Empty files that servers of this host passed ahead, for chunks that do not have a name yet.
+
+A new file that the kernel is to write by itself needs a descriptor in the moment that it is made.
+So some are asked for ahead, of each target that files were made on lately. A staged file belongs to
+the connection that it was asked for on; if that ends, the server forgets it: what was written to it
+lies behind its descriptor only, and ``adopt`` fails.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+
+from kvfs_base import threads
+from kvfs_base.errors import ConnectionLost, KvfsError
+from kvfs_base.limits import (
+    CALL_SECONDS,
+    CONNECT_SECONDS,
+    STAGED_AHEAD,
+    STAGED_AHEAD_RETRY_SECONDS,
+    STAGED_AHEAD_TARGETS_MAX,
+)
+from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
+from kvfs_datapath.client.outcomes import raise_first
+from kvfs_datapath.client.routes import Route
+from kvfs_datapath.client.shared import Shared
+from kvfs_datapath.connections import DataConnection
+
+log = logging.getLogger(__name__)
+
+
+class StagedFile:
+    """``fd``: read and write, not O_DIRECT."""
+
+    __slots__ = ("fd", "lane", "token")
+
+    def __init__(self, fd: int, token: int, lane: _Lane) -> None:
+        self.fd = fd
+        self.token = token
+        self.lane = lane
+
+
+class _Lane:
+    """One connection to one target. ``lock`` is for the conversation; ``ready`` needs none."""
+
+    def __init__(self, route: Route, connection: DataConnection) -> None:
+        self.route = route
+        self.lock = threads.lock()
+        self.ready: collections.deque[StagedFile] = collections.deque()
+        self.filling = False
+        self._connection: DataConnection | None = connection
+
+    @property
+    def usable(self) -> bool:
+        return self._connection is not None
+
+    def fill(self) -> None:
+        """Raises KvfsError; the lane is of no use then."""
+        count = STAGED_AHEAD - len(self.ready)
+        with self.lock, self._talking() as connection:
+            reply, descriptors = connection.call_for_descriptors(
+                m.StageChunks(self.route.target_id, count), lambda reply: len(reply.tokens)
+            )
+            for token, descriptor in zip(reply.tokens, descriptors, strict=True):
+                flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+                self.ready.append(StagedFile(descriptor, token, self))
+
+    def adopt(self, staged: StagedFile, chunk: ChunkId) -> None:
+        item = m.Adopted(*chunk, staged.token)
+        with self.lock, self._talking() as connection:
+            raise_first(connection.call(m.AdoptChunks(self.route.target_id, (item,))))
+
+    def discard(self, staged: StagedFile) -> None:
+        request = m.PublishChunks(self.route.target_id, (), discard=(staged.token,))
+        with self.lock, self._talking() as connection:
+            connection.call(request)
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[DataConnection]:
+        connection = self._connection
+        if connection is None:
+            raise ConnectionLost(detail="its staged files are gone")
+        try:
+            yield connection
+        finally:
+            if connection.broken:
+                self.close()
+
+    def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+        with contextlib.suppress(IndexError):
+            while True:
+                os.close(self.ready.popleft().fd)
+
+
+class StagedFiles:
+    """Of one client; thread-safe."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._lock = threads.lock()
+        self._lanes: dict[int, _Lane | float] = {}
+        """By chain of one copy: a lane, or when to look again whether there may be one."""
+        self._pool = threads.pool(1, "kvfs-staging")
+        self._closed = False
+
+    def take(self, chain: int) -> StagedFile | None:
+        """An empty file on the target of ``chain``, or None: there is none at hand, or that target
+        is not on this host. Never waits."""
+        lane = self._lanes.get(chain, 0.0)
+        if isinstance(lane, _Lane):
+            if lane.usable:
+                return self._take(chain, lane)
+        elif self._shared.env.clock.monotonic() < lane:
+            return None
+        self._begin(chain)
+        return None
+
+    def _take(self, chain: int, lane: _Lane) -> StagedFile | None:
+        try:
+            taken = lane.ready.popleft()
+        except IndexError:
+            taken = None
+        if len(lane.ready) < STAGED_AHEAD // 2 and not lane.filling:
+            lane.filling = True
+            self._submit(chain)
+        return taken
+
+    def _begin(self, chain: int) -> None:
+        with self._lock:
+            lane = self._lanes.get(chain)
+            if not isinstance(lane, _Lane) and len(self._lanes) >= STAGED_AHEAD_TARGETS_MAX:
+                return
+            # Until the thread has looked, nobody else need ask it to.
+            self._look_again_later(chain)
+        self._submit(chain)
+
+    def _look_again_later(self, chain: int) -> None:
+        now = self._shared.env.clock.monotonic()
+        self._lanes[chain] = now + STAGED_AHEAD_RETRY_SECONDS
+
+    def _submit(self, chain: int) -> None:
+        with contextlib.suppress(RuntimeError):  # the client is closed
+            self._pool.submit(self._fill, chain)
+
+    def _fill(self, chain: int) -> None:
+        lane = self._lanes.get(chain)
+        try:
+            if not isinstance(lane, _Lane):
+                lane = self._connect(chain)
+            if lane is not None:
+                lane.fill()
+                self._keep(chain, lane)
+        except KvfsError as exc:
+            log.debug("nothing is staged ahead on chain %d: %s", chain, exc)
+            if isinstance(lane, _Lane):
+                lane.close()
+            with self._lock:
+                self._look_again_later(chain)
+        finally:
+            if isinstance(lane, _Lane):
+                lane.filling = False
+
+    def _connect(self, chain: int) -> _Lane | None:
+        routes = self._shared.router.chain(chain)
+        route = routes.serving[0]
+        if routes.is_replicated or not route.local:
+            return None
+        with self._lock:
+            for lane in self._lanes.values():
+                if isinstance(lane, _Lane) and lane.usable and lane.route == route:
+                    return lane
+        network = self._shared.env.blocking_network
+        connection = DataConnection(network.connect(route.address, CONNECT_SECONDS))
+        connection.set_timeout(CALL_SECONDS)
+        return _Lane(route, connection)
+
+    def _keep(self, chain: int, lane: _Lane) -> None:
+        with self._lock:
+            if not self._closed:
+                self._lanes[chain] = lane
+                return
+        lane.close()
+
+    def adopt(self, staged: StagedFile, chunk: ChunkId) -> None:
+        """The file is ``chunk`` from now on, open for writing. The caller keeps its descriptor in
+        any case. Raises ConnectionLost if the server has forgotten it, Conflict, DiskFull."""
+        staged.lane.adopt(staged, chunk)
+
+    def give_back(self, staged: StagedFile) -> None:
+        """Nothing was written to it, and nobody has it open any more: somebody else may have it.
+        Its descriptor is taken over. Never raises."""
+        lane = staged.lane
+        if lane.usable and len(lane.ready) < STAGED_AHEAD:
+            lane.ready.append(staged)
+            return
+        self.discard(staged)
+
+    def discard(self, staged: StagedFile) -> None:
+        """What was written to it is not wanted. Its descriptor is taken over. Never raises."""
+        with contextlib.suppress(KvfsError):
+            staged.lane.discard(staged)
+        os.close(staged.fd)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            lanes = {lane for lane in self._lanes.values() if isinstance(lane, _Lane)}
+            self._lanes.clear()
+        self._pool.shutdown(wait=True)
+        for lane in lanes:
+            with lane.lock:
+                lane.close()
+
+
+__all__ = ["StagedFile", "StagedFiles"]

@@ -1,0 +1,213 @@
+"""Names and attributes that the metadata service has leased to this mount: what may be answered
+without asking it. docs/design/0007-name-leases.md argues why no older state is ever shown.
+
+Everything here is synchronous. ``token`` counts what was dropped; whoever asks the service takes it
+before he sends, and his answer is kept only if none of its keys was dropped since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kvfs_base.errors import EntryNotFound, KvfsError
+from kvfs_base.limits import MOUNT_DROPPED_MAX, MOUNT_NAMES_MAX
+from kvfs_base.rpc import Request
+from kvfs_base.seams import Clock
+from kvfs_base.types import Attr
+from kvfs_metadata import messages as m
+
+Entry = tuple[int, bytes]
+"""Parent and name."""
+
+MISSING = 0
+"""Where a name leads that does not exist."""
+
+
+class Names:
+    """A Watcher of the metadata client."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._until = 0.0
+        self._attrs: dict[int, Attr] = {}
+        self._entries: dict[Entry, int] = {}
+        self._namespaces: set[int] = set()
+        """Directories of blocks that are here."""
+        self.token = 0
+        self._floor = 0
+        """Answers to what was asked before are not kept."""
+        self._dropped: dict[int | Entry, int] = {}
+        self.tell_kernel: Callable[[Sequence[int], Sequence[Entry]], None] = lambda *_: None
+        """Told of inodes and entries that somebody else changed, after they were dropped."""
+        self.answered_here = 0
+        self._settle: dict[type, Callable[[Any, Any, int], None]] = {
+            m.Lookup: self._looked_up,
+            m.GetAttr: self._got,
+            m.OpenInode: self._got,
+            m.SetAttr: self._set,
+            m.Make: self._made,
+            m.Link: self._linked,
+            m.Unlink: self._unlinked,
+            m.Rmdir: self._removed,
+            m.Rename: self._renamed,
+            m.SetXattr: self._changed,
+            m.RemoveXattr: self._changed,
+            m.CloseInode: self._closed,
+            m.RemoveBlocks: self._blocks_removed,
+        }
+
+    # --- what is known
+
+    @property
+    def are_leased(self) -> bool:
+        """Whether anything is."""
+        return self._clock.monotonic() < self._until
+
+    def attr(self, inode: int) -> Attr | None:
+        """None: the service has to be asked."""
+        return self._attrs.get(inode) if self.are_leased else None
+
+    def entry(self, parent: int, name: bytes) -> int | None:
+        """The inode that a name leads to, or MISSING; None: the service has to be asked."""
+        return self._entries.get((parent, name)) if self.are_leased else None
+
+    def drop(self, inode: int) -> None:
+        """What is known of it has proved wrong."""
+        self._drop((inode,), ())
+
+    # --- the watch
+
+    def began(self) -> None:
+        self._drop_all()
+
+    def lost(self) -> None:
+        self._until = 0.0
+        self._drop_all()
+
+    def revoked(self, revoked: m.Revoked, until: float) -> None:
+        self._until = until
+        if revoked.everything or not self._namespaces.isdisjoint(revoked.inodes):
+            self._drop_all()  # also where blocks got another owner with their directory
+        else:
+            self._drop(revoked.inodes, revoked.entries)
+        if revoked.inodes or revoked.entries:
+            self.tell_kernel(revoked.inodes, revoked.entries)
+
+    # --- answers
+
+    def answered(self, request: Request, reply: Any, token: int) -> None:
+        """``reply`` came to what was asked at ``token``. Drops what a request of ours changed."""
+        settle = self._settle.get(type(request))
+        if settle is not None:
+            settle(request, reply, token)
+
+    def failed(self, request: Request, error: KvfsError, token: int) -> None:
+        if isinstance(request, m.Lookup) and isinstance(error, EntryNotFound):
+            self._keep_entry(request.parent, request.name, MISSING, token)
+
+    def _looked_up(self, request: m.Lookup, attr: Attr, token: int) -> None:
+        self._keep_entry(request.parent, request.name, attr.inode, token)
+        if not attr.is_block:
+            self._keep(attr, token)
+        elif self._is_fresh(request.parent, token):
+            self._namespaces.add(request.parent)
+            self._keep(attr, token)
+
+    def _got(self, request: Any, attr: Attr, token: int) -> None:
+        if not attr.is_block:  # else its directory is not known here
+            self._keep(attr, token)
+
+    def _set(self, request: m.SetAttr, attr: Attr, token: int) -> None:
+        fresh = self._is_fresh(request.inode, token)
+        self._changed(request, attr, token)
+        if fresh:
+            self._keep(attr, self.token)
+
+    def _made(self, request: m.Make | m.Link, attr: Attr, token: int) -> None:
+        self._named(request.parent, request.name, attr, token)
+
+    def _linked(self, request: m.Link, attr: Attr, token: int) -> None:
+        self._named(request.parent, request.name, attr, token)
+
+    def _named(self, parent: int, name: bytes, attr: Attr, token: int) -> None:
+        fresh = self._is_fresh(attr.inode, token) and self._is_fresh((parent, name), token)
+        self._drop((parent, attr.inode), ((parent, name),))
+        if fresh:
+            self._keep(attr, self.token)
+            self._keep_entry(parent, name, attr.inode, self.token)
+
+    def _unlinked(self, request: m.Unlink, attr: Attr, token: int) -> None:
+        entry = request.parent, request.name
+        fresh = self._is_fresh(entry, token)
+        self._drop((request.parent, attr.inode), (entry,))
+        if fresh and not attr.is_block:
+            self._keep_entry(*entry, MISSING, self.token)
+
+    def _removed(self, request: m.Rmdir, touched: m.Touched, token: int) -> None:
+        self._drop((request.parent, *touched.inodes), ((request.parent, request.name),))
+
+    def _renamed(self, request: m.Rename, touched: m.Touched, token: int) -> None:
+        names = (request.parent, request.name), (request.new_parent, request.new_name)
+        self._drop((request.parent, request.new_parent, *touched.inodes), names)
+
+    def _changed(self, request: Any, reply: Any, token: int) -> None:
+        if request.inode in self._namespaces:  # its blocks have its owner
+            self._drop_all()
+        else:
+            self._drop((request.inode,), ())
+
+    def _closed(self, request: m.CloseInode, reply: Any, token: int) -> None:
+        for inode in (request.inode, *request.others):
+            attr = self._attrs.get(inode)
+            if attr is not None and not attr.nlink:  # perhaps that was the end of it
+                self._drop((inode,), ())
+
+    def _blocks_removed(self, request: m.RemoveBlocks, reply: Any, token: int) -> None:
+        self._drop(request.inodes, ())
+
+    # --- keeping and dropping
+
+    def _is_fresh(self, key: int | Entry, token: int) -> bool:
+        return token >= self._floor and self._dropped.get(key, 0) <= token
+
+    def _keep(self, attr: Attr, token: int) -> None:
+        # The times of a directory of blocks follow every put: they are not leased.
+        if not attr.is_namespace and self._is_fresh(attr.inode, token):
+            _add(self._attrs, attr.inode, attr)
+
+    def _keep_entry(self, parent: int, name: bytes, inode: int, token: int) -> None:
+        if self._is_fresh((parent, name), token):
+            _add(self._entries, (parent, name), inode)
+
+    def _drop(self, inodes: Iterable[int], entries: Iterable[Entry]) -> None:
+        self.token += 1
+        for inode in inodes:
+            self._attrs.pop(inode, None)
+            self._dropped[inode] = self.token
+        for entry in entries:
+            self._entries.pop(entry, None)
+            self._dropped[entry] = self.token
+        if len(self._dropped) > MOUNT_DROPPED_MAX:
+            self._dropped.clear()
+            self._floor = self.token
+
+    def _drop_all(self) -> None:
+        self.token += 1
+        self._floor = self.token
+        for known in (self._attrs, self._entries, self._namespaces, self._dropped):
+            known.clear()
+
+    def statistics(self) -> dict[str, int]:
+        return {
+            "names_known": len(self._entries),
+            "attributes_known": len(self._attrs),
+            "answered_here": self.answered_here,
+        }
+
+
+def _add(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """The oldest goes for a new one."""
+    if key not in known and len(known) >= MOUNT_NAMES_MAX:
+        del known[next(iter(known))]
+    known[key] = value

@@ -1,0 +1,156 @@
+"""New files that the kernel writes by itself, into a staged chunk file.
+
+The chunk gets its name when the file is flushed: other mounts see the file's bytes from then on,
+as close-to-open promises. Until the last handle is gone the kernel may write on, which nobody tells
+us: size and mtime are the chunk file's. What lies behind the end of the first chunk is copied to
+where it belongs at each flush, and cut off the first one at the end.
+
+A server that was restarted has forgotten what was staged. The kernel still writes to the old file,
+so each flush then copies all of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from kvfs.mount.backend import Backend
+from kvfs_base.errors import BehindTheEnd, ConnectionLost
+from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
+from kvfs_datapath.client.files import StripedFile
+from kvfs_datapath.client.staging import StagedFile
+from kvfs_datapath.client.transfers import disk_error
+
+log = logging.getLogger(__name__)
+
+
+class PassedWrites:
+    """Of one open inode. ``lock`` is held by whoever stores what the kernel wrote."""
+
+    def __init__(
+        self, backend: Backend, data: StripedFile, staged: StagedFile, chunk_bytes: int
+    ) -> None:
+        self.descriptor = staged.fd
+        self.size = 0
+        self.mtime_ns = 0
+        self.lock = trio.Lock()
+        self.unstored = False
+        """The kernel wrote what ``store`` has not seen."""
+        self._backend = backend
+        self._data = data
+        self._staged = staged
+        self._chunk_bytes = chunk_bytes
+        self._adopted = False
+        self._orphaned = False
+        self._copied = False
+        """There may be chunks besides the first one."""
+        self._stored: tuple[int, int] | None = None
+        """Size and mtime of what lies in further chunks, if it is certain to be all there is."""
+        self.look()
+        self.unstored = False
+
+    def look(self) -> bool:
+        """Whether the kernel has changed the file since the last look."""
+        found = os.fstat(self.descriptor)
+        changed = (found.st_size, found.st_mtime_ns) != (self.size, self.mtime_ns)
+        self.size, self.mtime_ns = found.st_size, found.st_mtime_ns
+        self.unstored |= changed
+        return changed
+
+    @property
+    def sparse(self) -> bool:
+        """Whether chunks may be missing behind the first one."""
+        found = os.fstat(self.descriptor)
+        return found.st_size > self._own_bytes and found.st_blocks * 512 < found.st_size
+
+    @property
+    def _own_bytes(self) -> int:
+        """What the first chunk holds of the file."""
+        return 0 if self._orphaned else self._chunk_bytes
+
+    async def store(self, record: Callable[[int], Awaitable[None]]) -> None:
+        """What was written so far is with the chunk servers. ``record``: the file is this long, at
+        least; called every now and then while much is copied. Raises DiskFull."""
+        async with self.lock:
+            self.unstored = False
+            try:
+                if not (self._adopted or self._orphaned):
+                    await self._adopt()
+                if self.size > self._own_bytes:
+                    await self._copy(record)
+            except BaseException:
+                self.unstored = True
+                raise
+
+    async def _adopt(self) -> None:
+        try:
+            await self._backend.in_thread(self._data.adopt, self._staged)
+            self._adopted = True
+        except ConnectionLost as exc:
+            # The answer alone may be lost: copying the file onto itself could undo later writes.
+            self._adopted = await self._backend.in_thread(self._data.is_first, self.descriptor)
+            self._orphaned = not self._adopted
+            if self._orphaned:
+                log.info("a new file is copied: its chunk server was restarted (%s)", exc)
+
+    async def _copy(self, record: Callable[[int], Awaitable[None]]) -> None:
+        # Writes right after a look may leave the clock's tick, and so the mtime, as it was.
+        age = self._backend.env.clock.time_ns() - self.mtime_ns
+        if age < PASSED_SETTLED_SECONDS * 1e9:
+            await trio.sleep(PASSED_SETTLED_SECONDS)
+            self.look()
+            self.unstored = False
+            age = self._backend.env.clock.time_ns() - self.mtime_ns
+        state = (self.size, self.mtime_ns)
+        if state == self._stored:
+            return
+        self._copied = True
+        offset, end = self._own_bytes, self.size
+        while offset < end:
+            offset = await self._backend.in_thread(
+                self._data.copy_from, self.descriptor, offset, end, MOUNT_UNPUSHED_BYTES
+            )
+            await record(min(offset, end))
+        self._stored = state if age >= PASSED_SETTLED_SECONDS * 1e9 else None
+
+    def truncate(self, end: int, size: int) -> None:
+        """Blocking. The file was ``end`` bytes long, at most, and is ``size`` bytes long."""
+        os.ftruncate(self.descriptor, size)
+        if self._copied:
+            self._data.truncate(end, max(size, self._own_bytes))
+        self._stored = None
+
+    def zero(self, start: int, end: int) -> None:
+        """Blocking. The bytes ``start <= x < end`` of the file are zeros."""
+        for at in range(start, end, MOUNT_IO_BYTES):
+            try:
+                os.pwrite(self.descriptor, bytes(min(MOUNT_IO_BYTES, end - at)), at)
+            except OSError as exc:
+                raise disk_error(exc, 0) from exc
+        self._stored = None
+        self.unstored = True
+
+    def seek(self, offset: int, whence: int) -> int:
+        """As lseek(2): here the file is one, and its file system knows its holes."""
+        try:
+            return os.lseek(self.descriptor, offset, whence)
+        except OSError:
+            raise BehindTheEnd(size=self.size) from None
+
+    def touch(self) -> None:
+        """For a sync: nobody told us of the last writes."""
+        if self._adopted:
+            self._data.touched()
+
+    def close(self) -> bool:
+        """Blocking: nobody has the file open any more. True if its chunks are to be sealed."""
+        if self._adopted:
+            if os.fstat(self.descriptor).st_size > self._chunk_bytes:
+                os.ftruncate(self.descriptor, self._chunk_bytes)
+            os.close(self.descriptor)
+        else:
+            self._data.unstage(self._staged)
+        return self._adopted or self._orphaned

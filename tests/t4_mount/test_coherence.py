@@ -1,0 +1,331 @@
+"""Two mounts of one kvfs, and a client beside them: a change that was answered is seen at once.
+
+The kernel keeps no names and attributes here (time-outs of 0), so that each look asks the mount,
+and the mount answers what was leased to it from its own memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from kvfs_base.limits import WATCH_SECONDS
+from kvfs_metadata import messages as m
+from kvfs_metadata.cluster.admin_messages import DescribeCluster, SetDraining
+from t4_mount.harness import COLLECTED_SECONDS, Cluster, detach, wait_until
+
+KERNEL_KEEPS_NOTHING = ("--attribute-seconds=0", "--entry-seconds=0")
+NAMESPACE = "coherence/model"
+
+
+class Two(NamedTuple):
+    a: Path
+    b: Path
+    cluster: Cluster
+
+
+@pytest.fixture(scope="module")
+def mounts(cluster: Cluster) -> Iterator[tuple[Path, Path]]:
+    """One through each front end."""
+    with contextlib.ExitStack() as stack:
+        made = []
+        for name in ("direct", "pyfuse3"):
+            path = cluster.directory / f"coherent-{name}"
+            stack.callback(detach, path)
+            options = (*KERNEL_KEEPS_NOTHING, f"--frontend={name}")
+            made.append(stack.enter_context(cluster.mounted(path, *options)))
+        yield made[0], made[1]
+
+
+@pytest.fixture(params=["direct changes", "pyfuse3 changes"])
+def two(
+    mounts: tuple[Path, Path], cluster: Cluster, request: pytest.FixtureRequest
+) -> Iterator[Two]:
+    """The same empty directory in both; ``a`` is where changes are made."""
+    name = f"{request.node.name}".replace("[", "-").replace("]", "").replace(" ", "-")
+    (mounts[0] / name).mkdir()
+    a, b = (mount / name for mount in mounts)
+    yield Two(a, b, cluster) if request.param == "direct changes" else Two(b, a, cluster)
+
+
+def calls(cluster: Cluster, act: Callable[[], Any]) -> int:
+    """Requests of all clients that the service got meanwhile."""
+    with cluster.client() as client:
+        before = client.call(m.Statistics())["requests"]
+        act()
+        return int(client.call(m.Statistics())["requests"] - before)
+
+
+def test_what_is_leased_costs_no_call(two: Two) -> None:
+    path = two.b / "f"
+    (two.a / "f").touch()
+    os.stat(path)
+    assert not os.path.exists(two.b / "missing")
+
+    def look() -> None:
+        for _ in range(200):
+            os.stat(path)
+            assert not os.path.exists(two.b / "missing")
+
+    assert calls(two.cluster, look) < 100  # heartbeats, and watches that are renewed
+
+
+def test_a_new_file_is_seen_where_it_was_missing(two: Two) -> None:
+    for number in range(20):
+        assert not (two.b / f"{number}").exists()
+        (two.a / f"{number}").touch()
+        assert (two.b / f"{number}").exists()
+
+
+def test_a_removed_file_is_gone(two: Two) -> None:
+    for number in range(20):
+        (two.a / f"{number}").touch()
+        assert (two.b / f"{number}").exists()
+        (two.a / f"{number}").unlink()
+        assert not (two.b / f"{number}").exists()
+        with pytest.raises(FileNotFoundError):
+            (two.b / f"{number}").read_bytes()
+
+
+def test_both_names_of_a_rename_are_seen(two: Two) -> None:
+    (two.a / "x").write_text("x")
+    (two.a / "y").write_text("y")
+    inode = os.stat(two.b / "x").st_ino
+    old = os.stat(two.b / "y").st_ino
+    assert not (two.b / "z").exists()
+    (two.a / "x").rename(two.a / "y")
+    assert not (two.b / "x").exists()
+    assert os.stat(two.b / "y").st_ino == inode != old
+    (two.a / "y").rename(two.a / "z")
+    assert (two.b / "z").read_text() == "x"
+    assert not (two.b / "y").exists()
+
+
+def test_the_mount_that_renames_sees_its_own_change(two: Two) -> None:
+    (two.a / "x").touch()
+    (two.a / "y").touch()
+    with (two.a / "y").open() as replaced:
+        assert os.fstat(replaced.fileno()).st_nlink == 1
+        before = os.stat(two.a / "x").st_ctime_ns
+        (two.a / "x").rename(two.a / "y")
+        assert os.fstat(replaced.fileno()).st_nlink == 0
+    assert os.stat(two.a / "y").st_ctime_ns > before
+    (two.a / "d").mkdir()
+    links = os.stat(two.a).st_nlink
+    (two.a / "d").rmdir()
+    assert os.stat(two.a).st_nlink == links - 1
+    assert not (two.a / "d").exists()
+
+
+def test_attributes_follow(two: Two) -> None:
+    (two.a / "f").write_bytes(b"12345")
+    for mode in (0o600, 0o644, 0o400):
+        (two.a / "f").chmod(mode)
+        assert os.stat(two.b / "f").st_mode & 0o777 == mode
+    os.truncate(two.a / "f", 3)
+    assert os.stat(two.b / "f").st_size == 3
+    os.utime(two.a / "f", (1, 2))
+    assert os.stat(two.b / "f").st_mtime == 2
+    os.link(two.a / "f", two.a / "g")
+    assert os.stat(two.b / "f").st_nlink == 2
+    before = os.stat(two.b / "f").st_ctime_ns
+    os.setxattr(two.a / "f", "user.x", b"1")
+    assert os.stat(two.b / "f").st_ctime_ns > before
+
+
+def test_a_file_that_is_open_elsewhere_follows_too(two: Two) -> None:
+    (two.a / "f").write_bytes(b"12345")
+    with (two.b / "f").open("rb") as file:
+        assert os.fstat(file.fileno()).st_size == 5
+        (two.a / "f").write_bytes(b"1234567")
+        assert os.fstat(file.fileno()).st_size == 7
+        (two.a / "f").unlink()
+        assert os.fstat(file.fileno()).st_nlink == 0
+
+
+def test_who_opens_after_a_close_reads_what_was_written(two: Two) -> None:
+    for number in range(30):
+        (two.a / "f").write_bytes(b"%d" % number)
+        assert (two.b / "f").read_bytes() == b"%d" % number
+
+
+def test_times_of_a_directory_follow_its_entries(two: Two) -> None:
+    before = os.stat(two.b).st_mtime_ns
+    (two.a / "f").touch()
+    assert os.stat(two.b).st_mtime_ns > before
+
+
+def test_blocks_are_seen_when_they_are_committed_and_gone_when_removed(two: Two) -> None:
+    cluster = two.cluster
+    for number in range(5):
+        key = os.urandom(32)
+        cluster.put_blocks(NAMESPACE, {os.urandom(32): b"other"})
+        folders = [mount.parent / "kv" / NAMESPACE for mount in (two.a, two.b)]
+        paths = [folder / key.hex() for folder in folders]
+        for path in paths:
+            assert not path.exists()
+        cluster.put_blocks(NAMESPACE, {key: b"block"})
+        for path in paths:
+            assert path.read_bytes() == b"block"
+            assert os.stat(path).st_size == 5
+        if number % 2:
+            paths[0].unlink()
+        else:
+            with cluster.client() as client:
+                namespace = client.call(m.OpenNamespace(NAMESPACE)).inode
+                client.call(m.RemoveBlocks(namespace, key))
+        for path in paths:
+            assert not path.exists()
+
+
+def test_blocks_get_the_owner_of_their_directory(two: Two) -> None:
+    key = os.urandom(32)
+    two.cluster.put_blocks(NAMESPACE, {key: b"block"})
+    folders = [mount.parent / "kv" / NAMESPACE for mount in (two.a, two.b)]
+    for uid in (12, 34):
+        os.chown(folders[0], uid, uid)
+        for folder in folders:
+            assert os.stat(folder / key.hex()).st_uid == uid
+
+
+def test_two_mounts_in_one_directory_do_not_wait_for_each_other(two: Two) -> None:
+    """Each holds its kernel's lock of the directory while the other one has to be told."""
+    script = (
+        "import os, sys\n"
+        "for n in range(150):\n"
+        "    path = f'{sys.argv[1]}/{sys.argv[2]}-{n}'\n"
+        "    open(path, 'x').close()\n"
+        "    os.rename(path, f'{sys.argv[1]}/shared-{n % 7}')\n"
+        "    os.path.exists(f'{sys.argv[1]}/{sys.argv[3]}-{n}')\n"
+    )
+    names = ["one", "two"]
+    begin = time.monotonic()
+    workers = [
+        subprocess.Popen([sys.executable, "-c", script, str(path), own, other])
+        for path, own, other in zip((two.a, two.b), names, reversed(names), strict=True)
+    ]
+    assert [worker.wait(60) for worker in workers] == [0, 0]
+    assert time.monotonic() - begin < 20
+    assert (
+        sorted(os.listdir(two.a)) == sorted(os.listdir(two.b)) == [f"shared-{n}" for n in range(7)]
+    )
+    for number in range(7):
+        assert (
+            os.stat(two.a / f"shared-{number}").st_ino == os.stat(two.b / f"shared-{number}").st_ino
+        )
+
+
+def test_the_kernel_is_told(cluster: Cluster) -> None:
+    """It would keep names and attributes for a minute."""
+    options = ("--attribute-seconds=60", "--entry-seconds=60", "--negative-seconds=60")
+    with contextlib.ExitStack() as stack:
+        paths = []
+        for name in ("direct", "pyfuse3"):
+            path = cluster.directory / f"keeps-{name}"
+            stack.callback(detach, path)
+            paths.append(stack.enter_context(cluster.mounted(path, *options, f"--frontend={name}")))
+        with cluster.client() as client:
+            for number, path in enumerate(paths):
+                name = b"told-%d" % number
+                file = path / name.decode()
+                assert not file.exists()
+                made = client.call(m.Make(1, name, 0o100644))
+                wait_until(file.exists)
+                client.call(m.SetAttr(made.inode, mode=0o600))
+                wait_until(lambda file=file: os.stat(file).st_mode & 0o777 == 0o600)
+                client.call(m.Unlink(1, name))
+                wait_until(lambda file=file: not file.exists())
+
+
+@pytest.mark.both_frontends
+def test_a_frozen_mount_delays_a_change_for_its_lease_and_then_asks(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint, *KERNEL_KEEPS_NOTHING)
+    with own_cluster.client() as client:
+        made = client.call(m.Make(1, b"f", 0o100644))
+        assert os.stat(mountpoint / "f").st_mode & 0o777 == 0o644
+        os.kill(role.pid, signal.SIGSTOP)
+        try:
+            begin = time.monotonic()
+            client.call(m.SetAttr(made.inode, mode=0o600))
+            waited = time.monotonic() - begin
+            assert 1 < waited < WATCH_SECONDS + 2
+            # It is not waited for again.
+            client.call(m.SetAttr(made.inode, mode=0o640))
+            assert time.monotonic() - begin < waited + 1
+        finally:
+            os.kill(role.pid, signal.SIGCONT)
+        assert os.stat(mountpoint / "f").st_mode & 0o777 == 0o640
+        client.call(m.SetAttr(made.inode, mode=0o444))
+        assert os.stat(mountpoint / "f").st_mode & 0o777 == 0o444
+    role.stop()
+
+
+def test_a_killed_mount_delays_nobody(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint, *KERNEL_KEEPS_NOTHING)
+    with own_cluster.client() as client:
+        made = client.call(m.Make(1, b"f", 0o100644))
+        os.stat(mountpoint / "f")
+        role.kill()
+        begin = time.monotonic()
+        client.call(m.SetAttr(made.inode, mode=0o600))
+        assert time.monotonic() - begin < WATCH_SECONDS / 2
+
+
+def test_nothing_old_is_shown_after_a_restart_of_the_service(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint, *KERNEL_KEEPS_NOTHING)
+    with own_cluster.client() as client:
+        made = client.call(m.Make(1, b"f", 0o100644))
+        os.stat(mountpoint / "f")
+        for mode in (0o600, 0o640):
+            own_cluster.metadata.kill()
+            own_cluster.metadata.start()
+            begin = time.monotonic()
+            client.call(m.SetAttr(made.inode, mode=mode))
+            assert os.stat(mountpoint / "f").st_mode & 0o777 == mode
+            # The mount came back: nobody waited for its lease.
+            assert time.monotonic() - begin < WATCH_SECONDS / 2
+        os.kill(role.pid, signal.SIGSTOP)
+        try:
+            own_cluster.metadata.kill()
+            own_cluster.metadata.start()
+            begin = time.monotonic()
+            client.call(m.SetAttr(made.inode, mode=0o444))
+            assert time.monotonic() - begin > WATCH_SECONDS - 1
+        finally:
+            os.kill(role.pid, signal.SIGCONT)
+        assert os.stat(mountpoint / "f").st_mode & 0o777 == 0o444
+    role.stop()
+
+
+def test_what_is_used_again_and_again_can_move(two: Two) -> None:
+    """The service counts such a file as open from one use to the next, until it asks for it."""
+    path = two.a / "file"
+    path.write_bytes(b"bytes")
+    (chunk,) = two.cluster.chunk_files(path.stat().st_ino)
+    server = chunk.relative_to(two.cluster.directory / "targets").parts[0]
+
+    def moved() -> bool:
+        assert path.read_bytes() == b"bytes"
+        return not chunk.exists()
+
+    with two.cluster.client() as client:
+        targets = client.call(DescribeCluster()).targets
+        target = next(t for t in targets if t.server_id == f"server-{server}")
+        client.call(SetDraining((target.target_id,), True))
+        try:
+            wait_until(moved, COLLECTED_SECONDS)
+        finally:
+            client.call(SetDraining((target.target_id,), False))
+    assert path.read_bytes() == b"bytes"

@@ -1,0 +1,239 @@
+"""New files that the kernel writes by itself: nothing is lost, whoever looks and whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, PAGE_BYTES
+from t4_mount.harness import COLLECTED_SECONDS, Cluster, wait_until
+from t4_mount.test_passthrough import close, require_passthrough
+
+NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR
+SEED = b"first"
+
+
+def staged(cluster: Cluster) -> set[Path]:
+    """Staging files that have something in them."""
+    found = set()
+    for path in cluster.directory.glob("targets/*/staging/*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_size:
+                found.add(path)
+    return found
+
+
+@contextlib.contextmanager
+def new_file(cluster: Cluster, path: Path, flags: int = NEW) -> Iterator[int]:
+    """Its descriptor; the file holds SEED, written by the kernel. The first files of a target are
+    made before it has staged any."""
+    before = staged(cluster)
+    descriptor = -1
+
+    def is_passed() -> bool:
+        nonlocal descriptor
+        if descriptor >= 0:
+            os.close(descriptor)
+            path.unlink()
+        descriptor = os.open(path, flags, 0o600)
+        os.write(descriptor, SEED)
+        require_passthrough(cluster)
+        return bool(staged(cluster) - before)
+
+    wait_until(is_passed)
+    try:
+        yield descriptor
+    finally:
+        close(descriptor)
+
+
+@pytest.fixture
+def other(cluster: Cluster, work: Path, mounted: Path, tmp_path: Path) -> Iterator[Path]:
+    """The test's directory through another mount."""
+    with cluster.mounted(tmp_path / "other") as mountpoint:
+        yield mountpoint / work.relative_to(mounted)
+
+
+def test_others_see_a_file_once_it_was_closed(work: Path, cluster: Cluster, other: Path) -> None:
+    data = os.urandom(2 * MIB + 7)
+    with new_file(cluster, work / "file") as descriptor:
+        assert os.pwrite(descriptor, data, 0) == len(data)
+        assert os.fstat(descriptor).st_size == len(data) == (work / "file").stat().st_size
+        assert (work / "file").read_bytes() == data
+    wait_until(lambda: (other / "file").stat().st_size == len(data))
+    assert (other / "file").read_bytes() == data
+    inode = (work / "file").stat().st_ino
+    assert [path.stat().st_size for path in cluster.chunk_files(inode)] == [len(data)]
+
+
+def test_every_way_to_write(work: Path, cluster: Cluster, other: Path) -> None:
+    with new_file(cluster, work / "file") as descriptor:
+        os.pwrite(descriptor, b"0123456789", 0)
+        os.ftruncate(descriptor, 4)
+        os.ftruncate(descriptor, 3 * PAGE_BYTES)
+        with mmap.mmap(descriptor, 0) as view:
+            view[PAGE_BYTES : PAGE_BYTES + 6] = b"mapped"
+        with (work / "file").open("ab", buffering=0) as appended:
+            appended.write(b"appended")
+        source = os.memfd_create("source")
+        os.write(source, b"sent")
+        os.lseek(descriptor, 2 * PAGE_BYTES, os.SEEK_SET)
+        assert os.sendfile(descriptor, source, 0, 4) == 4
+        os.close(source)
+        with mmap.mmap(-1, PAGE_BYTES) as page:
+            page[:] = b"d" * PAGE_BYTES
+            direct = os.open(work / "file", os.O_WRONLY | os.O_DIRECT)
+            assert os.pwritev(direct, [page], 4 * PAGE_BYTES) == PAGE_BYTES
+            os.close(direct)
+    expected = bytearray(5 * PAGE_BYTES)
+    expected[:4] = b"0123"
+    expected[PAGE_BYTES : PAGE_BYTES + 6] = b"mapped"
+    expected[2 * PAGE_BYTES : 2 * PAGE_BYTES + 4] = b"sent"
+    expected[3 * PAGE_BYTES : 3 * PAGE_BYTES + 8] = b"appended"
+    expected[4 * PAGE_BYTES :] = b"d" * PAGE_BYTES
+    assert (work / "file").read_bytes() == expected
+    wait_until(lambda: (other / "file").read_bytes() == expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_writes_agree_with_a_model(
+    work: Path, cluster: Cluster, other: Path, seed: int
+) -> None:
+    """Through several descriptors, with closes and syncs in between, over the end of the first
+    chunk."""
+    rng = random.Random(seed)
+    model = bytearray(SEED)
+    path = work / f"file-{seed}"
+    with new_file(cluster, path) as descriptor, contextlib.ExitStack() as stack:
+        open_now = [descriptor]
+        for _ in range(60):
+            fd = rng.choice(open_now)
+            kind = rng.choice(["write", "write", "truncate", "sync", "open", "utime"])
+            if kind == "write":
+                at = rng.choice([0, rng.randrange(MIB), FILE_CHUNK_BYTES - 3, len(model)])
+                data = rng.randbytes(rng.randrange(1, 64 * KIB))
+                assert os.pwrite(fd, data, at) == len(data)
+                model.extend(bytes(max(0, at + len(data) - len(model))))
+                model[at : at + len(data)] = data
+            elif kind == "truncate":
+                size = rng.choice([0, rng.randrange(MIB), FILE_CHUNK_BYTES + rng.randrange(MIB)])
+                os.ftruncate(fd, size)
+                model[size:] = b""
+                model.extend(bytes(size - len(model)))
+            elif kind == "sync":
+                os.fsync(fd)
+                assert (other / path.name).read_bytes() == model
+            elif kind == "open":
+                file = stack.enter_context(path.open("r+b", buffering=0))
+                open_now.append(file.fileno())
+            else:
+                os.utime(path, (1, 1))
+            assert os.fstat(fd).st_size == path.stat().st_size == len(model)
+    assert path.read_bytes() == model
+    wait_until(lambda: (other / path.name).read_bytes() == model)
+
+
+def test_a_file_of_several_chunks(work: Path, cluster: Cluster, other: Path) -> None:
+    """With a hole, synced once before it is whole."""
+    head, tail = os.urandom(FILE_CHUNK_BYTES + MIB), os.urandom(3 * MIB)
+    hole = 2 * FILE_CHUNK_BYTES
+    with new_file(cluster, work / "file") as descriptor:
+        os.pwrite(descriptor, head[:-5], 0)
+        os.fsync(descriptor)
+        assert (other / "file").read_bytes() == head[:-5]
+        os.pwrite(descriptor, head[-5:], len(head) - 5)
+        os.pwrite(descriptor, tail, len(head) + hole)
+        assert (work / "file").stat().st_size == len(head) + hole + len(tail)
+    expected = head + bytes(hole) + tail
+    wait_until(lambda: (other / "file").stat().st_size == len(expected))
+    assert (other / "file").read_bytes() == expected
+    inode = (work / "file").stat().st_ino
+    # The kernel tells of the last close a moment later.
+    wait_until(
+        lambda: all(p.stat().st_size <= FILE_CHUNK_BYTES for p in cluster.chunk_files(inode))
+    )
+    assert (work / "file").read_bytes() == expected
+
+
+def test_a_file_without_a_name_leaves_nothing(work: Path, cluster: Cluster) -> None:
+    before = staged(cluster)
+    with new_file(cluster, work / "file") as descriptor:
+        inode = os.fstat(descriptor).st_ino
+        (work / "file").unlink()
+        os.pwrite(descriptor, b"nobody will know", 0)
+        assert os.pread(descriptor, 100, 0) == b"nobody will know"
+    wait_until(lambda: staged(cluster) <= before)
+    wait_until(lambda: not cluster.chunk_files(inode), COLLECTED_SECONDS)
+
+
+def test_a_file_that_stays_empty_has_no_chunk(work: Path, cluster: Cluster) -> None:
+    with new_file(cluster, work / "warm"):
+        pass
+    for number in range(100):  # more than are staged ahead: they are used again
+        os.close(os.open(work / str(number), NEW))
+        assert not cluster.chunk_files((work / str(number)).stat().st_ino)
+    assert len(list(work.iterdir())) == 101
+
+
+def test_the_chunk_server_is_killed_before_the_file_is_closed(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    data = os.urandom(3 * MIB)
+    with own_cluster.mounted(mountpoint):
+        with new_file(own_cluster, mountpoint / "file") as descriptor:
+            os.pwrite(descriptor, data[:MIB], 0)
+            own_cluster.chunks.kill()
+            own_cluster.chunks.start()
+            os.pwrite(descriptor, data[MIB:], MIB)
+            os.fsync(descriptor)
+            os.pwrite(descriptor, b"last", 0)
+        data = b"last" + data[4:]
+        assert (mountpoint / "file").read_bytes() == data
+    with own_cluster.mounted(mountpoint):
+        assert (mountpoint / "file").read_bytes() == data
+
+
+def test_the_mount_is_killed_before_the_file_is_closed(own_cluster: Cluster) -> None:
+    """What was synced is there; what came after it may be."""
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint)
+    with new_file(own_cluster, mountpoint / "synced") as descriptor:
+        os.pwrite(descriptor, b"kept", 0)
+        os.fsync(descriptor)
+        with new_file(own_cluster, mountpoint / "lost") as second:
+            role.kill()
+            # The kernel needs nobody to go on.
+            os.pwrite(second, b"goes on", 0)
+            assert os.pread(second, 7, 0) == b"goes on"
+            with contextlib.suppress(OSError):  # ENOTCONN: nobody is told of the close
+                os.fsync(second)
+            with own_cluster.mounted(own_cluster.directory / "again") as again:
+                assert (again / "synced").read_bytes().startswith(b"kept")
+                assert (again / "lost").read_bytes() == b""
+
+
+def test_many_files_at_once(work: Path, cluster: Cluster, other: Path) -> None:
+    """As cache writers do: under another name, then renamed."""
+
+    def write(number: int) -> None:
+        rng = random.Random(number)
+        for turn in range(20):
+            data = rng.randbytes(rng.choice([0, 10, 100_000]))
+            temporary = work / f"{number}-{turn}.tmp"
+            descriptor = os.open(temporary, NEW)
+            assert not data or os.write(descriptor, data) == len(data)
+            os.close(descriptor)
+            temporary.rename(work / f"{number}")
+            assert (work / f"{number}").read_bytes() == data
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    assert {path.name for path in work.iterdir()} == {"0", "1", "2", "3"}
+    for number in range(4):
+        assert (other / str(number)).read_bytes() == (work / str(number)).read_bytes()
