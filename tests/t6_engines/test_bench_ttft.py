@@ -25,7 +25,9 @@ def test_loaded_prefixes_are_what_was_computed(tmp_path: Path, model: str) -> No
     options += ["--model", model, "--tokens", "192", "--arena-mib", "128", "--json", str(out)]
     result = CliRunner().invoke(bench_ttft, options)
     assert result.exit_code == 0, result.output
-    rows = json.loads(out.read_text())["rows"]
+    found = json.loads(out.read_text())
+    assert found["versions"]["transformers"]
+    rows = found["rows"]
     assert [(row["path"], row["stored_fraction"]) for row in rows] == [
         ("compute", 0.0),
         *((path, share) for path in ("arena", "disk") for share in (0.5, 0.9, 1.0)),

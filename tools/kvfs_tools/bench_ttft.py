@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -460,6 +461,7 @@ def bench_ttft(
     found: dict[str, Any] = {
         "commit": commit,
         "device": device_name() if opened.name != "cpu" else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
         "rounds": rounds,
         "block_tokens": BLOCK_TOKENS,
         "rows": [],
