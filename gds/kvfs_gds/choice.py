@@ -38,6 +38,10 @@ KEPT_OBSERVATIONS = 128
 SIZE_FACTOR = 1.15
 """Loads whose sizes differ by less are alike."""
 
+MARGIN = 0.03
+"""A load that is expected to save less than this is not worth it: estimates are not better, and it
+takes the link and the agent from others."""
+
 LAST_LOADS = 5
 """Of those that are alike, the last ones count: disks have hours, and neighbours."""
 
@@ -54,7 +58,7 @@ class Estimate:
 
     @property
     def load_is_faster(self) -> bool:
-        return self.load < self.compute
+        return self.load < (1 - MARGIN) * self.compute
 
 
 class LoadOrCompute:

@@ -45,7 +45,7 @@ and a load by the engine was slower there than one by the kernel."""
 
 LOOP_RUN_BYTES = 4 * MIB
 """The same, one by one, where the runtime has no batches: from there on a loop of cudaMemcpyAsync
-reaches more of the link than the kernel (docs/results/h100-loader.json)."""
+reaches more of the link than the kernel (docs/results/h200-loader.json)."""
 
 STAGED_RUN_BYTES = 256 * KIB
 """Where runs can be staged, only those from here on go to their pages at once: shorter ones have

@@ -107,6 +107,18 @@ def test_without_observations_it_loads() -> None:
     assert found is not None and found.load_is_faster
 
 
+def test_what_saves_next_to_nothing_is_computed() -> None:
+    rule = LoadOrCompute(1)
+    rule.observe_compute(1000, 0, 1.0)
+    for size, seconds in ((10, 0.49), (20, 0.46)):
+        rule.observe_load(size, seconds, from_disk=True)
+    found = rule.estimate(1000, 500, 0, 10)
+    assert found is not None
+    assert (found.load, found.compute) == (pytest.approx(0.99), pytest.approx(1.0))
+    assert not rule.should_load(1000, 500, 0, 10)
+    assert rule.should_load(1000, 500, 0, 20)
+
+
 def test_what_comes_late_is_learned() -> None:
     """Launches that the processor cannot keep up with: a small model gains nothing by a load."""
     machine = Machine(3e9)

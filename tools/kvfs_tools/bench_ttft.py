@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +157,16 @@ class Bench:
         for _ in range(rounds + 1):
             for name in names:
                 before()
-                self.synchronize()
-                start = time.perf_counter()
-                bodies[name]()
-                self.synchronize()
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(self._timed(bodies[name]))
             names = names[1:] + names[:1]
         return {name: found[1:] for name, found in taken.items()}
+
+    def _timed(self, body: Callable[[], object]) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        body()
+        self.synchronize()
+        return time.perf_counter() - start
 
     def median(
         self, rounds: int, body: Callable[[], object], before: Callable[[], object]
@@ -239,10 +243,11 @@ class Bench:
     def learn(self, place: Place, tokens: int, stored: int, sizes: tuple[int, int]) -> None:
         """What the rule sees of a prompt before it decides about the next one like it: its load,
         and from the arena its first token."""
-        once = self.median(1, partial(self.load_alone, place, stored), place.before)
+        place.before()
+        once = self._timed(partial(self.load_alone, place, stored))
         self.rule.observe_load(sum(sizes), once, from_disk=place.name == "disk")
         if place.name == "arena":
-            once = self.median(1, partial(self.load, place, tokens, stored), place.before)
+            once = self._timed(partial(self.load, place, tokens, stored))
             self.rule.observe_first_token(tokens, stored, *sizes, once)
 
     def _estimate(self, *prompt: int) -> dict[str, float]:
@@ -456,6 +461,7 @@ def bench_ttft(
     found: dict[str, Any] = {
         "commit": commit,
         "device": device_name() if opened.name != "cpu" else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
         "rounds": rounds,
         "block_tokens": BLOCK_TOKENS,
         "rows": [],
@@ -485,6 +491,9 @@ def bench_ttft(
                 free_memory()
         if plot_path:
             gpu_plot.first_token(Path(plot_path), found["rows"])
+        wrong = [row for row in found["rows"] if not row.get("kv_bit_equal", True)]
+        if wrong:
+            raise click.ClickException(f"{len(wrong)} rows: what was loaded is not what was stored")
     finally:
         free_memory()
         shutil.rmtree(folder, ignore_errors=True)

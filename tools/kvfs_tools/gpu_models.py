@@ -170,8 +170,13 @@ class RoomyCache:
 
 @torch.no_grad()
 def first_token(model: Any, cache: RoomyCache, token_ids: torch.Tensor) -> torch.Tensor:
-    """Logits [vocabulary] behind ``token_ids`` [tokens], which follow what the cache has seen."""
+    """Logits [vocabulary] behind ``token_ids`` [tokens], which follow what the cache has seen.
+    Raises InvalidRequest if the model did not look at it: releases of transformers before 5.24 take
+    it under another name, and ignore names that they do not know."""
+    wanted = cache.layers[0].seen + len(token_ids)
     hidden = model.model(input_ids=token_ids[None], cache=cache.cache, use_cache=True)[0]
+    if cache.layers[0].seen != wanted:
+        raise InvalidRequest(detail=f"transformers {transformers.__version__} ignores the cache")
     logits: torch.Tensor = model.lm_head(hidden[0, -1:])[0]
     return logits
 
