@@ -35,6 +35,8 @@ from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.client import chunk_client as client_module
+from kvfs_datapath.client import files as files_module
+from kvfs_datapath.client import holes
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.format import path_of
@@ -113,6 +115,23 @@ class FileMachine(RuleBasedStateMachine):
         assert file.read(offset, length, len(self.model), self.sparse) == expected
         quick = file.read_now(offset, length, len(self.model), self.sparse)
         assert quick is None or quick == expected
+
+    @rule(which=st.integers(0, 1), offset=st.integers(0, ROOM), length=st.integers(0, 3500))
+    def zero(self, which: int, offset: int, length: int) -> None:
+        end = min(offset + length, len(self.model))
+        if offset < end:
+            self.sparse = True
+            holes.zero(self.files[which], offset, end)
+            self.model[offset:end] = bytes(end - offset)
+
+    @rule(which=st.integers(0, 1), offset=st.integers(0, ROOM))
+    def seek(self, which: int, offset: int) -> None:
+        file, size = self.files[which], len(self.model)
+        if offset < size:
+            data, hole = holes.next_data(file, offset, size), holes.next_hole(file, offset, size)
+            assert not any(self.model[offset:data])
+            assert (data == offset) == (hole > offset)
+            assert holes.next_data(file, hole, size) > hole or hole == size
 
     @rule(which=st.integers(0, 1))
     def flush(self, which: int) -> None:
@@ -210,6 +229,27 @@ def test_holes_are_zeros_only_where_the_file_is_sparse(cluster: Cluster) -> None
         assert (caught.value.inode, caught.value.number) == (7, number)
     assert file.read(50, 50, size, False) == b"a" * 50
     file.close()
+
+
+def test_what_is_no_hole_is_found_page_by_page(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few of very many chunks there are."""
+    monkeypatch.setattr(files_module, "STAT_CHUNKS_MAX", 4)
+    monkeypatch.setattr("kvfs_datapath.chunks.listing.LIST_CHUNKS_MAX", 2)
+    file = new_file(cluster.client())
+    numbers = [0, 1, 2, 5, 9, 11, 400_000, 400_003]
+    for number in numbers:
+        file.write(number * CHUNK_BYTES, b"x" * 10)
+    assert file.lengths(0, 500_000) == dict.fromkeys(numbers, 10)
+    assert file.lengths(2, 9) == {2: 10, 5: 10}
+    size = 500_000 * CHUNK_BYTES
+    assert holes.next_data(file, 12 * CHUNK_BYTES, size) == 400_000 * CHUNK_BYTES
+    assert holes.next_data(file, 400_004 * CHUNK_BYTES, size) == size
+    assert holes.next_hole(file, 400_000 * CHUNK_BYTES, size) == 400_000 * CHUNK_BYTES + 10
+    holes.zero(file, 5, size)
+    assert file.lengths(0, 500_000) == {0: 10}
+    assert file.read(0, 20, size, True) == b"x" * 5 + bytes(15)
 
 
 def test_large_pieces(cluster: Cluster) -> None:
