@@ -160,7 +160,7 @@ def test_new_targets_get_chains_and_full_ones_get_nothing_new(rig: Rig) -> None:
         assert not any(4 in after[chain].targets for chain in layout.chains)
     for number in range(3):
         beat(rig, f"disk-{number}", f"host-{number}", free=0)
-    with pytest.raises(e.NoTarget):
+    with pytest.raises(e.CacheFull):
         rig.make(directory, b"no room")
     assert rig.mkdir(directory, b"needs no chunk") and DIRECTORY
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from kvfs_base.cluster import TargetState
-from kvfs_base.errors import NoTarget
+from kvfs_base.errors import CacheFull, NoTarget
 from kvfs_base.limits import CLIENT_SPLIT_BYTES, STRIPE_MAX, TRANSFER_BYTES
 from kvfs_metadata.cluster.chains import ChainTable, MapVersion
 from kvfs_metadata.cluster.placement import Loads, Site, Spread, design, in_order, measure, runs
@@ -33,8 +33,15 @@ class Placement:
     # --- new chunks
 
     def place_file(self, tx: Tx, inode: int, copies: int) -> tuple[int, ...]:
-        """The chains of a new file. Raises NoTarget."""
-        return tuple(in_order(inode, self._require(tx, copies), STRIPE_MAX))
+        """The chains of a new file. Raises CacheFull if disks are full, and NoTarget."""
+        try:
+            usable = self._require(tx, copies)
+        except NoTarget:
+            if any(entry.state is TargetState.FULL for entry in self._targets):
+                # Programs know what ENOSPC means, and that waiting does not help.
+                raise CacheFull(capacity_bytes=self._targets.capacity_bytes()) from None
+            raise
+        return tuple(in_order(inode, usable, STRIPE_MAX))
 
     def place_blocks(self, tx: Tx, sizes: Sequence[int], copies: int) -> list[int]:
         """A chain for each block of a batch, in rotation. Blocks of a run are asked for together:
