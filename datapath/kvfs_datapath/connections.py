@@ -88,13 +88,13 @@ class DataConnection:
         views = into(reply)
         self._expect_payload(header, views)
         sums = [0] * len(views)
-        groups = _groups(views)
+        groups, owners = _groups(views)
 
         def add(number: int) -> None:
-            for index, piece in groups[number]:
+            for index, piece in zip(owners[number], groups[number], strict=True):
                 sums[index] = crc32c(piece, sums[index])
 
-        self._connection.receive_groups([[piece for _, piece in g] for g in groups], add)
+        self._connection.receive_groups(groups, add)
         self.broken = False
         return reply, sums
 
@@ -165,21 +165,24 @@ class DataConnection:
         self._connection.close()
 
 
-def _groups(views: Sequence[memoryview]) -> list[list[tuple[int, memoryview]]]:
-    """Pieces of the views, with the index of each one's view, in groups of SUM_BYTES."""
-    groups: list[list[tuple[int, memoryview]]] = []
+def _groups(views: Sequence[memoryview]) -> tuple[list[list[memoryview]], list[list[int]]]:
+    """Pieces of the views in groups of SUM_BYTES, and the index of the view of each."""
+    groups: list[list[memoryview]] = []
+    owners: list[list[int]] = []
     room = 0
     for index, view in enumerate(views):
-        start = 0
-        while start < len(view):
+        size, start = len(view), 0
+        while start < size:
             if not room:
                 groups.append([])
+                owners.append([])
                 room = SUM_BYTES
-            piece = view[start : start + room]
-            groups[-1].append((index, piece))
+            piece = view if size <= room and not start else view[start : start + room]
+            groups[-1].append(piece)
+            owners[-1].append(index)
             start += len(piece)
             room -= len(piece)
-    return groups
+    return groups, owners
 
 
 class Attempt:

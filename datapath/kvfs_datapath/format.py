@@ -82,7 +82,7 @@ VERSION_UNKNOWN = 1 << 31
 since nobody writes one chunk 2**31 times."""
 
 
-class ChunkInfo(msgspec.Struct, array_like=True, frozen=True):
+class ChunkInfo(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What a chunk's attribute says; it travels in replies. ``length`` of an OPEN chunk is the size
     that its file had when it was looked at. ``version`` is 0 but for file chunks of chains."""
 

@@ -38,8 +38,9 @@ TransferBytes = Annotated[int, msgspec.Meta(ge=0, le=TRANSFER_BYTES)]
 _ITEMS = msgspec.Meta(min_length=1, max_length=ITEMS_PER_REQUEST_MAX)
 
 
-class ChunkRef(msgspec.Struct, array_like=True, frozen=True):
-    """As ChunkId."""
+class ChunkRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """As ChunkId. What there are hundreds of in a message is nothing for the garbage collector to
+    look through: it holds numbers (``gc``)."""
 
     inode: U64
     number: U32
@@ -266,7 +267,7 @@ class StatChunks(ChunkRequest, tag="stat"):
 # --- chunks of ordinary files on chains of several copies
 
 
-class Update(msgspec.Struct, array_like=True, frozen=True):
+class Update(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """``length`` bytes at ``offset``, or with ``cut`` nothing but an end at ``offset``. A chunk
     that is cut to nothing keeps its version. ``writer`` and ``sequence`` make it known when it
     comes again (``again``); ``base`` is then the version that the chunk had, as far as the writer
@@ -336,7 +337,7 @@ class SyncChain(ChunkRequest, tag="sync_chain"):
     passing: Passing
 
 
-class Held(msgspec.Struct, array_like=True, frozen=True):
+class Held(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What the serving member has."""
 
     inode: U64

@@ -336,7 +336,7 @@ class _RemoteRead:
 
         def into(outcomes: m.Outcomes) -> list[memoryview]:
             return [
-                read.view[: read.size]
+                read.view if len(read.view) == read.size else read.view[: read.size]
                 for read, info in zip(wanted, outcomes.infos, strict=True)
                 if info is not None
             ]
