@@ -323,6 +323,9 @@ only has its pages dropped when it is opened again."""
 MOUNT_NAMES_MAX = 65_536
 """Names, and as many inodes, that a mount answers for by itself: about 0.5 KiB for both."""
 
+MOUNT_WHOLE_MAX = 4096
+"""Directories of which a mount knows all entries, because it made them."""
+
 MOUNT_DROPPED_MAX = 4096
 """Keys that were dropped lately; with more, answers that are on their way are not kept."""
 

@@ -100,7 +100,7 @@ CLIENT_BYTES = 16
 
 
 class Watcher(Protocol):
-    """Who answers by himself for what the service leases him (docs/design/0006). Nothing here
+    """Who answers by himself for what the service leases him (docs/design/0007). Nothing here
     waits; all is called in the order in which the connection brought it."""
 
     def began(self) -> None:

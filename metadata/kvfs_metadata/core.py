@@ -392,10 +392,10 @@ class MetadataCore:
     def committed(self, decision: Decision, author: int) -> Revocation | None:
         """After each commit, before anything else is answered: tells who watches what was changed.
         What is returned is to be waited for before the group is answered."""
-        revocation = self.leases.changed(decision.group.writes, author)
+        # First: of several clients one may have been answered what the next one changed.
         for connection, key in decision.grants:
             self.leases.grant(connection, key)
-        return revocation
+        return self.leases.changed(decision.group.writes, author)
 
     def take_back(self, decision: Decision) -> None:
         """Memory as it was before the decision, which is given up."""

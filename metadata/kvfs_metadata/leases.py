@@ -26,6 +26,9 @@ MERGED = -1
 
 LEASED_KINDS = frozenset({records.INODE, records.ENTRY, records.BLOCK})
 
+WHOLE_BYTES = len(records.entry_key(0, b""))
+"""Of the key of an entry without a name: the lease on knowing all entries of a directory."""
+
 TRIM_KEYS = REVOKED_KEYS_MAX // 2
 """Revoked at a time when a watcher has its share."""
 
@@ -306,12 +309,16 @@ class Leases:
                 # It is new, or its last use was recorded: only who took it for missing is wrong.
                 block = records.unpack_block(value)
                 key = records.entry_key(block.namespace, block.key.hex().encode())
-            if key not in holders:
-                continue
-            for connection in holders[key]:
-                if connection != author:
-                    told[connection] = None
-                    self._take_back(connection, key)
+            if key in holders:
+                self._revoke_key(key, author, told)
+            if key[:4] == records.ENTRY and key[:WHOLE_BYTES] in holders:
+                self._revoke_key(key[:WHOLE_BYTES], author, told)
+
+    def _revoke_key(self, key: bytes, author: int, told: dict[int, None]) -> None:
+        for connection in self._holders[key]:
+            if connection != author:
+                told[connection] = None
+                self._take_back(connection, key)
 
     def _take_back(self, connection: int, key: bytes) -> None:
         watcher = self._watchers[connection]
@@ -348,12 +355,21 @@ def recorded_watchers(kv: KVRead) -> list[bytes]:
     return [key[len(records.WATCHER) :] for key, _ in scan(kv, records.WATCHER)]
 
 
+def _touched_names(request: m.Rename | m.Rmdir) -> tuple[bytes, ...]:
+    name = records.entry_key(request.parent, request.name)
+    if isinstance(request, m.Rmdir):
+        return (name,)
+    return name, records.entry_key(request.new_parent, request.new_name)
+
+
 def leased_keys(
     request: Any, answer: Any, namespace_of: Callable[[int], int | None]
 ) -> tuple[bytes, ...]:
     """What a watcher may keep of an answer. ``namespace_of`` knows the directory of a block."""
     if isinstance(request, m.Once):
         request = request.request
+    if isinstance(answer, m.Touched):
+        return _touched_names(request)
     name: tuple[bytes, ...] = ()
     if isinstance(request, m.Lookup | m.Make | m.Link | m.Unlink):
         name = (records.entry_key(request.parent, request.name),)
@@ -362,7 +378,11 @@ def leased_keys(
     if not isinstance(answer, Attr) or isinstance(request, m.Resolve):
         return ()
     if not answer.is_block:
-        return (*name, records.inode_key(answer.inode))
+        key = records.inode_key(answer.inode)
+        if answer.is_dir and isinstance(request, m.Make):
+            # It is empty: whoever made it knows all that is in it.
+            return (*name, key, records.entry_key(answer.inode, b""))
+        return (*name, key)
     namespace = namespace_of(answer.inode)
     if namespace is None:  # an unlinked block
         return ()

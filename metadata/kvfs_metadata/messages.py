@@ -72,14 +72,14 @@ class Revoked(msgspec.Struct, array_like=True, frozen=True):
     """The next Watch says with it that all of this, and all before, has been dropped."""
     inodes: tuple[U64, ...] = ()
     entries: tuple[tuple[U64, bytes], ...] = ()
-    """Parent and name."""
+    """Parent and name. Without a name: not all names of the directory are known any more."""
     everything: bool = False
 
 
 class Watch(Request, tag="watch"):
     """Answered when something is to be revoked, or after limits.WATCH_POLL_SECONDS. From the first
     one on (``seen`` is 0, answered at once) the service gives leases with what it answers on this
-    connection (docs/design/0006). Raises NotSupported on a shared store."""
+    connection (docs/design/0007). Raises NotSupported on a shared store."""
 
     Reply: ClassVar = Revoked
     session: SessionUuid

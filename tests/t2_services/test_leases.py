@@ -172,6 +172,14 @@ def test_a_new_block_concerns_those_who_took_it_for_missing() -> None:
     assert world.leases.take(B).inodes == (8,)
 
 
+def test_who_knows_a_whole_directory_is_told_of_each_name_in_it() -> None:
+    world = World().begin()
+    world.leases.grant(A, records.entry_key(1, b""))
+    assert world.change(records.entry_key(2, b"name")) is None
+    assert not is_over(world.change(ENTRY))
+    assert world.leases.take(A).entries == ((1, b""),)
+
+
 def test_when_full_the_oldest_leases_are_revoked() -> None:
     world = World(leases_max=8).begin(A)
     for inode in range(9):

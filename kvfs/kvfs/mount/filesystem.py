@@ -157,6 +157,7 @@ class Filesystem:
 
     def lookup_now(self, parent: int, name: bytes) -> Attr | None:
         """Raises EntryNotFound."""
+        _check_name(name)
         inode = self._backend.names.entry(parent, name)
         if inode is None:
             return None
@@ -178,7 +179,6 @@ class Filesystem:
         return file.fresh_now(self._attribute_seconds)
 
     async def lookup(self, parent: int, name: bytes) -> Attr:
-        _check_name(name)
         known = self.lookup_now(parent, name)
         if known is not None:
             return known

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from kvfs_base.errors import EntryNotFound, KvfsError
-from kvfs_base.limits import MOUNT_DROPPED_MAX, MOUNT_NAMES_MAX
+from kvfs_base.limits import MOUNT_DROPPED_MAX, MOUNT_NAMES_MAX, MOUNT_WHOLE_MAX
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
@@ -23,6 +25,9 @@ Entry = tuple[int, bytes]
 MISSING = 0
 """Where a name leads that does not exist."""
 
+EXCHANGE = 2
+"""Of renameat2."""
+
 
 class Names:
     """A Watcher of the metadata client."""
@@ -32,6 +37,8 @@ class Names:
         self._until = 0.0
         self._attrs: dict[int, Attr] = {}
         self._entries: dict[Entry, int] = {}
+        self._whole: set[int] = set()
+        """Directories that were made here and of which all entries are known."""
         self._namespaces: set[int] = set()
         """Directories of blocks that are here."""
         self.token = 0
@@ -70,7 +77,10 @@ class Names:
 
     def entry(self, parent: int, name: bytes) -> int | None:
         """The inode that a name leads to, or MISSING; None: the service has to be asked."""
-        return self._entries.get((parent, name)) if self.are_leased else None
+        if not self.are_leased:
+            return None
+        inode = self._entries.get((parent, name))
+        return MISSING if inode is None and parent in self._whole else inode
 
     def drop(self, inode: int) -> None:
         """What is known of it has proved wrong."""
@@ -91,8 +101,9 @@ class Names:
             self._drop_all()  # also where blocks got another owner with their directory
         else:
             self._drop(revoked.inodes, revoked.entries)
-        if revoked.inodes or revoked.entries:
-            self.tell_kernel(revoked.inodes, revoked.entries)
+        entries = [entry for entry in revoked.entries if entry[1]]
+        if revoked.inodes or entries:
+            self.tell_kernel(revoked.inodes, entries)
 
     # --- answers
 
@@ -124,32 +135,73 @@ class Names:
         if fresh:
             self._keep(attr, self.token)
 
-    def _made(self, request: m.Make | m.Link, attr: Attr, token: int) -> None:
+    def _made(self, request: m.Make, attr: Attr, token: int) -> None:
         self._named(request.parent, request.name, attr, token)
+        if attr.is_dir and self._is_fresh((attr.inode, b""), token):
+            if len(self._whole) >= MOUNT_WHOLE_MAX:
+                self._whole.pop()
+            self._whole.add(attr.inode)
 
     def _linked(self, request: m.Link, attr: Attr, token: int) -> None:
         self._named(request.parent, request.name, attr, token)
 
     def _named(self, parent: int, name: bytes, attr: Attr, token: int) -> None:
-        fresh = self._is_fresh(attr.inode, token) and self._is_fresh((parent, name), token)
-        self._drop((parent, attr.inode), ((parent, name),))
+        fresh = self._is_fresh(attr.inode, token)
+        entry, changed = (parent, name), (parent, attr.inode)
+        self._set_entry(
+            entry, attr.inode, token, changed, at_ns=attr.ctime_ns, links=int(attr.is_dir)
+        )
         if fresh:
             self._keep(attr, self.token)
-            self._keep_entry(parent, name, attr.inode, self.token)
+
+    def _set_entry(
+        self,
+        entry: Entry,
+        inode: int,
+        token: int,
+        changed: tuple[int, ...],
+        *,
+        at_ns: int = 0,
+        links: int = 0,
+    ) -> None:
+        """A change of ours had this outcome. Other names of the directory are what they were, and
+        so is the directory itself but for its times (``at_ns``, if known) and links: the kernel
+        asks for them after each change."""
+        parent, name = entry
+        fresh = self._is_fresh(entry, token)
+        whole = fresh and parent in self._whole
+        known = at_ns and self._is_fresh(parent, token)
+        directory = self._attrs.get(parent) if known else None
+        self._drop(changed, (entry,))
+        if directory is not None:
+            links += directory.nlink
+            self._keep(replace(directory, mtime_ns=at_ns, ctime_ns=at_ns, nlink=links), self.token)
+        if fresh:
+            self._keep_entry(parent, name, inode, self.token)
+        if whole:
+            self._whole.add(parent)
 
     def _unlinked(self, request: m.Unlink, attr: Attr, token: int) -> None:
-        entry = request.parent, request.name
-        fresh = self._is_fresh(entry, token)
-        self._drop((request.parent, attr.inode), (entry,))
-        if fresh and not attr.is_block:
-            self._keep_entry(*entry, MISSING, self.token)
+        entry, changed = (request.parent, request.name), (request.parent, attr.inode)
+        if attr.is_block:
+            self._drop(changed, (entry,))
+        else:
+            self._set_entry(entry, MISSING, token, changed, at_ns=attr.ctime_ns)
 
     def _removed(self, request: m.Rmdir, touched: m.Touched, token: int) -> None:
-        self._drop((request.parent, *touched.inodes), ((request.parent, request.name),))
+        entry = request.parent, request.name
+        self._set_entry(entry, MISSING, token, (request.parent, *touched.inodes))
+        self._whole.difference_update(touched.inodes)
 
     def _renamed(self, request: m.Rename, touched: m.Touched, token: int) -> None:
-        names = (request.parent, request.name), (request.new_parent, request.new_name)
-        self._drop((request.parent, request.new_parent, *touched.inodes), names)
+        old, new = (request.parent, request.name), (request.new_parent, request.new_name)
+        changed = (request.parent, request.new_parent, *touched.inodes)
+        if request.flags & EXCHANGE or not touched.inodes:
+            self._drop(changed, (old, new))
+            return
+        # In this order: it may be one directory, and both names are changed.
+        self._set_entry(new, touched.inodes[0], token, changed)
+        self._set_entry(old, MISSING, token, ())
 
     def _changed(self, request: Any, reply: Any, token: int) -> None:
         if request.inode in self._namespaces:  # its blocks have its owner
@@ -177,8 +229,12 @@ class Names:
             _add(self._attrs, attr.inode, attr)
 
     def _keep_entry(self, parent: int, name: bytes, inode: int, token: int) -> None:
-        if self._is_fresh((parent, name), token):
-            _add(self._entries, (parent, name), inode)
+        entries = self._entries
+        if not self._is_fresh((parent, name), token):
+            return
+        if len(entries) >= MOUNT_NAMES_MAX and (parent, name) not in entries:
+            self._whole.discard(next(iter(entries))[0])
+        _add(entries, (parent, name), inode)
 
     def _drop(self, inodes: Iterable[int], entries: Iterable[Entry]) -> None:
         self.token += 1
@@ -187,6 +243,7 @@ class Names:
             self._dropped[inode] = self.token
         for entry in entries:
             self._entries.pop(entry, None)
+            self._whole.discard(entry[0])
             self._dropped[entry] = self.token
         if len(self._dropped) > MOUNT_DROPPED_MAX:
             self._dropped.clear()
@@ -195,7 +252,7 @@ class Names:
     def _drop_all(self) -> None:
         self.token += 1
         self._floor = self.token
-        for known in (self._attrs, self._entries, self._namespaces, self._dropped):
+        for known in (self._attrs, self._entries, self._whole, self._namespaces, self._dropped):
             known.clear()
 
     def statistics(self) -> dict[str, int]:
