@@ -530,6 +530,16 @@ def test_a_successor_that_is_silent_is_a_suspect(lazy: ChainCluster) -> None:
     lazy.metadata.wait_for(lambda: lazy.metadata.suspects() == set())
 
 
+def test_a_lost_connection_is_not_held_against_a_member_for_good(lazy: ChainCluster) -> None:
+    """Nothing is pending because of it (it was a block, or a page of a comparison), nothing else is
+    sent there, and all the same somebody asks whether it is there again."""
+    lazy.set_chain([1, 2])
+    reach = lazy.servers[1]._chains.peers.reach
+    for _ in range(5):
+        reach.failed(2, lazy.clock.monotonic())
+        wait_until(lambda: reach.doubtful() == [])
+
+
 def test_two_updates_are_never_taken_for_one(lazy: ChainCluster) -> None:
     lazy.set_chain([1, 2])
     lazy.write(1, b"a", sequence=1)

@@ -1,7 +1,8 @@
 """The thread that finishes what connections had to leave: updates that stayed pending.
 
-It is woken by every new map, and by whoever leaves something. It also asks members that did not
-answer whether they are there again: only then is it known that they are not for SUSPECT_SECONDS.
+It is woken by every new map, and by whoever leaves something or gets no answer. It also asks
+members that did not answer whether they are there again: only then is it known that they are not
+for SUSPECT_SECONDS.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Maintenance:
         self._thread = threads.thread(self._run, name="kvfs-chains")
         views.on_change(self._wake.set)
         replicator.wake = self._wake.set
+        peers.reach.wake = self._wake.set
 
     def start(self) -> None:
         self._thread.start()

@@ -45,10 +45,16 @@ class Reach:
     def __init__(self) -> None:
         self._since: dict[int, float] = {}
         self._lock = threads.lock()
+        self.wake: Callable[[], None] = lambda: None
+        """Somebody is to ask those that are doubtful: one lost connection must not be held against
+        a member that nothing else is sent to."""
 
     def failed(self, target_id: int, now: float) -> None:
         with self._lock:
+            is_new = target_id not in self._since
             self._since.setdefault(target_id, now)
+        if is_new:
+            self.wake()
 
     def answered(self, target_id: int) -> None:
         with self._lock:
