@@ -24,6 +24,8 @@ from kvfs_datapath.format import ChunkState
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster import members
 from kvfs_metadata.cluster.cluster_state import ClusterState
+from kvfs_metadata.cluster.moves import Moves
+from kvfs_metadata.cluster.moving import Mover
 
 
 def _remove_other_generation() -> Any:
@@ -187,6 +189,19 @@ def _serve_what_is_lost() -> Any:
     return mock.patch.object(versions, "refuse_damaged", lambda info: None)
 
 
+def _move_what_is_open() -> Any:
+    """An open does not keep a file's move from ending."""
+    init = Mover.__init__
+
+    def blind(self: Mover, **settings: Any) -> None:
+        init(self, **settings | {"may_be_open": lambda inode: False})
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(Mover, "__init__", blind))
+    stack.enter_context(mock.patch.object(Moves, "disarm", lambda *_: None))
+    return stack
+
+
 BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "remove another generation": (_remove_other_generation, "network"),
     "commit without chunks": (_commit_without_chunks, "network"),
@@ -201,6 +216,7 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "serve while syncing": (_serve_while_syncing, "leases"),
     "take silence for no": (_take_silence_for_no, "chains"),
     "synced at once": (_synced_at_once, "chains"),
+    "move what is open": (_move_what_is_open, "drains"),
     "serve what is lost": (_serve_what_is_lost, "chains and ruin"),
 }
 """What is wrong, and the kind of world in which it shows."""

@@ -56,6 +56,7 @@ def _read_everything(world: World) -> bool:
     good = blocks.get(range(KEYS))
     if world.plan.files:
         files = FileWorker(world, client, 100)
+        files.find_again()
         for inode, file in files.files:
             for page in range(FILE_PAGES):
                 if not files.read(inode, file, page, 1):

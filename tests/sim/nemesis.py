@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvfs_base.errors import KvfsError
 from kvfs_base.limits import TARGET_LEASE_SECONDS
+from kvfs_metadata.cluster.admin_messages import SetDraining
 from sim.cluster import ChunkHost, MetadataHost
 from sim.disk import Node
 
@@ -30,6 +33,7 @@ FAULTS = (
     "dead disk",
     "full disk",
     "rot",
+    "drain",
 )
 
 
@@ -40,6 +44,7 @@ class Nemesis:
         self.world = world
         self.hub = world.hub
         self.rng = world.hub.rng
+        self.ordering = False
         self._actions: dict[str, Callable[[], None]] = {
             "kill chunks": self._kill_chunks,
             "kill metadata": self._kill_metadata,
@@ -58,6 +63,7 @@ class Nemesis:
             "dead disk": self._dead_disk,
             "full disk": self._full_disk,
             "rot": self._rot,
+            "drain": self._drain,
         }
         assert set(self._actions) == set(FAULTS)
 
@@ -165,6 +171,28 @@ class Nemesis:
         late = self.world.plan.late_seconds
         for end in self.rng.sample(ends, min(len(ends), self.rng.randint(1, 6))):
             end.break_off(late)
+
+    # --- targets that are to leave
+
+    def _drain(self) -> None:
+        """One target for a while, and no other: blocks have somewhere to go."""
+        host = self.world.observer.host
+        if self.ordering:
+            return  # two at once could leave no other
+        self.ordering = True
+
+        def order() -> None:
+            with contextlib.suppress(KvfsError):
+                targets = [target.target_id for target in host.map().targets]
+                chosen = self.rng.choice(targets)
+                others = tuple(target for target in targets if target != chosen)
+                metadata = host.metadata_client()
+                metadata.call(SetDraining(others, False))
+                metadata.call(SetDraining((chosen,), True))
+                self.hub.trace("drain", chosen)
+            self.ordering = False
+
+        host.process.start(order, name="nemesis-drain")
 
     # --- power
 

@@ -21,18 +21,18 @@ class Observer:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._host = ClientHost(world.site, "observer")
+        self.host = ClientHost(world.site, "observer")
         self._chains: dict[int, Chain] = {}
 
     def start(self) -> None:
-        self._host.start()
-        self._host.process.start(self._run, name="observer")
+        self.host.start()
+        self.host.process.start(self._run, name="observer")
 
     def _run(self) -> None:
         while not self._world.enough:
             self._world.hub.sleep(LOOK_SECONDS)
             with contextlib.suppress(KvfsError):
-                for chain in self._host.map().chains:
+                for chain in self.host.map().chains:
                     self._look(chain)
 
     def _look(self, chain: Chain) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from sim import bugs
 from sim.hub import SimulationFailed
-from sim.world import KINDS, World
+from sim.world import DRAINS, KINDS, World
 
 TAIL_LINES = 60
 COMMAND = "python -m tests.sim --seed"
@@ -137,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them (default 0)")
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one a core)")
     parser.add_argument("--bug", default="", choices=["", *bugs.BUGS], help="plant this bug")
-    parser.add_argument("--kind", default="", choices=["", *dict.fromkeys(KINDS)], help="of world")
+    kinds = dict.fromkeys(("", *KINDS, DRAINS))
+    parser.add_argument("--kind", default="", choices=[*kinds], help="of world")
     parser.add_argument("--lines", type=int, default=TAIL_LINES, help="of the trace to show")
     parser.add_argument("--hashes", action="store_true", help="print the hash of each trace")
     parser.add_argument("--keep-going", action="store_true", help="after a failure, too")

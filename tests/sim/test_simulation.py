@@ -12,11 +12,13 @@ import pytest
 
 from sim import bugs
 from sim.sweep import describe, run_seed, summary, sweep
+from sim.world import DRAINS
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 200
 SEEDS_AT_ONCE = 50
 SEEDS_FOR_A_BUG = 100
+DRAIN_SEEDS = int(os.environ.get("KVFS_DRAIN_SEEDS", "6"))
 
 pytestmark = [pytest.mark.logs_warnings, pytest.mark.timeout(900)]
 
@@ -29,6 +31,13 @@ def test_seeds(first: int) -> None:
     report = summary(outcomes, 1.0)
     assert f"{SEEDS_AT_ONCE} seeds" in report and "0 failed" in report
     assert sum(outcome.operations for outcome in outcomes) > 100 * SEEDS_AT_ONCE
+
+
+def test_targets_are_drained() -> None:
+    """A kind of its own, so that other seeds stay what they were."""
+    outcomes = list(sweep(range(DRAIN_SEEDS), kind=DRAINS))
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    assert not failed, "\n\n".join(describe(outcome) for outcome in failed)
 
 
 @pytest.mark.parametrize("bug", bugs.BUGS)

@@ -61,9 +61,11 @@ def _defines_messages(module: ModuleType) -> bool:
 
 
 @contextlib.contextmanager
-def limits(rng: random.Random) -> Iterator[None]:
+def limits(rng: random.Random, *, short_sessions: bool = False) -> Iterator[None]:
     """Some of them, by chance, for as long as a run takes."""
     chosen = dict(ALWAYS)
+    if short_sessions:
+        chosen["SESSION_GRACE_SECONDS"] = 4.0
     # A chunk of a chain fits into a transfer.
     chosen["TRANSFER_BYTES"] = rng.choice((2 * PAGE_BYTES, 3 * PAGE_BYTES, TRANSFER_BYTES))
     for name, values in SOMETIMES.items():

@@ -19,7 +19,7 @@ from kvfs_base.errors import (
     PrepareExpired,
     StaleChain,
 )
-from kvfs_base.limits import COMMIT_ATTEMPTS_MAX, PAGE_BYTES
+from kvfs_base.limits import COMMIT_ATTEMPTS_MAX, FILE_RETRY_SECONDS, PAGE_BYTES
 from kvfs_base.types import ROOT_INODE, Attr, BlockInfo, ChunkId, KVLayout
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
@@ -248,17 +248,20 @@ class BlockWorker(Worker):
         if not self.world.plan.lossy and "rot" not in self.world.plan.faults:
             (now,) = self.lookup([number])
             if now is not None and now.inode == info.inode:
+                if now.chain != info.chain:
+                    return  # it has moved meanwhile
                 raise WrongBytes(f"block {info.inode} is committed and cannot be read: {error}")
-        self._remove(number, info.inode)
+        self._remove(number, info)
 
     def remove(self, number: int) -> None:
         self._remove(number, None)
 
-    def _remove(self, number: int, inode: int | None) -> None:
-        entry = self._begin(number, "remove", inode)
-        inodes = () if inode is None else (inode,)
+    def _remove(self, number: int, info: BlockInfo | None) -> None:
+        entry = self._begin(number, "remove", None if info is None else info.inode)
+        seen = ((), ()) if info is None else ((info.inode,), (info.chain,))
+        request = m.RemoveBlocks(self.world.namespace, key_of(number), *seen)
         try:
-            count = self.metadata.call(m.RemoveBlocks(self.world.namespace, key_of(number), inodes))
+            count = self.metadata.call(request)
         except KvfsError as exc:
             self.failed("remove", exc)
         else:
@@ -274,12 +277,34 @@ class FileWorker(Worker):
         super().__init__(world, client, number)
         self.files = [self._open(attr) for attr in world.files]
 
+    def find_again(self) -> None:
+        """They may have moved."""
+        self.files = [self._open(self.metadata.call(m.GetAttr(inode))) for inode, _ in self.files]
+
     def _open(self, attr: Attr) -> tuple[int, StripedFile]:
         assert attr.layout is not None
-        return attr.inode, StripedFile(self.client.chunks, attr.inode, attr.layout)
+        # Who waits for longer than a session lasts may find that its file has moved.
+        patience = 1.0 if self.world.plan.kind == "drains" else FILE_RETRY_SECONDS
+        file = StripedFile(self.client.chunks, attr.inode, attr.layout, retry_seconds=patience)
+        return attr.inode, file
 
     def step(self) -> None:
         inode, file = self.rng.choice(self.files)
+        if self.world.plan.kind != "drains":
+            self.use(inode, file)
+            return
+        # It may have moved: only who has it open knows where it is.
+        attr: Attr = self.metadata.call(m.OpenInode(inode))
+        try:
+            _, file = self._open(attr)
+            for _ in range(self.rng.randint(1, 3)):
+                self.use(inode, file)
+                self.world.hub.sleep(self.rng.random())
+            file.close()
+        finally:
+            self.metadata.call(m.CloseInode(inode))
+
+    def use(self, inode: int, file: StripedFile) -> None:
         first = self.rng.randrange(FILE_PAGES)
         count = min(1 if self.rng.random() < 0.8 else 3, FILE_PAGES - first)
         choice = self.rng.random()
@@ -347,11 +372,14 @@ class ChurnWorker(Worker):
 
     def step(self) -> None:
         name = f"{self.name}.{self.world.next_value()}".encode()
+        drains = self.world.plan.kind == "drains"
         try:
             attr: Attr = self.metadata.call(
-                m.Make(self.world.directory, name, stat.S_IFREG | 0o600)
+                m.Make(self.world.directory, name, stat.S_IFREG | 0o600, open=drains)
             )
             self._use(attr)
+            if drains:
+                self.metadata.call(m.CloseInode(attr.inode))
             self.metadata.call(m.Unlink(self.world.directory, name))
         except KvfsError as exc:
             self.failed("churn", exc)

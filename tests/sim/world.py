@@ -19,6 +19,7 @@ from kvfs_base.errors import KvfsError
 from kvfs_base.limits import MIB
 from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
+from kvfs_metadata.cluster.admin_messages import SetDraining
 from sim import checks, tiny
 from sim.cluster import ChunkHost, ClientHost, MetadataHost, Site
 from sim.disk import DiskKnobs
@@ -103,6 +104,8 @@ CHAINS = (
     "chains and memory",
 )
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
+DRAINS = "drains"
+"""Only when it is asked for: seeds stay what they are."""
 FLIPPING = ("chains", "chains and rot", "chains and ruin")
 """Where bytes change on their way, for whole chunks and for pieces of files."""
 
@@ -121,6 +124,11 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
     elif kind == "anything":
         lossy, files, lying = True, False, True
         faults = (*HARMLESS, *NETWORK, "power all", "power metadata", "dead disk", "rot")
+    elif kind == DRAINS:  # writes in place are not to come late
+        files = rng.random() < 0.5
+        more = () if files else (*NETWORK, "pause")
+        harmless = tuple(fault for fault in HARMLESS if fault != "pause")
+        faults = ("drain", "drain", "drain", *harmless, *more, "kill chunks")
     elif kind == "chains":
         faults = (*faults, *NETWORK)
     elif kind == "leases":
@@ -138,7 +146,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
     elif kind == "chains and ruin":  # of some chunks no good copy is left
         lossy = True
         faults = ("rot", "rot", "kill chunks", "kill client", "break", "isolate")
-    chosen = tuple(f for f in faults if rng.random() < 0.7) or faults[:1]
+    chosen = tuple(f for f in faults if f == "drain" or rng.random() < 0.7) or faults[:1]
     return Plan(
         kind=kind,
         metadata_servers=rng.choice((1, 1, 2)),
@@ -154,7 +162,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         files_lossy=copies == 1 and (lossy or "power chunks" in chosen),
         late_writes=not set(chosen) <= {"kill metadata", "clock", "kill chunks"},
         seconds=rng.uniform(10.0, 25.0),
-        fault_seconds=rng.choice((0.7, 2.0, 4.0)),
+        fault_seconds=rng.choice((0.7, 2.0, 4.0)) + 2.0 * (kind == DRAINS),
         outage_seconds=rng.choice((0.5, 2.0, 6.0)),
         pause_seconds=0.05 if kind == "leases" else rng.choice((0.05, 0.15, 0.4)),
         late_seconds=rng.choice((0.0, 1.0, 10.0)),
@@ -309,6 +317,9 @@ class World:
         kinds: list[type[Worker]] = [BlockWorker, BlockWorker, ChurnWorker]
         if self.plan.files:
             kinds += [FileWorker, FileWorker]
+        elif self.plan.kind == DRAINS:
+            # Their clients may be silent for longer than a session lasts.
+            kinds.remove(ChurnWorker)
         if self.plan.copies > 1 and client is self.clients[-1]:
             kinds = [ReadWorker, ReadWorker]
 
@@ -326,7 +337,8 @@ class World:
         for client in self.clients:
             self._set_to_work(client)
         self.observer.start()
-        nemesis = self.process.start(Nemesis(self).run, name="nemesis")
+        self.nemesis = Nemesis(self)
+        nemesis = self.process.start(self.nemesis.run, name="nemesis")
         self.hub.sleep(self.plan.seconds)
         self.enough = True
         nemesis.join()
@@ -357,10 +369,23 @@ class World:
             self.start_client(client)
         for host in (*self.chunk_hosts, *self.clients):
             host.process.paused_until = 0.0
+        if "drain" in self.plan.faults:
+            self.wait(self._end_drains, "the drains to end")
         for thread in self.working:
             thread.join(LIVENESS_SECONDS)
             if thread.is_alive():
                 raise SimulationFailed(f"never ended:\n{thread.stack()}")
+
+    def _end_drains(self) -> bool:
+        client = self.clients[0]
+        targets = tuple(target.target_id for target in client.map().targets)
+        ordered = not self.nemesis.ordering
+        metadata = client.metadata_client()
+        metadata.call(SetDraining(targets, False))
+        figures = metadata.call(m.Statistics())
+        for name in ("moved_blocks", "moved_files"):
+            self.hub.counts[name.replace("_", " ")] += figures[name]
+        return ordered
 
     def run(self) -> None:
         """Raises SimulationFailed, with what was wrong as its cause."""
@@ -370,7 +395,7 @@ class World:
             with (
                 threads.installed(SimThreads(self.hub)),
                 self.trio.installed(),
-                tiny.limits(self.hub.rng),
+                tiny.limits(self.hub.rng, short_sessions=self.plan.kind == DRAINS),
             ):
                 try:
                     main = self.process.start(self._main, name="main")

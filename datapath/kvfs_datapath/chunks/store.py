@@ -259,6 +259,7 @@ class ChunkStore(InPlace):
                     raise Conflict(detail=f"chunk {tuple(chunk)} exists")
                 info = ChunkInfo(*chunk, ChunkState.OPEN)
                 staged.file.set_attribute(ATTRIBUTE, pack(info))
+                self.incoming.arrived(chunk.inode)
                 self.appear(staged.path, chunk)
                 size = staged.file.size()
         except BaseException:
