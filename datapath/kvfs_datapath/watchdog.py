@@ -26,6 +26,7 @@ class Watched:
 
     address: Address
     break_off: Callable[[], None]
+    since: float
     due: float
 
 
@@ -43,7 +44,8 @@ class Watchdog:
     @contextlib.contextmanager
     def watch(self, address: Address, break_off: Callable[[], None]) -> Iterator[None]:
         """For as long as something is waited for that comes from there."""
-        watched = Watched(address, break_off, self._clock.monotonic() + WATCH_SECONDS)
+        now = self._clock.monotonic()
+        watched = Watched(address, break_off, since=now, due=now + WATCH_SECONDS)
         with self._condition:
             self._watched[watched] = None
             if self._thread is None and not self._closed:
@@ -68,7 +70,7 @@ class Watchdog:
             reached = self._is_reached(address)
             with self._condition:
                 for watched in list(self._watched):
-                    if watched.address == address and watched.due <= asked:
+                    if watched.address == address and watched.since <= asked:
                         self._judge(watched, reached)
 
     def _wait(self) -> Address | None:

@@ -118,15 +118,17 @@ class ChainWriter:
         self, chain: ChainRoutes, chunk: ChunkId, avoided: set[int], silences: int
     ) -> list[_Way]:
         """A member that some of the others cannot reach must not fail for ever: after attempts in
-        which somebody did not answer every member is asked from here, and then, in turn, another
-        order is drawn."""
+        which somebody did not answer every member is asked from here (not at once if one of them
+        failed lately), and then, in turn, another order is drawn."""
         order = [route.target_id for route in chain.in_order(chunk, avoided)]
         order += [target_id for target_id in chain.members if target_id not in order]
         found = [route for t in order if (route := chain.find(t)) is not None]
-        if silences % 2 and len(found) == len(order):
+        hopeful = silences > 2 or avoided.isdisjoint(order)
+        if silences % 2 and hopeful and len(found) == len(order):
             return [(route, m.Passing(chain.chain_id, chain.version)) for route in found]
         if silences:
             self._shared.env.rng.shuffle(order)
+            order.sort(key=avoided.__contains__)
         return _ways(chain, order)
 
     def _drive(
