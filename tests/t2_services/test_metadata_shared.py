@@ -17,8 +17,9 @@ from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.core import MetadataCore
 from kvfs_metadata.engines.memory_engine import MemoryEngine, MemoryStore
+from posix_model import check
 from t2_services.metadata_rig import FILE, ROOT, Rig, keys
-from t2_services.test_posix_model import check
+from t2_services.test_posix_model import model_of
 
 SESSION = b"one session.... "
 LEASE = limits.SERVER_LEASE_SECONDS
@@ -83,6 +84,32 @@ def is_gone(rig: Rig, inode: int) -> bool:
         return rig.attr(inode).nlink > 0
     except e.InodeStale:
         return True
+
+
+# --- locks
+
+
+def test_locks_hold_between_servers_and_end_with_their_session(
+    servers: Servers, a: Rig, b: Rig
+) -> None:
+    inode = a.make(ROOT, b"locked").inode
+    lock = m.FileLock(0, 9, True, b"owner--a")
+    other = m.FileLock(9, 9, False, b"owner--b")
+    a.call(m.Attach(SESSION), 1)
+    a.call(m.OpenInode(inode), 1)
+    assert a.call(m.SetLock(inode, lock), 1) is None
+    assert b.call(m.SetLock(inode, other), 2) is not None
+    a.core.disconnected(1)
+    b.call(m.Attach(SESSION, (inode,), 2), 3)  # it goes on at the other server
+    servers.live(2 * GRACE)
+    assert a.call(m.GetLock(inode, other), 2) is not None
+    b.call(m.Unlock(inode, m.FileLock(9, 9, True, lock.owner)), 3)
+    assert a.call(m.SetLock(inode, other), 2) is None
+    b.core.disconnected(3)
+    b.call(m.Unlock(inode, lock), 3)  # late: a session of its own has nothing locked
+    for _ in range(3):
+        servers.live(GRACE / 2, [a])  # the server that has the session dies
+    assert a.call(m.SetLock(inode, m.FileLock(0, 8, True, other.owner)), 2) is None
 
 
 # --- namespace and blocks
@@ -438,7 +465,7 @@ def test_servers_that_take_turns_agree_with_the_kernel() -> None:
     def call(request: Request) -> Any:
         return servers.rigs[chance.randrange(3)].call(request)
 
-    check(call, 20)
+    check(model_of(call), 20)
 
 
 def snapshot(core: MetadataCore) -> dict[str, Any]:
