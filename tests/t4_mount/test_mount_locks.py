@@ -312,7 +312,8 @@ os._exit(0)
                 lambda: (
                     sum((t / "syscall").read_text().startswith("73 ") for t in tasks.iterdir())
                     == 100
-                )
+                ),
+                30,
             )
             (work / "other").write_bytes(b"still served")
             assert (work / "other").read_bytes() == b"still served"
