@@ -23,7 +23,7 @@ from kvfs.cli.tree import Tree, open_tree
 from kvfs.fsck import Fsck, online
 from kvfs.keys import block_keys
 from kvfs.mount.requests import Caller
-from kvfs_base.errors import KvfsError
+from kvfs_base.errors import KvfsError, WriteUncertain
 from kvfs_base.os_env import os_env
 from kvfs_base.rpc import Request
 from kvfs_base.types import ROOT_INODE
@@ -62,6 +62,12 @@ def call(cluster: ApiCluster, request: Request) -> Any:
 def on_server(cluster: ApiCluster, number: int) -> TargetDetails:
     details = call(cluster, DescribeCluster())
     return next(t for t in details.targets if t.server_id == f"server-{number}")
+
+
+def server_of(cluster: ApiCluster, chain: int) -> int:
+    details = call(cluster, DescribeCluster())
+    server_id: str = next(t.server_id for t in details.targets if chain in t.chains)
+    return int(server_id.removeprefix("server-"))
 
 
 def drain(cluster: ApiCluster, number: int, on: bool = True) -> int:
@@ -367,6 +373,38 @@ def restart_metadata(cluster: ApiCluster) -> None:
     cluster.metadata = MetadataThread(
         MetadataConfig(directory=f"{cluster.directory}/metadata", unix=cluster.metadata_address)
     )
+
+
+@pytest.mark.logs_warnings
+def test_a_mount_that_was_silent_for_too_long(
+    cluster: ApiCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file moved although it has it open: it says so, and goes on where the file is now."""
+    monkeypatch.setattr("kvfs_metadata.client.SESSION_GRACE_SECONDS", 1000.0)
+
+    async def work(tree: Tree) -> None:
+        filesystem = tree._filesystem
+        attr, opened = await filesystem.create(ROOT_INODE, b"f", 0o644, os.O_RDWR, OWNER)
+        await filesystem.write(opened.handle, 0, b"before" * CHUNK)
+        await filesystem.flush(opened.handle)
+        assert attr.layout is not None
+        home = await trio.to_thread.run_sync(server_of, cluster, attr.layout.chains[0])
+        await trio.to_thread.run_sync(drain, cluster, home)
+        with trio.fail_after(SECONDS):
+            while not await trio.to_thread.run_sync(is_empty, cluster, home):
+                await trio.sleep(0.02)
+        await filesystem.write(opened.handle, 0, b"lost")
+        with pytest.raises(WriteUncertain):
+            await filesystem.flush(opened.handle)
+        assert bytes(await filesystem.read(opened.handle, 0, 6)) == b"before"
+        await filesystem.write(opened.handle, 0, b"after!")
+        await filesystem.flush(opened.handle)
+        await filesystem.release(opened.handle)
+        out = io.BytesIO()
+        await tree.read_to(b"f", out)
+        assert out.getvalue() == b"after!" + (b"before" * CHUNK)[6:]
+
+    in_tree(cluster, work)
 
 
 def test_blocks_that_a_mount_has_seen_or_open(cluster: ApiCluster) -> None:

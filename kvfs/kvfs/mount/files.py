@@ -32,6 +32,7 @@ from kvfs_base.errors import (
     InternalError,
     KvfsError,
     NotSupported,
+    WriteUncertain,
 )
 from kvfs_base.limits import (
     FILE_BYTES_MAX,
@@ -74,6 +75,7 @@ class OpenFile:
         self.error: KvfsError | None = None
         """Of a write-back that nobody waited for; told by the next flush or fsync."""
         self._backend = backend
+        self._layout = attr.layout
         self._data = StripedFile(backend.chunks, attr.inode, attr.layout)
         self._fetched = backend.env.clock.monotonic()
         self._dirty = False
@@ -119,6 +121,7 @@ class OpenFile:
         if self._changed_at > epoch:
             return
         self._fetched = self._backend.env.clock.monotonic()
+        self._follow(attr)
         self.attr = attr
         self.sparse = self.sparse or attr.sparse
         self.recorded = (attr.size, attr.mtime_ns)
@@ -126,6 +129,19 @@ class OpenFile:
             self.size = max(self.size, attr.size)
         else:
             self.size, self.mtime_ns = attr.size, attr.mtime_ns
+
+    def _follow(self, attr: Attr) -> None:
+        """The layout of a file that somebody has open does not change, unless the service has given
+        our session up: then what was written meanwhile may be in chunks that nobody looks at."""
+        if attr.layout is None or attr.layout == self._layout:
+            return
+        log.warning("inode %d has moved: this mount was not heard of for too long", self.inode)
+        if self._dirty or self._unflushed:
+            self.error = WriteUncertain(inode=self.inode)
+        self._layout = attr.layout
+        if self.backing == NO_DESCRIPTOR:  # else the kernel goes on with the chunk that it has
+            self._backend.chunks.descriptors.drop_inode(self.inode)
+            self._data = StripedFile(self._backend.chunks, self.inode, attr.layout)
 
     def distrust(self) -> None:
         """Somebody else changed it."""
@@ -441,6 +457,7 @@ class OpenFile:
         request.sparse = self.sparse
         epoch = self._backend.epoch
         attr: Attr = await self._backend.call(request)
+        self._follow(attr)
         follows = self.pages == self.recorded
         self.recorded = (attr.size, attr.mtime_ns)
         if follows:
@@ -481,6 +498,7 @@ class OpenFile:
             # The kernel may hold the chunk open for writing: whoever closes last seals it.
             self._unflushed = self._unflushed or self.backing != NO_DESCRIPTOR
         await self.push()
+        self._tell_error()
 
     async def sync(self) -> None:
         """Data on stable storage at the chunk servers; size and times are recorded."""
@@ -490,6 +508,7 @@ class OpenFile:
             self._passed.touch()
         await self._backend.in_thread(self._data.sync)
         await self.push()
+        self._tell_error()
 
     def _tell_error(self) -> None:
         error, self.error = self.error, None
