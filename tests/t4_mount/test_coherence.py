@@ -346,6 +346,7 @@ def test_what_is_used_again_and_again_can_move(two: Two) -> None:
 
     def moved() -> bool:
         assert path.read_bytes() == b"bytes"
+        time.sleep(0.25)  # a move needs a moment in which nobody has it open
         return not chunk.exists()
 
     with two.cluster.client() as client:
