@@ -8,13 +8,17 @@ from kvfs.fsck import Fsck
 from kvfs.fsck.sources import RemoteStore, RemoteTargets
 from kvfs_metadata.check.findings import Finding, Kind
 from kvfs_metadata.check.fsck import MetadataCheck
-from sim import replicas
+from sim import bounds, replicas
 from sim.history import check_key, check_register
+from sim.leftovers import orphans, promised
+from sim.plan import NEVER
 from sim.workloads import FILE_PAGES, KEYS, BlockWorker, FileWorker
 
 if TYPE_CHECKING:
     from sim.world import World
 
+GARBAGE_SECONDS = 60.0
+"""What three rounds may take, a question each for every chain or inode, beside the pauses."""
 ORPHANS = {Kind.CHUNK_ORPHAN, Kind.CHUNK_MISPLACED, Kind.FILE_TAIL}
 BLOCK_LOSSES = {Kind.BLOCK_LOST, Kind.BLOCK_DAMAGED}
 FILE_LOSSES = {Kind.FILE_HOLE, Kind.FILE_DAMAGED}
@@ -35,6 +39,8 @@ def after(world: World) -> None:
 
         world.wait(agreed, "the copies to agree", lambda: "\n".join(agree))
     _check_histories(world)
+    _check_leftovers(world)
+    _check_memory(world)
     found: list[Finding] = []
 
     def clean() -> bool:
@@ -42,6 +48,28 @@ def after(world: World) -> None:
         return not found
 
     world.wait(clean, "fsck to find nothing", lambda: "\n".join(map(str, found)))
+
+
+def _check_leftovers(world: World) -> None:
+    """What nobody needs any more goes: by itself, or as garbage."""
+    world.wait(lambda: not promised(world), "what is promised", lambda: "\n".join(promised(world)))
+    if world.plan.garbage_seconds != NEVER:  # else fsck looks
+        # Each chunk has to be found twice, and the first round may be nearly over.
+        rounds = 3 * world.plan.garbage_seconds + GARBAGE_SECONDS
+        left: list[str] = []
+
+        def gone() -> bool:
+            left[:] = orphans(world)
+            return not left
+
+        world.wait(gone, "orphans to go", lambda: "\n".join(left), seconds=rounds)
+
+
+def _check_memory(world: World) -> None:
+    found = bounds.exceeded(world)
+    if found:
+        raise AssertionError("\n".join(found))
+    world.wait(lambda: not bounds.kept(world), "quiet", lambda: "\n".join(bounds.kept(world)))
 
 
 def _chains(world: World) -> str:

@@ -85,6 +85,7 @@ class ChunkHost:
         knobs: Callable[[], DiskKnobs],
         capacity_bytes: int,
         sync_rate: int,
+        garbage_seconds: float,
     ) -> None:
         self.site = site
         self.name = name
@@ -92,6 +93,7 @@ class ChunkHost:
         self.clock = HostClock(site.hub)
         self.durability = durability
         self.sync_rate = sync_rate
+        self.garbage_seconds = garbage_seconds
         self.disks = {
             f"/{name}/{number}": SimDisk(
                 random.Random(site.hub.rng.getrandbits(64)), knobs(), capacity_bytes
@@ -140,6 +142,7 @@ class ChunkHost:
             tcp=Address.tcp(self.host.ip, CHUNK_PORT),
             durability=self.durability,
             sync_bytes_per_second=self.sync_rate,
+            garbage_seconds=self.garbage_seconds,
         )
 
         def begin() -> ChunkServer:

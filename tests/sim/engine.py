@@ -43,6 +43,8 @@ class SimStore:
         self.holder: SimEngine | None = None
         self.log: list[tuple[SimEngine, Writes]] = []
         self._durable: dict[bytes, bytes] = {}
+        self.watch: Callable[[KVRead, Writes], None] = lambda before, writes: None
+        """Called before each commit with what it changes."""
 
     def sync(self) -> None:
         self._durable = dict(self.state.values)
@@ -116,6 +118,7 @@ class SimEngine(KVEngine):
             # These wait for a disk or a database, in a thread of their own.
             store.hub.sleep(SYNC_SECONDS * store.hub.rng.random())
             self._require_alive()
+        store.watch(store.state, group.writes)
         store.state.apply(group.writes)
         if store.shared and group.writes:
             store.log.append((self, group.writes))

@@ -99,18 +99,21 @@ class SimThread:
         """Grows with each resumption: what was planned for an earlier wait is stale."""
         self._target = target
         self._args = tuple(args)
-        self._greenlet: greenlet.greenlet | None = None
-        self._done = False
+        self.greenlet: greenlet.greenlet
+        """Once it is started."""
+        self.started = False
+        self.is_done = False
         self._joiners: list[SimThread] = []
 
     def start(self) -> None:
         if self.hub.is_dead:
             raise Killed
-        if self._greenlet is not None:
+        if self.started:
             raise RuntimeError("threads can only be started once")
         if not self.process.alive:
             raise Killed
-        self._greenlet = greenlet.greenlet(self._run, parent=self.hub.greenlet)
+        self.greenlet = greenlet.greenlet(self._run, parent=self.hub.greenlet)
+        self.started = True
         self.process.threads[self] = None
         self.hub.plan(self)
 
@@ -122,24 +125,20 @@ class SimThread:
         except BaseException as exc:
             self.hub.fail(f"thread {self.name} of {self.process.name} died", exc)
         finally:
-            self._done = True
+            self.is_done = True
             self.process.threads.pop(self, None)
             for joiner in self._joiners:
                 self.hub.wake(joiner)
 
     def is_alive(self) -> bool:
-        return self._greenlet is not None and not self._done
-
-    @property
-    def started(self) -> bool:
-        return self._greenlet is not None
+        return self.started and not self.is_done
 
     def join(self, timeout: float | None = None) -> None:
-        if self._greenlet is None:
+        if not self.started:
             raise RuntimeError("cannot join a thread before it is started")
         me = self.hub.require_alive()
         deadline = None if timeout is None else self.hub.now + timeout
-        while not self._done:
+        while not self.is_done:
             left = None if deadline is None else deadline - self.hub.now
             if left is not None and left <= 0:
                 return
@@ -149,21 +148,16 @@ class SimThread:
             finally:
                 self._joiners.remove(me)
 
-    def resume(self, value: bool) -> None:
-        assert self._greenlet is not None
-        self.serial += 1
-        self._greenlet.switch(value)
-
     def unwind(self) -> None:
         """In the hub: the thread's process is dead."""
         self.serial += 1
-        if self._greenlet is not None and not self._done:
-            self._greenlet.throw(Killed)
-            if not self._done:
+        if self.is_alive():
+            self.greenlet.throw(Killed)
+            if not self.is_done:
                 raise SimulationFailed(f"thread {self.name} outlived its process")
 
     def stack(self) -> str:
-        frame = None if self._greenlet is None else self._greenlet.gr_frame
+        frame = self.greenlet.gr_frame if self.started else None
         lines = traceback.format_stack(frame) if frame is not None else ["  at work\n"]
         return f"{self.name} of {self.process.name}:\n{''.join(lines[-12:])}"
 
@@ -329,15 +323,17 @@ class Hub:
         """Until ``thread`` has ended. Raises SimulationFailed, also if that takes virtual time
         longer than ``until``."""
         moment_steps = 0
-        while thread.is_alive():
-            if not self._heap:
+        heap, pop = self._heap, heapq.heappop
+        while not thread.is_done:
+            if not heap:
                 raise SimulationFailed(f"deadlock\n{self.stacks()}")
-            moment, _, sequence, what, serial, woken = heapq.heappop(self._heap)
+            moment, _, sequence, what, serial, woken = pop(heap)
             if moment > self.now:
                 self.now, moment_steps = moment, 0
             moment_steps += 1
-            if isinstance(what, SimThread):
-                self._turn(what, serial, woken)
+            if type(what) is SimThread:
+                if serial == what.serial:
+                    self._turn(what, woken)
             else:
                 self.steps += 1
                 self._turns = hash((self._turns, sequence)) & HASH_BITS
@@ -349,9 +345,7 @@ class Hub:
             if moment_steps > STEPS_AT_ONE_MOMENT_MAX:
                 raise SimulationFailed(f"time stands still\n{self.stacks()}")
 
-    def _turn(self, thread: SimThread, serial: int, woken: bool) -> None:
-        if serial != thread.serial:
-            return
+    def _turn(self, thread: SimThread, woken: bool) -> None:
         paused = thread.process.paused_until
         if paused > self.now:
             self.plan(thread, paused - self.now, woken)
@@ -359,7 +353,8 @@ class Hub:
         self.steps += 1
         self._turns = hash((self._turns, thread.number, self.now)) & HASH_BITS
         self.current = thread
-        thread.resume(woken)
+        thread.serial += 1
+        thread.greenlet.switch(woken)
         self.current = None
 
     def close(self) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvfs_base.errors import KvfsError
-from kvfs_base.limits import TARGET_LEASE_SECONDS
+from kvfs_base.limits import SUSPECT_SECONDS, TARGET_LEASE_SECONDS
 from kvfs_metadata.cluster.admin_messages import SetDraining
 from sim.cluster import ChunkHost, MetadataHost
 from sim.disk import Node
+from sim.keeper import Keeper
 
 if TYPE_CHECKING:
     from sim.world import World
@@ -34,6 +35,9 @@ FAULTS = (
     "full disk",
     "rot",
     "drain",
+    "behead",
+    "take out",
+    "wipe",
 )
 
 
@@ -64,6 +68,9 @@ class Nemesis:
             "full disk": self._full_disk,
             "rot": self._rot,
             "drain": self._drain,
+            "behead": self._behead,
+            "take out": lambda: world.keeper.begin(Keeper.drain),
+            "wipe": lambda: world.keeper.begin(Keeper.wipe),
         }
         assert set(self._actions) == set(FAULTS)
 
@@ -115,6 +122,7 @@ class Nemesis:
 
     def _pause(self) -> None:
         running = [h.process for h in self.world.chunk_hosts if h.process is not None]
+        running += [client.process for client in self.world.clients]
         process = self.rng.choice([*running, self.world.trio.process])
         self.hub.pause(process, self._some_time())
 
@@ -158,6 +166,20 @@ class Nemesis:
                 self.world.network.heal_path(*path)
 
         self.hub.call_later(seconds_min + self._some_time(), heal)
+
+    def _behead(self) -> None:
+        """A server cannot reach the others, clients can reach it, and then it dies: what it has
+        pending nobody else has heard of."""
+        victim = self.rng.choice(self.world.chunk_hosts)
+        others = [host.name for host in self.world.chunk_hosts if host is not victim]
+        self._cut_paths([(victim.name, o) for o in others] + [(o, victim.name) for o in others])
+
+        def strike() -> None:
+            if victim.is_running:
+                victim.kill()
+                self._later(self._some_time(), lambda: self.world.start_chunks(victim))
+
+        self._later(2 * SUSPECT_SECONDS * self.rng.random(), strike)
 
     def _clog(self) -> None:
         for name in self.rng.sample(self._names(), 2):

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from kvfs_base.errors import ConnectionLost, DeadlineExceeded
+from kvfs_base.limits import PAGE_BYTES
 from kvfs_base.seams import Buffer, Connection, DiskFile, Listener
 from kvfs_base.types import Address
 from sim.hub import Hub, Process
@@ -22,6 +23,7 @@ RETRANSMIT_SECONDS = 3.0
 """After a path has healed the first bytes come within this time."""
 
 DATA, END, RESET = "data", "end", "reset"
+STOP_SECONDS = 4.0
 Wake = Callable[[], None]
 
 
@@ -41,6 +43,8 @@ class NetworkKnobs:
     """A segment that takes up to a second longer."""
     split_chance: float = 0.05
     """A segment that arrives in two parts."""
+    stop_chance: float = 0.0
+    """A message with data that stops halfway, for up to STOP_SECONDS."""
     window_bytes: int = 128 << 10
     flip_chance: float = 0.0
     """A large segment of which one bit is wrong, and TCP's checksum did not see it."""
@@ -358,7 +362,17 @@ class SimConnection:
     ) -> None:
         assert not descriptors, "no descriptor passes to another host"
         self._hub.checkpoint()
-        left = self._end.network.damaged(b"".join(parts))
+        network = self._end.network
+        left = network.damaged(b"".join(parts))
+        if len(left) > PAGE_BYTES and network.chance(network.knobs.stop_chance):
+            before = self._hub.rng.randrange(1, len(left))
+            self._push(left[:before])
+            left = left[before:]
+            self._hub.counts["stopped halfway"] += 1
+            self._hub.sleep(STOP_SECONDS * self._hub.rng.random())
+        self._push(left)
+
+    def _push(self, left: bytes) -> None:
         while left:
             self._require_open()
             room = self._end.room

@@ -1,4 +1,5 @@
-"""Looks at the cluster map all the time: versions only grow, and a version means one thing."""
+"""Looks at chains all the time. In the map that clients are given versions only grow, and a version
+means one thing. In the store no member leaves a chain that is not whole without it."""
 
 from __future__ import annotations
 
@@ -7,6 +8,10 @@ from typing import TYPE_CHECKING
 
 from kvfs_base.cluster import Chain
 from kvfs_base.errors import KvfsError
+from kvfs_metadata import records
+from kvfs_metadata.engines.engine import KVRead, Writes
+from kvfs_metadata.records import ChainRecord
+from sim import bounds, replicas
 from sim.cluster import ClientHost
 from sim.hub import SimulationFailed
 
@@ -31,9 +36,24 @@ class Observer:
     def _run(self) -> None:
         while not self._world.enough:
             self._world.hub.sleep(LOOK_SECONDS)
+            found = bounds.exceeded(self._world) + replicas.missing_blocks(self._world)
+            if found:
+                raise SimulationFailed("\n".join(found))
             with contextlib.suppress(KvfsError):
                 for chain in self.host.map().chains:
                     self._look(chain)
+
+    def watch(self, before: KVRead, writes: Writes) -> None:
+        """What is about to be recorded."""
+        for key, value in writes.items():
+            old = before.get(key) if key.startswith(records.CHAIN) else None
+            if old is not None and value is not None:
+                self._compare(records.decode_chain(old), records.decode_chain(value))
+
+    def _compare(self, old: ChainRecord, new: ChainRecord) -> None:
+        left = {*old.targets, *old.syncing} - {*new.everybody, *self._world.keeper.lost}
+        if left and len(new.targets) < new.copies:
+            self._world.hub.fail(f"targets {left} left a chain early: it was {old}, is {new}")
 
     def _look(self, chain: Chain) -> None:
         before = self._chains.get(chain.chain_id, chain)

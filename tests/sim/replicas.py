@@ -9,6 +9,8 @@ from kvfs_base.cluster import Chain
 from kvfs_base.types import ChunkId
 from kvfs_datapath.format import ATTRIBUTE, chunk_of, root_of, unpack
 from kvfs_metadata import records
+from kvfs_metadata.engines.engine import scan
+from sim import leftovers
 from sim.disk import Node
 
 if TYPE_CHECKING:
@@ -25,6 +27,32 @@ def differences(world: World) -> list[str]:
     for chain in chains:
         if chain.is_replicated:
             found += _of_chain(world, chain)
+    return found
+
+
+def missing_blocks(world: World) -> list[str]:
+    """Committed blocks that a serving member does not have, at any moment: a reader who misses one
+    has it repaired, so later is too late. One line each. Empty where a disk may lose some."""
+    if world.plan.copies == 1 or "rot" in world.plan.faults or world.metadata_went_back:
+        return []
+    state = world.store.state
+    held = {
+        leftovers.uuid_on(disk): set(leftovers.chunks_on(disk))
+        for host in world.chunk_hosts
+        for disk in host.disks.values()
+    }
+    uuids = {record.target_id: uuid for uuid, record in leftovers.targets(state).items()}
+    chains = dict(leftovers.chains_of(state))
+    found: list[str] = []
+    for key, value in scan(state, records.BLOCK):
+        block = records.unpack_block(value)
+        chunk = ChunkId(records.number_at(key), 0, block.chain)
+        chain = chains[block.chain]
+        found += [
+            f"chain {block.chain} {chain}: target {target_id} lacks block {chunk.inode}"
+            for target_id in chain.targets
+            if target_id not in world.keeper.lost and chunk not in held[uuids[target_id]]
+        ]
     return found
 
 

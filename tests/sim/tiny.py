@@ -19,8 +19,11 @@ ALWAYS: dict[str, object] = {
     # Files of a few pages are striped, and what dead writers prepared goes within a run.
     "FILE_CHUNK_BYTES": 2 * PAGE_BYTES,
     "CHAIN_CHUNK_BYTES": 2 * PAGE_BYTES,
-    "PREPARE_SECONDS_MAX": 40.0,
+    "PREPARE_SECONDS_MAX": 20.0,
     "SESSION_GRACE_SECONDS": 12.0,
+    # Chains are few and busy: each costs removals, comparisons and rounds of the collector.
+    "STRIPE_MAX": 4,
+    "CHAINS_PER_TARGET": 4,
 }
 SOMETIMES: dict[str, tuple[object, ...]] = {
     "SERVER_BUFFERS": (1, 2),
@@ -36,11 +39,32 @@ SOMETIMES: dict[str, tuple[object, ...]] = {
     "CLIENT_THREADS_PER_TARGET": (1, 2),
     "ITEMS_PER_REQUEST_MAX": (1, 2),
     "CLIENT_IDLE_CONNECTIONS": (1,),
-    "REMOVALS_PER_HEARTBEAT": (1, 2),
+    "REMOVALS_PER_HEARTBEAT": (10, 40),
     "ONCE_SLOTS": (2,),
     "WRITE_GROUP_REQUESTS": (1, 2),
     "SYNC_PAGE_CHUNKS": (1, 2),
     "UNWANTED_INODES_MAX": (1, 2),
+    "UNWANTED_REMEMBERED_MAX": (2, 8),
+    "UPDATES_REMEMBERED_MAX": (2, 8),
+    "SYNC_CAME_MAX": (1, 2),
+    "SYNC_THREADS": (1,),
+    "SYNC_BUFFERS": (1,),
+    "PASS_BUFFERS": (1,),
+    "PASS_CONNECTIONS": (1,),
+    "SUSPECTS_MAX": (1,),
+    "SYNCED_MAX": (1, 2),
+    "STAGED_CHUNKS_MAX": (1, 2),
+    "PUBLISH_TOGETHER_MAX": (1, 2),
+    "PREPARED_BATCHES_MAX": (2, 4),
+    "DRAIN_PAGE_RECORDS": (1, 3),
+    "COLLECT_BATCH": (1,),
+    "REPAIRS_QUEUED_MAX": (1,),
+    "REPAIRS_REMEMBERED_MAX": (1,),
+    "HEDGES_AT_ONCE": (1,),
+    "LATENCIES_KEPT": (8,),
+    "VERSIONS_KEPT_MAX": (1, 2),
+    "STAT_AHEAD_CHUNKS": (1, 2),
+    "REMOVED_TARGETS_MAX": (1,),
 }
 CHANCE = 0.25
 DIRECTORIES = 4

@@ -133,7 +133,12 @@ class TrioHost(trio.abc.Instrument):
             self.hub.wake(self._thread)
 
     def start_soon(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
-        self.nursery.start_soon(function, *args)
+        self.start_soon_in(self.nursery, function, *args)
+
+    def start_soon_in(
+        self, nursery: trio.Nursery, function: Callable[..., Awaitable[Any]], *args: Any
+    ) -> None:
+        nursery.start_soon(function, *args)
         self._wake()
 
     def cancel(self, scope: trio.CancelScope) -> None:

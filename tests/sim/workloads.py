@@ -36,6 +36,9 @@ LAYOUT = KVLayout(block_tokens=16)
 KEYS = 10
 FILE_PAGES = 6
 FILES = 2
+DAWDLE_CHANCE = 0.1
+DAWDLE_SECONDS = 8.0
+"""Some writers take their time between storing and committing: collectors come, members go."""
 FILE_BYTES = FILE_PAGES * PAGE_BYTES
 
 
@@ -142,6 +145,8 @@ class BlockWorker(Worker):
             )
         try:
             if self._write_chunks(writes):
+                if self.rng.random() < DAWDLE_CHANCE:
+                    self.world.hub.sleep(self.rng.expovariate(1 / DAWDLE_SECONDS))
                 self._commit(batch_id, blocks, writes)
             else:
                 self.metadata.call(m.AbortBlocks(batch_id))

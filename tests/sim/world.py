@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import random
 from collections.abc import Callable
 
 from kvfs_base import threads
@@ -20,15 +19,18 @@ from kvfs_base.limits import MIB
 from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
 from kvfs_metadata.cluster.admin_messages import SetDraining
-from sim import checks, tiny
+from sim import checks, rare, tiny
 from sim.cluster import ChunkHost, ClientHost, MetadataHost, Site
 from sim.disk import DiskKnobs
 from sim.engine import SimStore
 from sim.history import History
-from sim.hub import Hub, ProcessDied, SimThread, SimulationFailed
+from sim.holding import HoldWorker
+from sim.hub import Hub, Process, ProcessDied, SimThread, SimulationFailed
+from sim.keeper import Keeper
 from sim.nemesis import Nemesis
-from sim.network import NetworkKnobs, SimNetwork
+from sim.network import SimNetwork
 from sim.observer import Observer
+from sim.plan import DRAINS, make_plan
 from sim.sim_threads import SimThreads
 from sim.trio_host import TrioHost
 from sim.workloads import (
@@ -45,142 +47,6 @@ from sim.workloads import (
 
 LIVENESS_SECONDS = 120.0
 RUN_SECONDS_MAX = 1000.0
-
-HARMLESS = ("kill metadata", "kill client", "pause", "clock")
-NETWORK = ("partition", "one way", "isolate", "estrange", "clog", "break")
-
-
-@dataclasses.dataclass
-class Plan:
-    """What a seed makes of the world."""
-
-    kind: str
-    metadata_servers: int
-    chunk_servers: int
-    targets: int
-    clients: int
-    durability: str
-    copies: int
-    faults: tuple[str, ...]
-    lossy: bool
-    """Acknowledged blocks may be lost, as misses: never their bytes mixed up."""
-    evicts: bool
-    """Blocks may vanish: a full disk makes the cache evict."""
-    files: bool
-    """Files are compared with linearizable registers."""
-    files_lossy: bool
-    """What was written to a file may be lost: nobody had synced it."""
-    late_writes: bool
-    """A write may arrive after its removal, and stays on the disk."""
-    seconds: float
-    fault_seconds: float
-    outage_seconds: float
-    pause_seconds: float
-    late_seconds: float
-    sync_rate: int
-    """Bytes a second that bring members in step; 0 is no bound."""
-    network: NetworkKnobs
-    disk: DiskKnobs
-
-    @property
-    def ruins(self) -> bool:
-        """All copies of a chunk may rot: whoever finds that writes it anew."""
-        return self.kind == "chains and ruin"
-
-    @property
-    def may_be_damaged(self) -> bool:
-        """For a while nobody may have a good copy: the others are away. In the end somebody has."""
-        return self.files_lossy or "rot" in self.faults
-
-
-SINGLE_COPY = ("restarts", "network", "power", "anything")
-CHAINS = (
-    "chains",
-    "leases",
-    "chains and power",
-    "chains and disks",
-    "chains and rot",
-    "chains and ruin",
-    "chains and memory",
-)
-KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS)
-DRAINS = "drains"
-"""Only when it is asked for: seeds stay what they are."""
-FLIPPING = ("chains", "chains and rot", "chains and ruin")
-"""Where bytes change on their way, for whole chunks and for pieces of files."""
-
-
-def make_plan(rng: random.Random, kind: str = "") -> Plan:
-    kind = kind or rng.choice(KINDS)
-    durability = rng.choice(("cache", "strict"))
-    copies = rng.choice((2, 2, 3)) if kind in CHAINS else 1
-    lossy, files, lying = False, True, False
-    faults: tuple[str, ...] = (*HARMLESS, "kill chunks")
-    if kind == "network":
-        faults, files = (*faults, *NETWORK), False
-    elif kind == "power":
-        durability, files = "strict", False
-        faults = (*HARMLESS, *NETWORK, "power chunks", "power metadata", "full disk")
-    elif kind == "anything":
-        lossy, files, lying = True, False, True
-        faults = (*HARMLESS, *NETWORK, "power all", "power metadata", "dead disk", "rot")
-    elif kind == DRAINS:  # writes in place are not to come late
-        files = rng.random() < 0.5
-        more = () if files else (*NETWORK, "pause")
-        harmless = tuple(fault for fault in HARMLESS if fault != "pause")
-        faults = ("drain", "drain", "drain", *harmless, *more, "kill chunks")
-    elif kind == "chains":
-        faults = (*faults, *NETWORK)
-    elif kind == "leases":
-        faults = ("estrange", "estrange", "pause", "kill chunks", "partition")
-    elif kind == "chains and memory":  # what the metadata service decided may be forgotten
-        durability, lossy = "cache", True
-        faults = ("power metadata", "estrange", "estrange", "kill chunks", "partition", "break")
-    elif kind == "chains and power":
-        durability = "strict"
-        faults = (*faults, *NETWORK, "power chunks", "power metadata", "power all")
-    elif kind == "chains and disks":
-        faults = (*faults, *NETWORK, "dead disk", "full disk")
-    elif kind == "chains and rot":  # and nobody else away: of two copies one may rot
-        faults = ("rot", "rot", "kill client", "clock", "break", "kill metadata")
-    elif kind == "chains and ruin":  # of some chunks no good copy is left
-        lossy = True
-        faults = ("rot", "rot", "kill chunks", "kill client", "break", "isolate")
-    chosen = tuple(f for f in faults if f == "drain" or rng.random() < 0.7) or faults[:1]
-    return Plan(
-        kind=kind,
-        metadata_servers=rng.choice((1, 1, 2)),
-        chunk_servers=rng.randint(max(2, copies), 4 if copies > 1 else 3),
-        targets=1 if copies > 1 and rng.random() < 0.7 else rng.randint(1, 2),
-        clients=rng.randint(2, 3),
-        durability=durability,
-        copies=copies,
-        faults=chosen,
-        lossy=lossy,
-        evicts=lossy or "full disk" in chosen,
-        files=files,
-        files_lossy=copies == 1 and (lossy or "power chunks" in chosen),
-        late_writes=not set(chosen) <= {"kill metadata", "clock", "kill chunks"},
-        seconds=rng.uniform(10.0, 25.0),
-        fault_seconds=rng.choice((0.7, 2.0, 4.0)) + 2.0 * (kind == DRAINS),
-        outage_seconds=rng.choice((0.5, 2.0, 6.0)),
-        pause_seconds=0.05 if kind == "leases" else rng.choice((0.05, 0.15, 0.4)),
-        late_seconds=rng.choice((0.0, 1.0, 10.0)),
-        sync_rate=20_000 if kind == "leases" else rng.choice((0, 0, 20_000)),
-        network=NetworkKnobs(
-            latency=rng.choice((0.0001, 0.001, 0.01)),
-            slow_chance=0.0 if files and copies == 1 else rng.choice((0.0, 0.001, 0.02)),
-            split_chance=rng.choice((0.0, 0.05, 0.3)),
-            window_bytes=rng.choice((8 << 10, 128 << 10)),
-            flip_chance=rng.choice((0.0, 0.05)) if lying or kind in FLIPPING else 0.0,
-        ),
-        disk=DiskKnobs(
-            latency=rng.choice((0.0001, 0.001, 0.01)),
-            stall_chance=rng.choice((0.0, 0.0005, 0.005)),
-            lost_write_chance=rng.choice((0.0, 0.01)) if lying else 0.0,
-            misdirected_chance=rng.choice((0.0, 0.01)) if lying else 0.0,
-        ),
-    )
 
 
 class _Log(logging.Handler):
@@ -244,11 +110,14 @@ class World:
                 lambda: dataclasses.replace(plan.disk),
                 64 * MIB,
                 plan.sync_rate,
+                plan.garbage_seconds,
             )
             for n in range(plan.chunk_servers)
         ]
         self.clients = [ClientHost(self.site, f"client{n}") for n in range(plan.clients)]
         self.observer = Observer(self)
+        self.keeper = Keeper(self)
+        self.store.watch = self.observer.watch
         for metadata_host in self.metadata_hosts:
             metadata_host.start()
         for chunk_host in self.chunk_hosts:
@@ -277,10 +146,11 @@ class World:
         return len(serving) == wanted
 
     def all_whole(self, client: ClientHost) -> bool:
-        """Every target serves, and every chain has all of its members in step."""
+        """Every target serves, and every chain has all of its members in step. One more than it
+        needs may stay, of a drain that was given up."""
         found = client.map()
         return self._all_serving(client) and all(
-            len(chain.targets) == chain.copies and not chain.syncing and not chain.offline
+            len(chain.targets) >= chain.copies and not chain.syncing and not chain.offline
             for chain in found.chains
         )
 
@@ -289,12 +159,15 @@ class World:
         condition: Callable[[], bool],
         what: str,
         explain: Callable[[], str] = str,
+        process: Process | None = None,
+        seconds: float = LIVENESS_SECONDS,
     ) -> None:
-        """Raises SimulationFailed if it does not become true in time."""
-        end = self.hub.now + LIVENESS_SECONDS
+        """Until it is so, asked in a process that is a client's. Raises SimulationFailed if that is
+        not in time."""
+        end = self.hub.now + seconds
         while True:
             with contextlib.suppress(KvfsError):
-                if self.clients[0].process.run(condition):
+                if (process or self.clients[0].process).run(condition):
                     return
             if self.hub.now > end:
                 raise SimulationFailed(f"waited in vain for {what}\n{explain()}")
@@ -320,6 +193,8 @@ class World:
         elif self.plan.kind == DRAINS:
             # Their clients may be silent for longer than a session lasts.
             kinds.remove(ChurnWorker)
+        if client is self.clients[0] and self.plan.kind != DRAINS:
+            kinds.append(HoldWorker)
         if self.plan.copies > 1 and client is self.clients[-1]:
             kinds = [ReadWorker, ReadWorker]
 
@@ -337,6 +212,7 @@ class World:
         for client in self.clients:
             self._set_to_work(client)
         self.observer.start()
+        self.keeper.start()
         self.nemesis = Nemesis(self)
         nemesis = self.process.start(self.nemesis.run, name="nemesis")
         self.hub.sleep(self.plan.seconds)
@@ -351,7 +227,7 @@ class World:
         self.hub.trace("heal")
         self.network.heal()
         knobs = self.network.knobs
-        knobs.flip_chance = knobs.slow_chance = 0.0
+        knobs.flip_chance = knobs.slow_chance = knobs.stop_chance = 0.0
         for metadata_host in self.metadata_hosts:
             if not metadata_host.is_running:
                 metadata_host.start()
@@ -371,6 +247,7 @@ class World:
             host.process.paused_until = 0.0
         if "drain" in self.plan.faults:
             self.wait(self._end_drains, "the drains to end")
+        self.keeper.tidy()
         for thread in self.working:
             thread.join(LIVENESS_SECONDS)
             if thread.is_alive():
@@ -396,6 +273,7 @@ class World:
                 threads.installed(SimThreads(self.hub)),
                 self.trio.installed(),
                 tiny.limits(self.hub.rng, short_sessions=self.plan.kind == DRAINS),
+                rare.forced(self.hub),
             ):
                 try:
                     main = self.process.start(self._main, name="main")
