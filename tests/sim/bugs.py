@@ -18,7 +18,6 @@ from kvfs_datapath.chains import replication, views
 from kvfs_datapath.chains import requests as chain_session
 from kvfs_datapath.chains.peers import Unreached
 from kvfs_datapath.chains.replication import Replicator
-from kvfs_datapath.chains.sync_sink import SyncSinks
 from kvfs_datapath.chains.views import Views
 from kvfs_datapath.chunks import numbers, versions
 from kvfs_datapath.chunks.numbers import UpdateNumbers
@@ -221,22 +220,6 @@ def _move_what_is_open() -> Any:
     return stack
 
 
-def _keep_pending() -> Any:
-    """A member that comes back keeps what it had pending before it went."""
-
-    def kept(self: SyncSinks, store: Any, place: Any) -> None:
-        with self._lock:
-            self._listings.pop((place.target_id, place.chain.chain_id), None)
-            self._get(place).begun = True
-
-    return mock.patch.object(SyncSinks, "begin", kept)
-
-
-def _commit_under_any_version() -> Any:
-    """Blocks are committed though a member that came meanwhile does not have them."""
-    return mock.patch.object(Blocks, "_require_versions", lambda self, record, request: None)
-
-
 def _leave_before_the_copies() -> Any:
     """A target that is drained leaves chains that are not whole without it."""
     return mock.patch.object(Membership, "_is_whole_without", lambda self, chain, target_id: True)
@@ -299,8 +282,6 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "synced at once": (_synced_at_once, "chains"),
     "move what is open": (_move_what_is_open, "drains"),
     "serve what is lost": (_serve_what_is_lost, "chains and ruin"),
-    "keep pending at a rejoin": (_keep_pending, "chains"),
-    "commit under any version": (_commit_under_any_version, "chains"),
     "collect what is written": (_collect_what_is_written, "chains"),
     "collect what is open": (_collect_what_is_open, "network"),
     "leave before the copies": (_leave_before_the_copies, "chains and changes"),

@@ -21,7 +21,7 @@ Pool = concurrent.futures.Executor
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = 200
 SEEDS_AT_ONCE = 50
-SEEDS_FOR_A_BUG = 100
+SEEDS_FOR_A_BUG = 200
 DRAIN_SEEDS = int(os.environ.get("KVFS_DRAIN_SEEDS", "6"))
 SEEDS_FOR_NO_HARM = 5
 
