@@ -8,12 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, KvfsError
+from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, ConnectionLost, KvfsError
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ATTRIBUTE, VERSION_UNKNOWN, path_of
-from t2_services.chain_cluster import CHAIN, ChainCluster, chains, payload, rot, wait_for_sync
+from t2_services.chain_cluster import (
+    CHAIN,
+    ChainCluster,
+    Cut,
+    chains,
+    payload,
+    rot,
+    wait_for_sync,
+)
+from t2_services.chunk_cluster import wait_until
 
 CHUNK = ChunkId(7, 0, CHAIN)
 
@@ -217,3 +226,30 @@ def test_what_comes_late_does_not_bring_old_bytes_back(cluster: ChainCluster) ->
         error = cluster.call(2, whole, [data]).error(0)
         assert (error is None) == (version == 2)
     assert cluster.read(2) == b"newer bytes"
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "after a lost answer"])
+def test_an_append_to_what_nobody_has_does_not_stay_pending(
+    cluster: ChainCluster, again: bool
+) -> None:
+    """The next member wants the whole chunk, which is spoilt here: so it is nowhere."""
+    cluster.set_chain([1, 2])
+    cluster.write(1, b"base", sequence=1)
+    if again:
+        cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
+        cut.off(cluster.servers[2])
+        with pytest.raises(ConnectionLost):
+            cluster.write(1, b" and more", offset=4, sequence=2)
+        assert cluster.pending(1) is not None
+    rot(cluster, 1, CHUNK)
+    if again:
+        rot(cluster, 2, CHUNK)
+        cut.on(cluster.servers[2])
+        wait_until(lambda: cluster.pending(1) is None)
+    else:
+        lose_attribute(cluster, 2, CHUNK)
+        with pytest.raises(ChunkCorrupt):
+            cluster.write(1, b" and more", offset=4, sequence=2)
+        assert cluster.pending(1) is None
+    cluster.write(1, b"now whole again", sequence=3)
+    assert [cluster.read(n) for n in (1, 2)] == [b"now whole again"] * 2

@@ -62,6 +62,14 @@ class Unresolved(Exception):
         return ErrorBody(error.wire_code, error.wire_data())
 
 
+class _Spoilt(Exception):
+    """What is pending here has other bytes than it should, so nobody can get it from here."""
+
+    def __init__(self, error: ChunkCorrupt) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class InStep(Protocol):
     """Which chunks of a syncing member are as the others have them (``sync_sink``)."""
 
@@ -254,8 +262,13 @@ class Replicator:
         if pending is None:
             self._forget(store, chunk)
         else:
-            with contextlib.suppress(DiskFull):  # then it is nowhere, and will not be
+            try:
                 self._carry(store, place, pending, None, clean=False)
+            except DiskFull:
+                pass  # then it is nowhere, and will not be
+            except ChunkCorrupt:  # nor is it then
+                if store.versions.pending(chunk) is not None:
+                    raise
 
     def _carry(
         self, store: ChunkStore, place: Place, info: ChunkInfo, load: Load | None, *, clean: bool
@@ -267,13 +280,9 @@ class Replicator:
             if place.hops:
                 self._pass(store, place, info, load)
         except DiskFull as exc:
-            if not clean and self._is_done_behind(store, place, info):
-                pass  # an attempt that was not answered was carried out
-            elif self._drop(store, chunk):
-                self._forget(store, chunk)
-                raise
-            else:
-                raise self._remember(store, chunk, exc) from exc
+            self._give_up(store, place, info, exc, clean=clean)
+        except _Spoilt as exc:
+            self._give_up(store, place, info, exc.error, clean=clean)
         except rules.NOWHERE as exc:
             if clean and self._drop(store, chunk):
                 raise
@@ -297,10 +306,23 @@ class Replicator:
         self._counters.add(updates=1)
         return committed
 
+    def _give_up(
+        self, store: ChunkStore, place: Place, info: ChunkInfo, error: KvfsError, *, clean: bool
+    ) -> None:
+        """The next member does not have a pending version, and cannot get it. Raises ``error`` once
+        it is nowhere, and Unresolved; returns if an attempt that was not answered was carried
+        out."""
+        if not clean and self._is_done_behind(store, place, info):
+            return
+        if not self._drop(store, info.chunk):
+            raise self._remember(store, info.chunk, error) from error
+        self._forget(store, info.chunk)
+        raise error
+
     def _is_done_behind(self, store: ChunkStore, place: Place, info: ChunkInfo) -> bool:
-        """What became of a pending version for which the next member has no room now, though an
-        earlier attempt may have found some. False: nobody behind has it, or takes it from such an
-        attempt any more. Raises Unresolved."""
+        """What became of a pending version for which the next member has no room now, or that
+        cannot be passed on any more, though an earlier attempt may have succeeded. False: nobody
+        behind has it, or takes it from such an attempt any more. Raises Unresolved."""
         following, *rest = place.hops
         request = m.DropUpdate(following, place.passing(tuple(rest)), info)
         try:
@@ -379,7 +401,7 @@ class Replicator:
 
     @contextlib.contextmanager
     def _whole(self, store: ChunkStore, info: ChunkInfo) -> Iterator[Load]:
-        """The pending version of a chunk. Raises ChunkCorrupt."""
+        """The pending version of a chunk. Raises _Spoilt."""
         file, found = store.versions.open_pending(info.chunk)
         try:
             with self._buffers.lend(STALL_SECONDS) as buffer:
@@ -387,8 +409,10 @@ class Replicator:
                 count = file.preadv([data], 0)
                 checksum = crc32c(data[:count])
                 if count != info.length or checksum != info.crc32c:
-                    raise ChunkCorrupt(
-                        *info.chunk, expected_crc32c=info.crc32c, found_crc32c=checksum
+                    raise _Spoilt(
+                        ChunkCorrupt(
+                            *info.chunk, expected_crc32c=info.crc32c, found_crc32c=checksum
+                        )
                     )
                 yield whole_load(info, data)
         finally:
