@@ -286,22 +286,14 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "collect what is open": (_collect_what_is_open, "network"),
     "leave before the copies": (_leave_before_the_copies, "chains and changes"),
     "remember every update": (_remember_every_update, "chains"),
+    "publish before the bytes": (_publish_before_the_bytes, "chains and power"),
     "keep the incarnation": (_keep_the_incarnation, "chains and changes"),
 }
 """What is wrong, and the kind of world in which it shows."""
-
-COVERED: dict[str, tuple[Callable[[], Any], str]] = {
-    # A name says nothing: a chunk is looked for only once its block is committed, which is after
-    # the writer was told that all of it is there. If the server dies in between, the writer is told
-    # nothing, and what has the name is damaged (its attribute is missing): it counts as none when
-    # a member is brought in step, may be replaced, and is garbage when the batch expires.
-    "publish before the bytes": (_publish_before_the_bytes, "chains and power"),
-}
-"""Mistakes that other rules make harmless, and which ones."""
 
 
 @contextlib.contextmanager
 def planted(name: str) -> Iterator[None]:
     """Nothing for an empty name."""
-    with contextlib.nullcontext() if not name else (BUGS | COVERED)[name][0]():
+    with contextlib.nullcontext() if not name else BUGS[name][0]():
         yield
