@@ -320,6 +320,8 @@ class ChainRecord(msgspec.Struct, array_like=True, frozen=True):
     syncing: tuple[U32, ...] = ()
     offline: tuple[U32, ...] = ()
     """The one that would be missed least stands last."""
+    served: tuple[U32, ...] = ()
+    """Those of the others that served once, and so had everything: the last one to do so first."""
 
     @property
     def is_replicated(self) -> bool:

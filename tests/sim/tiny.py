@@ -44,7 +44,7 @@ SOMETIMES: dict[str, tuple[object, ...]] = {
     "WRITE_GROUP_REQUESTS": (1, 2),
     "SYNC_PAGE_CHUNKS": (1, 2),
     "UNWANTED_INODES_MAX": (1, 2),
-    "UNWANTED_REMEMBERED_MAX": (2, 8),
+    "UNWANTED_REMEMBERED_MAX": (8, 32),
     "UPDATES_REMEMBERED_MAX": (2, 8),
     "SYNC_CAME_MAX": (64, 128),
     "SYNC_THREADS": (1,),

@@ -59,6 +59,17 @@ def test_only_the_last_one_knows_who_is_in_step_and_only_now(
     assert members.synced(record, version, source, target_id) is record
 
 
+def test_the_heir_is_who_had_everything_last() -> None:
+    """Though it is being brought in step by now, and another one is away for longer."""
+    record = members.lost(chain((1, 2), (), (3,)), 2)
+    record = members.returned(record, 2)
+    assert (record.syncing, record.offline) == ((2,), (3,))
+    heir = members.removed(record, 1)
+    assert heir is not None and (heir.targets, heir.syncing, heir.offline) == ((2,), (), (3,))
+    back = members.synced(record, record.version, 1, 2)
+    assert back.targets == (1, 2) and back.served == ()
+
+
 def test_who_serves_when_the_only_one_is_removed_by_force() -> None:
     record = members.lost(members.lost(chain((1, 2, 3), copies=3), 1), 2)
     assert states(record) == ((3,), (), (2, 1))

@@ -93,7 +93,7 @@ class GarbageCollector:
         self._before = frozenset(itertools.islice(sorted(found), UNWANTED_REMEMBERED_MAX))
 
     def _look_through(self, store: ChunkStore, chain: int) -> Iterator[_Unwanted]:
-        """What is unwanted of a chain, for the first time or once more."""
+        """What is unwanted of a chain and was not so the last time, or could not be removed."""
         listing = ChunkListing(store, ChunkId(0, 0, chain))
         names = listing.names(ChunkId(0, 0, chain), None)
         inodes = (inode for inode, _ in itertools.groupby(names, key=lambda c: c.inode))
@@ -104,11 +104,12 @@ class GarbageCollector:
             came = store.incoming.watch()
             request = FindUnwanted(store.target_id, chain, tuple(page))
             for index in self._rpc.call(request, TARGET_LEASE_SECONDS):
-                if index < len(page):
-                    unwanted = (store.uuid, chain, page[index])
-                    if unwanted in self._before:
-                        self._remove(store, chain, page[index], version, came)
-                    yield unwanted
+                if index >= len(page):
+                    continue
+                inode = page[index]
+                known = (store.uuid, chain, inode) in self._before
+                if not (known and self._remove(store, chain, inode, version, came)):
+                    yield store.uuid, chain, inode
 
     def _version(self, chain_id: int) -> int:
         chain = self._views.chain(chain_id)
@@ -121,13 +122,13 @@ class GarbageCollector:
         inode: int,
         version: int,
         came: Collection[int] = (),
-    ) -> None:
+    ) -> bool:
         """Unless the target may have come (back) into the chain since the question was asked: then
         it has what others sent it, or were told that it has. What has one copy may have come as
         well (``came``): it may have been here before, and moved here again."""
         with self._removing:
             if self._version(chain) != version:
-                return
+                return False
             listing = ChunkListing(store, ChunkId(inode, 0, chain))
             for chunk in listing.names(ChunkId(inode, 0, chain), ChunkId(inode + 1, 0, chain)):
                 if chain:
@@ -136,3 +137,4 @@ class GarbageCollector:
                 else:
                     removed = store.remove(chunk, unless=came)
                 self._counters.add(chunks_removed=int(removed), garbage_removed=int(removed))
+        return True

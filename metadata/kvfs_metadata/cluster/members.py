@@ -23,6 +23,7 @@ def lost(chain: ChainRecord, target_id: int) -> ChainRecord:
             chain,
             targets=_without(chain.targets, target_id),
             offline=(target_id, *chain.offline),
+            served=(target_id, *_without(chain.served, target_id)),
         )
     if target_id in chain.syncing:
         return _changed(
@@ -55,6 +56,7 @@ def synced(chain: ChainRecord, version: int, source: int, target_id: int) -> Cha
         chain,
         targets=(*chain.targets, target_id),
         syncing=_without(chain.syncing, target_id),
+        served=_without(chain.served, target_id),
     )
 
 
@@ -80,19 +82,20 @@ def replaced(chain: ChainRecord, target_id: int, other: int) -> ChainRecord:
         chain,
         syncing=(*chain.syncing, other),
         offline=_without(chain.offline, target_id),
+        served=_without(chain.served, target_id),
     )
 
 
 def removed(chain: ChainRecord, target_id: int) -> ChainRecord | None:
-    """A member is gone for good, by force. If it was the only one that served, the one that was
-    away for the shortest time serves, or the first one that was being brought in step: data may be
-    lost. None: nobody is left."""
+    """A member is gone for good, by force. If it was the only one that served, the one that served
+    last before it does, be it away or being brought in step; or else one that never did: data may
+    be lost. None: nobody is left."""
     if target_id not in chain.everybody:
         return chain
     found = _changed(chain, **_all_without(chain, target_id))
     if found.targets:
         return found
-    others = found.offline + found.syncing
+    others = found.served + found.offline + found.syncing
     if not others:
         return None
     heir = others[0]
@@ -101,6 +104,7 @@ def removed(chain: ChainRecord, target_id: int) -> ChainRecord | None:
         targets=(heir,),
         syncing=_without(found.syncing, heir),
         offline=_without(found.offline, heir),
+        served=_without(found.served, heir),
     )
 
 
@@ -112,7 +116,7 @@ def has_place(chain: ChainRecord) -> bool:
 def _all_without(chain: ChainRecord, target_id: int) -> dict[str, tuple[int, ...]]:
     return {
         name: _without(getattr(chain, name), target_id)
-        for name in ("targets", "syncing", "offline")
+        for name in ("targets", "syncing", "offline", "served")
     }
 
 
