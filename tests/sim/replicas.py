@@ -66,6 +66,9 @@ def _of_chain(world: World, chain: Chain) -> Iterator[str]:
         if not _is_wanted(world, chunk):
             continue
         seen = {target: held.get(chunk) for target, held in copies.items()}
+        if world.plan.ruins and world.store.state.get(records.block_key(chunk.inode)) is not None:
+            # Who came back when nobody had a good copy was brought in step without the block.
+            seen = {target: copy for target, copy in seen.items() if copy is not None}
         if len(set(seen.values())) > 1:
             brief = {t: c and (c[:3] if isinstance(c, tuple) else c) for t, c in seen.items()}
             yield f"chain {chain.chain_id} version {chain.version}: {chunk} is {brief}"
