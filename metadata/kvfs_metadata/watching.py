@@ -59,9 +59,15 @@ class Watching:
         self, connection: int, results: Sequence[Any], revocations: Sequence[Revocation]
     ) -> Sequence[Any]:
         """``results``, to be answered when all ``revocations`` are over. A watcher's connection
-        goes on meanwhile: what it has to say may be what others wait for."""
+        goes on meanwhile: what it has to say may be what others wait for. Who waits for a lock has
+        changed nothing, and is answered later anyway."""
         if self._leases.watches(connection):
-            return [Later(partial(self._later, result, revocations)) for result in results]
+            return [
+                result
+                if isinstance(result, Later)
+                else Later(partial(self._later, result, revocations))
+                for result in results
+            ]
         await self._over(revocations)
         return results
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
@@ -11,6 +13,7 @@ import trio.testing
 
 from kvfs_base import errors as e
 from kvfs_base import limits
+from kvfs_base.rpc import Later
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address
 from kvfs_metadata import messages as m
@@ -18,6 +21,7 @@ from kvfs_metadata.client import MetadataClient
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.engines.memory_engine import MemoryEngine
 from kvfs_metadata.service import MetadataService
+from kvfs_metadata.watching import Watching
 from t2_services.metadata_rig import ROOT
 
 ADDRESS = Address.unix("/meta")
@@ -129,3 +133,21 @@ def test_a_server_bounds_how_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
             await one.call(m.Unlock(inode, lock(A)))
 
     run(test)
+
+
+def test_a_waiter_comes_with_a_change_that_others_have_to_hear_of() -> None:
+    """In one packet: the change's answer waits for watchers, the waiter's for the lock alone."""
+
+    async def never() -> None:
+        await trio.sleep_forever()
+
+    async def body() -> None:
+        core: Any = SimpleNamespace(leases=SimpleNamespace(watches=lambda connection: True))
+        turns: Any = None
+        waiter = Later(never)
+        watching = Watching(memory_env()[0].clock, core, turns)
+        held = await watching.hold(1, [waiter, "changed"], [])
+        assert held[0] is waiter
+        assert await held[1].wait() == "changed"
+
+    trio.run(body)
