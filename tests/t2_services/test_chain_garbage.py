@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from kvfs_base.errors import ConnectionLost
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
-from t2_services.chain_cluster import CHAIN, ChainCluster, chains
+from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, wait_for_sync
 from t2_services.chunk_cluster import wait_until
 
 FOREVER = 1e6
@@ -82,3 +83,22 @@ def test_rounds_come_by_themselves_and_survive_a_metadata_service_that_is_away(
         cluster.metadata.start()
         for number in (1, 2):
             wait_until(lambda n=number: cluster.committed(n) is None)
+
+
+def test_what_was_pending_of_a_chain_that_a_target_has_left_goes(cluster: ChainCluster) -> None:
+    """Also what another process left: it has no chunk that could be found."""
+    cluster.set_chain([1, 2])
+    cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(cluster.servers[2])
+    with pytest.raises(ConnectionLost):
+        cluster.write(1, b"never", sequence=1)
+    cluster.stop_server(1)
+    cut.on(cluster.servers[2])
+    cluster.set_chain([2])
+    cluster.start_server(1)
+    assert list(cluster.store(1).versions.pendings(CHAIN)) == [ChunkId(7, 0, CHAIN)]
+    wait_until(lambda: cluster.servers[1]._chains.views.has_left(cluster.store(1), CHAIN))
+    look(cluster, 1)
+    assert not list(cluster.store(1).versions.pendings(CHAIN))
+    cluster.set_chain([2], syncing=[1])
+    wait_for_sync(cluster, 1)

@@ -88,6 +88,7 @@ class GarbageCollector:
             try:
                 for chain in (0, *store.chains()):
                     found.update(self._look_through(store, chain))
+                    self._drop_pending(store, chain)
             except KvfsError as exc:
                 log.info("target %d was not looked through: %s", store.target_id, exc)
         self._before = frozenset(itertools.islice(sorted(found), UNWANTED_REMEMBERED_MAX))
@@ -110,6 +111,16 @@ class GarbageCollector:
                 known = (store.uuid, chain, inode) in self._before
                 if not (known and self._remove(store, chain, inode, version, came)):
                     yield store.uuid, chain, inode
+
+    def _drop_pending(self, store: ChunkStore, chain_id: int) -> None:
+        """Of a chain that the target has left. It has no chunk's name, so nobody can be asked."""
+        version = self._version(chain_id)
+        if not self._views.has_left(store, chain_id):
+            return
+        for chunk in list(store.versions.pendings(chain_id)):
+            with self._removing, store.versions.lock(chunk, CHUNK_LOCK_SECONDS):
+                if self._version(chain_id) == version:
+                    store.versions.drop(chunk)
 
     def _version(self, chain_id: int) -> int:
         chain = self._views.chain(chain_id)

@@ -461,9 +461,9 @@ class Replicator:
                 if place.serving:
                     self.settle(store, place, chunk)
         except (StaleChain, TargetFenced):
-            chain = self._views.chain(chunk.chain)
-            if chain is not None and store.target_id not in (*chain.members, *chain.offline):
-                self._forget(store, chunk)  # what is left of the chain here is garbage
+            with store.versions.lock(chunk, 0):
+                if self._views.has_left(store, chunk.chain) and self._drop(store, chunk):
+                    self._forget(store, chunk)
 
 
 def whole_load(info: ChunkInfo, data: memoryview) -> Load:

@@ -174,6 +174,12 @@ class Views:
             raise NoTarget(detail=f"target {target_id} is not in the map")
         return found
 
+    def has_left(self, store: ChunkStore, chain_id: int) -> bool:
+        """Whether what a target has of a chain is garbage: should it come back, it forgets what is
+        pending before anything else."""
+        chain = self.chain(chain_id)
+        return chain is not None and store.target_id not in (*chain.members, *chain.offline)
+
     def chain(self, chain_id: int) -> Chain | None:
         return self._chains.get(chain_id)
 
