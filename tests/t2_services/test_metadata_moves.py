@@ -244,6 +244,17 @@ def test_a_file_that_is_open_waits(rig: Rig) -> None:
     assert [move.inode for move in take(rig).moves] == [inode]
 
 
+def test_who_counts_a_file_as_open_is_asked_for_it(rig: Rig) -> None:
+    """A mount may only keep it for the next open, and lets go of what is written."""
+    inode = make_file(rig, b"f", 3)
+    rig.call(m.OpenInode(inode))
+    drain(rig, 2)
+    written: set[bytes] = set()
+    rig.engine.before_commit = written.update
+    take(rig)
+    assert records.inode_key(inode) in written
+
+
 @pytest.mark.parametrize("closed", [False, True])
 def test_an_open_during_the_copy_spoils_the_ticket(rig: Rig, closed: bool) -> None:
     inode = make_file(rig, b"f", 3)

@@ -20,8 +20,7 @@ import pytest
 
 from kvfs_base.limits import WATCH_SECONDS
 from kvfs_metadata import messages as m
-from kvfs_metadata.cluster.admin_messages import DescribeCluster, SetDraining
-from t4_mount.harness import COLLECTED_SECONDS, Cluster, detach, wait_until
+from t4_mount.harness import Cluster, detach, wait_until
 
 KERNEL_KEEPS_NOTHING = ("--attribute-seconds=0", "--entry-seconds=0")
 NAMESPACE = "coherence/model"
@@ -335,26 +334,3 @@ def test_nothing_old_is_shown_after_a_restart_of_the_service(own_cluster: Cluste
             os.kill(role.pid, signal.SIGCONT)
         assert os.stat(mountpoint / "f").st_mode & 0o777 == 0o444
     role.stop()
-
-
-def test_what_is_used_again_and_again_can_move(two: Two) -> None:
-    """The service counts such a file as open from one use to the next, until it asks for it."""
-    path = two.a / "file"
-    path.write_bytes(b"bytes")
-    (chunk,) = two.cluster.chunk_files(path.stat().st_ino)
-    server = chunk.relative_to(two.cluster.directory / "targets").parts[0]
-
-    def moved() -> bool:
-        assert path.read_bytes() == b"bytes"
-        time.sleep(0.25)  # a move needs a moment in which nobody has it open
-        return not chunk.exists()
-
-    with two.cluster.client() as client:
-        targets = client.call(DescribeCluster()).targets
-        target = next(t for t in targets if t.server_id == f"server-{server}")
-        client.call(SetDraining((target.target_id,), True))
-        try:
-            wait_until(moved, COLLECTED_SECONDS)
-        finally:
-            client.call(SetDraining((target.target_id,), False))
-    assert path.read_bytes() == b"bytes"

@@ -1,0 +1,112 @@
+"""What a mount keeps counted as open, and when it lets go of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import trio
+import trio.testing
+
+from kvfs.mount.opens import Opens
+from kvfs_base.limits import MOUNT_IDLE_SECONDS
+from kvfs_base.types import Attr
+from kvfs_metadata.messages import CloseInode, OpenInode
+
+FILE = 7
+
+
+class Service:
+    """Answers, and counts what it has open."""
+
+    def __init__(self) -> None:
+        self.leased = True
+        self.open: list[int] = []
+        self.calls = 0
+
+    @property
+    def names(self) -> Any:
+        return SimpleNamespace(
+            are_leased=self.leased,
+            attr=lambda inode: Attr(inode, mode=0o100600) if self.leased else None,
+        )
+
+    async def call(self, request: Any) -> Any:
+        self.calls += 1
+        if isinstance(request, OpenInode):
+            self.open.append(request.inode)
+        if isinstance(request, CloseInode):
+            for inode in (request.inode, *request.others):
+                self.open.remove(inode)
+        return Attr(FILE, mode=0o100600)
+
+
+def run(test: Callable[[Opens, Service], Awaitable[None]], *, closer: bool = True) -> None:
+    async def body() -> None:
+        service: Any = Service()
+        opens = Opens(service)
+        async with trio.open_nursery() as nursery:
+            if closer:
+                nursery.start_soon(opens.close_idle)
+            await trio.testing.wait_all_tasks_blocked()
+            await test(opens, service)
+            nursery.cancel_scope.cancel()
+
+    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_the_next_open_costs_no_call() -> None:
+    async def test(opens: Opens, service: Service) -> None:
+        await opens.take(FILE)
+        opens.give_back(FILE)
+        assert opens.take_now(FILE) is not None
+        opens.give_back(FILE)
+        assert (service.calls, service.open) == (1, [FILE])
+        await trio.sleep(3 * MOUNT_IDLE_SECONDS)
+        assert service.open == []
+
+    run(test)
+
+
+def test_what_somebody_else_changed_is_closed_and_not_kept_for_a_while() -> None:
+    """It may be about to move: each moment in which nobody has it open counts."""
+
+    async def test(opens: Opens, service: Service) -> None:
+        await opens.take(FILE)
+        opens.give_back(FILE)
+        opens.changed((FILE,))
+        for _ in range(3):
+            await trio.testing.wait_all_tasks_blocked()
+            assert service.open == []
+            await opens.take(FILE)
+            opens.changed((FILE,))
+            opens.give_back(FILE)
+        await trio.sleep(3 * MOUNT_IDLE_SECONDS)
+        await opens.take(FILE)
+        opens.give_back(FILE)
+        await trio.testing.wait_all_tasks_blocked()
+        assert service.open == [FILE]
+
+    run(test)
+
+
+def test_without_leases_nothing_is_kept() -> None:
+    async def test(opens: Opens, service: Service) -> None:
+        service.leased = False
+        await opens.take(FILE)
+        opens.give_back(FILE)
+        await trio.testing.wait_all_tasks_blocked()
+        assert service.open == []
+
+    run(test)
+
+
+def test_without_somebody_who_closes_nothing_is_kept() -> None:
+    async def test(opens: Opens, service: Service) -> None:
+        await opens.take(FILE)
+        opens.give_back(FILE)
+        await opens.close_unwanted()
+        assert service.open == []
+
+    run(test, closer=False)
