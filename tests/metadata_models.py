@@ -405,7 +405,7 @@ class NamePlayer(Player):
 
     def _done(self, request: Request) -> Any:
         reply = self._ask(request)
-        return "done" if isinstance(reply, (m.Done, Attr)) else reply
+        return "done" if isinstance(reply, (m.Done, m.Touched, Attr)) else reply
 
 
 def _name(at: int) -> bytes:
