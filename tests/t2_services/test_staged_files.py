@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.errors import Conflict, ConnectionLost, InvalidRequest, NotSupported
+from kvfs_base.errors import (
+    Conflict,
+    ConnectionLost,
+    DiskFull,
+    InvalidRequest,
+    NotSupported,
+)
 from kvfs_base.limits import STAGED_AHEAD
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
@@ -138,6 +144,37 @@ def test_an_answer_that_was_lost_is_told_from_one_that_never_came(cluster: Clust
     assert not file.is_first(another.fd)
     with pytest.raises(Conflict):
         file.adopt(another)
+
+
+def test_what_a_full_disk_has_used_up_is_copied_later(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = new_file(cluster.client(), 7)
+    staged = taken(file)
+    os.write(staged.fd, b"bytes")
+    store = cluster.servers[1]._targets.stores[0]
+
+    def full(*_: object) -> None:
+        raise DiskFull(path="x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "appear", full)
+        with pytest.raises(DiskFull):
+            file.adopt(staged)
+    with pytest.raises(InvalidRequest):
+        file.adopt(staged)
+    assert not file.is_first(staged.fd)
+    assert file.copy_from(staged.fd, 0, 5, 1 << 20) == 5
+    assert file.read(0, 5, 5, False) == b"bytes"
+    file.unstage(staged)
+
+
+def test_chains_of_one_target_share_what_is_staged(cluster: Cluster) -> None:
+    lane = taken(new_file(cluster.client(), 7)).lane
+    wait_until(lambda: not lane.filling)
+    for _ in range(2):  # nothing is asked for where all are there
+        lane.fill()
+        assert lane.usable and len(lane.ready) == STAGED_AHEAD
 
 
 def test_there_are_none_where_descriptors_do_not_go(tmp_path: Path) -> None:

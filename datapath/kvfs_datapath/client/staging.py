@@ -62,6 +62,8 @@ class _Lane:
     def fill(self) -> None:
         """Raises KvfsError; the lane is of no use then."""
         count = STAGED_AHEAD - len(self.ready)
+        if count <= 0:  # it was filled for another chain of the same target
+            return
         with self.lock, self._talking() as connection:
             reply, descriptors = connection.call_for_descriptors(
                 m.StageChunks(self.route.target_id, count), lambda reply: len(reply.tokens)
@@ -192,7 +194,8 @@ class StagedFiles:
 
     def adopt(self, staged: StagedFile, chunk: ChunkId) -> None:
         """The file is ``chunk`` from now on, open for writing. The caller keeps its descriptor in
-        any case. Raises ConnectionLost if the server has forgotten it, Conflict, DiskFull."""
+        any case. Raises ConnectionLost if the server has forgotten it, DiskFull and Conflict, which
+        use it up, and InvalidRequest if it was used up."""
         staged.lane.adopt(staged, chunk)
 
     def give_back(self, staged: StagedFile) -> None:

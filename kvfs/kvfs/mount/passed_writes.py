@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from kvfs.mount.backend import Backend
-from kvfs_base.errors import BehindTheEnd, ConnectionLost
+from kvfs_base.errors import BehindTheEnd, ConnectionLost, InvalidRequest
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.client.staging import StagedFile
@@ -89,12 +89,12 @@ class PassedWrites:
         try:
             await self._backend.in_thread(self._data.adopt, self._staged)
             self._adopted = True
-        except ConnectionLost as exc:
+        except (ConnectionLost, InvalidRequest) as exc:  # forgotten, or used up by a full disk
             # The answer alone may be lost: copying the file onto itself could undo later writes.
             self._adopted = await self._backend.in_thread(self._data.is_first, self.descriptor)
             self._orphaned = not self._adopted
             if self._orphaned:
-                log.info("a new file is copied: its chunk server was restarted (%s)", exc)
+                log.info("a new file is copied: its chunk server does not have it (%s)", exc)
 
     async def _copy(self, record: Callable[[int], Awaitable[None]]) -> None:
         # Writes right after a look may leave the clock's tick, and so the mtime, as it was.
