@@ -141,9 +141,9 @@ class Connection(Protocol):
         """Everything, or ConnectionLost / DeadlineExceeded. ``more`` follows at once: it may wait
         for that, to go in one packet and to wake the peer once."""
 
-    def send_file(self, file: DiskFile, offset: int, count: int) -> None:
-        """``count`` bytes of an open file, without bringing them to user space. Raises
-        ConnectionLost also if the file is shorter, TargetFailed if its disk fails."""
+    def send_files(self, pieces: Sequence[tuple[DiskFile, int, int]]) -> None:
+        """Of each open file, from an offset, so many bytes, without bringing them to user space.
+        Raises ConnectionLost also if a file is shorter, TargetFailed if its disk fails."""
 
     def receive_into(self, views: Sequence[memoryview]) -> None:
         """Fills every view, or ConnectionLost / DeadlineExceeded. The timeout covers the whole

@@ -197,10 +197,10 @@ def test_files_are_sent_from_their_middle(pair: Pair, more: bool) -> None:
         file.pwritev([data], 0)
         received = pair.threads.submit(receive, pair.far, (2 << 20) + 4)
         pair.near.send([b"head"], more=more)
-        pair.near.send_file(file, 1000, 2 << 20)
+        pair.near.send_files([(file, 1000, 2 << 20)])
         assert received.result(SECONDS) == b"head" + data[1000 : 1000 + (2 << 20)]
         with pytest.raises(ConnectionLost):
-            pair.near.send_file(file, len(data), 1)
+            pair.near.send_files([(file, len(data), 1)])
 
 
 def test_a_closed_peer_is_connection_lost(pair: Pair) -> None:
@@ -340,3 +340,28 @@ def test_a_socket_file_that_a_killed_server_left_is_replaced(tmp_path: Path) -> 
     OsBlockingNetwork().connect(Address.unix(path), SECONDS).close()
     listener.close()
     assert not Path(path).exists()
+
+
+@pytest.mark.parametrize(("chosen", "taken"), [("bbr", "cubic"), ("reno", "reno")])
+def test_data_is_not_sent_by_a_timer(
+    chosen: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialled = os_env._dialled
+
+    def dial(address: Address, timeout: float) -> socket.socket:
+        sock = dialled(address, timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, chosen.encode())
+        except OSError:
+            sock.close()
+            pytest.skip(f"the kernel has no {chosen}")
+        return sock
+
+    monkeypatch.setattr(os_env, "_dialled", dial)
+    pair = Pair(OsBlockingNetwork(None), Address.tcp("127.0.0.1", 0))
+    try:
+        assert isinstance(pair.near, os_env.OsConnection)
+        name = pair.near._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        assert name.rstrip(b"\0") == taken.encode()
+    finally:
+        pair.close()
