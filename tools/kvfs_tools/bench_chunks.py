@@ -1,19 +1,21 @@
 """``kvfs bench-chunks``: the data path alone, chunk servers and a chunk client, against the disk
 and against the network.
 
-Local means descriptors and O_DIRECT, remote means bytes over TCP (loopback). Every path is measured
-in rounds, its limits before and after each of them: fio with O_DIRECT on the same disk (the same
-files for reads, new ones for writes), and over TCP also a plain `sendfile` / `recv_into` pair (see
-``chunk_pair``). Remote reads come from the page cache on both sides, so that the disk is not what
-is compared. A round's figure is held against the better of the limits around it; reported are
-medians. Writes of several copies have one copy of the same bytes on the same servers beside them.
-CPU is that of all processes of a side for 10^9 bytes; the client's covers the checksum of
-every byte.
+Local means descriptors and O_DIRECT, remote means bytes over TCP (loopback). Every path is
+measured in rounds, its limits before and after each of them: fio with O_DIRECT on the same disk
+(the same files for reads, new ones for writes), and over TCP also a plain `sendfile` / `recv_into`
+pair (see ``chunk_pair``); where this host's TCP paces (BBR), one more of which it does not, as in
+kvfs. Remote reads come from the page cache on both sides, so that the disk is not what is
+compared. Writes of several copies have one copy of the same bytes on the same servers beside them.
+A round's figure is held against the better of the limits around it; reported are medians. CPU is
+that of all processes of a side for 10^9 bytes; the client's covers the checksum of every byte.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import mmap
 import os
@@ -35,7 +37,7 @@ from kvfs_base.cluster import Chain
 from kvfs_base.limits import BLOCK_BYTES_MAX, CLIENT_THREADS_PER_TARGET, GIB, MIB, PAGE_BYTES
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from kvfs_tools.bench import fio_read
-from kvfs_tools.chunk_pair import Pair
+from kvfs_tools.chunk_pair import Pair, host_paces
 from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table
 from kvfs_tools.chunk_rig import ChunkRig, check, write_json
 from kvfs_tools.chunk_updates import UpdateBench, Updates, updates_table
@@ -74,6 +76,10 @@ class Figure:
     pair_ratio: float | None = None
     pair_client_cpu: float | None = None
     pair_server_cpu: float | None = None
+    unpaced: float | None = None
+    unpaced_ratio: float | None = None
+    unpaced_client_cpu: float | None = None
+    unpaced_server_cpu: float | None = None
     one_copy: float | None = None
     one_copy_ratio: float | None = None
 
@@ -134,12 +140,19 @@ class Bench:
         try:
             disk = {"fio": lambda: Sample(fio_read(str(whole), self._linked(whole), self.size))}
             self._add("local read", disk, lambda: self._read(self.rig.local, stored))
-            with Pair(folders, CLIENT_THREADS_PER_TARGET) as pair:
+            with contextlib.ExitStack() as stack:
+                pairs = {"pair": stack.enter_context(Pair(folders, CLIENT_THREADS_PER_TARGET))}
+                if host_paces():
+                    unpaced = Pair(folders, CLIENT_THREADS_PER_TARGET, unpaced=True)
+                    pairs["unpaced"] = stack.enter_context(unpaced)
                 counts = [len(os.listdir(folder)) for folder in folders]
                 self._read(self.rig.remote, stored)  # into the page cache
                 self._add(
                     "remote read",
-                    {"pair": lambda: self._through(pair, pair.read, counts)},
+                    {
+                        name: functools.partial(self._through, pair, pair.read, counts)
+                        for name, pair in pairs.items()
+                    },
                     lambda: self._read(self.rig.remote, stored),
                 )
                 disk = {"fio": lambda: Sample(fio_write(self.folder, self.count, self.size))}
@@ -151,7 +164,10 @@ class Bench:
                 self._add(
                     "remote write",
                     disk
-                    | {"pair": lambda: self._through(pair, pair.write, counts)}
+                    | {
+                        name: functools.partial(self._through, pair, pair.write, counts)
+                        for name, pair in pairs.items()
+                    }
                     | self._one_copy(self.rig.remote),
                     lambda: self._write(self.rig.remote, self.rig.chains),
                 )
@@ -170,9 +186,9 @@ class Bench:
             pairs = zip(figures, samples, strict=True)
             fields[name] = median(samples, lambda s: s.rate)
             fields[f"{name}_ratio"] = statistics.median(f.rate / s.rate for f, s in pairs)
-        if "pair" in best:
-            fields["pair_client_cpu"] = median(best["pair"], lambda s: s.client)
-            fields["pair_server_cpu"] = median(best["pair"], lambda s: s.server)
+        for name in best.keys() & {"pair", "unpaced"}:
+            fields[f"{name}_client_cpu"] = median(best[name], lambda s: s.client)
+            fields[f"{name}_server_cpu"] = median(best[name], lambda s: s.server)
         found = Figure(
             servers=self.servers,
             copies=self.copies,
@@ -303,17 +319,23 @@ def table(figures: Sequence[Figure]) -> Table:
         add("to fio", one.fio_ratio)
         add("pair", one.pair)
         add("to pair", one.pair_ratio)
+        add("unpaced", one.unpaced)
+        add("to unpaced", one.unpaced_ratio)
         add("one copy", one.one_copy)
         add("to one", one.one_copy_ratio)
-        add("CPU", f"{one.client_cpu:.2f} + {one.server_cpu:.2f}")
-        pair_cpu = f"{one.pair_client_cpu or 0:.2f} + {one.pair_server_cpu or 0:.2f}"
-        add("pair's CPU", None if one.pair is None else pair_cpu)
+        add("CPU", _cpu(one.client_cpu, one.server_cpu))
+        add("pair's CPU", _cpu(one.pair_client_cpu, one.pair_server_cpu))
+        add("unpaced CPU", _cpu(one.unpaced_client_cpu, one.unpaced_server_cpu))
     filled = {name: values for name, values in columns.items() if any(values)}
     for name in filled:
         out.add_column(name, justify="left" if name == "path" else "right", no_wrap=True)
     for row in zip(*filled.values(), strict=True):
         out.add_row(*row)
     return out
+
+
+def _cpu(client: float | None, server: float | None) -> str | None:
+    return None if client is None or server is None else f"{client:.2f} + {server:.2f}"
 
 
 def _numbers(text: str, parse: Callable[[str], int], low: int, high: int) -> list[int]:
