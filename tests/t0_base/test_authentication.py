@@ -24,8 +24,9 @@ from kvfs_base.errors import (
 )
 from kvfs_base.handshake import CLIENT, HEAD, MAGIC, SERVER, VERSION, Secret
 from kvfs_base.limits import HANDSHAKES_MAX
-from kvfs_base.os_env import OsBlockingNetwork, OsNetwork, os_env
+from kvfs_base.os_env import os_env
 from kvfs_base.os_handshake import LINGER_BYTES, read_secret
+from kvfs_base.os_network import OsBlockingNetwork, OsNetwork
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer, receive_frame
 from kvfs_base.types import Address
 

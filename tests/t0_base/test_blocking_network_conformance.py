@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base import os_env
+from kvfs_base import os_network
 from kvfs_base.errors import ConnectionLost, DeadlineExceeded, NotLoopback
 from kvfs_base.handshake import Secret
 from kvfs_base.limits import FDS_PER_MESSAGE_MAX
-from kvfs_base.os_env import OsBlockingNetwork
+from kvfs_base.os_network import OsBlockingNetwork
 from kvfs_base.seams import BlockingNetwork, Connection, Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import Address
@@ -135,7 +135,7 @@ def test_groups_are_told_of_one_after_the_other(pair: Pair, excess: int) -> None
 @pytest.mark.parametrize("size", [65_536, 212_992])
 def test_groups_through_a_small_socket_buffer(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """It never holds as much as a reader would like to be woken for."""
-    monkeypatch.setattr(os_env, "SOCKET_BUFFER_BYTES", size)
+    monkeypatch.setattr(os_network, "SOCKET_BUFFER_BYTES", size)
     with contextlib.closing(Pair(OsBlockingNetwork(), Address.tcp("127.0.0.1", 0))) as pair:
         groups = [[memoryview(bytearray(1 << 20))] for _ in range(3)]
         seen: list[int] = []
@@ -346,7 +346,7 @@ def test_a_socket_file_that_a_killed_server_left_is_replaced(tmp_path: Path) -> 
 def test_data_is_not_sent_by_a_timer(
     chosen: str, taken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dialled = os_env._dialled
+    dialled = os_network._dialled
 
     def dial(address: Address, timeout: float) -> socket.socket:
         sock = dialled(address, timeout)
@@ -357,10 +357,10 @@ def test_data_is_not_sent_by_a_timer(
             pytest.skip(f"the kernel has no {chosen}")
         return sock
 
-    monkeypatch.setattr(os_env, "_dialled", dial)
+    monkeypatch.setattr(os_network, "_dialled", dial)
     pair = Pair(OsBlockingNetwork(None), Address.tcp("127.0.0.1", 0))
     try:
-        assert isinstance(pair.near, os_env.OsConnection)
+        assert isinstance(pair.near, os_network.OsConnection)
         name = pair.near._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
         assert name.rstrip(b"\0") == taken.encode()
     finally:

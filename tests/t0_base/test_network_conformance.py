@@ -10,7 +10,7 @@ import trio
 
 from kvfs_base.errors import ConnectionLost, NotLoopback
 from kvfs_base.handshake import Secret
-from kvfs_base.os_env import OsNetwork
+from kvfs_base.os_network import OsNetwork
 from kvfs_base.seams import Network
 from kvfs_base.testing import MemoryNetwork
 from kvfs_base.types import Address

@@ -22,7 +22,7 @@ from kvfs_base.errors import (
     StoreUnavailable,
 )
 from kvfs_base.frames import Kind
-from kvfs_base.os_env import OsBlockingNetwork, OsNetwork
+from kvfs_base.os_network import OsBlockingNetwork, OsNetwork
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer
 from kvfs_base.seams import Connection
 from kvfs_base.testing import MemoryNetwork
