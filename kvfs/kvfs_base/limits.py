@@ -320,6 +320,9 @@ MOUNT_REMEMBERED_INODES = 65_536
 """Inodes whose cached pages are known to be current, about 150 bytes each. One that was forgotten
 only has its pages dropped when it is opened again."""
 
+MOUNT_STALE_OPENS = 1024
+"""Threads that were just told to look a name up once more; each is there for some milliseconds."""
+
 MOUNT_NAMES_MAX = 65_536
 """Names, and as many inodes, that a mount answers for by itself: about 0.5 KiB for both."""
 

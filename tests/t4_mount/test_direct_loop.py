@@ -22,8 +22,8 @@ from kvfs.mount.device import Device
 from kvfs.mount.direct_frontend import DirectFrontend
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.fuse_wire import Opcode
-from kvfs_base.errors import ConnectionLost, EntryNotFound, NotADirectory
-from kvfs_base.limits import MOUNT_TASKS
+from kvfs_base.errors import ConnectionLost, EntryNotFound, InodeStale, KvfsError, NotADirectory
+from kvfs_base.limits import MOUNT_STALE_OPENS, MOUNT_TASKS
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, Attr
 from t4_mount.test_fuse_wire import REQUESTS
@@ -41,6 +41,7 @@ class Names:
         self.connected = False
         self.asked: dict[int, Any] = {}
         self.given_up: list[int] = []
+        self.missing: type[KvfsError] = EntryNotFound
 
     async def call(self, request: Any) -> Any:
         if type(request).__name__ == "Lookup" and request.name == b"slow":
@@ -48,7 +49,7 @@ class Names:
             await self.gate.wait()
             return Attr(5, 0o040755)
         await trio.lowlevel.checkpoint()
-        raise EntryNotFound()
+        raise self.missing()
 
     def call_soon(self, request: Any, done: Any) -> int:
         if not self.connected or request.name == b"slow":
@@ -67,10 +68,12 @@ class Kernel:
         self.end = trio.socket.from_stdlib_socket(end)
         self.unique = 0
 
-    async def send(self, opcode: int, body: bytes = b"", inode: int = 1, cut: int = 0) -> int:
+    async def send(
+        self, opcode: int, body: bytes = b"", inode: int = 1, cut: int = 0, thread: int = 1
+    ) -> int:
         self.unique += 2
         whole = 40 + len(body)
-        header = struct.pack("=IIQQIIIHH", whole, opcode, self.unique, inode, 0, 0, 1, 0, 0)
+        header = struct.pack("=IIQQIIIHH", whole, opcode, self.unique, inode, 0, 0, thread, 0, 0)
         await self.end.send((header + body)[: whole - cut])
         return self.unique
 
@@ -232,5 +235,38 @@ def test_a_kernel_that_speaks_another_version() -> None:
         async with served() as (kernel, _):
             unique = await kernel.send(Opcode.INIT, struct.pack("=IIIII44x", 8, 1, 0, 0, 0))
             assert (await kernel.answer())[:2] == (unique, errno.EPROTO)
+
+    trio.run(scenario)
+
+
+def test_a_file_that_goes_twice_while_it_is_opened_is_missing() -> None:
+    """The kernel takes the first ESTALE for "look again"; programs would see the second."""
+
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            body = REQUESTS[Opcode.OPEN][0]
+            names.missing = InodeStale
+
+            async def open_as(thread: int) -> int:
+                unique = await kernel.send(Opcode.OPEN, body, 7, thread=thread)
+                answer = await kernel.answer()
+                assert answer[0] == unique
+                return answer[1]
+
+            assert await open_as(1) == errno.ESTALE
+            assert await open_as(2) == errno.ESTALE
+            assert await open_as(1) == errno.ENOENT
+            assert await open_as(1) == errno.ESTALE
+            names.missing = EntryNotFound
+            for thread in (1, 2):  # there was nothing when they looked again
+                unique = await kernel.send(Opcode.LOOKUP, b"missing\0", thread=thread)
+                assert await kernel.answer() == (unique, errno.ENOENT, b"")
+            names.missing = InodeStale
+            assert await open_as(1) == errno.ESTALE
+            assert await open_as(0) == errno.ESTALE
+            assert await open_as(0) == errno.ESTALE  # nobody knows who
+            for thread in range(2, MOUNT_STALE_OPENS + 2):
+                assert await open_as(thread) == errno.ESTALE
+            assert await open_as(1) == errno.ESTALE  # forgotten by now
 
     trio.run(scenario)

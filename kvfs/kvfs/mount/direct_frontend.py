@@ -25,7 +25,6 @@ from kvfs.mount.config import MountConfig
 from kvfs.mount.device import GONE, Device
 from kvfs.mount.direct_handlers import Answer, Handlers, Later
 from kvfs.mount.filesystem import Filesystem
-from kvfs.mount.frontend import errno_of
 from kvfs.mount.fuse_wire import Opcode, Request
 from kvfs.mount.notices import Notices
 from kvfs_base.errors import KvfsError, ProtocolError
@@ -162,7 +161,7 @@ class DirectFrontend:
             if answer is None and self._ask(handlers, request):
                 return
         except Exception as exc:
-            device.answer(request.unique, error=errno_of(exc, _name(request)))
+            device.answer(request.unique, error=handlers.errno_of(request, exc))
             return
         if answer is None:
             self._start(request)
@@ -201,7 +200,7 @@ class DirectFrontend:
                     answer = await handler(request)
                     error = 0
                 except Exception as exc:
-                    error = errno_of(exc, _name(request))
+                    error = handlers.errno_of(request, exc)
             # Nothing waits between the handler's return and this: ``answer`` is still valid.
             if error:
                 device.answer(request.unique, error=error)
@@ -226,13 +225,14 @@ class DirectFrontend:
     def _told(self, request: Request, answer: Answer, error: KvfsError | None) -> None:
         if self._asked.pop(request.unique, None) is None:
             return
-        assert self._device is not None
+        assert self._device is not None and self._handlers is not None
         if error is None:
             self._device.answer(request.unique, answer)
         elif error.temporary:
             self._start(request)
         else:
-            self._device.answer(request.unique, error=errno_of(error, _name(request)))
+            code = self._handlers.errno_of(request, error)
+            self._device.answer(request.unique, error=code)
         self._room.set()
 
     def _take_over(self, asked: _Asked) -> None:
@@ -268,7 +268,3 @@ class DirectFrontend:
             scope.cancel()
         elif scope is not None and opcode in INTERRUPTIBLE:
             scope.deadline = min(scope.deadline, trio.current_time() + MOUNT_INTERRUPT_SECONDS)
-
-
-def _name(request: Request) -> str:
-    return Opcode(request.opcode).name.lower()

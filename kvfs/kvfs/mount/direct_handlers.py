@@ -17,7 +17,7 @@ from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.config import MountConfig
 from kvfs.mount.device import Device
 from kvfs.mount.filesystem import Filesystem
-from kvfs.mount.frontend import DOT_ENTRIES, Space
+from kvfs.mount.frontend import DOT_ENTRIES, Space, StaleOpens, errno_of
 from kvfs.mount.fuse_wire import Feature, Opcode, OpenFlag, Request, SetAttrValid
 from kvfs.mount.passthrough import NO_BACKING, Backings
 from kvfs.mount.requests import AttrChanges, Caller, Opened
@@ -64,6 +64,7 @@ class Handlers:
         self._device = device
         self._locks = filesystem.locks
         self._locking = config.locks != "mount"
+        self._stale_opens = StaleOpens()
         self._backings: Backings | None = None
         """None where the kernel does not read by itself."""
         self._entry_times = wire.Times.of(config.entry_seconds)
@@ -75,6 +76,15 @@ class Handlers:
             Opcode.GETATTR: self._getattr_soon,
         }
         self.later = self._later_handlers()
+
+    def errno_of(self, request: Request, error: Exception) -> int:
+        """What the kernel is told of a request that failed."""
+        code = errno_of(error, Opcode(request.opcode).name.lower())
+        if request.opcode == Opcode.OPEN:
+            return self._stale_opens.failed(request.thread, code)
+        if request.opcode == Opcode.LOOKUP:
+            self._stale_opens.over(request.thread)
+        return code
 
     def take_back_now(self, request: Request, answer: Answer) -> None:
         """Nobody was there to take what was opened at once."""
@@ -125,7 +135,7 @@ class Handlers:
         except EntryNotFound:
             if not self._config.negative_seconds:
                 raise
-            return (wire.missing_entry_out(self._negative_times),)
+            return self._missing(request)
         return None if attr is None else self._entry(attr)
 
     def _getattr_now(self, request: Request) -> Answer | None:
@@ -135,7 +145,7 @@ class Handlers:
     def _open_now(self, request: Request) -> Answer | None:
         flags, kill = request.arguments
         opened = None if kill else self._fs.open_now(request.inode, flags)
-        return None if opened is None else self._opened(request.inode, opened)
+        return None if opened is None else self._opened(request, opened)
 
     def _read_now(self, request: Request) -> Answer | None:
         data = self._fs.read_now(*request.arguments)
@@ -174,7 +184,7 @@ class Handlers:
     def _lookup_soon(self, request: Request, tell: Tell) -> int:
         def done(attr: Attr | None, error: KvfsError | None) -> None:
             if isinstance(error, EntryNotFound) and self._config.negative_seconds:
-                tell(request, (wire.missing_entry_out(self._negative_times),), None)
+                tell(request, self._missing(request), None)
             else:
                 tell(request, () if attr is None else self._entry(attr), error)
 
@@ -230,13 +240,17 @@ class Handlers:
     def _entry(self, attr: Attr) -> Answer:
         return (wire.entry_out(attr, self._entry_times, self._attr_times),)
 
+    def _missing(self, request: Request) -> Answer:
+        self._stale_opens.over(request.thread)
+        return (wire.missing_entry_out(self._negative_times),)
+
     async def _lookup(self, request: Request) -> Answer:
         try:
             return self._entry(await self._fs.lookup(request.inode, request.arguments.name))
         except EntryNotFound:
             if not self._config.negative_seconds:
                 raise
-            return (wire.missing_entry_out(self._negative_times),)
+            return self._missing(request)
 
     async def _getattr(self, request: Request) -> Answer:
         return self._attr(await self._fs.getattr(request.inode))
@@ -292,8 +306,9 @@ class Handlers:
 
     # --- files
 
-    def _opened(self, inode: int, opened: Opened) -> Answer:
-        backing_id = NO_BACKING
+    def _opened(self, request: Request, opened: Opened) -> Answer:
+        self._stale_opens.over(request.thread)
+        inode, backing_id = request.inode, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
             backing_id = self._backings.opened(opened.handle, inode, opened.backing)
         flags = OpenFlag.KEEP_CACHE if opened.keep_cache else OpenFlag(0)
@@ -313,7 +328,7 @@ class Handlers:
         opened = await self._fs.open(request.inode, flags)
         if kill and self._fs.is_privileged(opened.handle):
             await self._fs.setattr(request.inode, AttrChanges(drop_privileges=True))
-        return self._opened(request.inode, opened)
+        return self._opened(request, opened)
 
     async def _create(self, request: Request) -> Answer:
         flags, mode, name = request.arguments
