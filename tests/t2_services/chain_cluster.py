@@ -42,10 +42,10 @@ class ChainCluster(Cluster):
             wait_until(lambda n=number: self.knows(n, chain.version))
         return chain
 
-    def knows(self, number: int, version: int) -> bool:
+    def knows(self, number: int, version: int, chain_id: int = CHAIN) -> bool:
         server = self.servers[number]
         server._chains.views.wake()
-        chain = server._chains.views.chain(CHAIN)
+        chain = server._chains.views.chain(chain_id)
         return chain is not None and chain.version >= version
 
     def may_act(self, number: int) -> bool:

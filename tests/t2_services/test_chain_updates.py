@@ -592,6 +592,18 @@ def test_a_range_is_cut_to_nothing_once(lazy: ChainCluster) -> None:
         lazy.call(2, m.RemoveRange(2, 7, 1, 3, 1, lazy.passing(), 12))
 
 
+def test_a_range_is_cut_on_each_chain_that_has_its_head_here(lazy: ChainCluster) -> None:
+    """A client gives the requests to all heads of a file one number."""
+    for chain in (CHAIN, CHAIN + 1):
+        version = lazy.metadata.set_chain(chain, [1, 2]).version
+        wait_until(lambda c=chain, v=version: lazy.knows(1, v, c) and lazy.knows(2, v, c))
+        passing = m.Passing(chain, version)
+        update = m.Update(7, chain, 0, 5, crc32c(b"bytes"), 1, chain)
+        only(lazy.call(1, m.UpdateChunks(1, passing, (update,)), [b"bytes"]))
+        assert lazy.call(1, m.RemoveRange(1, 7, 0, 999, 1, passing, 10)).errors == {}
+        assert lazy.stat(2, ChunkId(7, chain, chain)).length == 0
+
+
 def test_a_range_is_not_cut_by_two_requests_with_one_number(lazy: ChainCluster) -> None:
     """What somebody writes after the first one has ended is not for the second one to take."""
     lazy.set_chain([1, 2])

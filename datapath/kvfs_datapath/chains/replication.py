@@ -51,6 +51,9 @@ from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of
 
 log = logging.getLogger(__name__)
 
+_Removal = tuple[int, int, int, int]
+"""Inode, chain, writer and sequence."""
+
 
 class Unresolved(Exception):
     """An update stays pending: it may be committed behind, so it is neither done nor refused. No
@@ -112,9 +115,9 @@ class Replicator:
         self._counters = counters
         self._crew = crew
         self._unresolved: dict[tuple[ChunkStore, ChunkId], None] = {}
-        self._removed: collections.OrderedDict[tuple[int, int, int], None]
+        self._removed: collections.OrderedDict[_Removal, None]
         self._removed = collections.OrderedDict()
-        self._removing: set[tuple[int, int, int]] = set()
+        self._removing: set[_Removal] = set()
         self._refused = Refused()
         self._guard = threads.lock()
         self.wake: Callable[[], None] = lambda: None
@@ -143,7 +146,8 @@ class Replicator:
     def cut_range(self, store: ChunkStore, request: m.RemoveRange, passing: m.Passing) -> None:
         """At the head: cuts the chunks of a range to nothing, on all members. A request that was
         done, and comes late, is done once. Raises as ``update``."""
-        number = (request.inode, request.writer, request.sequence)
+        # The client sends it to the heads of all chains of the file: some may be here.
+        number = (request.inode, passing.chain, request.writer, request.sequence)
         with self._guard:
             if number in self._removed:
                 return
