@@ -22,6 +22,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import msgspec
+
 from kvfs_base import threads
 from kvfs_base.counters import Counters
 from kvfs_base.errors import (
@@ -287,6 +289,7 @@ class Replicator:
             self._give_up(store, place, info, exc, clean=clean)
         except _Spoilt as exc:
             self._give_up(store, place, info, exc.error, clean=clean)
+            self._record_lost(store, info)
         except rules.NOWHERE as exc:
             if clean and self._drop(store, chunk):
                 raise
@@ -349,12 +352,15 @@ class Replicator:
             ) as place,
         ):
             committed, pending, known = self._look(store, chunk)
-            if not known:
-                raise ChunkMismatch(*chunk, detail="it is not known what is pending")
             if rules.same_version(committed, made):
                 return committed or rules.nothing(chunk)
-            if pending is not None and rules.same_version(pending, made):
-                if place.hops and self._is_done_behind(store, place, pending):
+            if not known or rules.same_version(pending, made):
+                is_done = place.hops and self._is_done_behind(store, place, made)
+                if not known and (is_done or not place.hops):
+                    # It may have been committed, and read, here: older bytes must not come back.
+                    self._record_lost(store, made)
+                    is_done = True
+                if is_done:
                     return self._commit(store, chunk)
                 store.versions.drop(chunk)
                 self._forget(store, chunk)
@@ -362,6 +368,15 @@ class Replicator:
                     self._in_step.went(place, chunk)
             self._refused.add(place, made)
             return committed or rules.nothing(chunk)
+
+    def _record_lost(self, store: ChunkStore, made: ChunkInfo) -> None:
+        """Makes a version pending without its bytes, which this member has not. Raises
+        Unresolved."""
+        lost = msgspec.structs.replace(made, state=ChunkState.DAMAGED)
+        try:
+            store.versions.prepare_whole(made.chunk, lost, [])
+        except KvfsError as exc:
+            raise self._remember(store, made.chunk, exc) from exc
 
     def _drop(self, store: ChunkStore, chunk: ChunkId) -> bool:
         try:

@@ -5,8 +5,8 @@ has come to everything is in step but for what was asked for and has not come ye
 what was updated meanwhile. A comparison that breaks off and begins again under the same version
 goes on from what it knows: every update since then has passed this member.
 
-A member that waits for its turn knows nothing of the kind: its comparison has another version of the
-chain, since the one before it then serves. It takes whatever comes whole until then.
+A member that waits for its turn knows nothing of the kind, and takes whatever comes whole: its
+comparison has a later version of the chain, as the one before it serves then.
 """
 
 from __future__ import annotations
