@@ -3,6 +3,9 @@
 Local blocks are read from a descriptor that the chunk server passed: it verified the chunk before.
 Blocks of other hosts are fetched whole into memory and verified there, because a part of a block
 cannot be checked; those buffers are bounded and the least recently used go first.
+
+One that nobody has open any more stays at hand for a moment (*idle*): while its attributes are
+leased it is there, and the next open asks nobody. It is let go of as soon as somebody removes it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import contextlib
 import logging
 import mmap
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import trio
@@ -29,13 +32,14 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import (
     MOUNT_BLOCK_BUFFER_BYTES,
+    MOUNT_IDLE_BLOCKS,
     MOUNT_IDLE_SECONDS,
     MOUNT_IO_BYTES,
     MOUNT_USES_MAX,
     PAGE_BYTES,
 )
 from kvfs_base.seams import Buffer
-from kvfs_base.types import Attr, ChunkId
+from kvfs_base.types import Attr, BlockInfo, ChunkId, Layout
 from kvfs_datapath.client.chunk_client import ChunkRead
 from kvfs_metadata.messages import GetAttr, LookupBlocks, RemoveBlocks
 
@@ -73,6 +77,11 @@ class Blocks:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._open: dict[int, OpenBlock] = {}
+        self._idle: dict[int, OpenBlock] = {}
+        """The longest first."""
+        self._idle_before: set[int] = set()
+        """Those that were idle in the last round, and since."""
         self._fetched: collections.OrderedDict[int, memoryview] = collections.OrderedDict()
         self._fetched_bytes = 0
         self._uses: dict[int, dict[bytes, None]] = {}
@@ -80,30 +89,115 @@ class Blocks:
         self._uses_count = 0
         self._many_uses = trio.Event()
 
-    def use(self, block: OpenBlock) -> None:
+    def __len__(self) -> int:
+        """Open ones."""
+        return len(self._open)
+
+    @property
+    def idle_count(self) -> int:
+        return len(self._idle)
+
+    def get(self, inode: int) -> OpenBlock | None:
+        """One that is open."""
+        return self._open.get(inode)
+
+    # --- uses, as eviction sees them
+
+    def _use(self, block: OpenBlock) -> None:
         """Of a block that is known to be there. Told to the service some time later."""
+        if not block.namespace:
+            return
         self._uses.setdefault(block.namespace, {})[block.attr.key] = None
         self._uses_count += 1
         if self._uses_count >= MOUNT_USES_MAX:
             self._many_uses.set()
 
-    async def tell_uses(self) -> None:
-        """Until cancelled."""
+    async def tidy(self) -> None:
+        """Tells the service of uses, and closes what is idle. Until cancelled."""
         while True:
-            with trio.move_on_after(MOUNT_IDLE_SECONDS):
+            with trio.move_on_after(MOUNT_IDLE_SECONDS) as round_:
                 await self._many_uses.wait()
             self._many_uses = trio.Event()
+            if round_.cancelled_caught:
+                self._close_idle(self._idle_before)
+                self._idle_before = set(self._idle)
             uses, self._uses, self._uses_count = self._uses, {}, 0
             for namespace, keys in uses.items():
                 with contextlib.suppress(KvfsError):  # the blocks look older than they are
                     await self._backend.call(LookupBlocks(namespace, b"".join(keys)))
 
-    async def open(self, block: OpenBlock) -> None:
-        """Raises IntegrityError or ChunkNotFound for a damaged block, InodeStale for one that was
-        removed meanwhile, ServiceError else."""
-        await self._patiently(block, self._open)
+    # --- opening and closing
 
-    async def _open(self, block: OpenBlock) -> None:
+    def open_now(self, inode: int) -> OpenBlock | None:
+        """One more handle of a block that is at hand and still there."""
+        block = self._open.get(inode)
+        if block is None:
+            if inode not in self._idle or self._backend.names.attr(inode) is None:
+                return None
+            block = self._open[inode] = self._idle.pop(inode)
+            self._idle_before.discard(inode)
+            self._use(block)
+        block.handles += 1
+        return block
+
+    async def open(self, namespace: int, attr: Attr) -> OpenBlock:
+        """The same in any case. Raises IntegrityError or ChunkNotFound for a damaged block,
+        InodeStale for one that was removed, ServiceError else."""
+        if namespace and self._backend.names.attr(attr.inode) is None:
+            found: tuple[BlockInfo | None, ...] = await self._backend.call(
+                LookupBlocks(namespace, attr.key)
+            )
+            if found[0] is None or found[0].inode != attr.inode:
+                raise InodeStale(inode=attr.inode)
+            attr.layout = Layout(attr.size, (found[0].chain,))  # it may have moved
+        known = self.open_now(attr.inode)
+        if known is not None:
+            return known
+        block = OpenBlock(attr, namespace)
+        await self._patiently(block, self._take)
+        self._use(block)
+        other = self._open.setdefault(attr.inode, block)
+        if other is not block:  # opened twice at the same time
+            self._close(block)
+        else:
+            self._close_idle((attr.inode,))
+        other.handles += 1
+        return other
+
+    def release(self, block: OpenBlock) -> None:
+        """Gives back one handle."""
+        block.handles -= 1
+        if block.handles:
+            return
+        del self._open[block.inode]
+        if self._backend.names.attr(block.inode) is None:
+            self._close(block)
+            return
+        self._idle[block.inode] = block
+        if len(self._idle) > MOUNT_IDLE_BLOCKS:
+            self._close_idle((next(iter(self._idle)),))
+
+    def changed(self, inodes: Iterable[int]) -> None:
+        """Perhaps these were removed, or have moved: nothing of them is kept."""
+        self._close_idle(inodes)
+
+    def close_all(self) -> None:
+        """What is idle."""
+        self._close_idle(list(self._idle))
+
+    def _close_idle(self, inodes: Iterable[int]) -> None:
+        for inode in inodes:
+            block = self._idle.pop(inode, None)
+            if block is not None:
+                self._close(block)
+
+    def _close(self, block: OpenBlock) -> None:
+        if block.descriptor != NO_DESCRIPTOR:
+            os.close(block.descriptor)
+            block.descriptor = NO_DESCRIPTOR
+        self._forget(block.inode)
+
+    async def _take(self, block: OpenBlock) -> None:
         try:
             block.descriptor = await self._backend.in_thread(
                 self._open_local, ChunkId(block.inode, 0), block
@@ -149,6 +243,8 @@ class Blocks:
         os.posix_fadvise(descriptor, 0, block.attr.size, os.POSIX_FADV_WILLNEED)
         return descriptor
 
+    # --- reading
+
     def read_now(self, block: OpenBlock, offset: int, length: int) -> Buffer | None:
         """What ``read`` would answer, if nothing need be waited for."""
         length = min(length, block.attr.size - offset)
@@ -176,12 +272,6 @@ class Blocks:
             view = await self._patiently(block, self._fetch)
             return view[offset : offset + length]
         return await self._backend.in_thread(_read_all, block, offset, length)
-
-    def close(self, block: OpenBlock) -> None:
-        if block.descriptor != NO_DESCRIPTOR:
-            os.close(block.descriptor)
-            block.descriptor = NO_DESCRIPTOR
-        self._forget(block.inode)
 
     async def _fetch(self, block: OpenBlock) -> memoryview:
         """All bytes of a block of another host, verified."""

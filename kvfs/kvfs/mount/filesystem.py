@@ -52,7 +52,7 @@ from kvfs_base.limits import (
 )
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Buffer
-from kvfs_base.types import Attr, BlockInfo, Layout
+from kvfs_base.types import Attr
 from kvfs_metadata.messages import (
     FilesystemStats,
     GetAttr,
@@ -60,7 +60,6 @@ from kvfs_metadata.messages import (
     Link,
     ListXattr,
     Lookup,
-    LookupBlocks,
     Make,
     ReadLink,
     RemoveXattr,
@@ -95,7 +94,6 @@ class Filesystem:
         self._attribute_seconds = attribute_seconds
         self._blocks = Blocks(backend)
         self._files = OpenFiles(backend)
-        self._open_blocks: dict[int, OpenBlock] = {}
         self._handles: dict[int, Handle | OpenBlock | OpenDirectory] = {}
         self._next_handle = 1
         self._seen_blocks: Remembered[tuple[int, Attr]] = Remembered(MOUNT_REMEMBERED_INODES)
@@ -108,7 +106,8 @@ class Filesystem:
             **self._backend.statistics,
             **self._backend.names.statistics(),
             "handles": len(self._handles),
-            "open_blocks": len(self._open_blocks),
+            "open_blocks": len(self._blocks),
+            "idle_blocks": self._blocks.idle_count,
             "idle_files": len(self._files.opens),
             "open_files": len(self._files),
         }
@@ -124,6 +123,7 @@ class Filesystem:
 
         def changed(inodes: Sequence[int], entries: Sequence[Entry]) -> None:
             self._files.changed(inodes)
+            self._blocks.changed(inodes)
             tell(inodes, entries)
 
         self._backend.names.tell_kernel = changed
@@ -195,7 +195,7 @@ class Filesystem:
         file = self._files.get(inode)
         if file is not None:
             return self._fresh_now(file)
-        block = self._open_blocks.get(inode)
+        block = self._blocks.get(inode)
         return self._leased(inode) if block is None else block.attr
 
     async def getattr(self, inode: int) -> Attr:
@@ -279,7 +279,9 @@ class Filesystem:
     async def unlink(self, parent: int, name: bytes) -> None:
         _check_name(name)
         attr = self._changed_by_name(await self._backend.call(Unlink(parent, name)))
-        if not attr.nlink:
+        if attr.is_block:
+            self._blocks.changed((attr.inode,))
+        elif not attr.nlink:
             self._files.opens.changed((attr.inode,))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
@@ -331,10 +333,8 @@ class Filesystem:
         return file.view(), self._opened(file, True, flags)
 
     def open_now(self, inode: int, flags: int) -> Opened | None:
-        block = self._open_blocks.get(inode)
-        if block is not None:
-            self._check_room()
-            return self._share_block(block, flags)
+        if inode in self._seen_blocks:
+            return self._open_block_now(inode, flags)
         found = self._files.open_now(inode, flags)
         return None if found is None else self._opened(*found, flags)
 
@@ -354,7 +354,7 @@ class Filesystem:
         return self._opened(*await self._files.open(inode, flags), flags)
 
     def _check_room(self) -> None:
-        if len(self._files) + len(self._open_blocks) >= MOUNT_OPEN_FILES:
+        if len(self._files) + len(self._blocks) >= MOUNT_OPEN_FILES:
             raise LimitExceeded(detail="open files", limit=MOUNT_OPEN_FILES)
 
     def _add(self, opened: Handle | OpenBlock | OpenDirectory) -> int:
@@ -380,31 +380,21 @@ class Filesystem:
         self._handle(handle).file.refuse_backing()
 
     async def _open_block(self, namespace: int, attr: Attr, flags: int) -> Opened:
-        """A use of the block, as eviction sees it. Raises EntryNotFound if it was removed."""
+        """A use of the block, as eviction sees it. Raises InodeStale if it was removed."""
         _check_read_only(flags)
-        if namespace and self._backend.names.attr(attr.inode) is None:
-            found: tuple[BlockInfo | None, ...] = await self._backend.call(
-                LookupBlocks(namespace, attr.key)
-            )
-            if found[0] is None or found[0].inode != attr.inode:
-                self._seen_blocks.drop(attr.inode)
-                raise InodeStale(inode=attr.inode)
-            attr.layout = Layout(attr.size, (found[0].chain,))  # it may have moved
-        block = self._open_blocks.get(attr.inode)
-        if block is None:
-            block = OpenBlock(attr, namespace)
-            await self._blocks.open(block)
-            if namespace:
-                self._blocks.use(block)
-            other = self._open_blocks.setdefault(attr.inode, block)
-            if other is not block:  # opened twice at the same time
-                self._blocks.close(block)
-                block = other
-        return self._share_block(block, flags)
+        try:
+            return self._opened_block(await self._blocks.open(namespace, attr))
+        except InodeStale:
+            self._seen_blocks.drop(attr.inode)
+            raise
 
-    def _share_block(self, block: OpenBlock, flags: int) -> Opened:
+    def _open_block_now(self, inode: int, flags: int) -> Opened | None:
         _check_read_only(flags)
-        block.handles += 1
+        self._check_room()
+        block = self._blocks.open_now(inode)
+        return None if block is None else self._opened_block(block)
+
+    def _opened_block(self, block: OpenBlock) -> Opened:
         return Opened(self._add(block), True, False, backing=block.descriptor, is_block=True)
 
     def read_now(self, handle: int, offset: int, length: int) -> Buffer | None:
@@ -472,10 +462,7 @@ class Filesystem:
             return False
         del self._handles[handle]
         if isinstance(opened, OpenBlock):
-            opened.handles -= 1
-            if not opened.handles:
-                del self._open_blocks[opened.inode]
-                self._blocks.close(opened)
+            self._blocks.release(opened)
         return True
 
     async def release(self, handle: int) -> None:
@@ -559,15 +546,16 @@ class Filesystem:
                 await file.write_back()
 
     async def tidy_forever(self) -> None:
-        """Tells the service what can wait: closes, and uses of blocks."""
+        """Does what can wait: closes files and blocks, tells the service of uses."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._files.opens.close_idle)
-            nursery.start_soon(self._blocks.tell_uses)
+            nursery.start_soon(self._blocks.tidy)
 
     async def close(self) -> None:
         """Records everything, after the last request."""
         for handle in list(self._handles):
             await self.release(handle)
+        self._blocks.close_all()
         await self._files.opens.close_all()
 
 
