@@ -87,11 +87,12 @@ is over by then, so the answer to a longer silence comes from the metadata servi
 PASS_CONNECT_SECONDS = 2.0
 """A connection to another member: a first segment that is lost is sent again after a second."""
 
-WATCH_SECONDS = 1.0
-WATCH_CONNECT_SECONDS = 1.5
-"""Who waits longer than the first for a write to be answered dials the server once more: if that
-takes longer than the second (a segment may be lost), it is not waited for any more. A server that
-is gone costs 2.5 s at most instead of DATA_SECONDS and more, a slow disk a connection a second."""
+WATCHDOG_SECONDS = 1.0
+WATCHDOG_CONNECT_SECONDS = 1.5
+"""Who waits longer than the first for a write, or a read of a file, dials the server once more: if
+that takes longer than the second (a segment may be lost), it is not waited for any more. A server
+that is gone costs 2.5 s at most instead of DATA_SECONDS and more, a slow disk a connection a
+second."""
 
 RELAY_SECONDS_MAX = 300
 """The longest that a sender can say it waits for what another member passes on to the head:

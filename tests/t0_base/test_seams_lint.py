@@ -86,3 +86,17 @@ def test_the_lint_finds_what_it_looks_for(tmp_path: Path) -> None:
 
 def test_exceptions_name_files_that_exist() -> None:
     assert [name for name in OUTER if not (ROOT / name).exists()] == []
+
+
+def test_no_bound_is_defined_twice() -> None:
+    """The second one would count for those who want the first."""
+    tree = ast.parse((ROOT / "kvfs/kvfs_base/limits.py").read_text())
+    names = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    assert len(names) > 100
+    assert sorted(names) == sorted(set(names))
