@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +13,12 @@ import trio
 import trio.testing
 
 from kvfs.mount import blocks as blocks_module
+from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.blocks import Blocks
-from kvfs_base.errors import InodeStale
+from kvfs_base.errors import InodeStale, NoTarget
 from kvfs_base.limits import MOUNT_IDLE_SECONDS
 from kvfs_base.types import Attr, BlockInfo, ChunkId, Layout
+from kvfs_datapath.client.chunk_client import ChunkRead
 
 NAMESPACE = 3
 Test = Callable[[Blocks, "Backend"], Awaitable[None]]
@@ -35,6 +37,7 @@ class Backend:
         self.chunks = self
         self.names = SimpleNamespace(attr=self._attr, drop=lambda inode: None)
         self.descriptors: list[int] = []
+        self.scratch = memoryview(bytearray(4096))
 
     def _attr(self, inode: int) -> Attr | None:
         return attr_of(inode) if self.leased and inode in self.there else None
@@ -152,3 +155,74 @@ def test_a_handle_keeps_what_others_let_go_of(run: Callable[[Test], None]) -> No
         assert backend.are_open() == []
 
     run(test)
+
+
+# --- blocks of other hosts
+
+
+class Elsewhere(Backend):
+    """Nothing is on this host; each block is ten bytes of its inode number."""
+
+    def open_sealed(self, chunk: ChunkId, chain: int) -> int:
+        raise NoTarget(detail="not here")
+
+    def read_chunks(self, reads: Sequence[ChunkRead]) -> list[None]:
+        for read in reads:
+            self.opened.append(read.chunk.inode)
+            read.view[: read.size] = bytes([read.chunk.inode]) * read.size
+        return [None] * len(reads)
+
+
+def run_elsewhere(tmp_path: Path, test: Callable[[Blocks, Elsewhere], Awaitable[None]]) -> None:
+    async def main() -> None:
+        backend: Any = Elsewhere(tmp_path / "chunk")
+        await test(Blocks(backend), backend)
+
+    trio.run(main)
+
+
+def holds(descriptor: int) -> tuple[bytes, int]:
+    return os.pread(descriptor, 20, 0), os.fstat(descriptor).st_size
+
+
+def test_the_kernel_reads_what_was_fetched(tmp_path: Path) -> None:
+    async def test(blocks: Blocks, backend: Elsewhere) -> None:
+        block = await blocks.open(NAMESPACE, attr_of(1))
+        assert holds(block.backing) == (b"\1" * 10, 10)
+        assert bytes(await blocks.read(block, 4, 100)) == b"\1" * 6
+        blocks.release(block)
+        again = blocks.open_now(1)
+        assert again is block
+        assert holds(again.backing) == (b"\1" * 10, 10)
+        assert backend.opened == [1]
+
+    run_elsewhere(tmp_path, test)
+
+
+def test_memory_is_bounded_and_nobody_who_reads_loses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "MOUNT_BLOCK_BUFFER_BYTES", 25)
+
+    async def test(blocks: Blocks, backend: Elsewhere) -> None:
+        first, second, third = [await blocks.open(NAMESPACE, attr_of(i)) for i in (1, 2, 3)]
+        # The kernel may keep one of ten bytes, of 25; the second made room for the third.
+        assert [b.backing == NO_DESCRIPTOR for b in (first, second, third)] == [False, True, True]
+        assert [b.descriptor == NO_DESCRIPTOR for b in (first, second, third)] == [
+            False,
+            True,
+            False,
+        ]
+        assert bytes(await blocks.read(second, 0, 100)) == b"\2" * 10
+        assert backend.opened == [1, 2, 3, 2]
+        second.readers += 1
+        with trio.move_on_after(5):
+            assert bytes(await blocks.read(third, 0, 100)) == b"\3" * 10
+        assert second.descriptor != NO_DESCRIPTOR
+        second.readers -= 1
+        blocks.release(first)
+        fourth = await blocks.open(NAMESPACE, attr_of(4))
+        assert first.descriptor == NO_DESCRIPTOR  # idle ones go before those that are open
+        assert holds(fourth.backing) == (b"\4" * 10, 10)
+
+    run_elsewhere(tmp_path, test)

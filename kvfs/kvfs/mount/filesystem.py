@@ -395,7 +395,7 @@ class Filesystem:
         return None if block is None else self._opened_block(block)
 
     def _opened_block(self, block: OpenBlock) -> Opened:
-        return Opened(self._add(block), True, False, backing=block.descriptor, is_block=True)
+        return Opened(self._add(block), True, False, backing=block.backing, is_block=True)
 
     def read_now(self, handle: int, offset: int, length: int) -> Buffer | None:
         opened = self._handles[handle]
