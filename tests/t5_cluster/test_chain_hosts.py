@@ -168,7 +168,7 @@ def play(cluster: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]) -> 
         fault,
         repair,
         evicting=name == "host 3's disk full",
-        going_on=("put", "get") if name == UNNOTICED else (),
+        going_on=("put", "get", "write", "read") if name == UNNOTICED else (),
     )
     with capsys.disabled():
         print(f"\n{row}")
