@@ -77,6 +77,36 @@ def _listening_socket(address: Address, secret: Secret | None) -> tuple[socket.s
     return sock, bound
 
 
+class OsStream(trio.abc.HalfCloseableStream):
+    """A trio stream that can send without a task, too."""
+
+    def __init__(self, stream: trio.SocketStream) -> None:
+        self._stream = stream
+
+    def send_now(self, data: bytes) -> int:
+        try:
+            return os.write(self._stream.socket.fileno(), data)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            raise trio.BrokenResourceError from exc
+
+    async def send_all(self, data: Buffer) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
 class OsNetwork:
     """With a ``secret`` every TCP connection begins with ``kvfs_base.handshake``, and any address
     may be used; without one, those of this machine. Raises what ``prove_stream`` does as well."""
@@ -92,14 +122,15 @@ class OsNetwork:
             address.require_loopback()
         try:
             if address.kind == "unix":
-                return await trio.open_unix_socket(address.path)
-            stream = await trio.open_tcp_stream(address.host, address.port)
+                stream = await trio.open_unix_socket(address.path)
+            else:
+                stream = await trio.open_tcp_stream(address.host, address.port)
         except OSError as exc:
             detail = exc.strerror or str(exc)
             raise ConnectionLost(address=str(address), detail=detail) from exc
-        if self._secret is not None:
+        if self._secret is not None and address.kind != "unix":
             await prove_stream(stream, self._secret, address)
-        return stream
+        return OsStream(stream)
 
     async def serve(
         self,

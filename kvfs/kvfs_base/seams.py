@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import trio
 
@@ -112,6 +112,16 @@ class Disk(Protocol):
     def sync_directory(self, path: str) -> None: ...
 
     def usage(self) -> DiskUsage: ...
+
+
+@runtime_checkable
+class SendsNow(Protocol):
+    """What a stream may have besides: for those who are in no task that could wait, and to whom a
+    task a message would cost more than the message."""
+
+    def send_now(self, data: bytes) -> int:
+        """How many bytes were sent, from the first on, without waiting. Nobody else may be sending.
+        Raises trio.BrokenResourceError."""
 
 
 class Network(Protocol):

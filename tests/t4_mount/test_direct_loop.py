@@ -51,7 +51,7 @@ class Names:
         await trio.lowlevel.checkpoint()
         raise self.missing()
 
-    def call_soon(self, request: Any, done: Any) -> int:
+    def ask_soon(self, request: Any, done: Any) -> int:
         if not self.connected or request.name == b"slow":
             return 0
         self.asked[len(self.asked) + 1] = done
@@ -59,6 +59,13 @@ class Names:
 
     def give_up(self, number: int) -> None:
         self.given_up.append(number)
+
+    def call_soon(self, request: Any, done: Any) -> bool:
+        self.asked[len(self.asked) + 1] = done
+        return self.connected
+
+    def send_soon(self) -> None:
+        pass
 
 
 class Kernel:
@@ -180,6 +187,42 @@ def test_a_look_up_without_a_task() -> None:
             ]
             too_long = await kernel.send(Opcode.LOOKUP, b"n" * 256 + b"\0")
             assert (await kernel.answer())[:2] == (too_long, errno.ENAMETOOLONG)
+
+    trio.run(scenario)
+
+
+def test_a_change_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told of in any case: no task takes it over, and no signal."""
+    monkeypatch.setattr(direct_frontend, "ASKED_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            sent = [await kernel.send(Opcode.UNLINK, b"name\0") for _ in range(3)]
+            while len(names.asked) < len(sent):
+                await trio.lowlevel.checkpoint()
+            await kernel.send(Opcode.INTERRUPT, struct.pack("=Q", sent[0]))
+            await trio.sleep(0.05)
+            names.asked[2](None, ConnectionLost())
+            names.asked[3](Attr(5, 0o100644), None)
+            names.asked[1](Attr(6, 0o100644), None)
+            answers = [(await kernel.answer())[:2] for _ in sent]
+            assert answers == [(sent[1], errno.EIO), (sent[2], 0), (sent[0], 0)]
+            assert names.given_up == []
+
+    trio.run(scenario)
+
+
+@pytest.mark.logs_warnings
+def test_an_answer_that_is_not_understood_is_an_error() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            unique = await kernel.send(Opcode.UNLINK, b"name\0")
+            while not names.asked:
+                await trio.lowlevel.checkpoint()
+            names.asked[1]("no attributes", None)
+            assert (await kernel.answer())[:2] == (unique, errno.EIO)
 
     trio.run(scenario)
 

@@ -365,11 +365,14 @@ class StripedFile:
 
     def unstage(self, staged: StagedFile) -> None:
         """Nobody has ``staged`` open any more, and what was written to it is not wanted."""
-        found = os.fstat(staged.fd)
-        if found.st_size or found.st_blocks:
+        if not self.unstage_now(staged):
             self._client.staged.discard(staged)
-        else:
-            self._client.staged.give_back(staged)
+
+    def unstage_now(self, staged: StagedFile) -> bool:
+        """``unstage``, if its server need not be asked, as for what is empty; else nothing."""
+        found = os.fstat(staged.fd)
+        empty = not (found.st_size or found.st_blocks)
+        return empty and self._client.staged.give_back(staged)
 
     def is_first(self, fd: int) -> bool:
         """Whether ``fd`` is the first chunk's. Waits for its server."""

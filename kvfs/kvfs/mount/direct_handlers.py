@@ -1,8 +1,8 @@
 """The direct front end's answers: requests of the kernel in, calls of the Filesystem, answers out.
 
 There are three kinds of handlers. What is known here is answered at once (``now``). Most look-ups
-need one answer of the metadata service and nothing else (``soon``). Everything may wait
-(``later``).
+and changes of names need one answer of the metadata service and nothing else (``soon``). Everything
+may wait (``later``).
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ Answer = Sequence[Buffer]
 """What follows the header. Valid until the next await."""
 Now = Callable[[Request], Answer | None]
 """None: somebody has to be asked."""
-Tell = Callable[[Request, Answer, KvfsError | None], None]
+Tell = Callable[[Request, Answer | None, KvfsError | None], None]
+"""Neither: it has to be ``later``."""
 Soon = Callable[[Request, Tell], int]
-"""A number for ``Filesystem.give_up``; 0: it has to be ``later``."""
+"""A number for ``Filesystem.give_up``; True: it is told of in any case, and cannot be given up; 0
+or False: it has to be ``later``."""
 Later = Callable[[Request], Awaitable[Answer]]
 
 WANTED = (
@@ -71,10 +73,7 @@ class Handlers:
         self._attr_times = wire.Times.of(config.attribute_seconds)
         self._negative_times = wire.Times.of(config.negative_seconds)
         self.now = self._now_handlers()
-        self.soon: dict[int, Soon] = {
-            Opcode.LOOKUP: self._lookup_soon,
-            Opcode.GETATTR: self._getattr_soon,
-        }
+        self.soon = self._soon_handlers()
         self.later = self._later_handlers()
 
     def errno_of(self, request: Request, error: Exception) -> int:
@@ -176,10 +175,22 @@ class Handlers:
         return ()
 
     def _getxattr_now(self, request: Request) -> Answer | None:
-        self._fs.check_xattr(request.arguments.name)
+        self._fs.xattrs.check(request.arguments.name)
         return None
 
-    # --- answered by one look-up
+    # --- answered by one answer
+
+    def _soon_handlers(self) -> dict[int, Soon]:
+        return {
+            Opcode.LOOKUP: self._lookup_soon,
+            Opcode.GETATTR: self._getattr_soon,
+            Opcode.OPEN: self._open_soon,
+            Opcode.CREATE: self._create_soon,
+            Opcode.MKDIR: self._mkdir_soon,
+            Opcode.UNLINK: self._unlink_soon,
+            Opcode.RENAME: self._rename_soon,
+            Opcode.RENAME2: self._rename_soon,
+        }
 
     def _lookup_soon(self, request: Request, tell: Tell) -> int:
         def done(attr: Attr | None, error: KvfsError | None) -> None:
@@ -195,6 +206,47 @@ class Handlers:
             tell(request, () if attr is None else self._attr(attr), error)
 
         return self._fs.getattr_soon(request.inode, done)
+
+    def _open_soon(self, request: Request, tell: Tell) -> int:
+        flags, kill = request.arguments
+
+        def done(opened: Opened | None, error: KvfsError | None) -> None:
+            answer = None if opened is None else self._opened(request, opened)
+            tell(request, answer, error)
+
+        return not kill and self._fs.open_soon(request.inode, flags, done)
+
+    def _create_soon(self, request: Request, tell: Tell) -> int:
+        flags, mode, name = request.arguments
+
+        def done(created: tuple[Attr, Opened] | None, error: KvfsError | None) -> None:
+            tell(request, None if created is None else self._created(*created), error)
+
+        entry = request.inode, name
+        return self._fs.create_soon(entry, mode, flags, _caller(request), done)
+
+    def _mkdir_soon(self, request: Request, tell: Tell) -> int:
+        mode, _, name = request.arguments
+
+        def done(attr: Attr | None, error: KvfsError | None) -> None:
+            tell(request, None if attr is None else self._entry(attr), error)
+
+        return self._fs.mkdir_soon(request.inode, name, mode, _caller(request), done)
+
+    def _unlink_soon(self, request: Request, tell: Tell) -> int:
+        def done(_: None, error: KvfsError | None) -> None:
+            tell(request, (), error)
+
+        return self._fs.unlink_soon(request.inode, request.arguments.name, done)
+
+    def _rename_soon(self, request: Request, tell: Tell) -> int:
+        new_parent, flags, name, new_name = request.arguments
+
+        def done(_: None, error: KvfsError | None) -> None:
+            tell(request, (), error)
+
+        old, new = (request.inode, name), (new_parent, new_name)
+        return self._fs.rename_soon(old, new, flags, done)
 
     # --- names
 
@@ -332,7 +384,11 @@ class Handlers:
 
     async def _create(self, request: Request) -> Answer:
         flags, mode, name = request.arguments
-        attr, opened = await self._fs.create(request.inode, name, mode, flags, _caller(request))
+        return self._created(
+            *await self._fs.create(request.inode, name, mode, flags, _caller(request))
+        )
+
+    def _created(self, attr: Attr, opened: Opened) -> Answer:
         flags, backing_id = OpenFlag.KEEP_CACHE, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
             backing_id = self._backings.opened(opened.handle, attr.inode, opened.backing)
@@ -415,18 +471,18 @@ class Handlers:
 
     async def _getxattr(self, request: Request) -> Answer:
         size, name = request.arguments
-        return _sized(await self._fs.getxattr(request.inode, name), size)
+        return _sized(await self._fs.xattrs.get(request.inode, name), size)
 
     async def _listxattr(self, request: Request) -> Answer:
-        names = await self._fs.listxattr(request.inode)
+        names = await self._fs.xattrs.list(request.inode)
         return _sized(b"".join(name + b"\0" for name in names), request.arguments.size)
 
     async def _setxattr(self, request: Request) -> Answer:
-        await self._fs.setxattr(request.inode, *request.arguments)
+        await self._fs.xattrs.set(request.inode, *request.arguments)
         return ()
 
     async def _removexattr(self, request: Request) -> Answer:
-        await self._fs.removexattr(request.inode, request.arguments.name)
+        await self._fs.xattrs.remove(request.inode, request.arguments.name)
         return ()
 
 

@@ -527,8 +527,12 @@ class OpenFile:
 
     def close_now(self) -> bool:
         """Lets go of descriptors, if nothing need be waited for."""
-        if self._unflushed or self._passed is not None:
+        if self._unflushed:
             return False
+        if self._passed is not None:
+            if not self._passed.close_now():
+                return False
+            self._passed, self.backing = None, NO_DESCRIPTOR
         self._close_backing()
         self._data.close()
         return True

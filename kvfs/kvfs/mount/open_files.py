@@ -73,7 +73,7 @@ class OpenFiles:
 
     # --- opening
 
-    async def made(self, attr: Attr, *, is_whole: bool) -> OpenFile:
+    def made(self, attr: Attr, *, is_whole: bool) -> OpenFile:
         """Of a file that was just made, and counted as open with that. ``is_whole``: it will be
         written from its start to its end."""
         self.opens.made(attr.inode)
@@ -83,7 +83,7 @@ class OpenFiles:
             file.is_new()
             if self.pass_through and is_whole:
                 file.pass_writes()
-            await file.decide(reads_only=False)
+            file.decide_now(reads_only=False)
         file.handles += 1
         return file
 

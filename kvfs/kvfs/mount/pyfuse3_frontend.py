@@ -265,20 +265,20 @@ class _Operations(pyfuse3.Operations):
 
     @_handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        return await self._fs.getxattr(inode, name)
+        return await self._fs.xattrs.get(inode, name)
 
     @_handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         # pyfuse3 has dealt with XATTR_CREATE and XATTR_REPLACE.
-        await self._fs.setxattr(inode, name, value)
+        await self._fs.xattrs.set(inode, name, value)
 
     @_handler
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return await self._fs.listxattr(inode)
+        return await self._fs.xattrs.list(inode)
 
     @_handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._fs.removexattr(inode, name)
+        await self._fs.xattrs.remove(inode, name)
 
 
 def _caller(ctx: RequestContext) -> Caller:
