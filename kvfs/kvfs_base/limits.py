@@ -341,8 +341,8 @@ MOUNT_IDLE_FILES = 4096
 open costs no call. The space of one that another mount removes comes back when it is closed."""
 
 MOUNT_IDLE_BLOCKS = 256
-"""Blocks that nobody has open any more and that are still at hand. A mount that does not run any
-more keeps the space of those that are removed: 512 MiB of 2 MiB each."""
+"""Blocks that nobody has open any more and that are still at hand, and as many files. A mount that
+does not run any more keeps the space of those that are removed: 512 MiB of 2 MiB each."""
 
 MOUNT_IDLE_SECONDS = 5.0
 """Such a file or block is closed when nobody opened it for one to two times as long."""

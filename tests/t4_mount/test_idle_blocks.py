@@ -59,6 +59,12 @@ class Backend:
         return [fd for fd in set(self.descriptors) if os.path.exists(f"/proc/self/fd/{fd}")]
 
 
+async def turn(blocks: Blocks) -> None:
+    while True:
+        await trio.sleep(MOUNT_IDLE_SECONDS)
+        blocks.idle.turn()
+
+
 def attr_of(inode: int) -> Attr:
     return Attr(inode, 0o100444, size=10, layout=Layout(10, (7,)), key=bytes(31) + bytes([inode]))
 
@@ -70,10 +76,10 @@ def run(tmp_path: Path) -> Callable[[Test], None]:
             backend: Any = Backend(tmp_path / "chunk")
             blocks = Blocks(backend)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(blocks.tidy)
+                nursery.start_soon(turn, blocks)
                 await test(blocks, backend)
                 nursery.cancel_scope.cancel()
-            blocks.close_all()
+            blocks.idle.clear()
             assert backend.are_open() == []
 
         trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
@@ -107,7 +113,7 @@ def test_who_removes_one_has_its_space_at_once(run: Callable[[Test], None]) -> N
         await use(blocks, 1)
         await use(blocks, 2)
         backend.there.discard(1)
-        blocks.changed((1, 77))
+        blocks.idle.drop((1, 77))
         assert len(backend.are_open()) == 1
         assert blocks.open_now(1) is None
         with pytest.raises(InodeStale):
@@ -148,7 +154,7 @@ def test_a_handle_keeps_what_others_let_go_of(run: Callable[[Test], None]) -> No
         assert blocks.open_now(1) is block
         blocks.release(block)
         backend.there.discard(1)
-        blocks.changed((1,))
+        blocks.idle.drop((1,))
         await trio.sleep(3 * MOUNT_IDLE_SECONDS)
         assert os.pread(block.descriptor, 20, 0) == bytes(10)
         blocks.release(block)

@@ -16,12 +16,13 @@ import contextlib
 import logging
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
+from kvfs.mount.idle import Idle
 from kvfs_base.errors import (
     BehindTheEnd,
     ChunkNotFound,
@@ -86,10 +87,7 @@ class Blocks:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._open: dict[int, OpenBlock] = {}
-        self._idle: dict[int, OpenBlock] = {}
-        """The longest first."""
-        self._idle_before: set[int] = set()
-        """Those that were idle in the last round, and since."""
+        self.idle: Idle[OpenBlock] = Idle(MOUNT_IDLE_BLOCKS, self._close)
         self._buffers = BufferPool(MOUNT_THREADS, TRANSFER_BYTES)
         self._in_memory: collections.OrderedDict[OpenBlock, None] = collections.OrderedDict()
         self._memory_bytes = 0
@@ -103,10 +101,6 @@ class Blocks:
     def __len__(self) -> int:
         """Open ones."""
         return len(self._open)
-
-    @property
-    def idle_count(self) -> int:
-        return len(self._idle)
 
     def get(self, inode: int) -> OpenBlock | None:
         """One that is open."""
@@ -123,15 +117,12 @@ class Blocks:
         if self._uses_count >= MOUNT_USES_MAX:
             self._many_uses.set()
 
-    async def tidy(self) -> None:
-        """Tells the service of uses, and closes what is idle. Until cancelled."""
+    async def tell_uses(self) -> None:
+        """Until cancelled."""
         while True:
-            with trio.move_on_after(MOUNT_IDLE_SECONDS) as round_:
+            with trio.move_on_after(MOUNT_IDLE_SECONDS):
                 await self._many_uses.wait()
             self._many_uses = trio.Event()
-            if round_.cancelled_caught:
-                self._close_idle(self._idle_before)
-                self._idle_before = set(self._idle)
             uses, self._uses, self._uses_count = self._uses, {}, 0
             for namespace, keys in uses.items():
                 with contextlib.suppress(KvfsError):  # the blocks look older than they are
@@ -143,10 +134,10 @@ class Blocks:
         """One more handle of a block that is at hand and still there."""
         block = self._open.get(inode)
         if block is None:
-            if inode not in self._idle or self._backend.names.attr(inode) is None:
+            known_to_be_there = self._backend.names.attr(inode) is not None
+            block = self.idle.take(inode) if known_to_be_there else None
+            if block is None:
                 return None
-            block = self._idle.pop(inode)
-            self._idle_before.discard(inode)
             self._begin(block)
         block.handles += 1
         return block
@@ -183,7 +174,7 @@ class Blocks:
             self._close(block)
             block = other
         else:
-            self._close_idle((attr.inode,))
+            self.idle.drop((attr.inode,))
             self._begin(block)
         block.handles += 1
         return block
@@ -199,24 +190,8 @@ class Blocks:
         block.backing = NO_DESCRIPTOR
         if self._backend.names.attr(block.inode) is None:
             self._close(block)
-            return
-        self._idle[block.inode] = block
-        if len(self._idle) > MOUNT_IDLE_BLOCKS:
-            self._close_idle((next(iter(self._idle)),))
-
-    def changed(self, inodes: Iterable[int]) -> None:
-        """Perhaps these were removed, or have moved: nothing of them is kept."""
-        self._close_idle(inodes)
-
-    def close_all(self) -> None:
-        """What is idle."""
-        self._close_idle(list(self._idle))
-
-    def _close_idle(self, inodes: Iterable[int]) -> None:
-        for inode in inodes:
-            block = self._idle.pop(inode, None)
-            if block is not None:
-                self._close(block)
+        else:
+            self.idle.keep(block.inode, block)
 
     def _close(self, block: OpenBlock) -> None:
         """Lets go of the bytes. Handles there may be then have to fetch them again."""
@@ -354,7 +329,7 @@ class Blocks:
             if self._memory_bytes + size <= MOUNT_BLOCK_BUFFER_BYTES:
                 return
             if block.backing == NO_DESCRIPTOR and not block.readers:
-                self._idle.pop(block.inode, None)
+                self.idle.take(block.inode)
                 self._close(block)
 
     async def _damaged(self, block: OpenBlock, error: KvfsError) -> None:

@@ -13,6 +13,7 @@ reply to a request that was sent before the file's last change is not used.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -53,6 +54,18 @@ FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
 ALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Backing:
+    """A descriptor that the kernel may read by itself, and the state of the file that it is of."""
+
+    descriptor: int
+    size: int
+    mtime_ns: int
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class OpenFile:
@@ -177,11 +190,27 @@ class OpenFile:
                     log.debug("inode %d is not passed through: %s", self.inode, exc)
             self._is_decided = True
 
-    def decide_now(self, *, reads_only: bool) -> bool:
-        """The same if nothing need be waited for, else nothing."""
+    def decide_now(self, *, reads_only: bool, known: Backing | None = None) -> bool:
+        """The same if nothing need be waited for, else nothing. ``known`` is what the last one who
+        had it open has left; it is taken over if nothing has changed since."""
         if not (self._is_decided or self._deciding.locked()):
-            self._is_decided = not (reads_only and self._may_pass())
+            may_pass = reads_only and self._may_pass()
+            if may_pass and known is not None and self._is_of_now(known):
+                self.backing = known.descriptor
+            self._is_decided = self.backing != NO_DESCRIPTOR or not may_pass
         return self._is_decided
+
+    def _is_of_now(self, known: Backing) -> bool:
+        """A chunk that was replaced has no name any more."""
+        is_same = (known.size, known.mtime_ns) == (self.size, self.mtime_ns)
+        return is_same and os.fstat(known.descriptor).st_nlink > 0
+
+    def give_up_backing(self) -> Backing | None:
+        """What the kernel has read by itself, if it may again: the caller closes it."""
+        if self.backing == NO_DESCRIPTOR or self._passed is not None or self._unflushed:
+            return None
+        descriptor, self.backing = self.backing, NO_DESCRIPTOR
+        return Backing(descriptor, self.size, self.mtime_ns)
 
     def _may_pass(self) -> bool:
         """Nobody else has it open, and it looks finished."""

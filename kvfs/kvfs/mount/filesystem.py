@@ -42,6 +42,7 @@ from kvfs_base.errors import (
     NotPermitted,
 )
 from kvfs_base.limits import (
+    MOUNT_IDLE_SECONDS,
     MOUNT_OPEN_FILES,
     MOUNT_REMEMBERED_INODES,
     MOUNT_WRITE_BACK_SECONDS,
@@ -98,7 +99,7 @@ class Filesystem:
             **self._backend.names.statistics(),
             "handles": len(self._handles),
             "open_blocks": len(self._blocks),
-            "idle_blocks": self._blocks.idle_count,
+            "idle_blocks": len(self._blocks.idle),
             "idle_files": len(self._files.opens),
             "open_files": len(self._files),
         }
@@ -114,7 +115,7 @@ class Filesystem:
 
         def changed(inodes: Sequence[int], entries: Sequence[Entry]) -> None:
             self._files.changed(inodes)
-            self._blocks.changed(inodes)
+            self._blocks.idle.drop(inodes)
             tell(inodes, entries)
 
         self._backend.names.tell_kernel = changed
@@ -295,9 +296,9 @@ class Filesystem:
     def _unlinked(self, attr: Attr) -> None:
         self._changed_by_name(attr)
         if attr.is_block:
-            self._blocks.changed((attr.inode,))
+            self._blocks.idle.drop((attr.inode,))
         elif not attr.nlink:
-            self._files.opens.changed((attr.inode,))
+            self._files.gone((attr.inode,))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         _check_name(name)
@@ -314,7 +315,7 @@ class Filesystem:
         return self._call_soon(_rename(*old, *new, flags), self._renamed, done)
 
     def _renamed(self, touched: Touched) -> None:
-        self._files.opens.changed(touched.inodes[1:])  # what was replaced
+        self._files.gone(touched.inodes[1:])  # what was replaced
 
     def _changed_by_name(self, attr: Attr) -> Attr:
         """Link counts of open files follow."""
@@ -561,13 +562,21 @@ class Filesystem:
         """Does what can wait: closes files and blocks, tells the service of uses."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._files.opens.close_idle)
-            nursery.start_soon(self._blocks.tidy)
+            nursery.start_soon(self._blocks.tell_uses)
+            nursery.start_soon(self._close_idle)
+
+    async def _close_idle(self) -> None:
+        while True:
+            await trio.sleep(MOUNT_IDLE_SECONDS)
+            self._blocks.idle.turn()
+            self._files.idle_backings.turn()
 
     async def close(self) -> None:
         """Records everything, after the last request."""
         for handle in list(self._handles):
             await self.release(handle)
-        self._blocks.close_all()
+        self._blocks.idle.clear()
+        self._files.idle_backings.clear()
         await self._files.opens.close_all()
 
 
