@@ -100,8 +100,20 @@ class OsStream(trio.abc.HalfCloseableStream):
     async def send_eof(self) -> None:
         await self._stream.send_eof()
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        return await self._stream.receive_some(max_bytes)
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        # Requests and replies are seldom there before somebody waits for them: looking first, as
+        # trio's stream does, costs a call and an exception more.
+        sock = self._stream.socket
+        while True:
+            if sock.fileno() < 0:
+                raise trio.ClosedResourceError
+            await trio.lowlevel.wait_readable(sock)
+            try:
+                return os.read(sock.fileno(), max_bytes or SOCKET_BUFFER_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError as exc:
+                raise trio.BrokenResourceError from exc
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -144,9 +156,13 @@ class OsNetwork:
         if self._secret is not None and address.kind == "tcp":
             handler = StreamGate(self._secret, bound, handler, self._handshake_seconds)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+        async def serve_stream(stream: trio.SocketStream) -> None:
+            await handler(OsStream(stream))
+
         try:
             async with trio.open_nursery() as nursery:
-                await nursery.start(trio.serve_listeners, handler, [listener])
+                await nursery.start(trio.serve_listeners, serve_stream, [listener])
                 task_status.started(bound)
         finally:
             if address.kind == "unix":

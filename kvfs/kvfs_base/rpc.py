@@ -166,9 +166,14 @@ class _Sender:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
+        self._send_now = stream.send_now if isinstance(stream, SendsNow) else None
         self._lock = trio.Lock()
 
     async def send(self, data: bytes) -> None:
+        if self._send_now is not None and not self._lock.locked():
+            data = data[self._send_now(data) :]
+            if not data:
+                return
         try:
             self._lock.acquire_nowait()  # nearly always: it costs no event-loop turn
         except trio.WouldBlock:

@@ -348,7 +348,7 @@ class MetadataCore:
         own, mark = Overlay(tx.kv), len(tx.undo)
         reply: Any
         try:
-            part = dataclasses.replace(tx, kv=own)
+            part = Tx(own, tx.now_ns, tx.connection, tx.undo, tx.grants)
             reply = self._writes[type(request.request)](part, request.request)
         except KvfsError as exc:
             if not request.again:

@@ -43,7 +43,7 @@ from kvfs_datapath.client.chain_files import ChainedFile
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.client.descriptors import Descriptor
 from kvfs_datapath.client.outcomes import raise_first, wrong_piece
-from kvfs_datapath.client.patience import Patience
+from kvfs_datapath.client.patience import Closed, Patience
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment, segments
 from kvfs_datapath.client.staging import StagedFile
@@ -79,8 +79,8 @@ class StripedFile:
         self._tries = 1 + int(retry_seconds / FILE_RETRY_PAUSE_SECONDS)
         self._decided = False
         self._chained: ChainedFile | None = None
-        self._closed = threads.event()
         self._lock = threads.lock()
+        self._closed = Closed(self._lock)
         self._unsealed: set[int] = set()
         self._unsynced = Unsynced()
 

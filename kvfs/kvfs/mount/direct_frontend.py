@@ -27,7 +27,7 @@ from kvfs.mount.direct_handlers import Answer, Handlers, Later
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.fuse_wire import Opcode, Request
 from kvfs.mount.notices import Notices
-from kvfs_base.errors import KvfsError, ProtocolError
+from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError
 from kvfs_base.limits import (
     MOUNT_DRAIN_REQUESTS,
     MOUNT_INTERRUPT_SECONDS,
@@ -134,23 +134,21 @@ class DirectFrontend:
                 if exc.errno in GONE:
                     return
                 raise
-            while self._is_full():
+            while self._room_left() <= 0:
                 self._room = trio.Event()
                 await self._room.wait()
 
-    def _is_full(self) -> bool:
-        """Who waits for a lock does not count: what it waits for may come as a request."""
-        return len(self._running) - self._lock_waits + len(self._asked) >= MOUNT_TASKS
+    def _room_left(self) -> int:
+        """For requests. Who waits for a lock does not count: what it waits for may come as one."""
+        return MOUNT_TASKS - len(self._running) + self._lock_waits - len(self._asked)
 
     def _drain(self, device: Device, handlers: Handlers) -> None:
         try:
-            for _ in range(MOUNT_DRAIN_REQUESTS):
+            for _ in range(min(MOUNT_DRAIN_REQUESTS, self._room_left())):
                 length = device.receive(self._buffer)
                 if not length:
                     return
                 self._accept(device, handlers, self._buffer[:length])
-                if self._is_full():
-                    return
         finally:
             self._fs.send_soon()
 
@@ -171,6 +169,9 @@ class DirectFrontend:
             answer = None if now is None else now(request)
             if answer is None and self._ask(handlers, request):
                 return
+        except EntryNotFound:  # the most usual answer of all, after those that are right
+            device.answer(request.unique, error=errno.ENOENT)
+            return
         except Exception as exc:
             device.answer(request.unique, error=handlers.errno_of(request, exc))
             return

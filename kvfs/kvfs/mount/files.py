@@ -101,7 +101,8 @@ class OpenFile:
         self._passed: PassedWrites | None = None
         """It may write there as well."""
         self._is_decided = False
-        self._deciding = trio.Lock()
+        self._deciding: trio.Lock | None = None
+        """Held by who finds out what ``backing`` is to be."""
 
     # --- attributes
 
@@ -182,6 +183,7 @@ class OpenFile:
         by itself (``backing``), since all opens of an inode must be alike."""
         if self.decide_now(reads_only=reads_only):
             return
+        self._deciding = self._deciding or trio.Lock()
         async with self._deciding, self.lock.shared():
             if not self._is_decided and reads_only and self._may_pass():
                 try:
@@ -193,7 +195,7 @@ class OpenFile:
     def decide_now(self, *, reads_only: bool, known: Backing | None = None) -> bool:
         """The same if nothing need be waited for, else nothing. ``known`` is what the last one who
         had it open has left; it is taken over if nothing has changed since."""
-        if not (self._is_decided or self._deciding.locked()):
+        if not (self._is_decided or (self._deciding is not None and self._deciding.locked())):
             may_pass = reads_only and self._may_pass()
             if may_pass and known is not None and self._is_of_now(known):
                 self.backing = known.descriptor

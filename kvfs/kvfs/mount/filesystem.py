@@ -360,8 +360,8 @@ class Filesystem:
     def _created(self, attr: Attr, flags: int) -> tuple[Attr, Opened]:
         # Who writes a new file as a whole says that it must not be there yet.
         is_whole = bool(flags & os.O_EXCL) and flags & os.O_ACCMODE != os.O_RDONLY
-        file = self._files.made(attr, is_whole=is_whole)
-        return file.view(), self._opened(file, True, flags)
+        file, is_first = self._files.made(attr, is_whole=is_whole)
+        return attr if is_first else file.view(), self._opened(file, True, flags)
 
     def open_now(self, inode: int, flags: int) -> Opened | None:
         if inode in self._seen_blocks:

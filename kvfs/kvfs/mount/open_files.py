@@ -80,11 +80,13 @@ class OpenFiles:
 
     # --- opening
 
-    def made(self, attr: Attr, *, is_whole: bool) -> OpenFile:
+    def made(self, attr: Attr, *, is_whole: bool) -> tuple[OpenFile, bool]:
         """Of a file that was just made, and counted as open with that. ``is_whole``: it will be
-        written from its start to its end."""
+        written from its start to its end. True unless somebody has seen the name already and opened
+        it."""
         self.opens.made(attr.inode)
-        file = self._files.get(attr.inode)  # somebody may have seen the name already
+        file = self._files.get(attr.inode)
+        is_first = file is None
         if file is None:
             file = self._files[attr.inode] = OpenFile(self._backend, attr)
             file.is_new()
@@ -92,7 +94,7 @@ class OpenFiles:
                 file.pass_writes()
             file.decide_now(reads_only=False)
         file.handles += 1
-        return file
+        return file, is_first
 
     def open_now(self, inode: int, flags: int) -> tuple[OpenFile, bool] | None:
         """``flags`` as in open(2). True if the pages that the kernel has of it are current."""
