@@ -468,6 +468,14 @@ ANSWERS_PER_COLLECTION = 4096
 """Kept answers that are looked at every LAST_USE_SECONDS: about 10 ms of work. A million of them,
 150 MB of disk, are gone through in two hours."""
 
+QUOTA_INODES_MAX = 10_000
+"""Inodes that may lie below a directory that gets its first quota: they are rewritten in one
+transaction, 10 us each, during which nothing else is written."""
+
+QUOTA_EVICTED_FRACTION = 64
+"""Of the blocks of a full quota this part goes at once: looking for the oldest takes 10 ms in a
+million blocks, so each of the next 15,000 costs less than a microsecond."""
+
 NAMESPACES_MAX = 65_536
 """KV namespaces; each costs about 1 KiB of memory before it holds a block."""
 

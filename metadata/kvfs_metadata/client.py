@@ -73,6 +73,7 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.ReadDir,
         m.ReadLink,
         m.GetXattr,
+        m.GetQuota,
         m.ListXattr,
         m.StatFs,
         m.Sync,

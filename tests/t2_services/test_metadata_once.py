@@ -73,6 +73,7 @@ CHANGES: dict[str, Callable[[Prepared], Request]] = {
     "exchange": lambda p: m.Rename(ROOT, b"file", ROOT, b"other", 2),
     "set_xattr": lambda p: m.SetXattr(p.file, b"user.new", b"1", 1),
     "remove_xattr": lambda p: m.RemoveXattr(p.file, b"user.old"),
+    "set_quota": lambda p: m.SetQuota(ROOT, bytes_max=1 << 40, inodes_max=100),
     "prepare": lambda p: m.PrepareBlocks(p.namespace, keys([3, 4, 5]), (10,) * 3),
     "remove": lambda p: m.RemoveBlocks(p.namespace, keys([2, 3, 9])),
     "set_draining": lambda p: SetDraining((1,), True),

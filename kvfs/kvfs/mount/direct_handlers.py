@@ -465,7 +465,7 @@ class Handlers:
         return ()
 
     async def _statfs(self, request: Request) -> Answer:
-        return (wire.statfs_out(Space.of(await self._fs.statfs())),)
+        return (wire.statfs_out(Space.of(await self._fs.statfs(request.inode))),)
 
     # --- extended attributes
 

@@ -33,6 +33,7 @@ from kvfs_base.errors import (
     InternalError,
     KvfsError,
     NotSupported,
+    QuotaExceeded,
     WriteUncertain,
 )
 from kvfs_base.limits import (
@@ -307,7 +308,7 @@ class OpenFile:
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Does what ``write`` would, if nothing need be waited for; else nothing."""
         end = offset + len(data)
-        if offset > self.size or end - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
+        if offset > self.size or end - self.recorded[0] >= self._unpushed_max:
             return False
         if not self.lock.try_shared():
             return False
@@ -324,7 +325,21 @@ class OpenFile:
         end = offset + len(data)
         if end > FILE_BYTES_MAX:
             raise FileTooLarge(limit=FILE_BYTES_MAX)
-        if offset > self.size:
+        try:
+            await self._write_anywhere(offset, data)
+        except QuotaExceeded:
+            # The chunks have it already.
+            async with self.lock.exclusive():
+                if end > self.size:
+                    await self._truncate(end, self.size)
+            raise
+        if self.size - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
+            await self.push()
+
+    async def _write_anywhere(self, offset: int, data: Buffer) -> None:
+        # What is recorded along with one write must not cut what another one has just recorded.
+        alone = self._cut and self.attr.quota
+        if offset > self.size or alone:
             async with self.lock.exclusive():
                 await self._open_hole(offset)
                 await self._write(offset, data)
@@ -335,8 +350,6 @@ class OpenFile:
                 self.lock.release_shared()
         else:
             await self._write_waiting(offset, data)
-        if self.size - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
-            await self.push()
 
     async def _write_waiting(self, offset: int, data: Buffer) -> None:
         async with self.lock.shared():
@@ -352,7 +365,17 @@ class OpenFile:
         self._unflushed = True
         if not self._data.write_now(offset, data):
             await self._backend.in_thread(self._data.write, offset, data)
-        self._wrote(offset + len(data))
+        end = offset + len(data)
+        if self.attr.quota and end > self.recorded[0]:
+            # After the bytes, as always: a mount that dies leaves no zeros.
+            await self._record(SetAttr(self.inode, grow_to=end))
+        self._wrote(end)
+
+    @property
+    def _unpushed_max(self) -> int:
+        """By how much the file may grow before the service hears of it. What counts for a quota is
+        recorded with each write: only the service knows what is left of it."""
+        return 1 if self.attr.quota else MOUNT_UNPUSHED_BYTES
 
     def _wrote(self, end: int) -> None:
         self._unflushed = True
@@ -398,25 +421,39 @@ class OpenFile:
             return
         await self._store_passed()
         async with self.lock.exclusive():
-            if request.size is not None:
-                await self._resize(request.size)
             if request.mtime_ns is None:
                 request.mtime_ns = self._backend.env.clock.time_ns()
-            await self._record(request)
+            if request.size is None:
+                await self._record(request)
+            elif request.size > self.size:
+                await self._lengthen(request, request.size)
+            else:
+                await self._shorten(request.size)
+                await self._record(request)
 
-    async def _resize(self, size: int) -> None:
+    async def _shorten(self, size: int) -> None:
+        if size == self.size:
+            return
+        tail = 0 if self._tail_clean else MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
+        await self._truncate(self.size + tail, size)
+        self._tail_clean = True
+        # The chunks are cut: should the service not answer now, a later push tells it.
+        self.size = size
+        self._dirty = self._cut = True
+        self._count_change()
+
+    async def _lengthen(self, request: SetAttr, size: int) -> None:
+        """Sends ``request`` with the new size. Holds the lock exclusive."""
         if size > FILE_BYTES_MAX:
             raise FileTooLarge(limit=FILE_BYTES_MAX)
-        if size < self.size:
-            tail = 0 if self._tail_clean else MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
-            await self._truncate(self.size + tail, size)
-            self._tail_clean = True
-            # The chunks are cut: should the service not answer now, a later push tells it.
-            self.size = size
-            self._dirty = self._cut = True
-            self._count_change()
-        else:
-            await self._open_hole(size)
+        before, request.size = self.size, size
+        await self._open_hole(size)
+        try:
+            await self._record(request)
+        except QuotaExceeded:
+            if self.backing != NO_DESCRIPTOR:  # whose length is what the kernel's readers see
+                await self._truncate(size, before)
+            raise
 
     async def allocate(self, offset: int, length: int, mode: int) -> None:
         """As fallocate(2). What is allocated is not reserved: it is a hole that may be written."""
@@ -433,9 +470,9 @@ class OpenFile:
                 await self._zero(offset, min(end, self.size), request)
             if end > self.size and not mode & FALLOC_FL_KEEP_SIZE:
                 await self._check_space(end - self.size)
-                await self._open_hole(end)
-                request.size = end
-            await self._record(request)
+                await self._lengthen(request, end)
+            else:
+                await self._record(request)
 
     async def _zero(self, start: int, end: int, request: SetAttr) -> None:
         if start >= end:
@@ -484,7 +521,10 @@ class OpenFile:
     async def _record(self, request: SetAttr) -> None:
         """Sends ``request`` along with what is not recorded yet."""
         if request.size is None and self._dirty:
-            request.size, request.grow_to = (self.size, None) if self._cut else (None, self.size)
+            if self._cut:
+                request.size = self.size
+            else:
+                request.grow_to = max(self.size, request.grow_to or 0)
         request.sparse = self.sparse
         epoch = self._backend.epoch
         attr: Attr = await self._backend.call(request)

@@ -545,8 +545,9 @@ class Filesystem:
     async def fsyncdir(self, handle: int) -> None:
         await self._backend.call(Sync())
 
-    async def statfs(self) -> FilesystemStats:
-        statistics: FilesystemStats = await self._backend.call(StatFs())
+    async def statfs(self, inode: int = 0) -> FilesystemStats:
+        """Of the whole, or of what the quota that an inode counts for leaves of it."""
+        statistics: FilesystemStats = await self._backend.call(StatFs(inode))
         return statistics
 
     # --- the whole

@@ -171,4 +171,7 @@ class Space(NamedTuple):
     def of(cls, found: FilesystemStats) -> Space:
         free = max(0, found.capacity_bytes - found.used_bytes) // PAGE_BYTES
         blocks = found.capacity_bytes // PAGE_BYTES
+        if found.inodes_max:
+            files_free = max(0, found.inodes_max - found.inodes)
+            return cls(blocks, free, found.inodes + files_free, files_free)
         return cls(blocks, free, found.inodes + FREE_INODES, FREE_INODES)

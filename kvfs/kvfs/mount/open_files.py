@@ -90,7 +90,7 @@ class OpenFiles:
         if file is None:
             file = self._files[attr.inode] = OpenFile(self._backend, attr)
             file.is_new()
-            if self.pass_through and is_whole:
+            if self.pass_through and is_whole and not attr.quota:
                 file.pass_writes()
             file.decide_now(reads_only=False)
         file.handles += 1
