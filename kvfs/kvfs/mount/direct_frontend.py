@@ -41,6 +41,7 @@ INTERRUPTIBLE = frozenset(
     {
         Opcode.LOOKUP,
         Opcode.GETATTR,
+        Opcode.STATX,
         Opcode.READ,
         Opcode.READDIR,
         Opcode.READDIRPLUS,

@@ -19,6 +19,7 @@ from kvfs.mount.device import Device
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import DOT_ENTRIES, Space, StaleOpens, errno_of
 from kvfs.mount.fuse_wire import Feature, Opcode, OpenFlag, Request, SetAttrValid
+from kvfs.mount.fuse_wire_statx import statx_out
 from kvfs.mount.passthrough import NO_BACKING, Backings
 from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError, ResultTooLarge
@@ -107,6 +108,7 @@ class Handlers:
             Opcode.DESTROY: lambda _: (),
             Opcode.LOOKUP: self._lookup_now,
             Opcode.GETATTR: self._getattr_now,
+            Opcode.STATX: self._getattr_now,
             Opcode.OPEN: self._open_now,
             Opcode.READ: self._read_now,
             Opcode.WRITE: self._write_now,
@@ -139,7 +141,7 @@ class Handlers:
 
     def _getattr_now(self, request: Request) -> Answer | None:
         attr = self._fs.getattr_now(request.inode)
-        return None if attr is None else self._attr(attr)
+        return None if attr is None else self._told(request, attr)
 
     def _open_now(self, request: Request) -> Answer | None:
         flags, kill = request.arguments
@@ -184,6 +186,7 @@ class Handlers:
         return {
             Opcode.LOOKUP: self._lookup_soon,
             Opcode.GETATTR: self._getattr_soon,
+            Opcode.STATX: self._getattr_soon,
             Opcode.OPEN: self._open_soon,
             Opcode.CREATE: self._create_soon,
             Opcode.MKDIR: self._mkdir_soon,
@@ -203,7 +206,7 @@ class Handlers:
 
     def _getattr_soon(self, request: Request, tell: Tell) -> int:
         def done(attr: Attr | None, error: KvfsError | None) -> None:
-            tell(request, () if attr is None else self._attr(attr), error)
+            tell(request, () if attr is None else self._told(request, attr), error)
 
         return self._fs.getattr_soon(request.inode, done)
 
@@ -254,6 +257,7 @@ class Handlers:
         return {
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
+            Opcode.STATX: self._getattr,
             Opcode.SETATTR: self._setattr,
             Opcode.READLINK: self._readlink,
             Opcode.SYMLINK: self._symlink,
@@ -286,6 +290,11 @@ class Handlers:
             Opcode.REMOVEXATTR: self._removexattr,
         }
 
+    def _told(self, request: Request, attr: Attr) -> Answer:
+        if request.opcode == Opcode.STATX:
+            return (statx_out(attr, self._attr_times),)
+        return self._attr(attr)
+
     def _attr(self, attr: Attr) -> Answer:
         return (wire.attr_out(attr, self._attr_times),)
 
@@ -305,7 +314,7 @@ class Handlers:
             return self._missing(request)
 
     async def _getattr(self, request: Request) -> Answer:
-        return self._attr(await self._fs.getattr(request.inode))
+        return self._told(request, await self._fs.getattr(request.inode))
 
     async def _setattr(self, request: Request) -> Answer:
         args: wire.SetAttrs = request.arguments

@@ -68,6 +68,7 @@ class Opcode(enum.IntEnum):
     READDIRPLUS = 44
     RENAME2 = 45
     LSEEK = 46
+    STATX = 52
 
 
 UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
