@@ -222,13 +222,12 @@ def other(
         yield mountpoint / work.relative_to(mounted)
 
 
-@pytest.mark.parametrize("tier", ["vllm", "sglang", "lmcache-native"])
+@pytest.mark.parametrize("tier", ["vllm", "sglang"])
 def test_readers_race_with_eviction(work: Path, other: Path, tier: str) -> None:
     """Writers, readers of two mounts, and an evictor: whole and right, or ENOENT at open."""
     store, load = TIERS[tier]
-    (work / "tmp").mkdir()
     names = [f"{n:02x}.bin" for n in range(6)]
-    rounds = 40
+    rounds = 30
     done = threading.Event()
     reads = {"whole": 0, "gone": 0}
 
@@ -261,13 +260,11 @@ def test_readers_race_with_eviction(work: Path, other: Path, tier: str) -> None:
             check(view, name)
             reads["whole"] += 1
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(5) as pool:
         others = [pool.submit(evictor)]
         others += [pool.submit(reader, work, 2), pool.submit(reader, other, 3)]
         try:
-            # LMCache's writers share the temporary name, so each block has one there.
-            writers = 1 if tier.startswith("lmcache") else 2
-            for task in [pool.submit(writer, n) for n in range(writers)]:
+            for task in [pool.submit(writer, n) for n in range(2)]:
                 task.result()
         finally:
             done.set()
