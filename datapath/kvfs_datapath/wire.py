@@ -60,9 +60,11 @@ def close_all(descriptors: Sequence[int]) -> None:
 
 
 def receive_body(connection: Connection, header: FrameHeader) -> bytes:
+    """Raises ConnectionLost if header or body changed on their way, too."""
     body = bytearray(header.body_bytes)
     if body:
         connection.receive_into([memoryview(body)])
+    header.check(body)
     return bytes(body)
 
 

@@ -1,19 +1,22 @@
 """Frames: how every kvfs connection is cut into messages. Sans-I/O.
 
-A frame is a 24-byte little-endian header, a msgpack body and, on the data path, a payload that no
+A frame is a 28-byte little-endian header, a msgpack body and, on the data path, a payload that no
 Python code looks into:
 
     offset  size  field
     0       2     magic          0x564B ("KV")
-    2       1     version        1
+    2       1     version        2
     3       1     kind           1 request, 2 reply, 3 error, 4 notification
     4       4     body_bytes     <= limits.FRAME_BODY_BYTES_MAX
     8       8     request_id     chosen by the caller, echoed in the reply
     16      8     payload_bytes  <= limits.FRAME_PAYLOAD_BYTES_MAX
+    24      4     crc32c         of the 24 bytes before it and of the body
 
 The body is one msgspec struct: a member of the service's request union, the reply type that belongs
-to it, or ErrorBody. TCP's checksum guards the control part only weakly; payload bytes are covered
-by the CRC32C of their chunk.
+to it, or ErrorBody. One wrong bit in it may name another chunk, another length, another answer, and
+TCP's 16-bit sum, which network cards often compute, does not rule that out. Whoever finds a frame
+changed ends the connection, as if it had been lost: the request is asked again. Payload bytes are
+covered by the CRC32C of their chunk or piece.
 """
 
 from __future__ import annotations
@@ -24,14 +27,24 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgspec
+from crc32c import crc32c
 
-from kvfs_base.errors import InternalError, KvfsError, ProtocolError, VersionMismatch, from_wire
+from kvfs_base.errors import (
+    ConnectionLost,
+    InternalError,
+    KvfsError,
+    ProtocolError,
+    VersionMismatch,
+    from_wire,
+)
 from kvfs_base.limits import FRAME_BODY_BYTES_MAX, FRAME_PAYLOAD_BYTES_MAX
 
 MAGIC = 0x564B
-VERSION = 1
-HEADER = struct.Struct("<HBBIQQ")
-HEADER_BYTES = HEADER.size
+VERSION = 2
+FIELDS = struct.Struct("<HBBIQQ")
+_HEADER = struct.Struct("<HBBIQQI")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _HEADER.size
 
 
 class Kind(enum.IntEnum):
@@ -49,17 +62,25 @@ class ErrorBody(msgspec.Struct, array_like=True, frozen=True):
     data: dict[str, Any]
 
 
-# Tuples: one of each is made for every message, and frozen dataclasses take three times as long.
-
-
-class FrameHeader(NamedTuple):
+class FrameHeader(msgspec.Struct, frozen=True):
     kind: Kind
     body_bytes: int
     request_id: int
     payload_bytes: int
+    crc32c: int
+    begun: int
+    """CRC32C of the fields, from which that of the body goes on."""
+
+    def check(self, body: bytes | bytearray | memoryview) -> None:
+        """Raises ConnectionLost if this header or its body changed on their way. Until then nothing
+        that the header says may be acted on, but for how long the body is."""
+        if crc32c(body, self.begun) != self.crc32c:
+            raise ConnectionLost(detail="a frame changed on its way")
 
 
 class Frame(NamedTuple):
+    """A tuple: one is made for every message, and frozen dataclasses take three times as long."""
+
     kind: Kind
     request_id: int
     body: bytes
@@ -79,7 +100,13 @@ def encode(kind: Kind, request_id: int, message: Any, payload_bytes: int = 0) ->
     body = _encoder.encode(message)
     if len(body) > FRAME_BODY_BYTES_MAX:
         raise ProtocolError(detail=f"frame body of {len(body)} bytes")
-    return HEADER.pack(MAGIC, VERSION, kind, len(body), request_id, payload_bytes) + body
+    return frame(kind, request_id, body, payload_bytes)
+
+
+def frame(kind: int, request_id: int, body: bytes, payload_bytes: int = 0) -> bytes:
+    """As ``encode``, for a body that is encoded: two sums of 0.1 us."""
+    fields = FIELDS.pack(MAGIC, VERSION, kind, len(body), request_id, payload_bytes)
+    return fields + _CHECKSUM.pack(crc32c(body, crc32c(fields))) + body
 
 
 def encode_error(request_id: int, error: BaseException) -> bytes:
@@ -98,8 +125,11 @@ def decode_error(body: bytes) -> KvfsError:
 
 
 def decode_header(data: bytes | bytearray | memoryview, offset: int = 0) -> FrameHeader:
-    """Raises ProtocolError or VersionMismatch; nothing after such a header can be trusted."""
-    magic, version, number, body_bytes, request_id, payload_bytes = HEADER.unpack_from(data, offset)
+    """Raises ProtocolError or VersionMismatch; nothing after such a header can be trusted. The
+    caller checks the body (``FrameHeader.check``)."""
+    magic, version, number, body_bytes, request_id, payload_bytes, checksum = _HEADER.unpack_from(
+        data, offset
+    )
     if magic != MAGIC:
         raise ProtocolError(detail=f"bad magic 0x{magic:04x}")
     if version != VERSION:
@@ -109,7 +139,9 @@ def decode_header(data: bytes | bytearray | memoryview, offset: int = 0) -> Fram
     kind = _KINDS.get(number)
     if kind is None:
         raise ProtocolError(detail=f"bad frame kind {number}")
-    return FrameHeader(kind, body_bytes, request_id, payload_bytes)
+    with memoryview(data) as view:
+        begun = crc32c(view[offset : offset + FIELDS.size])
+    return FrameHeader(kind, body_bytes, request_id, payload_bytes, checksum, begun)
 
 
 class FrameDecoder:
@@ -120,7 +152,8 @@ class FrameDecoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes | bytearray) -> Iterator[Frame]:
-        """Yields the frames that ``data`` completes. Raises ProtocolError."""
+        """Yields the frames that ``data`` completes. Raises ProtocolError, VersionMismatch,
+        ConnectionLost."""
         if self._buffer:
             self._buffer += data
             data = self._buffer
@@ -128,14 +161,15 @@ class FrameDecoder:
         try:
             while len(data) - start >= HEADER_BYTES:
                 header = decode_header(data, start)
-                if header.payload_bytes:
-                    raise ProtocolError(detail="payload on a control connection")
                 end = start + HEADER_BYTES + header.body_bytes
                 if len(data) < end:
                     break
                 with memoryview(data) as view:
                     body = bytes(view[start + HEADER_BYTES : end])
                 start = end
+                header.check(body)
+                if header.payload_bytes:
+                    raise ProtocolError(detail="payload on a control connection")
                 yield Frame(header.kind, header.request_id, body)
         finally:
             if data is self._buffer:

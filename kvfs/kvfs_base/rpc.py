@@ -552,9 +552,10 @@ def receive_frame(connection: Connection) -> Frame:
     header_bytes = memoryview(bytearray(frames.HEADER_BYTES))
     connection.receive_into([header_bytes])
     header = frames.decode_header(header_bytes)
-    if header.payload_bytes:
-        raise ProtocolError(detail="payload on a control connection")
     body = bytearray(header.body_bytes)
     if body:
         connection.receive_into([memoryview(body)])
+    header.check(body)
+    if header.payload_bytes:
+        raise ProtocolError(detail="payload on a control connection")
     return Frame(header.kind, header.request_id, bytes(body))

@@ -12,6 +12,7 @@ from unittest import mock
 
 import msgspec
 
+from kvfs_base import frames
 from kvfs_base.errors import KvfsError, StaleChain, TargetFenced
 from kvfs_datapath import rules
 from kvfs_datapath.chains import replication, views
@@ -248,6 +249,11 @@ def _publish_before_the_bytes() -> Any:
     return stack
 
 
+def _believe_every_frame() -> Any:
+    """Nobody looks at the checksum of a request or an answer."""
+    return mock.patch.object(frames.FrameHeader, "check", lambda self, body: None)
+
+
 def _keep_the_incarnation() -> Any:
     """A target is who it is by its place: whose disk was exchanged is taken for the old one."""
     stack = contextlib.ExitStack()
@@ -287,6 +293,7 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "leave before the copies": (_leave_before_the_copies, "chains and changes"),
     "remember every update": (_remember_every_update, "chains"),
     "publish before the bytes": (_publish_before_the_bytes, "chains and power"),
+    "believe every frame": (_believe_every_frame, "chains"),
     "keep the incarnation": (_keep_the_incarnation, "chains and changes"),
 }
 """What is wrong, and the kind of world in which it shows."""

@@ -36,6 +36,9 @@ class Host:
         self.up = True
 
 
+FRAME_FLIPS = 20
+
+
 @dataclasses.dataclass
 class NetworkKnobs:
     latency: float = 0.0005
@@ -47,7 +50,8 @@ class NetworkKnobs:
     """A message with data that stops halfway, for up to STOP_SECONDS."""
     window_bytes: int = 128 << 10
     flip_chance: float = 0.0
-    """A large segment of which one bit is wrong, and TCP's checksum did not see it."""
+    """A large segment of which one bit is wrong, and TCP's checksum did not see it. Of small ones,
+    that are frames without payload, one in FRAME_FLIPS as many."""
 
 
 class Pipe:
@@ -313,10 +317,11 @@ class SimNetwork:
         return near
 
     def damaged(self, data: bytes) -> bytes:
-        """Perhaps with one wrong bit, in the later part: where payload is."""
-        if len(data) >= 4096 and self.chance(self.knobs.flip_chance):
-            self.hub.counts["wire flip"] += 1
-            place = self.hub.rng.randrange(len(data) // 4, len(data))
+        """Perhaps with one wrong bit: in a payload, or, more seldom, in a frame without one."""
+        is_payload = len(data) >= 4096
+        if self.chance(self.knobs.flip_chance / (1 if is_payload else FRAME_FLIPS)):
+            self.hub.counts["wire flip" if is_payload else "frame flip"] += 1
+            place = self.hub.rng.randrange(len(data))
             changed = bytearray(data)
             changed[place] ^= 1 << self.hub.rng.randrange(8)
             return bytes(changed)

@@ -181,7 +181,7 @@ def test_others_are_told_why_not(served: Served, calling: Any, secret: Secret | 
 
 def test_a_large_request_without_a_secret_is_answered_too(served: Served) -> None:
     """The server reads some of it: closing with bytes unread would take the answer back."""
-    with stranger(served.address, b"KV\x01\x01" + bytes(20) + bytes(LINGER_BYTES // 2)) as sock:
+    with stranger(served.address, b"KV\x02\x01" + bytes(20) + bytes(LINGER_BYTES // 2)) as sock:
         sock.shutdown(socket.SHUT_WR)
         assert b"authentication_failed" in answer_of(sock)
     assert served.met == 0

@@ -57,6 +57,7 @@ class Noise:
                 self._cut_frame,
                 self._other_payload,
                 self._other_header,
+                self._other_bit,
                 self._other_body,
                 self._unknown_tag,
                 self._huge_count,
@@ -170,6 +171,14 @@ class Noise:
         frame[place] ^= 1 << self._rng.randrange(8)
         return bytes(frame), False
 
+    def _other_bit(self) -> tuple[bytes, bool]:
+        """In the body; the checksum is that of the right one."""
+        request = self.request()
+        frame = bytearray(self.frame(request))
+        end = len(frame) - len(payload_of(request))
+        frame[self._rng.randrange(frames.HEADER_BYTES, end)] ^= 1 << self._rng.randrange(8)
+        return bytes(frame), False
+
     def _other_body(self) -> tuple[bytes, bool]:
         """Bytes changed, dropped, put in; the header fits."""
         body = bytearray(self._body())
@@ -209,8 +218,7 @@ class Noise:
 
 
 def frame_of(body: bytes) -> bytes:
-    head = frames.HEADER.pack(frames.MAGIC, frames.VERSION, Kind.REQUEST, len(body), 7, 0)
-    return head + body
+    return frames.frame(Kind.REQUEST, 7, body)
 
 
 def payload_of(request: m.ChunkRequest) -> bytes:
@@ -251,6 +259,7 @@ class Answers:
             self._other_bytes,
             self._other_descriptors,
             self._other_header,
+            self._other_bit,
             self._error,
             self._deep_error,
             self._just_bytes,
@@ -315,7 +324,7 @@ class Answers:
             case 0:
                 kind = self._rng.choice((Kind.REQUEST, Kind.NOTIFICATION, Kind.ERROR))
             case 1:
-                version = self._rng.choice((0, 2, 255))
+                version = self._rng.choice((0, 1, 255))
             case 2:
                 magic ^= 1
             case 3:
@@ -324,8 +333,16 @@ class Answers:
                 size = self._rng.choice((FRAME_BODY_BYTES_MAX, FRAME_BODY_BYTES_MAX + 1))
         body = msgspec.msgpack.encode(honest[0])
         size = len(body) if size is None else size
-        head = frames.HEADER.pack(magic, version, kind, size, number, len(honest[1]))
-        connection.send([head, body, honest[1]])
+        fields = frames.FIELDS.pack(magic, version, kind, size, number, len(honest[1]))
+        checksum = crc32c(body, crc32c(fields)).to_bytes(4, "little")
+        connection.send([fields, checksum, body, honest[1]])
+        raise ConnectionLost
+
+    def _other_bit(self, connection: Connection, number: int, honest: Honest) -> None:
+        """In the header or the body: the asker must not act on any of it."""
+        frame = bytearray(frames.encode(Kind.REPLY, number, honest[0], len(honest[1])))
+        frame[self._rng.randrange(len(frame))] ^= 1 << self._rng.randrange(8)
+        connection.send([frame, honest[1]])
         raise ConnectionLost
 
     def _error(self, connection: Connection, number: int, honest: Honest) -> None:
@@ -344,8 +361,7 @@ class Answers:
 
     def _deep_error(self, connection: Connection, number: int, honest: Honest) -> None:
         body = b"\x92\xa8conflict\x81\xa6detail" + b"\x91" * BODY_DEPTH + b"\xc0"
-        head = frames.HEADER.pack(frames.MAGIC, 1, Kind.ERROR, len(body), number, 0)
-        connection.send([head + body])
+        connection.send([frames.frame(Kind.ERROR, number, body)])
 
     def _just_bytes(self, connection: Connection, number: int, honest: Honest) -> None:
         connection.send([self._rng.randbytes(self._rng.randint(1, 200))])
@@ -353,7 +369,7 @@ class Answers:
 
     def _drop_by_drop(self, connection: Connection, number: int, honest: Honest) -> None:
         """An answer that never ends, and is never late either."""
-        whole = frames.HEADER.pack(frames.MAGIC, 1, Kind.REPLY, 1 << 20, number, 0)
+        whole = frames.frame(Kind.REPLY, number, bytes(1 << 20))[: frames.HEADER_BYTES]
         whole = self._rng.choice((whole, bytes(0)))
         pause = threading.Event()
         connection.send([whole or b"K"])

@@ -640,8 +640,8 @@ def test_nothing_before_hello(agent: RunningAgent) -> None:
     "data",
     [
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        frames.HEADER.pack(frames.MAGIC, frames.VERSION, 1, 0xFFFF_FFFF, 1, 0),
-        frames.HEADER.pack(frames.MAGIC, frames.VERSION, 9, 0, 1, 0),
+        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 0xFFFF_FFFF, 1, 0) + bytes(4),
+        frames.frame(9, 1, b""),
         frames.encode(Kind.REPLY, 1, None),
         frames.encode(Kind.REQUEST, 1, None, payload_bytes=10),
         frames.encode(Kind.NOTIFICATION, 0, AgentStatistics()),

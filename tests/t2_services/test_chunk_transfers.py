@@ -694,16 +694,25 @@ def send_raw(cluster: Cluster, data: bytes) -> bytes:
     return bytes(answer)
 
 
+def changed(frame: bytes, place: int) -> bytes:
+    """With one wrong bit."""
+    bits = bytearray(frame)
+    bits[place] ^= 1
+    return bytes(bits)
+
+
 @pytest.mark.parametrize(
     "data",
     [
         bytes(frames.HEADER_BYTES),
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        frames.HEADER.pack(frames.MAGIC, 9, 1, 0, 1, 0),
-        frames.HEADER.pack(frames.MAGIC, 1, 1, 1 << 31, 1, 0),
-        frames.HEADER.pack(frames.MAGIC, 1, 1, 10, 1, 1 << 62),
+        frames.FIELDS.pack(frames.MAGIC, 9, 1, 0, 1, 0) + bytes(4),
+        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 1 << 31, 1, 0) + bytes(4),
+        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 10, 1, 1 << 62) + bytes(4),
+        changed(frames.encode(Kind.REQUEST, 1, m.StatChunks(1, (m.ChunkRef(1, 0, 0),))), -3),
+        changed(frames.encode(Kind.REQUEST, 1, m.StatChunks(1, (m.ChunkRef(1, 0, 0),))), 9),
     ],
-    ids=["zeros", "http", "version", "long body", "long payload"],
+    ids=["zeros", "http", "version", "long body", "long payload", "other body", "other number"],
 )
 def test_noise_ends_a_connection(cluster: Cluster, data: bytes) -> None:
     assert send_raw(cluster, data) == b""
@@ -713,7 +722,7 @@ def test_noise_ends_a_connection(cluster: Cluster, data: bytes) -> None:
 def test_a_body_that_does_not_parse_is_an_error_and_the_connection_lives(cluster: Cluster) -> None:
     connection = cluster.connection(1)
     for body in (b"\xc1", b"", b"\x93\xa4read\x01\x90", b"\x92\xa7unknown\x01"):
-        connection.send([frames.HEADER.pack(frames.MAGIC, 1, 1, len(body), 5, 3), body, b"pay"])
+        connection.send([frames.frame(Kind.REQUEST, 5, body, 3), b"pay"])
         header = memoryview(bytearray(frames.HEADER_BYTES))
         connection.receive_into([header])
         answer = frames.decode_header(header)

@@ -94,6 +94,7 @@ class Line:
             header = frames.decode_header(head)
             body = bytearray(header.body_bytes)
             self._connection.receive_into([memoryview(body)])
+            header.check(body)
             frame = Frame(header.kind, header.request_id, bytes(body))
             self._check(frame)
             welcome = _decode(frame, Hello)
