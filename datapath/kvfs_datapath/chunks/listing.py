@@ -11,8 +11,6 @@ import bisect
 from array import array
 from collections.abc import Iterator
 
-import numpy as np
-
 from kvfs_base.errors import ChunkMismatch, ChunkNotFound, VersionMismatch
 from kvfs_base.limits import LIST_CHUNKS_MAX
 from kvfs_base.types import ChunkId
@@ -25,6 +23,8 @@ class ChunkListing:
     """A listing of one target that begins at the chunk ``start``, of its chain."""
 
     def __init__(self, store: ChunkStore, start: ChunkId) -> None:
+        import numpy as np  # a sixth of the start of a server, which is seldom asked for this
+
         self.store = store
         self._chain = start.chain
         inodes, numbers = array("Q"), array("I")
