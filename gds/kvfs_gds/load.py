@@ -21,7 +21,7 @@ import enum
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -36,6 +36,7 @@ from kvfs_base.limits import (
     LOADER_QUEUED_BYTES,
     LOADER_QUEUED_FACTOR,
     LOADER_QUIET_SECONDS,
+    LOADER_RUN_BYTES,
     LOADER_RUN_LAYERS,
     LOADER_WINDOW_GROUPS,
 )
@@ -156,6 +157,10 @@ class Load:
         self._copies = 0
         """Steps that the lane has yet to take."""
         self._events: list[Event] = []
+        self._waited: tuple[Any, Event] | None = None
+        """The stream that was told last to wait for an event."""
+        self._last_step: tuple[Event, Callable[[], None]] | None = None
+        """What is left to do when the last copies have happened."""
         self._fetched = False
         self._issuing = False
         self._issued = False
@@ -171,6 +176,8 @@ class Load:
         """What is queued on ``stream`` from here on sees layer ``layer`` of every block; without a
         stream this thread waits. Blocks the thread until all blocks are fetched, not until they are
         copied. Raises what the load failed with, InvalidRequest if it was cancelled."""
+        if self._settled and not self.stopping:
+            return  # everything has been copied
         with self._lock:
             self._lock.wait_for(lambda: len(self._events) > layer or self._issued or self._settled)
             if self._error is not None:
@@ -182,9 +189,13 @@ class Load:
             event = self._events[layer]
         if stream is None:
             event.wait()
-        else:
-            device = self._lane.device
-            device.wait_for(device.wrap(stream), event)
+            return
+        device = self._lane.device
+        wrapped = device.wrap(stream)
+        # Layers of one run have one event, which a stream needs to wait for once.
+        if self._waited != (wrapped, event):
+            device.wait_for(wrapped, event)
+            self._waited = wrapped, event
 
     def layer_done(self, layer: int) -> bool:
         """Whether all copies of the layer have happened."""
@@ -212,6 +223,18 @@ class Load:
 
     def wait(self) -> None:
         """Until nothing of this load is under way, however it ended."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._last_step is not None or self._settled)
+            last = self._last_step
+        if last is not None and not self._settled:
+            # To be woken by the lane's thread, which is woken by the device, takes 0.3 ms more.
+            event, step = last
+            try:
+                event.wait()
+            except Exception:
+                pass  # the lane's thread says so, and goes on
+            else:
+                step()
         with self._lock:
             self._lock.wait_for(lambda: self._settled)
 
@@ -241,7 +264,8 @@ class Load:
         self.pump()
 
     def take_group(self) -> tuple[int, int] | None:
-        """The blocks to be fetched next; ``group_done`` must follow. None if there are none now."""
+        """The blocks to be fetched next; ``list_more`` and, once they are there or cannot be had,
+        ``group_done`` must follow. None if there are none now."""
         with self._lock:
             self._listed = False
             count = self._group_blocks()
@@ -252,12 +276,13 @@ class Load:
             self._groups += 1
             self._fetching += 1
             self._asked_bytes += (self._next - first) * self._block_bytes
-            end = self._next
-            # From memory the first group takes 0.4 ms, with others beside it 1.4: it goes alone.
-            alone = self._groups == 1 and self._loader.from_memory
-        if not alone:
+            return first, self._next
+
+    def list_more(self) -> None:
+        """A group was taken: others may be fetched beside it, but not from memory. There requests
+        side by side only hold each other up, and who fetches one goes on with the next."""
+        if not self._loader.from_memory:
             self._list()
-        return first, end
 
     def _group_blocks(self) -> int:
         """How many blocks the next fetch is for; 0 if it has to wait for room."""
@@ -313,7 +338,8 @@ class Load:
             self._asked_bytes -= (end - first) * self._block_bytes
         # First what the link waits for: who fetches next takes turns with this thread.
         self.pump()
-        self._list()
+        if not self._fetching or not self._loader.from_memory:
+            self._list()
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -383,13 +409,14 @@ class Load:
                 offsets = np.concatenate([part.offsets for part in some])
                 places = np.concatenate([part.places for part in some])
                 plans.append(self._plan(some[0].group.memory, offsets, places))
-            self._queue_layers(plans)
+            blocks = sum(len(part.places) for part in parts)
+            self._queue_layers(plans, blocks * self._block_bytes)
         except Exception as exc:
             error = exc
         with self._lock:
             self._error = self._error or error
             if parts:
-                self._then(self._last(error), parts, plans, 0)
+                self._last_step = self._then(self._last(error), parts, plans, 0)
             self._issued = True
             if not self._copies:
                 self._settle()
@@ -405,7 +432,7 @@ class Load:
             log.exception("a device failed")
             return CpuEvent.happened()
 
-    def _queue_layers(self, plans: list[Any]) -> None:
+    def _queue_layers(self, plans: list[Any], nbytes: int) -> None:
         stream = self._lane.stream
         layers = 0 if self._pages is None else self._pages.layout.layers
         if not plans:
@@ -417,9 +444,10 @@ class Load:
         clock = self._loader.clock
         quiet_until = clock.monotonic() + LOADER_QUIET_SECONDS
         events: list[Event] = []
+        least = LOADER_RUN_BYTES * layers // max(1, nbytes)
         first = 0
         while first < layers:
-            end = min(layers, first + min(max(first, 1), LOADER_RUN_LAYERS))
+            end = min(layers, first + max(least, min(max(first, 1), LOADER_RUN_LAYERS)))
             for plan in plans:
                 self._device.copy(plan, first, end, stream, store=False)
             events += [self._device.record(stream)] * (end - first)
@@ -450,13 +478,19 @@ class Load:
         group.copying += 1
         return part
 
-    def _then(self, event: Event, parts: list[_Part], plans: list[Any], queued: int) -> None:
+    def _then(
+        self, event: Event, parts: list[_Part], plans: list[Any], queued: int
+    ) -> tuple[Event, Callable[[], None]]:
         self._copies += 1
-        self._lane.then(event, functools.partial(self._copied, parts, plans, queued))
+        step = functools.partial(self._copied, parts, plans, queued)
+        self._lane.then(event, step)
+        return event, step
 
     def _copied(self, parts: list[_Part], plans: list[Any], queued: int) -> None:
+        """The copies of ``parts`` have happened. Of the last ones two threads may say so."""
         with self._lock:
-            plans.clear()
+            if not parts:
+                return
             self._copies -= 1
             self._queued_bytes -= queued
             for part in parts:
@@ -464,6 +498,8 @@ class Load:
                 part.group.copying -= 1
                 if not part.group.copying and not part.group.left:
                     self._give_back(part.group)
+            parts.clear()
+            plans.clear()
             if self._issued and not self._copies:
                 self._settle()
         self.pump()
@@ -490,6 +526,7 @@ class Load:
         if self._settled:
             return
         self._settled = True
+        self._last_step = None
         self._loader.settled(self, int(self._hits.sum()) * self._block_bytes)
         self._lock.notify_all()
 

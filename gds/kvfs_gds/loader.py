@@ -19,12 +19,13 @@ before: until then nobody else can get its memory.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,6 +50,25 @@ from kvfs_gds.sources import ArenaNamespace, ArenaSource, BlockSource, BlockStor
 from kvfs_gds.store import Store, StoreWorker
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class _Fetch:
+    """Blocks ``first`` to ``end`` of a load. ``answer``, if they were asked for already, waits for
+    them."""
+
+    load: Load
+    first: int
+    end: int
+    answer: Callable[[], Fetched] | None = None
+
+
+class _Entry(NamedTuple):
+    """Something to do. ``order`` is another one for each."""
+
+    priority: int
+    order: int
+    what: Load | _Fetch
 
 
 class Loader:
@@ -76,7 +96,9 @@ class Loader:
         self._held_bytes = 0
         self._releases = 0
         self._jobs: set[Load] = set()
-        self._todo: list[tuple[int, int, Load]] = []
+        self._todo: list[_Entry] = []
+        self._idle = 0
+        """Threads that wait for something to do."""
         self._order = itertools.count()
         self._registered: dict[tuple[int, int], Any] = {}
         self._closed = False
@@ -196,10 +218,19 @@ class Loader:
             return found
 
     def enqueue(self, load: Load) -> None:
-        """``load`` has more to fetch."""
+        """``load`` has more to fetch. If a thread is idle, this one asks for it: the other wakes up
+        while the source is at work, and not before."""
+        what: Load | _Fetch = load
+        if asks := self._idle > len(self._todo):
+            fetch = self._ask(load)
+            if fetch is None:
+                return
+            what = fetch
         with self._lock:
-            heapq.heappush(self._todo, (int(load.priority), next(self._order), load))
+            heapq.heappush(self._todo, _Entry(int(load.priority), next(self._order), what))
             self._lock.notify()
+        if asks:
+            load.list_more()
 
     def holds(self, nbytes: int) -> None:
         """A load holds that much more (or less)."""
@@ -231,38 +262,79 @@ class Loader:
         return load
 
     def _work(self) -> None:
-        while (load := self._next()) is not None:
-            span = load.take_group()
+        fetch: _Fetch | None = None
+        while (fetch := fetch or self._next()) is not None:
+            fetch = self._serve(fetch)
+
+    def _next(self) -> _Fetch | None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                while not self._todo:
+                    if self._closed and not self._jobs:
+                        return None
+                    # A closed loader has cancelled its loads; the last to settle wakes everybody.
+                    self._lock.wait()
+                self._idle -= 1
+                found = heapq.heappop(self._todo).what
+            if isinstance(found, _Fetch):
+                return found
+            span = found.take_group()
             if span is not None:
-                try:
-                    self._fetch(load, *span)
-                except KvfsError as exc:
-                    load.fail(exc)
-                except Exception as exc:
-                    log.exception("a load failed")
-                    load.fail(exc)
-                finally:
-                    load.group_done(*span)
-            del load
+                found.list_more()
+                return _Fetch(found, *span)
+            del found  # not until the next one comes
 
-    def _next(self) -> Load | None:
-        with self._lock:
-            while not self._todo:
-                if self._closed and not self._jobs:
-                    return None
-                # A closed loader has cancelled its loads; the last one to settle wakes everybody.
-                self._lock.wait()
-            return heapq.heappop(self._todo)[2]
+    def _ask(self, load: Load) -> _Fetch | None:
+        """Asks for the next blocks of a load, if that is possible without waiting."""
+        span = load.take_group()
+        if span is None:
+            return None
+        try:
+            answer = self._source.ask(load.keys[slice(*span)])
+        except KvfsError:
+            answer = None  # who fetches them meets it again
+        return _Fetch(load, *span, answer)
 
-    def _fetch(self, load: Load, first: int, end: int) -> None:
-        """Brings blocks ``first`` to ``end``. What is held by loads of this loader will be given
-        back: wait for it. What others hold may not: then smaller groups, and at last the error."""
-        while not load.stopping:
+    def _serve(self, fetch: _Fetch) -> _Fetch | None:
+        """Brings what was or is to be asked for. From memory, one thread brings a whole load: it
+        asks for the next blocks, which it returns, before it queues the copies of these."""
+        load, more = fetch.load, None
+        try:
+            fetched = self._fetch(load, fetch.first, fetch.end, fetch.answer)
+            if fetched is not None:
+                if self.from_memory:
+                    more = self._ask(load)
+                load.arrived(np.arange(fetch.first, fetch.end), fetched)
+        except KvfsError as exc:
+            load.fail(exc)
+        except Exception as exc:
+            log.exception("a load failed")
+            load.fail(exc)
+        finally:
+            load.group_done(fetch.first, fetch.end)
+        return more
+
+    def _fetch(
+        self,
+        load: Load,
+        first: int,
+        end: int,
+        answer: Callable[[], Fetched] | None = None,
+    ) -> Fetched | None:
+        """Blocks ``first`` to ``end``. What is held by loads of this loader will be given back:
+        wait for it. What others hold may not: then smaller groups, which have arrived by the time
+        that this returns None, and at last the error."""
+        while answer is not None or not load.stopping:
             with self._lock:
                 held, releases = self._held_bytes, self._releases
             start = self.clock.monotonic()
             try:
-                fetched: Fetched = self._source.fetch(load.keys[first:end])
+                if answer is None:
+                    fetched = self._source.fetch(load.keys[first:end])
+                else:
+                    waiting, answer = answer, None
+                    fetched = waiting()
             except ArenaFull:
                 if held:
                     self._wait_release(load, releases)
@@ -271,14 +343,16 @@ class Loader:
                     raise
                 break
             self._learn(fetched, self.clock.monotonic() - start)
-            load.arrived(np.arange(first, end), fetched)
-            return
+            return fetched
         if load.stopping:
-            return
+            return None
         middle = (first + end) // 2
-        self._fetch(load, first, middle)
-        load.pump()
-        self._fetch(load, middle, end)
+        for start_block, end_block in ((first, middle), (middle, end)):
+            part = self._fetch(load, start_block, end_block)
+            if part is not None:
+                load.arrived(np.arange(start_block, end_block), part)
+            load.pump()
+        return None
 
     def _learn(self, fetched: Fetched, seconds: float) -> None:
         """Blocks that come faster than a disk gives them were in memory: then a round trip costs

@@ -775,8 +775,8 @@ LOADER_ANSWER_BLOCKS = 256
 """A load of so many blocks that lie in memory is one request: the answer takes 1 ms, and all layers
 can be queued behind it. Of a longer one the link gets LOADER_MEMORY_FIRST_BYTES first."""
 
-LOADER_MEMORY_FIRST_BYTES = 128 * MIB
-"""2.4 ms of the link: the next answer, and its way to the device, take 1.5 ms."""
+LOADER_MEMORY_FIRST_BYTES = 64 * MIB
+"""1.2 ms of the link: the next answer, and its way to the device, take 1 ms."""
 
 LOADER_MEMORY_GROUP_BYTES = 2 * GIB
 """What is asked for at once where blocks come from memory: 40 ms of the link, which is what a load
@@ -788,8 +788,10 @@ computes, and takes turns with the thread that queues the others, which costs le
 it: with 0.5, 2 and 10 ms, 1.9, 3.5 and 3.8 ms of a load of 13 ms were exposed (an H200)."""
 
 LOADER_RUN_LAYERS = 4
+LOADER_RUN_BYTES = 16 * MIB
 """The first layer is queued by itself, then one more, two, and four at a time: a model computes a
-layer for longer than it is copied, and describing a copy, and the event behind it, takes 0.1 ms."""
+layer for longer than it is copied, and describing a copy, and the event behind it, takes 0.1 ms. So
+no run is shorter than 0.3 ms of the link, either."""
 
 STAGING_SLOT_BYTES = 64 * MIB
 STAGING_SLOTS = 3

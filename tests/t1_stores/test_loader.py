@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvfs_base.errors import ArenaFull, CacheFull, ConnectionLost, InvalidRequest
+from kvfs_base.limits import LOADER_FETCH_THREADS
 from kvfs_base.os_env import os_env
 from kvfs_gds import load as load_module
 from kvfs_gds import loader as loader_module
@@ -81,6 +82,12 @@ class Rig:
 
 def void(_: object) -> None:
     pass
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of a few KiB are queued as if they were long."""
+    monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", 0)
 
 
 @pytest.fixture
@@ -163,8 +170,16 @@ def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) ->
         assert load.result() == [True] * 4
 
 
-def test_layers_are_queued_in_runs_that_grow(rig: Rig) -> None:
-    """A first layer, one more, two, and then four at a time, in order, and nothing twice."""
+@pytest.mark.parametrize(
+    ("run_bytes", "wanted"),
+    [(0, [0, 1, 2, 4, 8, 12]), (3 * 8 * 32, [0, 3, 6, 10]), (1 << 20, [0])],
+)
+def test_layers_are_queued_in_runs_that_grow(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, run_bytes: int, wanted: list[int]
+) -> None:
+    """A first layer, one more, two, and then four at a time, in order, and nothing twice; no run is
+    shorter than it takes to describe it."""
+    monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", run_bytes)
     layers = 13
     cache = [np.full((2, 8, 16), POISON, dtype=np.uint8) for _ in range(layers)]
     table = np.arange(8, dtype=np.int32).reshape(-1, 1)
@@ -177,7 +192,7 @@ def test_layers_are_queued_in_runs_that_grow(rig: Rig) -> None:
         load = loader.load(names, Pages(PagedLayout.vllm(cache), table))
         assert load.result() == [True] * 8
         assert all(load.layer_done(layer) for layer in range(layers))
-    assert firsts == [0, 1, 2, 4, 8, 12]
+    assert firsts == wanted
     assert (np.stack(cache) == blocks.transpose(1, 2, 0, 3)).all()
 
 
@@ -290,6 +305,43 @@ def test_the_first_group_from_memory_goes_alone(rig: Rig, monkeypatch: pytest.Mo
     load = rig.loader.load(rig.keys[:16], rig.pages(range(16)))
     assert load.result() == [True] * 16
     assert begun[0] == 1
+
+
+def test_who_loads_asks_and_another_thread_takes_the_answer(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, threads = rig.namespace.ask, []
+
+    def ask(keys: Any) -> Any:
+        threads.append(threading.current_thread())
+        answer = plain(keys)
+        return lambda: threads.append(threading.current_thread()) or answer()
+
+    wait_until(lambda: rig.loader._idle == LOADER_FETCH_THREADS)
+    monkeypatch.setattr(rig.namespace, "ask", ask)
+    assert rig.loader.load(rig.keys[:4], rig.pages(range(4))).result() == [True] * 4
+    assert threads[0] is threading.current_thread()
+    assert len(threads) == 2 and threads[1] in rig.loader._threads
+
+
+def test_the_next_blocks_from_memory_are_asked_for_before_the_last_are_queued(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", 4)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", 2 * BLOCK_BYTES)
+    plain, done = rig.namespace.ask, []
+
+    def ask(keys: Any) -> Any:
+        done.append(f"ask {len(keys)}")
+        return plain(keys)
+
+    monkeypatch.setattr(rig.namespace, "ask", ask)
+    with Loader.open(rig.namespace, Device(lambda layer: done.append("copy"))) as loader:
+        loader.from_memory = True
+        wait_until(lambda: loader._idle == LOADER_FETCH_THREADS)
+        assert loader.load(rig.keys[:16], rig.pages(range(16))).result() == [True] * 16
+    assert done[:3] == ["ask 2", "ask 14", "copy"]
 
 
 def test_a_lease_lasts_until_its_copies_have_happened(rig: Rig) -> None:
