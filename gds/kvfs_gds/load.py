@@ -30,6 +30,7 @@ from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     LOADER_ANSWER_BLOCKS,
+    LOADER_FIRST_RUN_BYTES,
     LOADER_GROUP_BYTES,
     LOADER_MEMORY_FIRST_BYTES,
     LOADER_MEMORY_GROUP_BYTES,
@@ -260,12 +261,12 @@ class Load:
         return self._cancelled or self._error is not None
 
     def begin(self) -> None:
-        self._list()
+        self.fetch_more()
         self.pump()
 
     def take_group(self) -> tuple[int, int] | None:
-        """The blocks to be fetched next; ``list_more`` and, once they are there or cannot be had,
-        ``group_done`` must follow. None if there are none now."""
+        """The blocks to be fetched next; ``group_done`` must follow, and somebody must go on with
+        the next ones then. None if there are none now."""
         with self._lock:
             self._listed = False
             count = self._group_blocks()
@@ -277,12 +278,6 @@ class Load:
             self._fetching += 1
             self._asked_bytes += (self._next - first) * self._block_bytes
             return first, self._next
-
-    def list_more(self) -> None:
-        """A group was taken: others may be fetched beside it, but not from memory. There requests
-        side by side only hold each other up, and who fetches one goes on with the next."""
-        if not self._loader.from_memory:
-            self._list()
 
     def _group_blocks(self) -> int:
         """How many blocks the next fetch is for; 0 if it has to wait for room."""
@@ -336,10 +331,7 @@ class Load:
         with self._lock:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
-        # First what the link waits for: who fetches next takes turns with this thread.
         self.pump()
-        if not self._fetching or not self._loader.from_memory:
-            self._list()
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -348,9 +340,13 @@ class Load:
 
     # --- queueing
 
-    def _list(self) -> None:
+    def fetch_more(self) -> None:
+        """Has the next blocks fetched, if there are any. From memory, who fetches others goes on
+        with them."""
         with self._lock:
             if self._listed or self.stopping or self._next == len(self.keys):
+                return
+            if self._fetching and self._loader.from_memory:
                 return
             self._listed = True
         self._loader.enqueue(self)
@@ -444,10 +440,10 @@ class Load:
         clock = self._loader.clock
         quiet_until = clock.monotonic() + LOADER_QUIET_SECONDS
         events: list[Event] = []
-        least = LOADER_RUN_BYTES * layers // max(1, nbytes)
-        first = 0
+        first, run = 0, max(1, LOADER_FIRST_RUN_BYTES * layers // nbytes)
         while first < layers:
-            end = min(layers, first + max(least, min(max(first, 1), LOADER_RUN_LAYERS)))
+            end = min(layers, first + run)
+            run = max(LOADER_RUN_LAYERS, LOADER_RUN_BYTES * layers // nbytes)
             for plan in plans:
                 self._device.copy(plan, first, end, stream, store=False)
             events += [self._device.record(stream)] * (end - first)
@@ -503,7 +499,7 @@ class Load:
             if self._issued and not self._copies:
                 self._settle()
         self.pump()
-        self._list()
+        self.fetch_more()
 
     # --- ending
 

@@ -92,7 +92,11 @@ class Loader:
         """The last fetch was answered sooner than a disk is read."""
         self.clock = clock or os_env().clock
         self._source = source
-        self._lock = threading.Condition()
+        lock = threading.Lock()
+        self._lock = threading.Condition(lock)
+        """Notified of what is to be fetched."""
+        self._released = threading.Condition(lock)
+        """Of what was given back. Idle threads that wake up take turns with the one that loads."""
         self._held_bytes = 0
         self._releases = 0
         self._jobs: set[Load] = set()
@@ -179,6 +183,7 @@ class Loader:
             self._closed = True
             jobs = list(self._jobs)
             self._lock.notify_all()
+            self._released.notify_all()
         for job in jobs:
             job.cancel()
         for thread in self._threads:
@@ -229,8 +234,8 @@ class Loader:
         with self._lock:
             heapq.heappush(self._todo, _Entry(int(load.priority), next(self._order), what))
             self._lock.notify()
-        if asks:
-            load.list_more()
+        if asks and not self.from_memory:
+            load.fetch_more()
 
     def holds(self, nbytes: int) -> None:
         """A load holds that much more (or less)."""
@@ -238,7 +243,7 @@ class Loader:
             self._held_bytes += nbytes
             if nbytes < 0:
                 self._releases += 1
-                self._lock.notify_all()
+                self._released.notify_all()
 
     def settled(self, load: Load, loaded_bytes: int) -> None:
         with self._lock:
@@ -247,7 +252,9 @@ class Loader:
             if not self._jobs:
                 while len(self._registered) > 1:  # of agents that are no more
                     self._registered.pop(next(iter(self._registered))).close()
-            self._lock.notify_all()
+            if self._closed:
+                self._lock.notify_all()
+            self._released.notify_all()
 
     # --- fetching
 
@@ -281,7 +288,8 @@ class Loader:
                 return found
             span = found.take_group()
             if span is not None:
-                found.list_more()
+                if not self.from_memory:
+                    found.fetch_more()
                 return _Fetch(found, *span)
             del found  # not until the next one comes
 
@@ -297,14 +305,12 @@ class Loader:
         return _Fetch(load, *span, answer)
 
     def _serve(self, fetch: _Fetch) -> _Fetch | None:
-        """Brings what was or is to be asked for. From memory, one thread brings a whole load: it
-        asks for the next blocks, which it returns, before it queues the copies of these."""
-        load, more = fetch.load, None
+        """Brings what was or is to be asked for. From memory, one thread brings a whole load, and
+        this returns its next blocks: requests side by side would only hold each other up."""
+        load = fetch.load
         try:
             fetched = self._fetch(load, fetch.first, fetch.end, fetch.answer)
             if fetched is not None:
-                if self.from_memory:
-                    more = self._ask(load)
                 load.arrived(np.arange(fetch.first, fetch.end), fetched)
         except KvfsError as exc:
             load.fail(exc)
@@ -313,7 +319,10 @@ class Loader:
             load.fail(exc)
         finally:
             load.group_done(fetch.first, fetch.end)
-        return more
+        if self.from_memory:
+            return self._ask(load)
+        load.fetch_more()
+        return None
 
     def _fetch(
         self,
@@ -362,8 +371,8 @@ class Loader:
         self.from_memory = seconds < allowed
 
     def _wait_release(self, load: Load, releases: int) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._releases != releases or load.stopping)
+        with self._released:
+            self._released.wait_for(lambda: self._releases != releases or load.stopping)
 
 
 __all__ = ["Load", "Loader", "Pages", "PinnedRing", "Priority", "Store"]

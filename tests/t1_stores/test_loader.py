@@ -87,6 +87,7 @@ def void(_: object) -> None:
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of a few KiB are queued as if they were long."""
+    monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", 0)
     monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", 0)
 
 
@@ -171,14 +172,19 @@ def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) ->
 
 
 @pytest.mark.parametrize(
-    ("run_bytes", "wanted"),
-    [(0, [0, 1, 2, 4, 8, 12]), (3 * 8 * 32, [0, 3, 6, 10]), (1 << 20, [0])],
+    ("first_bytes", "run_bytes", "wanted"),
+    [(0, 0, [0, 1, 5, 9]), (2 * 8 * 32, 6 * 8 * 32, [0, 2, 8]), (1 << 20, 1 << 20, [0])],
 )
-def test_layers_are_queued_in_runs_that_grow(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, run_bytes: int, wanted: list[int]
+def test_layers_are_queued_in_runs(
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    first_bytes: int,
+    run_bytes: int,
+    wanted: list[int],
 ) -> None:
-    """A first layer, one more, two, and then four at a time, in order, and nothing twice; no run is
-    shorter than it takes to describe it."""
+    """A first layer and then four at a time, in order, and nothing twice; more where they are
+    short."""
+    monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", first_bytes)
     monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", run_bytes)
     layers = 13
     cache = [np.full((2, 8, 16), POISON, dtype=np.uint8) for _ in range(layers)]
@@ -324,24 +330,29 @@ def test_who_loads_asks_and_another_thread_takes_the_answer(
     assert len(threads) == 2 and threads[1] in rig.loader._threads
 
 
-def test_the_next_blocks_from_memory_are_asked_for_before_the_last_are_queued(
+def test_one_thread_brings_what_comes_from_memory(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What the link waits for is queued first, and nobody else is woken up."""
     monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", 2 * BLOCK_BYTES)
     monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", 4)
     monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", 2 * BLOCK_BYTES)
-    plain, done = rig.namespace.ask, []
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", NEVER)
+    plain, done = rig.namespace.get, []
 
-    def ask(keys: Any) -> Any:
-        done.append(f"ask {len(keys)}")
+    def get(keys: Any) -> Any:
+        done.append((threading.current_thread(), len(keys)))
         return plain(keys)
 
-    monkeypatch.setattr(rig.namespace, "ask", ask)
-    with Loader.open(rig.namespace, Device(lambda layer: done.append("copy"))) as loader:
+    monkeypatch.setattr(rig.namespace, "get", get)
+    copied: list[int] = []
+    with Loader.open(rig.namespace, Device(lambda layer: copied.append(len(done)))) as loader:
         loader.from_memory = True
         wait_until(lambda: loader._idle == LOADER_FETCH_THREADS)
         assert loader.load(rig.keys[:16], rig.pages(range(16))).result() == [True] * 16
-    assert done[:3] == ["ask 2", "ask 14", "copy"]
+    assert [count for _, count in done] == [2, 14]
+    assert done[0][0] is done[1][0]
+    assert copied[0] == 1
 
 
 def test_a_lease_lasts_until_its_copies_have_happened(rig: Rig) -> None:

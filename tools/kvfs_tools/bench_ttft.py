@@ -43,6 +43,10 @@ BLOCK_TOKENS = 64
 CALIBRATION = (1024, 4096, 16384)
 """Lengths from which the rule learns; other ones than those it is tested with."""
 
+TAUGHT_ROUNDS = 5
+"""Prefills of each length that the rule sees, in turns with those of a last token: how long kernels
+take to be queued drifts by a fifth."""
+
 NEXT_TOKENS = 4
 
 FLUSHES = 3
@@ -181,10 +185,12 @@ class Bench:
     def teach(self, places: list[Place], tokens_max: int) -> None:
         """Lets the rule see prefills and loads."""
         for tokens in (t for t in CALIBRATION if t <= tokens_max):
-            seconds = self.median(2, partial(self.compute, tokens), nothing)
-            self.rule.observe_compute(tokens, 0, seconds)
-            seconds = self.median(2, partial(self._tail, tokens), nothing)
-            self.rule.observe_compute(1, tokens - 1, seconds)
+            bodies: dict[str, Callable[[], object]]
+            bodies = {"whole": partial(self.compute, tokens), "tail": partial(self._tail, tokens)}
+            taken = self.seconds(TAUGHT_ROUNDS, bodies, nothing)
+            for whole, tail in zip(taken["whole"], taken["tail"], strict=True):
+                self.rule.observe_compute(tokens, 0, whole)
+                self.rule.observe_compute(1, tokens - 1, tail)
             for place in places:
                 seconds = self.median(2, partial(self.load_alone, place, tokens), place.before)
                 nbytes = tokens // BLOCK_TOKENS * self.block_bytes
