@@ -775,8 +775,8 @@ LOADER_ANSWER_BLOCKS = 256
 """A load of so many blocks that lie in memory is one request: the answer takes 1 ms, and all layers
 can be queued behind it. Of a longer one the link gets LOADER_MEMORY_FIRST_BYTES first."""
 
-LOADER_MEMORY_FIRST_BYTES = 64 * MIB
-"""1.2 ms of the link: the next answer, and its way to the device, take 1 ms."""
+LOADER_MEMORY_FIRST_BYTES = 128 * MIB
+"""2.4 ms of the link: the next answer, and its way to the device, take 1.5 ms."""
 
 LOADER_MEMORY_GROUP_BYTES = 2 * GIB
 """What is asked for at once where blocks come from memory: 40 ms of the link, which is what a load
