@@ -10,6 +10,8 @@ Invariants, guarded by the load's lock:
   without one.
 - After ``stopping`` nothing more is queued. The load settles when what was queued has happened and
   no fetch is under way: from then on nobody writes to its pages.
+- When the last copies have happened, the lane's thread or one that waits for the load says so,
+  whichever is first; the other finds nothing left to do.
 - The last copies are queued by one thread (``issuing``), without the lock. Where that takes long,
   who waits for the first layer does not wait until the last one is queued: ``events`` grows.
 """

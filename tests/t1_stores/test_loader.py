@@ -14,7 +14,7 @@ from kvfs_base.limits import LOADER_FETCH_THREADS
 from kvfs_base.os_env import os_env
 from kvfs_gds import load as load_module
 from kvfs_gds import loader as loader_module
-from kvfs_gds.device import CpuDevice, CpuStream, open_device
+from kvfs_gds.device import CpuDevice, CpuEvent, CpuStream, open_device
 from kvfs_gds.load import Pages, Priority
 from kvfs_gds.loader import Loader
 from kvfs_gds.paged import PagedLayout
@@ -311,6 +311,37 @@ def test_the_first_group_from_memory_goes_alone(rig: Rig, monkeypatch: pytest.Mo
     load = rig.loader.load(rig.keys[:16], rig.pages(range(16)))
     assert load.result() == [True] * 16
     assert begun[0] == 1
+
+
+def test_who_waits_for_a_load_needs_nobody_to_say_that_it_is_over(rig: Rig) -> None:
+    gate = threading.Event()
+    lane = rig.loader._lanes[Priority.DEMAND]
+    lane.then(CpuEvent.happened(), lambda: void(gate.wait(WAIT_SECONDS)))
+    load = rig.loader.load(rig.keys[:4], rig.pages(range(4)))
+    assert load.result() == [True] * 4
+    assert rig.namespace.leased_bytes == 0
+    gate.set()
+
+
+def test_a_stream_waits_once_for_layers_that_come_together(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", 1 << 20)
+    plain, waits = rig.device.wait_for, []
+    monkeypatch.setattr(rig.device, "wait_for", lambda *of: waits.append(of) or plain(*of))
+    streams = [CpuStream(), CpuStream()]
+    gate = rig.hold()
+    load = rig.loader.load(rig.keys[:4], rig.pages(range(4)))
+    for stream in streams:
+        for layer in range(LAYERS):
+            load.wait_layer(layer, stream)
+    assert [stream for stream, _ in waits] == streams
+    gate.set()
+    load.result()
+    load.wait_layer(0, streams[0])  # it is there: nothing to wait for
+    assert len(waits) == 2
+    for stream in streams:
+        stream.close()
 
 
 def test_who_loads_asks_and_another_thread_takes_the_answer(
