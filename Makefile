@@ -14,6 +14,9 @@ PYTEST_ARGS ?=
 SEEDS ?= 1000
 FIRST ?= 0
 
+# Tests wait more than they compute: two workers a core, up to eight.
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
+
 # torch has a CPU wheel for Python 3.11 in the pinned version; on other versions pip would fetch a
 # CUDA build of several GB, so there the tests that need torch skip.
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
@@ -33,11 +36,10 @@ demo: setup ## Replay conversations through a real kvfs [TRACE=file.jsonl]
 demo-llm: $(VENV)/.stamp-llm ## A language model continues from a cache that another process filled
 	$(BIN)/kvfs demo-llm
 
-test: $(VENV)/.stamp-test lint ## Lint, type check and run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(VENV)/.stamp-test lint test-only ## Lint, type check and run the tests
 
-test-only: $(VENV)/.stamp-test ## Run the tests alone [PYTEST_ARGS=...]
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test-only: $(VENV)/.stamp-test ## Run the tests alone [WORKERS=4 PYTEST_ARGS=...]
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 sim: setup ## The cluster in virtual time, with faults, under many seeds [SEEDS=1000 FIRST=0]
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --keep-going

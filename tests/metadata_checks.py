@@ -107,6 +107,14 @@ def _files(found: Dump) -> Iterator[str]:
     counted = (len(inodes), sum(map(charged_bytes, inodes.values())))
     if tuple(usage) != counted:
         yield f"usage is {tuple(usage)}, counted {counted}"
+    for rest, value in _of(found, records.QUOTA):
+        quota, directory = records.decode_quota(value), _number(rest)
+        charged = [record for record in inodes.values() if record.quota == directory]
+        size = sum(record.size for record in charged if stat.S_ISREG(record.mode))
+        if directory not in inodes:
+            yield f"quota of {directory}, which is missing"
+        elif (quota.inodes, quota.file_bytes) != (len(charged), size):
+            yield f"quota of {directory} is {quota}, counted {len(charged)} and {size}"
 
 
 def _blocks(found: Dump) -> Iterator[str]:

@@ -100,10 +100,12 @@ def is_repeated(update: Update, committed: ChunkInfo | None, seen: bool) -> bool
     been done, by a head that is gone, and overwritten since."""
     if not update.writer:
         return False  # one of the servers' own, which say the same however often they come
-    if seen or (
-        committed is not None
-        and (committed.writer, committed.sequence) == (update.writer, update.sequence)
+    if committed is not None and (committed.writer, committed.sequence) == (
+        update.writer,
+        update.sequence,
     ):
+        return not committed.is_damaged  # nothing came since: what is lost comes again
+    if seen:
         return True
     if update.again and committed is not None and committed.version != update.base:
         raise WriteUncertain(*committed.chunk)

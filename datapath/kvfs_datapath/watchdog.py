@@ -1,10 +1,10 @@
 """Tells a server that is slow from one that cannot be reached any more.
 
 A write may take long for good reasons: a disk, members behind. A host that is gone, or a way that
-is cut, looks the same from here: nothing comes. So whoever waits longer than WATCH_SECONDS has the
-address dialled once more. A kernel accepts a connection however busy its disks and processes are;
-if it does not, the one that is waited for is broken off, and the caller goes on with another member
-at once instead of at the end of its deadline.
+is cut, looks the same from here: nothing comes. So whoever waits longer than WATCHDOG_SECONDS has
+the address dialled once more. A kernel accepts a connection however busy its disks and processes
+are; if it does not, the one that is waited for is broken off, and the caller goes on with another
+member at once instead of at the end of its deadline.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from kvfs_base import threads
 from kvfs_base.errors import KvfsError
-from kvfs_base.limits import HELPER_IDLE_SECONDS, WATCH_CONNECT_SECONDS, WATCH_SECONDS
+from kvfs_base.limits import HELPER_IDLE_SECONDS, WATCHDOG_CONNECT_SECONDS, WATCHDOG_SECONDS
 from kvfs_base.seams import BlockingNetwork, Clock
 from kvfs_base.types import Address
 
@@ -45,7 +45,7 @@ class Watchdog:
     def watch(self, address: Address, break_off: Callable[[], None]) -> Iterator[None]:
         """For as long as something is waited for that comes from there."""
         now = self._clock.monotonic()
-        watched = Watched(address, break_off, since=now, due=now + WATCH_SECONDS)
+        watched = Watched(address, break_off, since=now, due=now + WATCHDOG_SECONDS)
         with self._condition:
             self._watched[watched] = None
             if self._thread is None and not self._closed:
@@ -89,14 +89,14 @@ class Watchdog:
 
     def _judge(self, watched: Watched, reached: bool) -> None:
         if reached:
-            watched.due = self._clock.monotonic() + WATCH_SECONDS
+            watched.due = self._clock.monotonic() + WATCHDOG_SECONDS
         else:
             del self._watched[watched]
             watched.break_off()
 
     def _is_reached(self, address: Address) -> bool:
         try:
-            self._network.connect(address, WATCH_CONNECT_SECONDS).close()
+            self._network.connect(address, WATCHDOG_CONNECT_SECONDS).close()
         except KvfsError:
             return False
         return True

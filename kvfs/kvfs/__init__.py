@@ -27,6 +27,7 @@ from kvfs_base.errors import (
     NamespaceError,
     NoTarget,
     PrepareExpired,
+    QuotaExceeded,
     ServiceError,
 )
 from kvfs_base.types import KVLayout
@@ -55,6 +56,7 @@ __all__ = [
     "NamespaceError",
     "NoTarget",
     "PrepareExpired",
+    "QuotaExceeded",
     "ServiceError",
     "aio",
     "block_keys",

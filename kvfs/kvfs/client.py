@@ -322,7 +322,8 @@ class Namespace:
         """Stores blocks, all or none; keys that are stored already keep their bytes. Returns how
         many were new. Buffers: anything that byte_view takes; at most 4,096 of them.
 
-        Raises InvalidRequest (sizes, counts), LimitExceeded, CacheFull, PrepareExpired, and what
+        Raises InvalidRequest (sizes, counts), LimitExceeded, CacheFull, QuotaExceeded (it is
+        more than the quota of the namespace can hold), PrepareExpired, and what
         the chunk servers raised (NoTarget, DiskFull, TargetFailed ...): then nothing is stored.
         """
         views = self._views(keys, buffers, writable=False)

@@ -15,6 +15,7 @@
     │   ├── LockHeld               EAGAIN     (somebody else has locked a part of the range)
     │   ├── LockDeadlock           EDEADLOCK  (who holds it waits for the one that asks)
     │   ├── TooManyLocks           ENOLCK
+    │   ├── CrossesQuota           EXDEV      (a move or link from under one quota to another)
     │   └── InodeStale             ESTALE
     ├── InvalidRequest             EINVAL     the caller's arguments are wrong
     │   ├── LimitExceeded          E2BIG
@@ -31,6 +32,7 @@
     │   └── NotLoopback            EACCES     (no authentication is configured)
     ├── CapacityError              there is no room
     │   ├── CacheFull              ENOSPC
+    │   ├── QuotaExceeded          EDQUOT     (of a directory above)
     │   ├── ArenaFull              ENOMEM     temporary
     │   └── DiskFull               ENOSPC
     ├── IntegrityError             the bytes are not what was written; for a cache, a miss
@@ -227,6 +229,13 @@ class TooManyLocks(NamespaceError):
 
 
 @dataclasses.dataclass(eq=False)
+class CrossesQuota(NamespaceError):
+    quota: int = 0
+    posix_errno = errno.EXDEV
+    wire_code = "crosses_quota"
+
+
+@dataclasses.dataclass(eq=False)
 class InodeStale(NamespaceError):
     inode: int = 0
     posix_errno = errno.ESTALE
@@ -342,6 +351,19 @@ class CacheFull(CapacityError):
     capacity_bytes: int = 0
     posix_errno = errno.ENOSPC
     wire_code = "cache_full"
+
+
+@dataclasses.dataclass(eq=False)
+class QuotaExceeded(CapacityError):
+    """``what`` is ``bytes`` or ``inodes``; ``directory`` is the inode that has the quota."""
+
+    what: str = "bytes"
+    needed: int = 0
+    used: int = 0
+    limit: int = 0
+    directory: int = 0
+    posix_errno = errno.EDQUOT
+    wire_code = "quota_exceeded"
 
 
 @dataclasses.dataclass(eq=False)

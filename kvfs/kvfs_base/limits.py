@@ -87,11 +87,12 @@ is over by then, so the answer to a longer silence comes from the metadata servi
 PASS_CONNECT_SECONDS = 2.0
 """A connection to another member: a first segment that is lost is sent again after a second."""
 
-WATCH_SECONDS = 1.0
-WATCH_CONNECT_SECONDS = 1.5
-"""Who waits longer than the first for a write to be answered dials the server once more: if that
-takes longer than the second (a segment may be lost), it is not waited for any more. A server that
-is gone costs 2.5 s at most instead of DATA_SECONDS and more, a slow disk a connection a second."""
+WATCHDOG_SECONDS = 1.0
+WATCHDOG_CONNECT_SECONDS = 1.5
+"""Who waits longer than the first for a write, or a read of a file, dials the server once more: if
+that takes longer than the second (a segment may be lost), it is not waited for any more. A server
+that is gone costs 2.5 s at most instead of DATA_SECONDS and more, a slow disk a connection a
+second."""
 
 RELAY_SECONDS_MAX = 300
 """The longest that a sender can say it waits for what another member passes on to the head:
@@ -320,6 +321,9 @@ MOUNT_REMEMBERED_INODES = 65_536
 """Inodes whose cached pages are known to be current, about 150 bytes each. One that was forgotten
 only has its pages dropped when it is opened again."""
 
+MOUNT_STALE_OPENS = 1024
+"""Threads that were just told to look a name up once more; each is there for some milliseconds."""
+
 MOUNT_NAMES_MAX = 65_536
 """Names, and as many inodes, that a mount answers for by itself: about 0.5 KiB for both."""
 
@@ -336,8 +340,12 @@ MOUNT_IDLE_FILES = 4096
 """Files that nobody has open any more and that the service still counts as open, so that the next
 open costs no call. The space of one that another mount removes comes back when it is closed."""
 
+MOUNT_IDLE_BLOCKS = 256
+"""Blocks that nobody has open any more and that are still at hand, and as many files. A mount that
+does not run any more keeps the space of those that are removed: 512 MiB of 2 MiB each."""
+
 MOUNT_IDLE_SECONDS = 5.0
-"""Such a file is closed when nobody opened it for one to two times as long."""
+"""Such a file or block is closed when nobody opened it for one to two times as long."""
 
 MOUNT_USES_MAX = 1024
 """Blocks that were opened and whose use was not told to the service yet: told every
@@ -459,6 +467,14 @@ ONCE_SECONDS = 600.0
 ANSWERS_PER_COLLECTION = 4096
 """Kept answers that are looked at every LAST_USE_SECONDS: about 10 ms of work. A million of them,
 150 MB of disk, are gone through in two hours."""
+
+QUOTA_INODES_MAX = 10_000
+"""Inodes that may lie below a directory that gets its first quota: they are rewritten in one
+transaction, 10 us each, during which nothing else is written."""
+
+QUOTA_EVICTED_FRACTION = 64
+"""Of the blocks of a full quota this part goes at once: looking for the oldest takes 10 ms in a
+million blocks, so each of the next 15,000 costs less than a microsecond."""
 
 NAMESPACES_MAX = 65_536
 """KV namespaces; each costs about 1 KiB of memory before it holds a block."""
@@ -636,9 +652,10 @@ CLIENT_SPLIT_BYTES = 1 * MIB
 """A batch is spread over threads in portions of at least this: below, the cost of a request (about
 50 us) is more than what a further thread gains."""
 
-SUM_BYTES = 512 * KIB
-"""Bytes that are received before their checksum is computed: they are still in a core's cache (1
-MiB or more in servers), and a group costs a call or two."""
+SUM_BYTES = 2 * MIB
+"""Bytes that are received before their checksum is computed: they are still in a cache of the
+processor, and the sender goes on meanwhile. Less wakes threads more often, more is not there any
+more."""
 
 DATA_SECONDS = 10.0
 DATA_BYTES_PER_SECOND = 1 * MIB

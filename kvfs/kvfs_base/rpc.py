@@ -33,7 +33,7 @@ from kvfs_base.errors import (
 )
 from kvfs_base.frames import Frame, FrameDecoder, Kind
 from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS, CONNECTIONS_MAX, KIB
-from kvfs_base.seams import BlockingNetwork, Connection, Network
+from kvfs_base.seams import BlockingNetwork, Connection, Network, SendsNow
 from kvfs_base.types import Address
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,14 @@ class _Sender:
 
     def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
+        self._send_now = stream.send_now if isinstance(stream, SendsNow) else None
         self._lock = trio.Lock()
 
     async def send(self, data: bytes) -> None:
+        if self._send_now is not None and not self._lock.locked():
+            data = data[self._send_now(data) :]
+            if not data:
+                return
         try:
             self._lock.acquire_nowait()  # nearly always: it costs no event-loop turn
         except trio.WouldBlock:
@@ -232,13 +237,12 @@ Done = Callable[[Any, KvfsError | None], None]
 """Told the reply, or None and the error. Neither waits nor raises."""
 
 
-class _Caller(_Waiter):
+class _Caller:
     """The same for a call that nobody waits for in a task: ``done`` is told at once."""
 
     __slots__ = ("_done", "_request")
 
     def __init__(self, request: Request, done: Done) -> None:
-        super().__init__()
         self._request = request
         self._done = done
 
@@ -296,7 +300,9 @@ class RpcClient:
         self._servers = Servers(address)
         self._on_connect = on_connect
         self._stream: trio.abc.Stream | None = None
-        self._waiting: dict[int, _Waiter] = {}
+        self._send_now: Callable[[bytes], int] | None = None
+        """Of the stream, if it can."""
+        self._waiting: dict[int, _Waiter | _Caller] = {}
         self._next_id = 1
         self._dialling = trio.Lock()
         self._outbox: list[bytes] = []
@@ -346,24 +352,36 @@ class RpcClient:
         raise DeadlineExceeded(operation=type(request).__name__, seconds=timeout)
 
     def call_soon(self, request: Request, done: Done) -> int:
-        """As ``call``, without a task that waits: ``done`` is told by whoever receives. The number
-        of the call for ``give_up``, which has to be called some time if nothing is told; or 0, and
-        nothing was done, if there is no connection. A lost connection is told like any error, and
-        so is StoreUnavailable, after which the caller asks again with ``call``."""
+        """As ``call``, without a task that waits: ``done`` is told by whoever receives. The request
+        leaves with the next ``send_soon``. The number of the call for ``give_up``, which has to be
+        called some time if nothing is told; or 0, and nothing was done, if there is no connection.
+        A lost connection is told like any error, and so is StoreUnavailable, after which the caller
+        asks again with ``call``."""
         if self._stream is None:
             return 0
         request_id = self._next_id
         self._next_id += 1
         self._waiting[request_id] = _Caller(request, done)
-        frame = frames.encode(Kind.REQUEST, request_id, request)
-        if self._sending:
-            self._outbox.append(frame)
-        else:
+        self._outbox.append(frames.encode(Kind.REQUEST, request_id, request))
+        return request_id
+
+    def send_soon(self) -> None:
+        """All that ``call_soon`` left behind, in one write. What the connection does not take at
+        once is sent by a task. May tell of a lost connection."""
+        if self._sending or not self._outbox:
+            return
+        if self._send_now is not None:
+            data = b"".join(self._outbox)
+            try:
+                sent = self._send_now(data)
+            except trio.BrokenResourceError:
+                self._leave(self._stream, "send failed")
+                return
+            self._outbox = [data[sent:]] if sent < len(data) else []
+        if self._outbox:
             assert self._nursery is not None
-            self._outbox.append(frame)
             self._sending = True
             self._nursery.start_soon(self._send_outbox)
-        return request_id
 
     def give_up(self, request_id: int) -> None:
         """Nothing will be told any more."""
@@ -383,6 +401,7 @@ class RpcClient:
                 raise
             assert self._nursery is not None
             self._stream = stream
+            self._send_now = stream.send_now if isinstance(stream, SendsNow) else None
             self._nursery.start_soon(self._receive, stream)
         # Calls may overtake the greeting: it only restores what the server forgot.
         if self._on_connect is not None:

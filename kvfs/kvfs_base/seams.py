@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import trio
 
@@ -114,6 +114,16 @@ class Disk(Protocol):
     def usage(self) -> DiskUsage: ...
 
 
+@runtime_checkable
+class SendsNow(Protocol):
+    """What a stream may have besides: for those who are in no task that could wait, and to whom a
+    task a message would cost more than the message."""
+
+    def send_now(self, data: bytes) -> int:
+        """How many bytes were sent, from the first on, without waiting. Nobody else may be sending.
+        Raises trio.BrokenResourceError."""
+
+
 class Network(Protocol):
     """Streams for the control path (trio)."""
 
@@ -141,9 +151,9 @@ class Connection(Protocol):
         """Everything, or ConnectionLost / DeadlineExceeded. ``more`` follows at once: it may wait
         for that, to go in one packet and to wake the peer once."""
 
-    def send_file(self, file: DiskFile, offset: int, count: int) -> None:
-        """``count`` bytes of an open file, without bringing them to user space. Raises
-        ConnectionLost also if the file is shorter, TargetFailed if its disk fails."""
+    def send_files(self, pieces: Sequence[tuple[DiskFile, int, int]]) -> None:
+        """Of each open file, from an offset, so many bytes, without bringing them to user space.
+        Raises ConnectionLost also if a file is shorter, TargetFailed if its disk fails."""
 
     def receive_into(self, views: Sequence[memoryview]) -> None:
         """Fills every view, or ConnectionLost / DeadlineExceeded. The timeout covers the whole

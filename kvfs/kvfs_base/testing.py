@@ -17,7 +17,8 @@ import trio
 import trio.testing
 
 from kvfs_base.errors import ConnectionLost, DiskFull
-from kvfs_base.os_env import OsConnection, OsDiskFile
+from kvfs_base.os_disk import OsDiskFile
+from kvfs_base.os_network import OsConnection
 from kvfs_base.seams import Buffer, Connection, Disk, DiskFile, DiskUsage, Env, Listener
 from kvfs_base.types import Address
 

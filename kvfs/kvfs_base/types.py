@@ -52,8 +52,10 @@ class Layout(msgspec.Struct, array_like=True, frozen=True):
 class Attr(msgspec.Struct, array_like=True):
     """Attributes of an inode; the metadata service is their only author.
 
-    ``sparse`` is set once a write or truncate left a hole: only then may a missing chunk read as
-    zeros, otherwise it is an error. ``crc32c`` and ``key`` are set for blocks only.
+    ``quota`` is the directory whose quota it counts for, 0 if there is none. ``born_ns`` is 0 where
+    nobody wrote down when the inode was made. ``sparse`` is set once a write or truncate left a
+    hole: only then may a missing chunk read as zeros, otherwise it is an error. ``crc32c`` and
+    ``key`` are set for blocks only.
     """
 
     inode: U64
@@ -71,6 +73,8 @@ class Attr(msgspec.Struct, array_like=True):
     is_namespace: bool = False
     key: bytes = b""
     crc32c: U32 = 0
+    quota: U64 = 0
+    born_ns: int = 0
 
     @property
     def is_dir(self) -> bool:

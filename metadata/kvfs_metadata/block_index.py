@@ -77,8 +77,12 @@ class Listing:
 class KVNamespace:
     """One directory of blocks."""
 
-    def __init__(self, table: BlockTable, inode: int, path: str, layout: KVLayout) -> None:
+    def __init__(
+        self, table: BlockTable, inode: int, path: str, layout: KVLayout, quota: int = 0
+    ) -> None:
         self.inode = inode
+        self.quota = quota
+        """As the record of its directory says."""
         self.path = path
         self.layout = layout
         self._table = table
@@ -146,6 +150,8 @@ class BlockIndex:
         self.policy = policy
         self.namespaces: dict[int, KVNamespace] = {}
         self.by_path: dict[str, KVNamespace] = {}
+        self.by_quota: dict[int, dict[int, KVNamespace]] = {}
+        """Those that count for a quota, by its directory and their own."""
         self.table = BlockTable()
         self.by_inode = BlocksByInode(self.table)
         self.block_bytes = 0
@@ -158,7 +164,9 @@ class BlockIndex:
         for key, value in scan(read, records.NAMESPACE):
             record = records.decode_namespace(value)
             inode = records.number_at(key)
-            self.add_namespace(KVNamespace(self.table, inode, record.path, record.layout))
+            directory = read.get(records.inode_key(inode))
+            quota = 0 if directory is None else records.decode_inode(directory).quota
+            self.add_namespace(KVNamespace(self.table, inode, record.path, record.layout, quota))
         with _without_collector():
             for page in scan_pages(read, records.BLOCK, prefix_end(records.BLOCK), LOAD_PAGE):
                 self._load_page(page)
@@ -190,6 +198,11 @@ class BlockIndex:
             if key.startswith(records.NAMESPACE) and value and inode not in self.namespaces:
                 record = records.decode_namespace(value)
                 self.add_namespace(KVNamespace(self.table, inode, record.path, record.layout))
+        for key, value in writes.items():
+            if key.startswith(records.INODE) and value:
+                namespace = self.namespaces.get(records.number_at(key))
+                if namespace is not None:
+                    self.set_quota(namespace, records.decode_inode(value).quota)
         self._apply_blocks(writes, now_ns)
         for key, value in writes.items():
             namespace = self.namespaces.get(records.number_at(key))
@@ -228,10 +241,35 @@ class BlockIndex:
     def add_namespace(self, namespace: KVNamespace) -> None:
         self.namespaces[namespace.inode] = namespace
         self.by_path[namespace.path] = namespace
+        if namespace.quota:
+            self.by_quota.setdefault(namespace.quota, {})[namespace.inode] = namespace
 
     def remove_namespace(self, namespace: KVNamespace) -> None:
         del self.namespaces[namespace.inode]
         del self.by_path[namespace.path]
+        self._leave_quota(namespace)
+
+    def set_quota(self, namespace: KVNamespace, quota: int) -> None:
+        if quota != namespace.quota:
+            self._leave_quota(namespace)
+            namespace.quota = quota
+            if quota:
+                self.by_quota.setdefault(quota, {})[namespace.inode] = namespace
+
+    def _leave_quota(self, namespace: KVNamespace) -> None:
+        if namespace.quota:
+            own = self.by_quota[namespace.quota]
+            del own[namespace.inode]
+            if not own:
+                del self.by_quota[namespace.quota]
+
+    def bytes_of_quota(self, quota: int) -> int:
+        return sum(namespace.block_bytes for namespace in self.by_quota.get(quota, {}).values())
+
+    def victims_of_quota(self, quota: int, bytes_needed: int) -> list[Block]:
+        """The blocks that the policy gives up first of those that count for the quota."""
+        rows = self.table.rows_of(list(self.by_quota.get(quota, {})))
+        return [self.table.block(row) for row in self.policy.victims_among(rows, bytes_needed)]
 
     # --- changing
 

@@ -278,6 +278,11 @@ class BlockTable:
         there is none of them."""
         return self._loaded.find(self._rows, namespace, b"".join(names))
 
+    def rows_of(self, namespaces: Sequence[int]) -> NDArray[Any]:
+        """Of all blocks of these namespaces. Some 10 ms for a million blocks."""
+        rows = self._rows[: self._end]
+        return np.flatnonzero(np.isin(rows["namespace"], namespaces) & (rows["inode"] != 0))
+
     def keys_of(self, namespace: int) -> list[bytes]:
         """All keys of a namespace, in no order."""
         rows = self._rows[: self._end]

@@ -9,6 +9,7 @@ one of them happens.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
@@ -32,6 +33,7 @@ from kvfs_base.limits import (
     LAST_USE_BATCH_BLOCKS,
     PREPARE_SECONDS_MAX,
     PREPARED_BATCHES_MAX,
+    QUOTA_EVICTED_FRACTION,
 )
 from kvfs_base.seams import Clock
 from kvfs_base.types import BlockInfo
@@ -53,6 +55,7 @@ from kvfs_metadata.messages import (
     PreparedBlock,
     RemoveBlocks,
 )
+from kvfs_metadata.quotas import Quotas
 from kvfs_metadata.records import PreparedRecord
 from kvfs_metadata.transaction import Counters, Tx
 
@@ -119,6 +122,9 @@ class Blocks:
         self._capacity_bytes = capacity_bytes
         self._prepared: dict[int, _Prepared] = {}
         self.prepared_bytes = 0
+        self._prepared_of: Counter[int] = Counter()
+        """Bytes by namespace."""
+        self.quotas = Quotas(index, self.bytes_of_quota)
         self._committed: dict[int, None] = {}
         index.load(read)
         for key, value in scan(read, records.PREPARED):
@@ -137,9 +143,14 @@ class Blocks:
     def _add_prepared(self, batch_id: int, batch: _Prepared) -> None:
         self._prepared[batch_id] = batch
         self.prepared_bytes += batch.size
+        self._prepared_of[batch.record.namespace] += batch.size
 
     def _drop_prepared(self, batch_id: int) -> None:
-        self.prepared_bytes -= self._prepared.pop(batch_id).size
+        batch = self._prepared.pop(batch_id)
+        self.prepared_bytes -= batch.size
+        self._prepared_of[batch.record.namespace] -= batch.size
+        if not self._prepared_of[batch.record.namespace]:
+            del self._prepared_of[batch.record.namespace]
 
     # --- following other servers
 
@@ -219,6 +230,7 @@ class Blocks:
         sizes = tuple([request.sizes[place] for place in places])
         copies = self._copies.wanted(load(tx.kv, namespace.inode))
         chains = self._cluster.placement.place_blocks(tx, sizes, copies)
+        self._make_room_in_quota(tx, namespace, sum(sizes))
         self._make_room(tx, sum(sizes))
         record = PreparedRecord(
             namespace=namespace.inode,
@@ -397,19 +409,34 @@ class Blocks:
 
     def evict(self, tx: Tx, bytes_needed: int, count_max: int = EVICT_BATCH_BLOCKS) -> int:
         """Removes the blocks that the policy gives up first; answers the bytes they had."""
-        freed = evicted = 0
-        for row in self.index.policy.victims(bytes_needed, count_max):
-            block = self.index.table.block(row)
-            freed += block.size
+        rows = self.index.policy.victims(bytes_needed, count_max)
+        return self._evict(tx, [self.index.table.block(row) for row in rows])
+
+    def _evict(self, tx: Tx, blocks: Sequence[Block]) -> int:
+        freed = sum(block.size for block in blocks)
+        for block in blocks:
             self.remove_block(tx, block)
-            evicted += 1
-        self._count(tx, evicted_blocks=evicted, evicted_bytes=freed)
+        self._count(tx, evicted_blocks=len(blocks), evicted_bytes=freed)
         return freed
 
     def used_bytes(self, read: KVRead) -> int:
         """Blocks, prepared blocks and files."""
         usage = records.unpack_usage(read.get(records.USAGE_KEY))
         return self.index.block_bytes + self.prepared_bytes + usage.file_bytes
+
+    def bytes_of_quota(self, quota: int) -> int:
+        """Blocks that count for it, those that are being written included."""
+        prepared = sum(map(self._prepared_of.__getitem__, self.index.by_quota.get(quota, {})))
+        return self.index.bytes_of_quota(quota) + prepared
+
+    def _make_room_in_quota(self, tx: Tx, namespace: KVNamespace, size: int) -> None:
+        """A tenant's cache is as large as its quota lets it be: its own blocks give way to new
+        ones, some at once, since looking for the oldest of them takes as long for one as for many.
+        Raises QuotaExceeded."""
+        missing = self.quotas.missing_bytes(tx.kv, namespace, size)
+        if missing:
+            some = self.index.bytes_of_quota(namespace.quota) // QUOTA_EVICTED_FRACTION
+            self._evict(tx, self.index.victims_of_quota(namespace.quota, max(missing, some)))
 
     def _make_room(self, tx: Tx, size: int) -> None:
         """Prepares that outrun the background eviction evict for themselves: the bound holds, and

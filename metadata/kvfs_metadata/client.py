@@ -73,6 +73,7 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.ReadDir,
         m.ReadLink,
         m.GetXattr,
+        m.GetQuota,
         m.ListXattr,
         m.StatFs,
         m.Sync,
@@ -115,6 +116,26 @@ class Watcher(Protocol):
 
 RETRY_DELAY_SECONDS = 0.02
 RETRY_DELAY_SECONDS_MAX = 0.5
+LATE_CALLS_SECONDS = 1.0
+"""Between two looks for calls of which no task knows that they are late."""
+
+
+class _Soon:
+    """A call for which no task waits."""
+
+    __slots__ = ("done", "number", "request", "sent", "slot", "until")
+
+    def __init__(
+        self, request: Request, sent: Request, slot: int, done: Done, until: float
+    ) -> None:
+        self.request = request
+        self.sent = sent
+        """The same with its number, if it has one: for the repetition."""
+        self.slot = slot
+        self.done = done
+        self.until = until
+        self.number = 0
+        """Of RpcClient."""
 
 
 class _Patience:
@@ -185,6 +206,9 @@ class MetadataClient:
         # The slot given back last is used next: few in use are few answers kept by the service.
         self._slots = list(reversed(range(ONCE_SLOTS)))
         self._slots_free = trio.Semaphore(ONCE_SLOTS)
+        self._soon: dict[int, _Soon] = {}
+        """By number, calls for which no task waits, the oldest first."""
+        self._closing = False
         self._rpc = RpcClient(
             env.network, address, on_connect=self._attach if session is not None else None
         )
@@ -193,14 +217,16 @@ class MetadataClient:
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(self._rpc)
             if self._session is not None:
-                nursery = await stack.enter_async_context(trio.open_nursery())
-                stack.callback(nursery.cancel_scope.cancel)
-                nursery.start_soon(self._stay_attached)
-                nursery.start_soon(self._keep_watch)
+                self._nursery = await stack.enter_async_context(trio.open_nursery())
+                stack.callback(self._nursery.cancel_scope.cancel)
+                self._nursery.start_soon(self._stay_attached)
+                self._nursery.start_soon(self._keep_watch)
+                self._nursery.start_soon(self._end_late_calls)
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc_info: Any) -> None:
+        self._closing = True
         await self._stack.__aexit__(*exc_info)
 
     async def _stay_attached(self) -> None:
@@ -236,7 +262,9 @@ class MetadataClient:
     def _watch(self, seen: int) -> bool:
         assert self._session is not None
         done = functools.partial(self._watched, self._clock.monotonic())
-        return self._rpc.call_soon(m.Watch(self._session, seen), done) != 0
+        asked = self._rpc.call_soon(m.Watch(self._session, seen), done) != 0
+        self._rpc.send_soon()
+        return asked
 
     def _watched(self, sent_at: float, revoked: Any, error: KvfsError | None) -> None:
         assert self._watcher is not None
@@ -276,20 +304,96 @@ class MetadataClient:
             reply = await self._call_patiently(request, timeout)
         else:
             reply = await self._call_once(request, timeout)
-        opens = isinstance(request, m.OpenInode) or (isinstance(request, m.Make) and request.open)
-        if opens and self._session is not None:
-            # Nothing waits between the arrival of the reply and this line, so an Attach on a new
-            # connection finds it counted.
-            self._open[reply.inode] += 1
+        self._answered(request, reply)
         return reply
 
-    def call_soon(self, request: Request, done: Done) -> int:
+    def _answered(self, request: Request, reply: Any) -> None:
+        """Nothing waits between the arrival of a reply and this, so an Attach on a new connection
+        finds counted what was opened."""
+        opens = isinstance(request, m.OpenInode) or (isinstance(request, m.Make) and request.open)
+        if opens and self._session is not None:
+            self._open[reply.inode] += 1
+
+    def ask_soon(self, request: Request, done: Done) -> int:
         """One attempt at a request of REPEATABLE that opens and closes nothing: see
         RpcClient.call_soon. After an error that is temporary, ``call`` goes on."""
         return self._rpc.call_soon(request, done)
 
     def give_up(self, number: int) -> None:
+        """Of what was asked."""
         self._rpc.give_up(number)
+
+    def call_soon(self, request: Request, done: Done) -> bool:
+        """As ``call`` of anything but CloseInode, without a task unless something goes wrong:
+        ``done`` is told what ``call`` would return or raise, and that in any case. False, and
+        nothing was done, if there is no connection, or too much is under way. Needs a session."""
+        slot = -1
+        sent = request
+        if type(request) not in REPEATABLE:
+            try:
+                self._slots_free.acquire_nowait()
+            except trio.WouldBlock:
+                return False
+            slot = self._slots.pop()
+            sent = self._numbers.next(slot, request)
+        call = _Soon(request, sent, slot, done, trio.current_time() + CALL_SECONDS)
+        call.number = self._rpc.call_soon(sent, functools.partial(self._told, call))
+        if call.number:
+            self._soon[call.number] = call
+        else:
+            self._give_slot_back(slot)
+        return call.number != 0
+
+    def send_soon(self) -> None:
+        """What ``ask_soon`` and ``call_soon`` left behind leaves now, in one write."""
+        self._rpc.send_soon()
+
+    def _told(self, call: _Soon, reply: Any, error: KvfsError | None) -> None:
+        del self._soon[call.number]
+        if isinstance(error, StoreUnavailable):
+            # What the server did last is unknown: the greeting comes first again.
+            self._rpc.leave("store unavailable")
+        if isinstance(error, ConnectionLost | StoreUnavailable) and not self._closing:
+            self._nursery.start_soon(self._go_on, call)
+        else:
+            self._finish(call, reply, error)
+
+    async def _go_on(self, call: _Soon) -> None:
+        """The attempt failed that was made without a task."""
+        try:
+            await trio.sleep(RETRY_DELAY_SECONDS)
+            reply = await self._call_patiently(_again(call.sent), CALL_SECONDS)
+        except KvfsError as exc:
+            self._finish(call, None, exc)
+        else:
+            self._finish(call, reply, None)
+
+    def _finish(self, call: _Soon, reply: Any, error: KvfsError | None) -> None:
+        self._give_slot_back(call.slot)
+        if error is None:
+            self._answered(call.request, reply)
+        call.done(reply, error)
+
+    def _give_slot_back(self, slot: int) -> None:
+        if slot >= 0:
+            self._slots.append(slot)
+            self._slots_free.release()
+
+    async def _end_late_calls(self) -> None:
+        """Nobody waits for those that were made without a task."""
+        while True:
+            await trio.sleep(LATE_CALLS_SECONDS)
+            now = trio.current_time()
+            late = [call for call in self._soon.values() if call.until <= now]
+            for call in late:
+                self._rpc.give_up(call.number)
+                del self._soon[call.number]
+            if late:
+                self._rpc.leave("no answer")
+            for call in late:
+                operation = type(call.request).__name__
+                error = DeadlineExceeded(operation=operation, seconds=CALL_SECONDS)
+                self._finish(call, None, error)
 
     async def _close(self, request: m.CloseInode, timeout: float) -> Any:
         try:

@@ -223,6 +223,7 @@ class MetadataCore:
             m.GetXattr: xattrs.get,
             m.ListXattr: xattrs.list,
             m.StatFs: self._statfs,
+            m.GetQuota: blocks.quotas.get,
             m.MatchBlocks: lambda kv, request: blocks.match(request),
             m.LookupBlocks: lambda kv, request: blocks.lookup(request),
             m.Statistics: lambda kv, request: self.statistics(kv),
@@ -251,6 +252,7 @@ class MetadataCore:
             m.Rename: partial(rename, tree),
             m.SetXattr: xattrs.set,
             m.RemoveXattr: xattrs.remove,
+            m.SetQuota: blocks.quotas.set,
             m.OpenNamespace: tree.open_namespace,
             m.PrepareBlocks: blocks.prepare,
             m.CommitBlocks: blocks.commit,
@@ -348,7 +350,7 @@ class MetadataCore:
         own, mark = Overlay(tx.kv), len(tx.undo)
         reply: Any
         try:
-            part = dataclasses.replace(tx, kv=own)
+            part = Tx(own, tx.now_ns, tx.connection, tx.undo, tx.grants)
             reply = self._writes[type(request.request)](part, request.request)
         except KvfsError as exc:
             if not request.again:
@@ -511,10 +513,18 @@ class MetadataCore:
         if self.cluster.targets.capacity_bytes():
             # Somebody else may have filled the disks.
             capacity = min(capacity, used + self.cluster.targets.free_bytes())
+        quota = self.blocks.quotas.find(kv, request.inode)
+        if quota is None:
+            inodes = usage.inodes + len(self.index.by_inode)
+            return m.FilesystemStats(capacity, used, inodes)
+        left = max(0, capacity - used)
+        if quota.bytes_max:
+            left = min(left, max(0, quota.bytes_max - quota.bytes_used))
         return m.FilesystemStats(
-            capacity_bytes=capacity,
-            used_bytes=used,
-            inodes=usage.inodes + len(self.index.by_inode),
+            capacity_bytes=quota.bytes_used + left,
+            used_bytes=quota.bytes_used,
+            inodes=quota.inodes,
+            inodes_max=quota.inodes_max,
         )
 
     # --- work in the background, as operations for the same queue as the requests

@@ -362,6 +362,9 @@ def _touched_names(request: m.Rename | m.Rmdir) -> tuple[bytes, ...]:
     return name, records.entry_key(request.new_parent, request.new_name)
 
 
+_OF_ONE_NAME = (m.Lookup, m.Make, m.Link, m.Unlink)
+
+
 def leased_keys(
     request: Any, answer: Any, namespace_of: Callable[[int], int | None]
 ) -> tuple[bytes, ...]:
@@ -371,7 +374,7 @@ def leased_keys(
     if isinstance(answer, m.Touched):
         return _touched_names(request)
     name: tuple[bytes, ...] = ()
-    if isinstance(request, m.Lookup | m.Make | m.Link | m.Unlink):
+    if isinstance(request, _OF_ONE_NAME):
         name = (records.entry_key(request.parent, request.name),)
     if isinstance(answer, EntryNotFound) and isinstance(request, m.Lookup):
         return name

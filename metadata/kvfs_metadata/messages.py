@@ -320,10 +320,44 @@ class FilesystemStats(msgspec.Struct, array_like=True, frozen=True):
     """The cache's capacity, or what the disks hold if that is less."""
     used_bytes: U64
     inodes: U64
+    inodes_max: U64 = 0
+    """By a quota; 0: they do not run out."""
 
 
 class StatFs(Request, tag="statfs"):
+    """Of the whole, or of what the quota that ``inode`` counts for leaves of it."""
+
     Reply: ClassVar = FilesystemStats
+    inode: U64 = 0
+
+
+class QuotaInfo(msgspec.Struct, array_like=True, frozen=True):
+    directory: U64
+    bytes_max: U64
+    """0: no bound; so with inodes."""
+    inodes_max: U64
+    bytes_used: U64
+    """Sizes of files, and of blocks, those that are being written included."""
+    inodes: U64
+    """Files, directories and the like; not blocks."""
+
+
+class GetQuota(Request, tag="get_quota"):
+    """What the inode counts for, None if for nothing."""
+
+    Reply: ClassVar = QuotaInfo | None
+    inode: U64
+
+
+class SetQuota(Request, tag="set_quota"):
+    """Of a directory; 0: no bound, None: as it is. What lies there already stays, and counts.
+    Raises NotADirectory; the first time LimitExceeded if there is too much below, and
+    InvalidRequest for files that have names elsewhere as well."""
+
+    Reply: ClassVar = QuotaInfo
+    inode: U64
+    bytes_max: U64 | None = None
+    inodes_max: U64 | None = None
 
 
 class Sync(Request, tag="sync"):
@@ -434,6 +468,7 @@ Changing = (
     | Rename
     | SetXattr
     | RemoveXattr
+    | SetQuota
     | PrepareBlocks
     | RemoveBlocks
     | SetDraining
@@ -501,6 +536,8 @@ MetadataRequest = (
     | ListXattr
     | RemoveXattr
     | StatFs
+    | GetQuota
+    | SetQuota
     | Sync
     | OpenNamespace
     | MatchBlocks

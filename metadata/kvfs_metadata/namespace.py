@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from kvfs_base.errors import (
+    CrossesQuota,
     DirectoryNotEmpty,
     EntryExists,
     EntryNotFound,
@@ -61,6 +62,7 @@ from kvfs_metadata.messages import (
     Touched,
     Unlink,
 )
+from kvfs_metadata.quotas import quota_bytes
 from kvfs_metadata.records import InodeRecord, NamespaceRecord
 from kvfs_metadata.transaction import Counters, Tx, change_usage
 
@@ -86,6 +88,7 @@ class FileTree:
         self._index = blocks.index
         self._cluster = cluster
         self._copies = copies
+        self._quotas = blocks.quotas
         self._counters = counters
         self._may_be_open = may_be_open
 
@@ -186,7 +189,7 @@ class FileTree:
     def set_attr(self, tx: Tx, request: SetAttr) -> Attr:
         self._refuse_block(request.inode)
         record = load(tx.kv, request.inode)
-        charged = charged_bytes(record)
+        charged, counted = charged_bytes(record), quota_bytes(record)
         _set_ownership(record, request)
         if request.size is not None or request.grow_to is not None or request.sparse:
             _set_size(record, request, tx.now_ns)
@@ -198,6 +201,9 @@ class FileTree:
         save(tx, record)
         if charged_bytes(record) != charged:
             change_usage(tx, inodes=0, file_bytes=charged_bytes(record) - charged)
+        if quota_bytes(record) != counted:
+            grown = quota_bytes(record) - counted
+            self._quotas.charge(tx, record.quota, inodes=0, file_bytes=grown)
         return self.attr(record)
 
     # --- making
@@ -219,6 +225,7 @@ class FileTree:
         touch(parent, tx.now_ns)
         save(tx, parent)
         change_usage(tx, inodes=1, file_bytes=0)
+        self._quotas.charge(tx, record.quota, inodes=1, file_bytes=0)
         return self.attr(record)
 
     def _new_inode(self, tx: Tx, parent: InodeRecord, request: Make) -> InodeRecord:
@@ -231,6 +238,8 @@ class FileTree:
             atime_ns=tx.now_ns,
             mtime_ns=tx.now_ns,
             ctime_ns=tx.now_ns,
+            quota=parent.quota,
+            born_ns=tx.now_ns,
         )
         if parent.mode & stat.S_ISGID:  # members of a group share the directory
             record.gid = parent.gid
@@ -266,6 +275,7 @@ class FileTree:
             raise NotPermitted(reason="directories have one name")
         if record.nlink == 0:  # unlinked while open: its name is gone for good
             raise EntryNotFound(request.name)
+        check_quota(record, parent)
         _add_link(record)
         record.ctime_ns = tx.now_ns
         save(tx, record)
@@ -331,6 +341,7 @@ class FileTree:
             tx.kv.delete(key)
         charged = charged_bytes(record)
         change_usage(tx, inodes=-1, file_bytes=-charged)
+        self._quotas.deleted(tx, record)
         chains, end = chunks_to_remove(record)
         share = charged // max(1, len(chains))
         self._cluster.remove_chunks(tx, chains, record.inode, end, share)
@@ -406,7 +417,7 @@ class FileTree:
         path = b"/".join(names).decode()
         value = NamespaceRecord(path, request.layout)
         tx.kv.put(records.namespace_key(attr.inode), records.encode(value))
-        namespace = KVNamespace(self._index.table, attr.inode, path, request.layout)
+        namespace = KVNamespace(self._index.table, attr.inode, path, request.layout, record.quota)
         self._index.add_namespace(namespace)
         tx.undo.append(partial(self._index.remove_namespace, namespace))
         return NamespaceInfo(attr.inode, request.layout)
@@ -449,10 +460,18 @@ def block_attr(namespace: InodeRecord, block: Block) -> Attr:
         atime_ns=block.last_use_ns,
         mtime_ns=block.created_ns,
         ctime_ns=block.created_ns,
+        born_ns=block.created_ns,
         layout=Layout(block.size, (block.chain,)),
         key=block.key,
         crc32c=block.crc32c,
     )
+
+
+def check_quota(record: InodeRecord, into: InodeRecord) -> None:
+    """Whether it may get a name in a directory. One that has a quota of its own may lie anywhere.
+    Raises CrossesQuota."""
+    if record.quota not in (into.quota, record.inode):
+        raise CrossesQuota(quota=record.quota)
 
 
 def _block_named(namespace: KVNamespace, name: bytes) -> Block:
@@ -473,6 +492,7 @@ def _directory(inode: int, parent: int, now_ns: int) -> InodeRecord:
         mtime_ns=now_ns,
         ctime_ns=now_ns,
         parent=parent,
+        born_ns=now_ns,
     )
 
 

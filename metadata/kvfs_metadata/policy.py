@@ -28,6 +28,9 @@ class CachePolicy(Protocol):
         """Blocks to evict, first one first: at least ``bytes_needed`` bytes, unless there are no
         more blocks or ``count_max`` is reached. Does not remove them."""
 
+    def victims_among(self, numbers: NDArray[Any], bytes_needed: int) -> list[int]:
+        """As ``victims``, of these numbers."""
+
     def __len__(self) -> int: ...
 
 
@@ -99,6 +102,12 @@ class LruPolicy:
                 freed += self._sizes.item(number)
             elif not chosen:
                 self._first = place  # never again
+        return chosen
+
+    def victims_among(self, numbers: NDArray[Any], bytes_needed: int) -> list[int]:
+        ordered = numbers[np.argsort(self._stamps[numbers])]
+        freed = np.cumsum(self._sizes[ordered])
+        chosen: list[int] = ordered[: int(np.searchsorted(freed, bytes_needed)) + 1].tolist()
         return chosen
 
     def _find_candidates(self, at_least: int) -> None:

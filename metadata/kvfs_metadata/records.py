@@ -7,17 +7,18 @@ arrays (fields may be added at the end, with a default) or, where there are many
 
 from __future__ import annotations
 
+import stat
 import struct
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from kvfs_base.types import U32, U64, Address, Attr, KVLayout
+from kvfs_base.types import U32, U64, Address, Attr, KVLayout, Layout
 
 FORMAT_KEY = b"METAformat"
 FORMAT_PREFIX = b"kvfs-metadata "
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Grows with every change that an older version would misread; ``migrations`` has the steps."""
 
 
@@ -54,6 +55,7 @@ BEAT = b"BEAT"
 GONE = b"GONE"
 ANSWER = b"RSLT"
 LOCK = b"LOCK"
+QUOTA = b"QUOT"
 USAGE_KEY = b"STATusage"
 SWEEP_KEY = b"STATsweep"
 """There, with an empty value, while something may refer to a target that was removed."""
@@ -144,6 +146,10 @@ def lock_key(inode: int) -> bytes:
     return LOCK + inode.to_bytes(8, "big")
 
 
+def quota_key(inode: int) -> bytes:
+    return QUOTA + inode.to_bytes(8, "big")
+
+
 def server_key(server: bytes) -> bytes:
     return SERVER + server
 
@@ -164,9 +170,25 @@ def counter_key(name: bytes) -> bytes:
     return COUNTER + name
 
 
-class InodeRecord(Attr):
-    """``INOD`` + inode: the attributes, and what only the service itself needs."""
+class InodeRecord(msgspec.Struct, array_like=True):
+    """``INOD`` + inode: the attributes, and what only the service itself needs. Attr has what is
+    not explained here."""
 
+    inode: U64
+    mode: U32
+    nlink: U32 = 1
+    uid: U32 = 0
+    gid: U32 = 0
+    size: U64 = 0
+    rdev: U32 = 0
+    atime_ns: int = 0
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    sparse: bool = False
+    layout: Layout | None = None
+    is_namespace: bool = False
+    unused_key: bytes = b""
+    unused_crc32c: U32 = 0
     parent: U64 = 0
     """Directories: where they lie. The root is its own parent."""
     target: bytes = b""
@@ -176,6 +198,17 @@ class InodeRecord(Attr):
     copies: U32 = 0
     """Directories: how many copies there will be of what is made below. 0: as the service's setting
     says."""
+    quota: U64 = 0
+    """The directory whose ``QUOT`` counts this inode: itself, or the next above that has one."""
+    born_ns: int = 0
+
+    @property
+    def is_dir(self) -> bool:
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
 
     def attr(self) -> Attr:
         return Attr(
@@ -192,7 +225,20 @@ class InodeRecord(Attr):
             sparse=self.sparse,
             layout=self.layout,
             is_namespace=self.is_namespace,
+            quota=self.quota,
+            born_ns=self.born_ns,
         )
+
+
+class QuotaRecord(msgspec.Struct, array_like=True, frozen=True):
+    """``QUOT`` + inode of a directory: what may be charged to it, and what is. The blocks below are
+    not in it: the service knows them by heart."""
+
+    bytes_max: U64
+    """0: no bound; so with inodes."""
+    inodes_max: U64
+    file_bytes: U64 = 0
+    inodes: U64 = 0
 
 
 class NamespaceRecord(msgspec.Struct, array_like=True, frozen=True):
@@ -489,6 +535,7 @@ decode_prepared = msgspec.msgpack.Decoder(PreparedRecord).decode
 decode_target = msgspec.msgpack.Decoder(TargetRecord).decode
 decode_gone = msgspec.msgpack.Decoder(GoneRecord).decode
 decode_server = msgspec.msgpack.Decoder(ServerRecord).decode
+decode_quota = msgspec.msgpack.Decoder(QuotaRecord).decode
 decode_locks = msgspec.msgpack.Decoder(list[HeldLock]).decode
 decode_answer = msgspec.msgpack.Decoder(AnswerRecord).decode
 decode_chain = msgspec.msgpack.Decoder(ChainRecord).decode

@@ -26,7 +26,7 @@ from kvfs_metadata.inodes import (
     touch,
 )
 from kvfs_metadata.messages import Rename, Touched
-from kvfs_metadata.namespace import FileTree
+from kvfs_metadata.namespace import FileTree, check_quota
 from kvfs_metadata.records import InodeRecord
 from kvfs_metadata.transaction import Tx
 
@@ -36,7 +36,7 @@ EXCHANGE = 2
 
 def rename(tree: FileTree, tx: Tx, request: Rename) -> Touched:
     """Raises EntryNotFound, EntryExists (NOREPLACE), IsADirectory, NotADirectory,
-    DirectoryNotEmpty, InvalidRename (into its own subtree), NotPermitted."""
+    DirectoryNotEmpty, InvalidRename (into its own subtree), NotPermitted, CrossesQuota."""
     check_name(request.name)
     check_name(request.new_name)
     if request.flags not in (0, NOREPLACE, EXCHANGE):
@@ -56,8 +56,10 @@ def rename(tree: FileTree, tx: Tx, request: Rename) -> Touched:
     if replaced is not None and replaced.inode == source.inode:
         return Touched()  # two names of one file: POSIX wants nothing to happen
     _check_move(tx.kv, source, new_parent, request.name)
+    check_quota(source, new_parent)
     if request.flags == EXCHANGE and replaced is not None:
         _check_move(tx.kv, replaced, old_parent, request.new_name)
+        check_quota(replaced, old_parent)
         put_entry(tx, old_parent.inode, request.name, replaced.inode)
         _moved(tx, replaced, new_parent, old_parent)
     else:

@@ -382,11 +382,12 @@ class SimConnection:
             else:
                 self._wait(self._end.out.writers, self._deadline())
 
-    def send_file(self, file: DiskFile, offset: int, count: int) -> None:
-        data = memoryview(bytearray(count))
-        if file.preadv([data], offset) < count:
-            raise ConnectionLost(address=self._peer, detail="file shorter than said")
-        self.send([data])
+    def send_files(self, pieces: Sequence[tuple[DiskFile, int, int]]) -> None:
+        for file, offset, count in pieces:
+            data = memoryview(bytearray(count))
+            if file.preadv([data], offset) < count:
+                raise ConnectionLost(address=self._peer, detail="file shorter than said")
+            self.send([data])
 
     def receive_into(self, views: Sequence[memoryview]) -> None:
         self._hub.checkpoint()

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base import os_env
+from kvfs_base import os_network
 from kvfs_base.errors import ConnectionLost, DeadlineExceeded, NotLoopback
 from kvfs_base.handshake import Secret
 from kvfs_base.limits import FDS_PER_MESSAGE_MAX
-from kvfs_base.os_env import OsBlockingNetwork
+from kvfs_base.os_network import OsBlockingNetwork
 from kvfs_base.seams import BlockingNetwork, Connection, Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import Address
@@ -135,7 +135,7 @@ def test_groups_are_told_of_one_after_the_other(pair: Pair, excess: int) -> None
 @pytest.mark.parametrize("size", [65_536, 212_992])
 def test_groups_through_a_small_socket_buffer(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """It never holds as much as a reader would like to be woken for."""
-    monkeypatch.setattr(os_env, "SOCKET_BUFFER_BYTES", size)
+    monkeypatch.setattr(os_network, "SOCKET_BUFFER_BYTES", size)
     with contextlib.closing(Pair(OsBlockingNetwork(), Address.tcp("127.0.0.1", 0))) as pair:
         groups = [[memoryview(bytearray(1 << 20))] for _ in range(3)]
         seen: list[int] = []
@@ -197,10 +197,10 @@ def test_files_are_sent_from_their_middle(pair: Pair, more: bool) -> None:
         file.pwritev([data], 0)
         received = pair.threads.submit(receive, pair.far, (2 << 20) + 4)
         pair.near.send([b"head"], more=more)
-        pair.near.send_file(file, 1000, 2 << 20)
+        pair.near.send_files([(file, 1000, 2 << 20)])
         assert received.result(SECONDS) == b"head" + data[1000 : 1000 + (2 << 20)]
         with pytest.raises(ConnectionLost):
-            pair.near.send_file(file, len(data), 1)
+            pair.near.send_files([(file, len(data), 1)])
 
 
 def test_a_closed_peer_is_connection_lost(pair: Pair) -> None:
@@ -340,3 +340,28 @@ def test_a_socket_file_that_a_killed_server_left_is_replaced(tmp_path: Path) -> 
     OsBlockingNetwork().connect(Address.unix(path), SECONDS).close()
     listener.close()
     assert not Path(path).exists()
+
+
+@pytest.mark.parametrize(("chosen", "taken"), [("bbr", "cubic"), ("reno", "reno")])
+def test_data_is_not_sent_by_a_timer(
+    chosen: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialled = os_network._dialled
+
+    def dial(address: Address, timeout: float) -> socket.socket:
+        sock = dialled(address, timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, chosen.encode())
+        except OSError:
+            sock.close()
+            pytest.skip(f"the kernel has no {chosen}")
+        return sock
+
+    monkeypatch.setattr(os_network, "_dialled", dial)
+    pair = Pair(OsBlockingNetwork(None), Address.tcp("127.0.0.1", 0))
+    try:
+        assert isinstance(pair.near, os_network.OsConnection)
+        name = pair.near._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        assert name.rstrip(b"\0") == taken.encode()
+    finally:
+        pair.close()

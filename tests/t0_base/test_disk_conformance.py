@@ -18,7 +18,7 @@ import pytest
 
 from kvfs_base.errors import DiskFull, ServerBusy, TargetFailed
 from kvfs_base.limits import PAGE_BYTES
-from kvfs_base.os_env import FS_IOC_GETFLAGS, FS_TOPDIR_FL, OsDisk, _disk_error
+from kvfs_base.os_disk import FS_IOC_GETFLAGS, FS_TOPDIR_FL, OsDisk, disk_error
 from kvfs_base.seams import Disk, DiskFile
 from kvfs_base.testing import MemoryDisk
 from sim.disk import SimDisk
@@ -320,7 +320,7 @@ def test_a_lock_has_one_holder(disk: Disk) -> None:
     ],
 )
 def test_system_errors_are_translated(code: int, expected: type[Exception]) -> None:
-    assert type(_disk_error(OSError(code, "text"), "path")) is expected
+    assert type(disk_error(OSError(code, "text"), "path")) is expected
 
 
 def test_a_directory_is_told_to_spread_what_is_made_in_it(tmp_path: Path) -> None:

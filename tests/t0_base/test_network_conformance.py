@@ -10,8 +10,8 @@ import trio
 
 from kvfs_base.errors import ConnectionLost, NotLoopback
 from kvfs_base.handshake import Secret
-from kvfs_base.os_env import OsNetwork
-from kvfs_base.seams import Network
+from kvfs_base.os_network import OsNetwork
+from kvfs_base.seams import Network, SendsNow
 from kvfs_base.testing import MemoryNetwork
 from kvfs_base.types import Address
 
@@ -62,6 +62,23 @@ def test_bytes_arrive_in_order_both_ways(world: World) -> None:
             for i in range(20):
                 await stream.send_all(bytes([i]) * 100)
                 assert await receive_exactly(stream, 100) == bytes([i]) * 100
+
+    run_with_server(world, body)
+
+
+def test_what_can_be_sent_without_waiting_is_sent(world: World) -> None:
+    async def body(network: Network, address: Address) -> None:
+        async with await network.connect(address) as stream:
+            if not isinstance(stream, SendsNow):
+                return
+            assert stream.send_now(b"at once") == 7
+            assert await receive_exactly(stream, 7) == b"at once"
+            data = bytes(range(251)) * 100_000
+            sent = stream.send_now(data)
+            assert 0 < sent < len(data), "there is room for all"
+            assert await receive_exactly(stream, sent) == data[:sent]
+        with pytest.raises(trio.BrokenResourceError):
+            stream.send_now(b"closed")
 
     run_with_server(world, body)
 

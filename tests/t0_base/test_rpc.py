@@ -18,13 +18,14 @@ from kvfs_base.errors import (
     DeadlineExceeded,
     EntryNotFound,
     InvalidRequest,
+    KvfsError,
     ProtocolError,
     StoreUnavailable,
 )
 from kvfs_base.frames import Kind
-from kvfs_base.os_env import OsBlockingNetwork, OsNetwork
+from kvfs_base.os_network import OsBlockingNetwork, OsNetwork
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer
-from kvfs_base.seams import Connection
+from kvfs_base.seams import Connection, Network
 from kvfs_base.testing import MemoryNetwork
 from kvfs_base.types import Address
 
@@ -94,19 +95,26 @@ ADDRESS = Address.unix("/memory")
 Body = Callable[[RpcClient, Calculator], Awaitable[None]]
 
 
-def run(body: Body, *, clock: Any = None, hanging: int = 0) -> None:
+def run(
+    body: Body,
+    *,
+    clock: Any = None,
+    hanging: int = 0,
+    network: Network | None = None,
+    address: Address = ADDRESS,
+) -> None:
     """A server, a client, and a check that the server noticed the client's end (a connection whose
     handler hangs is noticed when the handler is done)."""
+    network = network or MemoryNetwork()
 
     async def main() -> None:
-        network = MemoryNetwork()
         calculator = Calculator()
         server = RpcServer(network, Double | Fail | Hang | Said, calculator)
         async with trio.open_nursery() as nursery:
-            await nursery.start(server.serve, ADDRESS)
-            async with RpcClient(network, ADDRESS) as client:
+            await nursery.start(server.serve, address)
+            async with RpcClient(network, address) as client:
                 await body(client, calculator)
-            await trio.testing.wait_all_tasks_blocked()
+            await trio.testing.wait_all_tasks_blocked(0.01 if address is not ADDRESS else 0)
             assert len(calculator.sessions) == hanging
             nursery.cancel_scope.cancel()
 
@@ -118,6 +126,31 @@ def test_a_call_returns_its_reply() -> None:
         assert await client.call(Double(21)) == 42
 
     run(body)
+
+
+def test_calls_without_a_task_leave_together(tmp_path: Path) -> None:
+    told: list[tuple[Any, Any]] = []
+
+    async def body(client: RpcClient, calculator: Calculator) -> None:
+        def done(reply: Any, error: KvfsError | None) -> None:
+            told.append((reply, type(error)))
+
+        assert not client.call_soon(Double(0), done), "there is no connection"
+        await client.call(Double(0))
+        given_up = client.call_soon(Double(1), done)
+        for i in (2, 3):
+            assert client.call_soon(Double(i), done)
+        assert client.call_soon(Fail(b"x"), done)
+        client.give_up(given_up)
+        client.send_soon()
+        client.send_soon()  # there is nothing left
+        assert await client.call(Double(4)) == 8
+        assert told == [(4, type(None)), (6, type(None)), (None, EntryNotFound)]
+        assert calculator.batches in ([1, 5], [1, 4, 1])
+
+    run(body)
+    told.clear()
+    run(body, network=OsNetwork(), address=Address.unix(str(tmp_path / "s")))
 
 
 def test_concurrent_calls_are_pipelined_and_batched() -> None:

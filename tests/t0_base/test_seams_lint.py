@@ -25,7 +25,8 @@ FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "numpy.load", "np.load"}
 
 # Where a seam is made real, and the programs around the services.
 OUTER = {
-    "kvfs/kvfs_base/os_env.py": "the real seams themselves",
+    "kvfs/kvfs_base/os_env.py": "the real seams themselves: clock and chance",
+    "kvfs/kvfs_base/os_network.py": "the same: sockets",
     "kvfs/kvfs_base/os_handshake.py": "the same: proofs on sockets, the secret's file",
     "kvfs/kvfs_base/seams.py": "names the type of chance",
     "kvfs/kvfs_base/testing.py": "memory seams, over socket pairs",
@@ -85,3 +86,17 @@ def test_the_lint_finds_what_it_looks_for(tmp_path: Path) -> None:
 
 def test_exceptions_name_files_that_exist() -> None:
     assert [name for name in OUTER if not (ROOT / name).exists()] == []
+
+
+def test_no_bound_is_defined_twice() -> None:
+    """The second one would count for those who want the first."""
+    tree = ast.parse((ROOT / "kvfs/kvfs_base/limits.py").read_text())
+    names = [
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    assert len(names) > 100
+    assert sorted(names) == sorted(set(names))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.os_env import OsDisk
+from kvfs_base.os_disk import OsDisk
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_datapath.chunks.store import ChunkStore

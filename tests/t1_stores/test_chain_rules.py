@@ -14,10 +14,16 @@ from kvfs_datapath.rules import Receipt
 CHUNK = ChunkId(7, 0, 100)
 
 
-def info(version: int, *, who: tuple[int, int] = (1, 1), crc: int = 5) -> ChunkInfo:
+def info(
+    version: int,
+    *,
+    who: tuple[int, int] = (1, 1),
+    crc: int = 5,
+    state: ChunkState = ChunkState.SEALED,
+) -> ChunkInfo:
     return ChunkInfo(
         *CHUNK,
-        ChunkState.SEALED,
+        state,
         length=10,
         crc32c=crc,
         version=version,
@@ -98,6 +104,9 @@ def update(*, again: bool = False, base: int | None = None, writer: int = 1) -> 
         (update(again=True, base=3), info(4, who=OTHER), False, WriteUncertain),
         (update(again=True), info(1, who=OTHER), False, WriteUncertain),
         (update(writer=0), info(3, who=(0, 1)), True, False),
+        # What it wrote is lost, and nothing came since.
+        (update(again=True, base=2), info(3, state=ChunkState.DAMAGED), True, False),
+        (update(), info(3, who=OTHER, state=ChunkState.DAMAGED), True, True),
     ],
 )
 def test_whether_a_head_has_done_an_update_before(

@@ -27,7 +27,7 @@ from kvfs_base.errors import (
     VersionMismatch,
 )
 from kvfs_base.limits import REMOVE_BY_NAME_MAX, STAGED_CHUNKS_MAX
-from kvfs_base.os_env import OsDisk
+from kvfs_base.os_disk import OsDisk
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvfs_base.errors import ChunkNotFound, ChunkPending, TargetFailed
-from kvfs_base.os_env import OsDisk
+from kvfs_base.os_disk import OsDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c

@@ -14,7 +14,8 @@ import pytest
 from kvfs_base.counters import Counters
 from kvfs_base.errors import Conflict, DiskFull, KvfsError, TargetFailed
 from kvfs_base.limits import MIB, SCRUB_CHUNK_BYTES, SCRUB_SAVE_SECONDS, SCRUB_START_SECONDS
-from kvfs_base.os_env import OsDisk, os_env
+from kvfs_base.os_disk import OsDisk
+from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk, DiskFile, Env
 from kvfs_base.testing import ManualClock, MemoryDisk, memory_env
 from kvfs_base.types import ChunkId

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from kvfs_base.errors import ChunkNotFound, DiskFull, KvfsError, TargetFailed
-from kvfs_base.os_env import OsDisk, _disk_error
+from kvfs_base.os_disk import OsDisk, disk_error
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
 from kvfs_datapath.chunks.store import ChunkStore
@@ -60,7 +60,7 @@ _errors = pytest.mark.parametrize(
     [
         DiskFull(path="x"),
         TargetFailed(detail="EIO"),
-        _disk_error(OSError(30, os.strerror(30)), "x"),
+        disk_error(OSError(30, os.strerror(30)), "x"),
     ],
     ids=["full", "eio", "read-only"],
 )

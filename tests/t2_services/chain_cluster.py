@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from kvfs_base.cluster import Chain, Synced
-from kvfs_base.errors import KvfsError
+from kvfs_base.errors import ConnectionLost, KvfsError
 from kvfs_base.frames import ErrorBody
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Buffer
 from kvfs_base.testing import ManualClock, MemoryBlockingNetwork, MemoryDisk, memory_env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
+from kvfs_datapath.chains.peers import Unreached
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.connections import DataConnection
@@ -42,10 +43,10 @@ class ChainCluster(Cluster):
             wait_until(lambda n=number: self.knows(n, chain.version))
         return chain
 
-    def knows(self, number: int, version: int) -> bool:
+    def knows(self, number: int, version: int, chain_id: int = CHAIN) -> bool:
         server = self.servers[number]
         server._chains.views.wake()
-        chain = server._chains.views.chain(CHAIN)
+        chain = server._chains.views.chain(chain_id)
         return chain is not None and chain.version >= version
 
     def may_act(self, number: int) -> bool:
@@ -195,6 +196,25 @@ class Cut:
             self._network.listeners[address] = self._gone.pop(address)
 
 
+@contextlib.contextmanager
+def answers_get_lost(cluster: ChainCluster, number: int) -> Iterator[None]:
+    """What this server passes on arrives, but it does not hear of it."""
+    peers = cluster.servers[number]._chains.peers
+    call = peers.call
+
+    def lose(target_id: int, request: Any, *args: Any, **named: Any) -> Any:
+        answer = call(target_id, request, *args, **named)
+        if isinstance(request, m.PassUpdate):
+            raise Unreached(target_id, ConnectionLost(detail="lost by the test"))
+        return answer
+
+    peers.call = lose  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        peers.call = call  # type: ignore[method-assign]
+
+
 def wait_for_sync(cluster: ChainCluster, target: int) -> None:
     wanted = Synced(CHAIN, cluster.chain().version, target)
     cluster.metadata.wait_for(lambda: wanted in cluster.metadata.synced())
@@ -229,6 +249,7 @@ __all__ = [
     "ChainCluster",
     "Cut",
     "ErrorBody",
+    "answers_get_lost",
     "chains",
     "new_block",
     "only",

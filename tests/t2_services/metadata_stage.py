@@ -38,6 +38,8 @@ class Scripted:
     def __init__(self, core: MetadataCore) -> None:
         self.core = core
         self.seen: list[Request] = []
+        self.silent = False
+        """Nothing is carried out or answered."""
         self.hang_up: deque[str] = deque()
         """For the next requests: "" answers, "before" and "after" hang up, "away" has done the
         request, but does not know that it was written."""
@@ -50,6 +52,8 @@ class Scripted:
 
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
         answers = []
+        if self.silent:
+            await trio.sleep_forever()
         for request in requests:
             self.seen.append(request)
             how = self.hang_up.popleft() if self.hang_up else ""
@@ -100,6 +104,24 @@ class Stage:
 
     def client(self, **options: Any) -> MetadataClient:
         return MetadataClient(self.env, ADDRESS, **options)
+
+
+async def call_soon(client: MetadataClient, request: Request) -> Any:
+    """As ``client.call``, by way of ``client.call_soon``."""
+    told: list[tuple[Any, e.KvfsError | None]] = []
+    is_told = trio.Event()
+
+    def done(reply: Any, error: e.KvfsError | None) -> None:
+        told.append((reply, error))
+        is_told.set()
+
+    assert client.call_soon(request, done)
+    client.send_soon()
+    await is_told.wait()
+    ((reply, error),) = told
+    if error is not None:
+        raise error
+    return reply
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:

@@ -668,7 +668,7 @@ def test_a_connection_that_speaks_nonsense_is_closed(agent: RunningAgent, data: 
         [b"\xff"],
         ["open_namespace", msgspec.Raw(b"\xa2\xff\xff")],
     ],
-    ids=repr,
+    ids=["nothing", "unknown", "too-low", "no-text", "no-utf-8"],
 )
 def test_a_request_that_cannot_be_decoded_gets_an_error(agent: RunningAgent, body: Any) -> None:
     connection = agent.env.blocking_network.connect(agent.address, 5.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Iterator
@@ -12,14 +13,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 
-from kvfs_base.errors import ChunkNotFound, KvfsError
+from kvfs_base.errors import ChunkNotFound, DeadlineExceeded, KvfsError
 from kvfs_base.limits import MIB
-from kvfs_base.types import ChunkId, Layout
+from kvfs_base.seams import BlockingNetwork, Connection, Listener
+from kvfs_base.types import Address, ChunkId, Layout
+from kvfs_datapath.client import chain_reads as chain_reads_module
 from kvfs_datapath.client import files as files_module
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.format import path_of
-from t2_services.chain_cluster import CHAIN, ChainCluster, chains
+from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains
 from t2_services.chunk_cluster import SECONDS, assert_equal, make_writes, reads_of, wait_until
 from t2_services.test_chunk_files import FileMachine
 
@@ -195,3 +198,66 @@ def test_the_kind_of_a_file_is_decided_once(cluster: ChainCluster) -> None:
     file.write(0, b"x")
     assert isinstance(file._several(), files_module.ChainedFile)
     assert not file.write_now(0, b"y")
+
+
+class CutOff:
+    """A client's network in which some addresses cannot be reached."""
+
+    def __init__(self, network: BlockingNetwork) -> None:
+        self._network = network
+        self.gone: set[Address] = set()
+
+    def connect(self, address: Address, timeout: float) -> Connection:
+        if address in self.gone:
+            raise DeadlineExceeded(operation="connect", seconds=timeout)
+        return self._network.connect(address, timeout)
+
+    def listen(self, address: Address) -> Listener:
+        return self._network.listen(address)
+
+
+def client_without(cluster: ChainCluster, number: int) -> ChunkClient:
+    network = CutOff(cluster.env.blocking_network)
+    network.gone.update(cluster.servers[number].addresses)
+    env = dataclasses.replace(cluster.env, blocking_network=network)
+    client = ChunkClient(env, cluster.metadata, prefer=cluster.prefer)
+    cluster.clients.append(client)
+    return client
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_hole_is_read_though_a_member_cannot_be_reached(
+    cluster: ChainCluster, number: int
+) -> None:
+    """From here: those that can be asked whether it has the chunk."""
+    new_file(cluster.client()).write(4500, b"end")
+    file = new_file(client_without(cluster, number))
+    for chunk in range(4):
+        assert file.read(1000 * chunk, 1000, 4503, True) == bytes(1000)
+    assert file.read(4000, 503, 4503, True) == bytes(500) + b"end"
+
+
+def test_a_chunk_that_only_the_unreachable_one_has_is_no_hole(cluster: ChainCluster) -> None:
+    new_file(cluster.client()).write(0, b"bytes")
+    for number in (1, 2):
+        cluster.store(number).remove(ChunkId(7, 0, CHAIN))
+    file = new_file(client_without(cluster, 3))
+    assert file.read(0, 5, 5, True) == b"bytes"
+
+
+def test_what_nobody_else_can_say_is_waited_for(
+    cluster: ChainCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chain_reads_module, "CHAIN_READ_SECONDS", 0.1)
+    new_file(cluster.client()).write(0, b"bytes")
+    for number in (1, 2):
+        cluster.store(number).remove(ChunkId(7, 0, CHAIN))
+    cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
+    server = cluster.servers[3]
+    cut.off(server)
+    file = StripedFile(cluster.client(), 7, LAYOUT, retry_seconds=0.1)
+    with pytest.raises(KvfsError) as caught:
+        file.read(0, 5, 5, True)
+    assert caught.value.temporary
+    cut.on(server)
+    assert new_file(cluster.client()).read(0, 5, 5, True) == b"bytes"

@@ -12,11 +12,12 @@ from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, ConnectionLost, KvfsEr
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
-from kvfs_datapath.format import ATTRIBUTE, VERSION_UNKNOWN, path_of
+from kvfs_datapath.format import ATTRIBUTE, VERSION_UNKNOWN, path_of, pending_path_of
 from t2_services.chain_cluster import (
     CHAIN,
     ChainCluster,
     Cut,
+    answers_get_lost,
     chains,
     payload,
     rot,
@@ -253,3 +254,76 @@ def test_an_append_to_what_nobody_has_does_not_stay_pending(
         assert cluster.pending(1) is None
     cluster.write(1, b"now whole again", sequence=3)
     assert [cluster.read(n) for n in (1, 2)] == [b"now whole again"] * 2
+
+
+def spoil_pending(cluster: ChainCluster, number: int, offset: int) -> None:
+    """An append is behind the committed bytes, anything else in a file of its own."""
+    path = path_of(CHUNK) if offset else pending_path_of(CHUNK)
+    file = cluster.disk(number).open(path, write=True)
+    file.pwritev([b"?"], offset)
+    file.close()
+
+
+def left_pending(cluster: ChainCluster, offset: int, unreached: int) -> None:
+    """Version 2 is pending on 1, and before ``unreached``, which knows nothing of it."""
+    cluster.write(1, b"base", sequence=1)
+    cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(cluster.servers[unreached])
+    with pytest.raises(ConnectionLost):
+        cluster.write(1, b" and more", offset=offset, sequence=2)
+    for number in range(1, unreached):
+        assert cluster.pending(number) is not None
+    spoil_pending(cluster, 1, offset)
+    lose_attribute(cluster, unreached, CHUNK)
+    cut.on(cluster.servers[unreached])
+
+
+@pytest.mark.parametrize("offset", [0, 4], ids=["copy", "append"])
+def test_a_tail_that_cannot_tell_what_it_has_keeps_nothing_pending(
+    cluster: ChainCluster, offset: int
+) -> None:
+    """It may have shown version 2 to a reader, and nobody has its bytes."""
+    cluster.set_chain([1, 2])
+    left_pending(cluster, offset, 2)
+    wait_until(lambda: cluster.pending(1) is None)
+    for number in (1, 2):
+        assert isinstance(read_error(cluster, number), ChunkCorrupt)
+        found = cluster.committed(number)
+        assert found is not None and found.is_damaged and found.version == 2
+    # Its writer, who was told nothing, says it again: of the whole chunk that is enough.
+    if offset:
+        with pytest.raises(ChunkCorrupt):
+            cluster.write(1, b" and more", offset=4, sequence=2, again=True, base=1)
+        cluster.write(1, b"all of it and more", sequence=3)
+    else:
+        assert cluster.write(1, b" and more", sequence=2, again=True, base=1).version == 3
+    assert len({cluster.read(n) for n in (1, 2)}) == 1
+    assert [damaged(cluster, n) for n in (1, 2)] == [0, 0]
+
+
+def test_a_member_that_cannot_tell_what_it_has_asks_those_behind_it(cluster: ChainCluster) -> None:
+    """They have never heard of version 2, so it has never been read."""
+    cluster.set_chain([1, 2, 3])
+    left_pending(cluster, 0, 2)
+    wait_until(lambda: cluster.pending(1) is None)
+    assert cluster.read(1) == cluster.read(3) == b"base"
+    assert cluster.write(1, b"next", sequence=3).version == 2
+    assert [cluster.read(n) for n in (1, 2, 3)] == [b"next"] * 3
+
+
+def test_what_those_behind_have_heals_who_has_it_spoilt_or_cannot_tell(
+    cluster: ChainCluster,
+) -> None:
+    cluster.set_chain([1, 2, 3])
+    cluster.write(1, b"base", sequence=1)
+    with answers_get_lost(cluster, 1):
+        with pytest.raises(ConnectionLost):
+            cluster.write(1, b"newer", sequence=2)
+        spoil_pending(cluster, 1, 0)
+        lose_attribute(cluster, 2, CHUNK)
+    wait_until(lambda: cluster.pending(1) is None)
+    for number in (1, 2):
+        assert isinstance(read_error(cluster, number), ChunkCorrupt), "not what is spoilt"
+        assert cluster.call(number, m.RepairChunks(number, (m.ChunkRef(*CHUNK),))).errors == {}
+    assert [cluster.read(n) for n in (1, 2, 3)] == [b"newer"] * 3
+    assert [damaged(cluster, n) for n in (1, 2, 3)] == [0] * 3

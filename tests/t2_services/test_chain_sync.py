@@ -237,6 +237,40 @@ def test_several_members_come_in_one_after_the_other(cluster: ChainCluster) -> N
     wait_for_sync(cluster, 3)
 
 
+def test_a_member_that_waits_for_its_turn_takes_any_number_of_chunks(
+    cluster: ChainCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first one is sent passes the second one, which nothing is compared with yet."""
+    monkeypatch.setattr(sync_sink_module, "SYNC_CAME_MAX", 1)
+    cluster.set_chain([1])
+    for number in range(4):
+        cluster.write(1, payload(100), number=number, sequence=number)
+    cluster.set_chain([1], syncing=[2, 3])
+    wait_for_sync(cluster, 2)
+    cluster.write(1, b"more", number=2, offset=100, sequence=9)
+    cluster.set_chain([1, 2], syncing=[3])
+    wait_for_sync(cluster, 3)
+    assert contents(cluster, 1) == contents(cluster, 2) == contents(cluster, 3)
+
+
+def test_what_comes_late_to_a_member_that_waits_is_put_right_in_its_turn(
+    cluster: ChainCluster,
+) -> None:
+    cluster.set_chain([1])
+    cluster.write(1, b"first", sequence=1)
+    cluster.set_chain([1], syncing=[2, 3])
+    wait_for_sync(cluster, 2)
+    cluster.write(1, b"second", sequence=2)
+    update = m.Update(7, 0, 0, 5, crc32c(b"first"), 1, 1)
+    late = m.PassUpdate(3, cluster.passing(), update, 1, crc32c(b"first"), 5, True)
+    assert cluster.call(3, late, [b"first"]).errors == {}
+    cluster.write(1, b" and third", offset=6, sequence=3)
+    cluster.set_chain([1, 2], syncing=[3])
+    wait_for_sync(cluster, 3)
+    cluster.set_chain([1, 2, 3])
+    assert cluster.read(3) == b"second and third"
+
+
 def test_a_member_whose_follower_refused_a_chunk_is_sent_it_again(cluster: ChainCluster) -> None:
     """Nothing came to stay: it must not count as in step with what it had before."""
     cluster.set_chain([1, 2])

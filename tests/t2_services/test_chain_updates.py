@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,11 +32,18 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains import peers as peers_module
 from kvfs_datapath.chains import service as chain_service_module
-from kvfs_datapath.chains.peers import Unreached
 from kvfs_datapath.chains.requests import side_by_side
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo, path_of
-from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, chains, only, payload
+from t2_services.chain_cluster import (
+    CHAIN,
+    ChainCluster,
+    Cut,
+    answers_get_lost,
+    chains,
+    only,
+    payload,
+)
 from t2_services.chunk_cluster import wait_until
 
 CHUNK = ChunkId(7, 0, CHAIN)
@@ -65,25 +71,6 @@ def updated(chunk: int, sequence: int, data: bytes) -> m.Update:
 
 def everywhere(cluster: ChainCluster, *members: int) -> set[bytes]:
     return {cluster.read(number) for number in members}
-
-
-@contextlib.contextmanager
-def answers_get_lost(cluster: ChainCluster, number: int) -> Iterator[None]:
-    """What this server passes on arrives, but it does not hear of it."""
-    peers = cluster.servers[number]._chains.peers
-    call = peers.call
-
-    def lose(target_id: int, request: Any, *args: Any, **named: Any) -> Any:
-        answer = call(target_id, request, *args, **named)
-        if isinstance(request, m.PassUpdate):
-            raise Unreached(target_id, ConnectionLost(detail="lost by the test"))
-        return answer
-
-    peers.call = lose  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        peers.call = call  # type: ignore[method-assign]
 
 
 # --- the usual
@@ -590,6 +577,18 @@ def test_a_range_is_cut_to_nothing_once(lazy: ChainCluster) -> None:
     assert lazy.read(3, chunk=2) == b"again"
     with pytest.raises(StaleChain):
         lazy.call(2, m.RemoveRange(2, 7, 1, 3, 1, lazy.passing(), 12))
+
+
+def test_a_range_is_cut_on_each_chain_that_has_its_head_here(lazy: ChainCluster) -> None:
+    """A client gives the requests to all heads of a file one number."""
+    for chain in (CHAIN, CHAIN + 1):
+        version = lazy.metadata.set_chain(chain, [1, 2]).version
+        wait_until(lambda c=chain, v=version: lazy.knows(1, v, c) and lazy.knows(2, v, c))
+        passing = m.Passing(chain, version)
+        update = m.Update(7, chain, 0, 5, crc32c(b"bytes"), 1, chain)
+        only(lazy.call(1, m.UpdateChunks(1, passing, (update,)), [b"bytes"]))
+        assert lazy.call(1, m.RemoveRange(1, 7, 0, 999, 1, passing, 10)).errors == {}
+        assert lazy.stat(2, ChunkId(7, chain, chain)).length == 0
 
 
 def test_a_range_is_not_cut_by_two_requests_with_one_number(lazy: ChainCluster) -> None:

@@ -20,7 +20,8 @@ from kvfs_base.errors import (
     NoTarget,
     NotLoopback,
 )
-from kvfs_base.os_env import OsDisk, os_env
+from kvfs_base.os_disk import OsDisk
+from kvfs_base.os_env import os_env
 from kvfs_base.types import Address, ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -595,6 +596,12 @@ def test_policy_conformance(policy: CachePolicy) -> None:
         assert enough or len(chosen) == 20
         assert policy.victims(needed, 100) == chosen, "asking changes nothing"
     assert len(policy.victims(10_000, 7)) == 7
+    some = np.array([2, 3, 9, 12])
+    order = [inode for inode in policy.victims(10_000, 100) if inode in some]
+    for count in range(1, 5):
+        needed = sum(sizes[inode] for inode in order[:count])
+        assert policy.victims_among(some, needed) == order[:count]
+    assert policy.victims_among(some, 10_000) == order
     for inode in policy.victims(50, 100):
         policy.removed(inode)
         del sizes[inode]

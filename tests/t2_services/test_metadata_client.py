@@ -33,6 +33,7 @@ from t2_services.metadata_stage import (
     Scripted,
     Stage,
     blocking_stage,
+    call_soon,
     run,
 )
 
@@ -105,6 +106,40 @@ def test_a_service_that_always_hangs_up_is_given_up(stage: Stage) -> None:
             with pytest.raises(e.ConnectionLost):
                 await client.call(m.GetAttr(ROOT))
         assert 3 < len(stage.handler.seen) < 50, "attempts are spaced"
+
+    run(test)
+
+
+def test_calls_without_a_task_are_told_of_in_any_case(stage: Stage) -> None:
+    async def test() -> None:
+        async with stage.client(session=SESSION, retry_seconds=3) as client:
+            make = m.Make(ROOT, b"f", FILE)
+            assert not client.call_soon(make, lambda *_: None), "there is no connection"
+            async with stage.serving():
+                await client.call(m.GetAttr(ROOT))
+                stage.handler.silent = True
+                begun = trio.current_time()
+                async with trio.open_nursery() as nursery:
+                    for _ in range(limits.ONCE_SLOTS):
+                        nursery.start_soon(call_late, client, make)
+                    await trio.testing.wait_all_tasks_blocked(0.001)
+                    assert not client.call_soon(make, lambda *_: None), "too many"
+                late = trio.current_time() - begun
+                assert limits.CALL_SECONDS <= late < limits.CALL_SECONDS + 2
+                stage.handler.silent = False
+                assert not client.call_soon(make, lambda *_: None), "the connection was left"
+                await client.call(m.GetAttr(ROOT))
+                made = await call_soon(client, m.Make(ROOT, b"g", FILE))
+                assert (await call_soon(client, m.OpenInode(made.inode))).inode == made.inode
+                with pytest.raises(e.EntryNotFound):
+                    await call_soon(client, m.Unlink(ROOT, b"missing"))
+                stage.handler.hang_up.extend(["before"] * 1000)
+                with pytest.raises(e.ConnectionLost):
+                    await call_soon(client, m.Unlink(ROOT, b"g"))
+
+    async def call_late(client: MetadataClient, request: Request) -> None:
+        with pytest.raises(e.DeadlineExceeded):
+            await call_soon(client, request)
 
     run(test)
 

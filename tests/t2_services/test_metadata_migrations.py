@@ -32,6 +32,11 @@ FORMAT_2 = Path(__file__).with_name("metadata_format_2.json")
 a queue each, a file, a namespace with three blocks of four, a prepared batch."""
 
 
+FORMAT_3 = Path(__file__).with_name("metadata_format_3.json")
+"""What version 3 wrote: a directory with a number of copies, a file with two names, a symbolic
+link, a namespace with two blocks of three, a prepared batch."""
+
+
 def raw(path: Path) -> dict[bytes, bytes]:
     return {
         bytes.fromhex(key): bytes.fromhex(value)
@@ -126,6 +131,28 @@ def test_a_store_of_version_2_is_opened_with_everything_in_it() -> None:
     assert rig.attr(rig.resolve(b"/models/weights").inode).size == 70_000_000
     migrate(engine)  # nothing is left to do
     assert rig.call(m.GetXattr(ROOT, b"user.kvfs.copies")) == b"1"
+
+
+def test_a_store_of_version_3_is_opened_with_everything_in_it() -> None:
+    old = raw(FORMAT_3)
+    assert old[records.FORMAT_KEY] == b"kvfs-metadata 3"
+    engine = MemoryEngine()
+    fill(engine, old)
+    rig = Rig(engine=engine, targets=3)
+    assert content(engine)[records.FORMAT_KEY] == records.FORMAT
+    models, weights = rig.resolve(b"/models").inode, rig.resolve(b"/models/weights")
+    assert (weights.size, weights.nlink, weights.quota, weights.born_ns) == (70_000_000, 2, 0, 0)
+    assert rig.call(m.GetXattr(models, b"user.kvfs.copies")) == b"1"
+    namespace = rig.namespace()
+    assert rig.stored(namespace, [1, 2, 3]) == [1, 3]
+    assert rig.call(m.GetQuota(models)) is None
+    rig.call(m.SetQuota(namespace, bytes_max=10_000))
+    assert rig.call(m.GetQuota(namespace)).bytes_used == 4000  # two blocks, and two on their way
+    rig.call(m.Unlink(ROOT, b"second"))
+    assert rig.call(m.SetQuota(models, bytes_max=1)).bytes_used == 70_000_000
+    rig.restart()
+    assert rig.call(m.GetQuota(weights.inode)).directory == models
+    assert rig.call(m.GetQuota(namespace)).bytes_used == 4000
 
 
 def test_a_removal_and_a_heartbeat_are_converted_once() -> None:

@@ -15,7 +15,7 @@ from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.rpc import Request
 from kvfs_metadata import messages as m
-from kvfs_metadata.client import BlockingMetadataClient
+from kvfs_metadata.client import BlockingMetadataClient, MetadataClient
 from kvfs_metadata.cluster.admin_messages import (
     AdmitTarget,
     RemoveTarget,
@@ -23,7 +23,14 @@ from kvfs_metadata.cluster.admin_messages import (
     SetDraining,
 )
 from t2_services.metadata_rig import FILE, ROOT, Rig, key, keys
-from t2_services.metadata_stage import CHANGING, SESSION, Stage, blocking_stage, run
+from t2_services.metadata_stage import (
+    CHANGING,
+    SESSION,
+    Stage,
+    blocking_stage,
+    call_soon,
+    run,
+)
 
 
 @pytest.fixture
@@ -66,6 +73,7 @@ CHANGES: dict[str, Callable[[Prepared], Request]] = {
     "exchange": lambda p: m.Rename(ROOT, b"file", ROOT, b"other", 2),
     "set_xattr": lambda p: m.SetXattr(p.file, b"user.new", b"1", 1),
     "remove_xattr": lambda p: m.RemoveXattr(p.file, b"user.old"),
+    "set_quota": lambda p: m.SetQuota(ROOT, bytes_max=1 << 40, inodes_max=100),
     "prepare": lambda p: m.PrepareBlocks(p.namespace, keys([3, 4, 5]), (10,) * 3),
     "remove": lambda p: m.RemoveBlocks(p.namespace, keys([2, 3, 9])),
     "set_draining": lambda p: SetDraining((1,), True),
@@ -108,6 +116,24 @@ def test_a_change_happens_once(stage: Stage, change: str, how: str, times: int) 
 
     run(test)
     assert stage.handler.types() == [m.Once] + [m.Attach, m.Once] * times
+    assert (answers[0], without_answers(stage.rig)) == done_once(change)
+
+
+@pytest.mark.parametrize("how", ["before", "after", "away"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_without_a_task_happens_once(stage: Stage, change: str, how: str) -> None:
+    answers = []
+
+    async def test() -> None:
+        prepared = Prepared(stage.rig)
+        async with stage.serving(), stage.client(session=SESSION) as client:
+            await client.call(m.GetAttr(ROOT))
+            stage.handler.seen.clear()
+            stage.handler.hang_up.extend([how, ""])
+            answers.append(await call_soon(client, CHANGES[change](prepared)))
+
+    run(test)
+    assert stage.handler.types() == [m.Once, m.Attach, m.Once]
     assert (answers[0], without_answers(stage.rig)) == done_once(change)
 
 
@@ -242,9 +268,10 @@ def test_opens_and_closes_count_once_across_lost_answers(stage: Stage, how: str)
     run(test)
 
 
+@pytest.mark.parametrize("call", [MetadataClient.call, call_soon])
 @pytest.mark.parametrize("how", ["before", "after", "away"])
 def test_a_file_opened_as_it_is_made_stays_open_if_the_answer_is_lost(
-    stage: Stage, how: str
+    stage: Stage, how: str, call: Any
 ) -> None:
     """Even if somebody unlinks it before the answer comes, which only "after" and "away" allow."""
 
@@ -253,7 +280,7 @@ def test_a_file_opened_as_it_is_made_stays_open_if_the_answer_is_lost(
             await client.call(m.GetAttr(ROOT))
             stage.handler.hang_up.extend([how, "", ""])
             unlink_at_once(stage.rig)
-            made = await client.call(m.Make(ROOT, b"f", FILE, open=True))
+            made = await call(client, m.Make(ROOT, b"f", FILE, open=True))
             if how == "before":
                 stage.rig.call(m.Unlink(ROOT, b"f"))
             assert stage.rig.call(m.SetAttr(made.inode, size=5)).nlink == 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -133,15 +135,22 @@ def test_endpoints_come_back_as_written_and_damage_is_absence(tmp_path: Path) ->
     home.remove_endpoints()
 
 
+@pytest.fixture
+def runtime_directory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """With a shorter name than pytest's."""
+    with tempfile.TemporaryDirectory(prefix="kvfs-") as name:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", name)
+        yield Path(name)
+
+
 def test_sockets_of_a_long_directory_get_a_short_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, runtime_directory: Path
 ) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     short = Home("/a")
     assert short.sockets() == short.run
     long = Home(tmp_path / ("d" * 100))
     sockets = long.sockets()
-    assert sockets.parent == tmp_path
+    assert sockets.parent == runtime_directory
     assert sockets == long.sockets()
     assert sockets != Home(tmp_path / ("e" * 100)).sockets()
     assert stat.S_IMODE(sockets.stat().st_mode) == 0o700

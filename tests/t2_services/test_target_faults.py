@@ -7,7 +7,7 @@ import os
 import pytest
 
 from kvfs_base.errors import DiskFull, NoTarget, TargetFailed
-from kvfs_base.os_env import _disk_error
+from kvfs_base.os_disk import disk_error
 from kvfs_base.seams import Env
 from kvfs_base.testing import MemoryDisk, memory_env
 from kvfs_base.types import Address
@@ -20,7 +20,7 @@ from t2_services.chunk_cluster import make_writes, reads_of, wait_until
 DIRECTORIES = ("/disk-1", "/disk-2", "/disk-3")
 FAULTS: dict[str, Exception] = {
     "eio": TargetFailed(detail="Input/output error"),
-    "read-only": _disk_error(OSError(30, os.strerror(30)), "chunks"),
+    "read-only": disk_error(OSError(30, os.strerror(30)), "chunks"),
     "full": DiskFull(path="chunks"),
 }
 

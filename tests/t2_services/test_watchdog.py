@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from chain_fakes import SECONDS, FakeCluster, Fault, always, first
-from kvfs_base.errors import ConnectionLost, DeadlineExceeded, KvfsError
+from kvfs_base.errors import ChunkPending, ConnectionLost, DeadlineExceeded, KvfsError
 from kvfs_base.os_env import SystemClock
 from kvfs_base.seams import Connection
 from kvfs_base.testing import MemoryBlockingNetwork
@@ -44,7 +44,7 @@ class Blackhole:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watchdog_module, "WATCH_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -126,6 +126,23 @@ def test_a_write_to_a_head_that_is_gone_takes_another_way(cluster: FakeCluster) 
     thread.join(SECONDS / 4)
     assert results == [None]
     assert cluster.servers[3].chunks[ChunkId(9, 0, CHAIN)].data == b"y"
+    silent.set()
+
+
+def test_a_reader_does_not_wait_for_a_tail_that_is_gone(cluster: FakeCluster) -> None:
+    """While the chunk is being written the others send him there, and he asks nobody else."""
+    client, network = client_of(cluster)
+    file = StripedFile(client, 9, Layout(1000, (CHAIN,)))
+    file.write(0, b"x")
+    tail, silent = cluster.servers[3], threading.Event()
+    for number in (1, 2):
+        cluster.servers[number].script = first(1, Fault(error=ChunkPending()), m.ReadPieces)
+    tail.script = always(Fault(wait=silent), m.ReadPieces)
+    thread, results = in_background(lambda: file.read(0, 1, 1, False))
+    wait_until(lambda: tail.named(m.ReadPieces))
+    network.gone.add(tail.tcp)
+    thread.join(SECONDS / 4)
+    assert results == [b"x"]
     silent.set()
 
 

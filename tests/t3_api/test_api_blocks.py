@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,9 @@ import kvfs
 from api_cluster import MIB, ApiCluster, wait_until
 from kvfs import KVLayout, Namespace
 from kvfs_base.limits import BATCH_BLOCKS_MAX, PAGE_BYTES
+from kvfs_base.os_env import os_env
+from kvfs_metadata.client import BlockingMetadataClient
+from kvfs_metadata.messages import Resolve, SetQuota
 
 SIZE = 3 * PAGE_BYTES + 17
 
@@ -426,3 +430,19 @@ def test_namespaces_that_are_not_there(client: kvfs.Client) -> None:
         client.namespace("no/such")
     with pytest.raises(kvfs.InvalidRequest):
         client.namespace("t/new", create=True)
+
+
+def test_a_quota_bounds_a_tenants_blocks(cluster: ApiCluster, namespace: Namespace) -> None:
+    """Its own older blocks give way; what is more than all of it is refused."""
+    keys, data = make_blocks(6)
+    with contextlib.closing(BlockingMetadataClient(os_env(), cluster.metadata_address)) as metadata:
+        tenant = metadata.call(Resolve(b"kv/tenant")).inode
+        metadata.call(SetQuota(tenant, bytes_max=4 * SIZE))
+    assert namespace.put(keys[:3], data[:3]) == 3
+    with pytest.raises(kvfs.QuotaExceeded) as caught:
+        namespace.put(keys[1:] + kvfs.block_keys(range(9), 1, b"more")[:2], [*data[1:], *data[:2]])
+    assert caught.value.directory == tenant and caught.value.what == "bytes"
+    assert namespace.match(keys) == 3
+    assert namespace.put(keys[3:6], data[3:6]) == 3
+    assert [bool(namespace.match([key])) for key in keys].count(True) == 4
+    assert found(namespace, keys[3:]) == data[3:]

@@ -49,6 +49,15 @@ def test_every_figure_is_measured_beside_the_backing_file_system(
         assert set(row["cpu"]) == {"direct", "pyfuse3"}  # type: ignore[call-overload]
 
 
+def test_names_are_measured_without_a_service_and_without_a_file_system(tmp_path: Path) -> None:
+    peers = ["--peer", "memory", "--peer", "empty"]
+    rows = run(tmp_path, "--part", "names", "--frontend", "direct", *peers)
+    assert len(rows) == len(NAMES) + 1
+    for row in rows:
+        figures: dict[str, float] = row["figures"]  # type: ignore[assignment]
+        assert set(figures) == {"direct", "memory", "empty"} and min(figures.values()) > 0
+
+
 @pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio")
 def test_fio_reads_and_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvfs_tools.bench_mount.SETTLED_SECONDS", 0)
@@ -76,7 +85,7 @@ def test_a_peer_that_is_not_installed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    for peer in mount_systems.SYSTEMS.values():
+    for peer in (mount_systems.juicefs, mount_systems.moosefs):
         with pytest.raises(PeerMissing, match="install"), peer(tmp_path):
             pass
 

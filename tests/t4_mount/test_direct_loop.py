@@ -22,8 +22,8 @@ from kvfs.mount.device import Device
 from kvfs.mount.direct_frontend import DirectFrontend
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.fuse_wire import Opcode
-from kvfs_base.errors import ConnectionLost, EntryNotFound, NotADirectory
-from kvfs_base.limits import MOUNT_TASKS
+from kvfs_base.errors import ConnectionLost, EntryNotFound, InodeStale, KvfsError, NotADirectory
+from kvfs_base.limits import MOUNT_STALE_OPENS, MOUNT_TASKS
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, Attr
 from t4_mount.test_fuse_wire import REQUESTS
@@ -41,6 +41,7 @@ class Names:
         self.connected = False
         self.asked: dict[int, Any] = {}
         self.given_up: list[int] = []
+        self.missing: type[KvfsError] = EntryNotFound
 
     async def call(self, request: Any) -> Any:
         if type(request).__name__ == "Lookup" and request.name == b"slow":
@@ -48,9 +49,9 @@ class Names:
             await self.gate.wait()
             return Attr(5, 0o040755)
         await trio.lowlevel.checkpoint()
-        raise EntryNotFound()
+        raise self.missing()
 
-    def call_soon(self, request: Any, done: Any) -> int:
+    def ask_soon(self, request: Any, done: Any) -> int:
         if not self.connected or request.name == b"slow":
             return 0
         self.asked[len(self.asked) + 1] = done
@@ -58,6 +59,13 @@ class Names:
 
     def give_up(self, number: int) -> None:
         self.given_up.append(number)
+
+    def call_soon(self, request: Any, done: Any) -> bool:
+        self.asked[len(self.asked) + 1] = done
+        return self.connected
+
+    def send_soon(self) -> None:
+        pass
 
 
 class Kernel:
@@ -67,10 +75,12 @@ class Kernel:
         self.end = trio.socket.from_stdlib_socket(end)
         self.unique = 0
 
-    async def send(self, opcode: int, body: bytes = b"", inode: int = 1, cut: int = 0) -> int:
+    async def send(
+        self, opcode: int, body: bytes = b"", inode: int = 1, cut: int = 0, thread: int = 1
+    ) -> int:
         self.unique += 2
         whole = 40 + len(body)
-        header = struct.pack("=IIQQIIIHH", whole, opcode, self.unique, inode, 0, 0, 1, 0, 0)
+        header = struct.pack("=IIQQIIIHH", whole, opcode, self.unique, inode, 0, 0, thread, 0, 0)
         await self.end.send((header + body)[: whole - cut])
         return self.unique
 
@@ -181,6 +191,42 @@ def test_a_look_up_without_a_task() -> None:
     trio.run(scenario)
 
 
+def test_a_change_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told of in any case: no task takes it over, and no signal."""
+    monkeypatch.setattr(direct_frontend, "ASKED_SECONDS", 0.01)
+
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            sent = [await kernel.send(Opcode.UNLINK, b"name\0") for _ in range(3)]
+            while len(names.asked) < len(sent):
+                await trio.lowlevel.checkpoint()
+            await kernel.send(Opcode.INTERRUPT, struct.pack("=Q", sent[0]))
+            await trio.sleep(0.05)
+            names.asked[2](None, ConnectionLost())
+            names.asked[3](Attr(5, 0o100644), None)
+            names.asked[1](Attr(6, 0o100644), None)
+            answers = [(await kernel.answer())[:2] for _ in sent]
+            assert answers == [(sent[1], errno.EIO), (sent[2], 0), (sent[0], 0)]
+            assert names.given_up == []
+
+    trio.run(scenario)
+
+
+@pytest.mark.logs_warnings
+def test_an_answer_that_is_not_understood_is_an_error() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            unique = await kernel.send(Opcode.UNLINK, b"name\0")
+            while not names.asked:
+                await trio.lowlevel.checkpoint()
+            names.asked[1]("no attributes", None)
+            assert (await kernel.answer())[:2] == (unique, errno.EIO)
+
+    trio.run(scenario)
+
+
 def test_a_silent_service_is_left_to_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct_frontend, "ASKED_SECONDS", 0.01)
 
@@ -232,5 +278,38 @@ def test_a_kernel_that_speaks_another_version() -> None:
         async with served() as (kernel, _):
             unique = await kernel.send(Opcode.INIT, struct.pack("=IIIII44x", 8, 1, 0, 0, 0))
             assert (await kernel.answer())[:2] == (unique, errno.EPROTO)
+
+    trio.run(scenario)
+
+
+def test_a_file_that_goes_twice_while_it_is_opened_is_missing() -> None:
+    """The kernel takes the first ESTALE for "look again"; programs would see the second."""
+
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            body = REQUESTS[Opcode.OPEN][0]
+            names.missing = InodeStale
+
+            async def open_as(thread: int) -> int:
+                unique = await kernel.send(Opcode.OPEN, body, 7, thread=thread)
+                answer = await kernel.answer()
+                assert answer[0] == unique
+                return answer[1]
+
+            assert await open_as(1) == errno.ESTALE
+            assert await open_as(2) == errno.ESTALE
+            assert await open_as(1) == errno.ENOENT
+            assert await open_as(1) == errno.ESTALE
+            names.missing = EntryNotFound
+            for thread in (1, 2):  # there was nothing when they looked again
+                unique = await kernel.send(Opcode.LOOKUP, b"missing\0", thread=thread)
+                assert await kernel.answer() == (unique, errno.ENOENT, b"")
+            names.missing = InodeStale
+            assert await open_as(1) == errno.ESTALE
+            assert await open_as(0) == errno.ESTALE
+            assert await open_as(0) == errno.ESTALE  # nobody knows who
+            for thread in range(2, MOUNT_STALE_OPENS + 2):
+                assert await open_as(thread) == errno.ESTALE
+            assert await open_as(1) == errno.ESTALE  # forgotten by now
 
     trio.run(scenario)

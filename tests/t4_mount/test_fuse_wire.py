@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import struct
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvfs.mount import fuse_wire as wire
 from kvfs.mount.fuse_wire import Opcode
+from kvfs.mount.fuse_wire_statx import statx_out
 from kvfs_base.errors import ProtocolError
 from kvfs_base.limits import MOUNT_IO_BYTES
 from kvfs_base.types import Attr
@@ -77,6 +79,7 @@ REQUESTS: dict[Opcode, tuple[bytes, Any]] = {
     Opcode.DESTROY: (b"", None),
     Opcode.BATCH_FORGET: (struct.pack("=IIQQQQ", 2, 0, 11, 1, 12, 3), ((11, 12),)),
     Opcode.READDIRPLUS: (READ, (3, 4096, 100)),
+    Opcode.STATX: (struct.pack("=IIQII", 0, 0, 0, 0, 0xFFF), None),
     Opcode.RENAME2: (struct.pack("=QII", 4, 1, 0) + b"a\0b\0", (4, 1, b"a", b"b")),
 }  # fmt: skip
 
@@ -161,6 +164,7 @@ def test_answers_have_the_sizes_of_the_kernels_structures() -> None:
     attr, times = Attr(5, 0o100644, mtime_ns=-1), wire.Times.of(1.5)
     assert len(wire.attr_out(attr, times)) == 104
     assert len(wire.entry_out(attr, times, times)) == 128
+    assert len(statx_out(attr, times)) == 288
     assert len(wire.missing_entry_out(times)) == 128
     assert len(wire.open_out(1, 2, 3)) == 16
     assert len(wire.size_out(1)) == 8
@@ -169,6 +173,16 @@ def test_answers_have_the_sizes_of_the_kernels_structures() -> None:
     assert struct.unpack_from("=II", wire.init_out(init, 0, 131072)) == (7, 38)
     assert wire.Times.of(1.5) == (1, 500_000_000)
     assert wire.handle_of(wire.open_out(77, 0)) == 77
+
+
+@pytest.mark.parametrize(("born_ns", "mask"), [(0, 0x7FF), (5_000_000_007, 0xFFF)])
+def test_a_time_of_birth_that_nobody_knows_is_not_told(born_ns: int, mask: int) -> None:
+    attr = Attr(5, 0o060600, rdev=0x1234_5678, born_ns=born_ns)
+    answer = statx_out(attr, wire.Times.of(1))[32:]
+    assert struct.unpack_from("=I", answer)[0] == mask
+    assert struct.unpack_from("=qI", answer, 80) == divmod(born_ns, 10**9)
+    device = os.makedev(*struct.unpack_from("=II", answer, 128))
+    assert device == os.makedev(0x456, 0x12378)
 
 
 @pytest.mark.parametrize("plus", [False, True])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import random
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from kvfs_base.limits import FILE_CHUNK_BYTES
+from kvfs_base.limits import FILE_CHUNK_BYTES, MIB
+from kvfs_metadata.messages import GetQuota, Resolve
+from metadata_checks import assert_consistent
 from t4_mount.harness import Cluster, detach, wait_until
+from t4_mount.test_mount_quotas import set_quota, used
 
 
 def is_dead(mountpoint: Path) -> bool:
@@ -197,3 +204,48 @@ def test_two_mounts_see_each_other_close_to_open(own_cluster: Cluster) -> None:
             assert (first / "other").read_bytes() == b"x"
     finally:
         detach(second)
+
+
+def test_quotas_are_exact_after_kills(own_cluster: Cluster) -> None:
+    """The mount dies and comes again, the metadata service too, while files come, grow and go."""
+    mountpoint = own_cluster.directory / "mnt"
+    mount = own_cluster.mount(mountpoint)
+    limited = mountpoint / "limited"
+    limited.mkdir()
+    set_quota(own_cluster, limited, 8 * MIB)
+    stop = threading.Event()
+
+    def work(number: int) -> None:
+        rng = random.Random(number)
+        while not stop.is_set():
+            path = limited / f"{number}-{rng.randrange(3)}"
+            with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+                file.write(bytes(rng.randrange(1, MIB)))
+                if rng.random() < 0.3:
+                    file.truncate(rng.randrange(MIB))
+            if rng.random() < 0.3:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    with ThreadPoolExecutor(3) as pool:
+        workers = [pool.submit(work, number) for number in range(3)]
+        with own_cluster.client() as client:
+            wait_until(lambda: client.call(GetQuota(quota_of(client))).bytes_used > MIB)
+            mount.kill()
+            mount = own_cluster.mount(mountpoint)
+            own_cluster.metadata.kill()
+            own_cluster.metadata.start()
+        stop.set()
+        for worker in workers:
+            worker.result()
+    sizes = [path.stat().st_size for path in limited.iterdir()]
+    assert sum(sizes) <= used(own_cluster, limited) <= 8 * MIB  # orphans of the dead count
+    mount.stop()
+    own_cluster.chunks.stop()
+    own_cluster.metadata.stop()
+    assert_consistent(str(own_cluster.directory / "metadata"))
+
+
+def quota_of(client: Any) -> int:
+    inode: int = client.call(Resolve(b"/limited")).inode
+    return inode

@@ -24,6 +24,7 @@ class Service:
         self.leased = True
         self.open: list[int] = []
         self.calls = 0
+        self.asked: list[Any] = []
 
     @property
     def names(self) -> Any:
@@ -31,6 +32,12 @@ class Service:
             are_leased=self.leased,
             attr=lambda inode: Attr(inode, mode=0o100600) if self.leased else None,
         )
+
+    def call_soon(self, request: Any, done: Any) -> bool:
+        self.calls += 1
+        self.open.append(request.inode)
+        self.asked.append(done)
+        return True
 
     async def call(self, request: Any) -> Any:
         self.calls += 1
@@ -65,6 +72,34 @@ def test_the_next_open_costs_no_call() -> None:
         assert (service.calls, service.open) == (1, [FILE])
         await trio.sleep(3 * MOUNT_IDLE_SECONDS)
         assert service.open == []
+
+    run(test)
+
+
+def test_an_open_without_a_task() -> None:
+    async def test(opens: Opens, service: Service) -> None:
+        told: list[Any] = []
+        for _ in range(2):  # twice at the same time
+            assert opens.count_soon(FILE, lambda _, error: told.append(error))
+        assert opens.take_now(FILE) is None
+        for done in service.asked:
+            done(Attr(FILE, mode=0o100600), None)
+        assert told == [None, None]
+        assert not opens.count_soon(FILE, told.append), "it is counted already"
+        assert opens.take_now(FILE) is not None and len(opens) == 0
+        await trio.sleep(3 * MOUNT_IDLE_SECONDS)
+        assert service.open == [FILE, FILE]
+        opens.give_back(FILE)
+        await trio.sleep(3 * MOUNT_IDLE_SECONDS)
+        assert service.open == []
+        # Whoever asked may find that he cannot use it.
+        assert opens.count_soon(FILE, lambda _, error: told.append(error))
+        service.asked[-1](Attr(FILE, mode=0o100600), None)
+        assert len(opens) == 1
+        await trio.sleep(3 * MOUNT_IDLE_SECONDS)
+        assert service.open == []
+        service.leased = False
+        assert not opens.count_soon(FILE, told.append)
 
     run(test)
 

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import random
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from kvfs.mount.frontend import PASSTHROUGH_KERNEL
 from kvfs.mount.passthrough import NO_BACKING, Backings
-from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, PAGE_BYTES
+from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, MOUNT_IDLE_SECONDS, PAGE_BYTES
 from kvfs_metadata.messages import RemoveBlocks, Resolve
 from t4_mount.harness import COLLECTED_SECONDS, Cluster, wait_until
 from t4_mount.test_mount_blocks import make_blocks
@@ -133,6 +134,61 @@ def test_an_ordinary_file_is_read_on_after_the_mount_was_killed(own_cluster: Clu
         assert view[:] == data
         assert os.pread(descriptor, len(data), 0) == data
     close(descriptor)
+
+
+def removed_but_open(pid: int) -> list[str]:
+    """Chunk files that a process keeps the space of."""
+    links = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            links.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except FileNotFoundError:
+            continue
+    return [link for link in links if "/chunks/" in link and link.endswith("(deleted)")]
+
+
+def test_what_was_open_lately_is_opened_without_a_chunk_server(own_cluster: Cluster) -> None:
+    [(key, data)] = make_blocks(105, [3 * MIB]).items()
+    own_cluster.put_blocks("passed/again", {key: data})
+    mountpoint = own_cluster.directory / "mnt"
+    with own_cluster.mounted(mountpoint):
+        block, file = mountpoint / "kv/passed/again" / key.hex(), mountpoint / "file"
+        make_settled(file, data)
+        assert block.read_bytes() == file.read_bytes() == data
+        require_passthrough(own_cluster)
+        os.kill(own_cluster.chunks.pid, signal.SIGSTOP)
+        try:
+            assert block.read_bytes() == file.read_bytes() == data
+        finally:
+            os.kill(own_cluster.chunks.pid, signal.SIGCONT)
+
+
+def test_what_was_open_lately_shows_what_others_did(own_cluster: Cluster) -> None:
+    [(key, data)] = make_blocks(106, [MIB]).items()
+    own_cluster.put_blocks("passed/others", {key: data})
+    here, there = (own_cluster.directory / name for name in ("here", "there"))
+    role = own_cluster.mount(here)
+    with own_cluster.mounted(there):
+        block, names = f"kv/passed/others/{key.hex()}", ("cut", "removed", "replaced", "written")
+        for name in names:
+            make_settled(here / name, data)
+        assert {(here / name).read_bytes() for name in (*names, block)} == {data}
+        new = bytes(reversed(data))
+        (there / "cut").write_bytes(new)
+        (there / "removed").unlink()
+        (there / "new").write_bytes(new)
+        (there / "new").rename(there / "replaced")
+        with (there / "written").open("r+b") as file:
+            file.write(new)
+        (there / block).unlink()
+        os.utime(there / "cut", (1, 1))
+        os.utime(there / "written", (1, 1))
+        assert {(here / n).read_bytes() for n in ("cut", "replaced", "written")} == {new}
+        for name in ("removed", block):
+            with pytest.raises(FileNotFoundError):
+                (here / name).read_bytes()
+        wait_until(lambda: not removed_but_open(role.pid), MOUNT_IDLE_SECONDS / 2)
+    role.stop()
 
 
 def test_every_way_to_read_an_ordinary_file(work: Path) -> None:

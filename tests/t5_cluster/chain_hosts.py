@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import kvfs
@@ -139,10 +139,12 @@ class ChainHosts:
         repair: Callable[[], dict[int, int]],
         *,
         evicting: bool = False,
+        going_on: Sequence[str] = (),
     ) -> Row:
         """The checker runs; the fault comes, and for ``seconds`` it goes on; it is repaired
         (``repair`` says which chains must have changed since); chains become whole again while the
-        checker still runs. Then everything is verified, and the copies are compared."""
+        checker still runs. Then everything is verified, and the copies are compared.
+        ``going_on``: what does not wait for the repair."""
         self.checker.start()
         try:
             self._all_succeed(f"before: {scenario}")
@@ -171,6 +173,8 @@ class ChainHosts:
         )
         if evicting:
             errors += f"; {self.checker.blocks.evicted} blocks evicted"
+        for name in going_on:
+            assert window[name].gap < seconds, f"{name} waited: {scenario}"
         gaps = tuple(window[name].gap for name in ("put", "get", "write", "read"))
         done = self.checker.acknowledged - before
         row = Row(self.copies, scenario, done, gaps, recovery, errors or "none")

@@ -120,6 +120,9 @@ def full_disk(
     return fill, repair
 
 
+UNNOTICED = "client and host 2 cut"
+"""By everybody else: nothing changes, so the client has to find other ways by itself."""
+
 SCENARIOS: dict[str, tuple[tuple[int, ...], Scenario]] = {
     "kill -9 of a head": ((3,), killed(0)),
     "kill -9 of a middle": ((3,), killed(1)),
@@ -130,7 +133,7 @@ SCENARIOS: dict[str, tuple[tuple[int, ...], Scenario]] = {
         (3,),
         links(lambda c: c.hosts.shut(3, 1, METADATA_PORT)),
     ),
-    "client and host 2 cut": ((2,), links(lambda c: c.hosts.cut(CLIENT, 2))),
+    UNNOTICED: ((2,), links(lambda c: c.hosts.cut(CLIENT, 2))),
     "25 % of host 2's packets lost": ((2,), links(lossy)),
     "50 to 200 ms between all": ((3,), links(slow)),
     "EIO on host 2": ((2,), dead_disk),
@@ -159,7 +162,14 @@ def play(cluster: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]) -> 
         pytest.skip(cluster.small_disk_reason)
     fault, repair = SCENARIOS[name][1](cluster)
     seconds = CUT_SECONDS if name in CUTS else SECONDS
-    row = cluster.play(name, seconds, fault, repair, evicting=name == "host 3's disk full")
+    row = cluster.play(
+        name,
+        seconds,
+        fault,
+        repair,
+        evicting=name == "host 3's disk full",
+        going_on=("put", "get", "write", "read") if name == UNNOTICED else (),
+    )
     with capsys.disabled():
         print(f"\n{row}")
 

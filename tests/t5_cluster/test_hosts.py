@@ -18,7 +18,7 @@ from kvfs.cli.exits import ExitCode
 from kvfs.mount import system
 from kvfs_base.errors import DiskFull
 from kvfs_base.types import KVLayout
-from t5_cluster.hosts import METADATA_PORT, PREFIX, Hosts, missing
+from t5_cluster.hosts import METADATA_PORT, Hosts, missing
 from t5_cluster.processes import DEADLINE_SECONDS, block, run, wait_until
 from t5_cluster.slow_link import SlowLink
 
@@ -175,7 +175,7 @@ def test_everything_is_gone_afterwards() -> None:
         raise ZeroDivisionError
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert not hosts.directory.exists()
-    assert f"/{PREFIX}" not in Path("/proc/self/mountinfo").read_text()
+    assert str(hosts.directory) not in Path("/proc/self/mountinfo").read_text()
 
 
 # --- a kvfs of several hosts

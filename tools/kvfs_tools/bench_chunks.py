@@ -1,18 +1,21 @@
 """``kvfs bench-chunks``: the data path alone, chunk servers and a chunk client, against the disk
 and against the network.
 
-Local means descriptors and O_DIRECT, remote means bytes over TCP (loopback). Every path is measured
-in rounds, its limits before and after each of them: fio with O_DIRECT on the same disk (the same
-files for reads, new ones for writes), and over TCP also a plain `sendfile` / `recv_into` pair (see
-``chunk_pair``). Remote reads come from the page cache on both sides, so that the disk is not what
-is compared. A round's figure is held against the better of the limits around it; reported are
-medians. CPU is that of all processes of a side for 10^9 bytes; the client's covers the checksum of
-every byte.
+Local means descriptors and O_DIRECT, remote means bytes over TCP (loopback). Every path is
+measured in rounds, its limits before and after each of them: fio with O_DIRECT on the same disk
+(the same files for reads, new ones for writes), and over TCP also a plain `sendfile` / `recv_into`
+pair (see ``chunk_pair``); where this host's TCP paces (BBR), one more of which it does not, as in
+kvfs. Remote reads come from the page cache on both sides, so that the disk is not what is
+compared. Writes of several copies have one copy of the same bytes on the same servers beside them.
+A round's figure is held against the better of the limits around it; reported are medians. CPU is
+that of all processes of a side for 10^9 bytes; the client's covers the checksum of every byte.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import mmap
 import os
@@ -30,14 +33,18 @@ from rich.console import Console
 from rich.table import Table
 
 from kvfs.settings import format_size, parse_size
+from kvfs_base.cluster import Chain
 from kvfs_base.limits import BLOCK_BYTES_MAX, CLIENT_THREADS_PER_TARGET, GIB, MIB, PAGE_BYTES
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from kvfs_tools.bench import fio_read
-from kvfs_tools.chunk_pair import Pair
+from kvfs_tools.chunk_pair import Pair, host_paces
 from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table
 from kvfs_tools.chunk_rig import ChunkRig, check, write_json
 from kvfs_tools.chunk_updates import UpdateBench, Updates, updates_table
 
+FIO_JOBS = (1, 8, 32)
+FIO_DEPTH = 32
+"""Of all jobs together."""
 CHUNKS_MAX = 2048
 """Of one size: an unlink costs up to a millisecond, and all of a round's chunks are removed."""
 
@@ -69,6 +76,12 @@ class Figure:
     pair_ratio: float | None = None
     pair_client_cpu: float | None = None
     pair_server_cpu: float | None = None
+    unpaced: float | None = None
+    unpaced_ratio: float | None = None
+    unpaced_client_cpu: float | None = None
+    unpaced_server_cpu: float | None = None
+    one_copy: float | None = None
+    one_copy_ratio: float | None = None
 
 
 def measure(
@@ -127,20 +140,36 @@ class Bench:
         try:
             disk = {"fio": lambda: Sample(fio_read(str(whole), self._linked(whole), self.size))}
             self._add("local read", disk, lambda: self._read(self.rig.local, stored))
-            with Pair(folders, CLIENT_THREADS_PER_TARGET) as pair:
+            with contextlib.ExitStack() as stack:
+                pairs = {"pair": stack.enter_context(Pair(folders, CLIENT_THREADS_PER_TARGET))}
+                if host_paces():
+                    unpaced = Pair(folders, CLIENT_THREADS_PER_TARGET, unpaced=True)
+                    pairs["unpaced"] = stack.enter_context(unpaced)
                 counts = [len(os.listdir(folder)) for folder in folders]
                 self._read(self.rig.remote, stored)  # into the page cache
                 self._add(
                     "remote read",
-                    {"pair": lambda: self._through(pair, pair.read, counts)},
+                    {
+                        name: functools.partial(self._through, pair, pair.read, counts)
+                        for name, pair in pairs.items()
+                    },
                     lambda: self._read(self.rig.remote, stored),
                 )
                 disk = {"fio": lambda: Sample(fio_write(self.folder, self.count, self.size))}
-                self._add("local write", disk, lambda: self._write(self.rig.local))
+                self._add(
+                    "local write",
+                    disk | self._one_copy(self.rig.local),
+                    lambda: self._write(self.rig.local, self.rig.chains),
+                )
                 self._add(
                     "remote write",
-                    disk | {"pair": lambda: self._through(pair, pair.write, counts)},
-                    lambda: self._write(self.rig.remote),
+                    disk
+                    | {
+                        name: functools.partial(self._through, pair, pair.write, counts)
+                        for name, pair in pairs.items()
+                    }
+                    | self._one_copy(self.rig.remote),
+                    lambda: self._write(self.rig.remote, self.rig.chains),
                 )
         finally:
             for path in (*folders, whole):
@@ -157,9 +186,9 @@ class Bench:
             pairs = zip(figures, samples, strict=True)
             fields[name] = median(samples, lambda s: s.rate)
             fields[f"{name}_ratio"] = statistics.median(f.rate / s.rate for f, s in pairs)
-        if "pair" in best:
-            fields["pair_client_cpu"] = median(best["pair"], lambda s: s.client)
-            fields["pair_server_cpu"] = median(best["pair"], lambda s: s.server)
+        for name in best.keys() & {"pair", "unpaced"}:
+            fields[f"{name}_client_cpu"] = median(best[name], lambda s: s.client)
+            fields[f"{name}_server_cpu"] = median(best[name], lambda s: s.server)
         found = Figure(
             servers=self.servers,
             copies=self.copies,
@@ -190,8 +219,13 @@ class Bench:
             self.rig.server_seconds, lambda: check(client.read_chunks(reads)), self.total
         )
 
-    def _write(self, client: ChunkClient) -> Sample:
-        writes = self.rig.fill(self._source, self.count, self.size)
+    def _one_copy(self, client: ChunkClient) -> dict[str, Callable[[], Sample]]:
+        if self.copies == 1:
+            return {}
+        return {"one_copy": lambda: self._write(client, self.rig.single_chains)}
+
+    def _write(self, client: ChunkClient, chains: Sequence[Chain]) -> Sample:
+        writes = self.rig.fill(self._source, self.count, self.size, chains)
         sample = self._timed(
             self.rig.server_seconds, lambda: check(client.write_chunks(writes)), self.total
         )
@@ -225,15 +259,22 @@ class Bench:
 
 
 def fio_write(directory: Path, count: int, size: int) -> float:
-    """GB/s of fio's best O_DIRECT write of ``count`` new files, of two queue depths."""
+    """GB/s of fio's best O_DIRECT write of ``count`` new files: by one job, or by several at once
+    that have a folder each, as chunk servers have many (in one, ext4 is slower to find inodes)."""
     best = 0.0
-    for depth in (8, 32):
+    for jobs in FIO_JOBS:
+        if count % jobs:
+            continue
         folder = Path(tempfile.mkdtemp(prefix="fio-", dir=directory))
+        for number in range(jobs):
+            (folder / str(number)).mkdir()
         argv = [
             "fio",
             "--name=limit",
             f"--directory={folder}",
-            f"--nrfiles={count}",
+            "--filename_format=$jobnum/$filenum",
+            f"--numjobs={jobs}",
+            f"--nrfiles={count // jobs}",
             f"--filesize={size}",
             "--openfiles=64",
             "--create_on_open=1",
@@ -243,7 +284,9 @@ def fio_write(directory: Path, count: int, size: int) -> float:
             "--rw=write",
             "--direct=1",
             "--ioengine=libaio",
-            f"--iodepth={depth}",
+            f"--iodepth={FIO_DEPTH // jobs}",
+            "--thread",
+            "--group_reporting",
             "--output-format=json",
         ]
         try:
@@ -258,31 +301,41 @@ def fio_write(directory: Path, count: int, size: int) -> float:
 
 
 def table(figures: Sequence[Figure]) -> Table:
+    """Without the columns that have nothing in them."""
     out = Table(title="medians; GB/s and CPU seconds a GB (client + server)")
-    for name in ("servers", "copies", "chunk", "path", "kvfs", "fio", "ratio", "pair", "ratio"):
-        out.add_column(name, justify="left" if name == "path" else "right")
-    out.add_column("CPU")
-    out.add_column("pair's CPU")
+    columns: dict[str, list[str]] = {}
 
-    def number(value: float | None) -> str:
-        return "" if value is None else f"{value:.2f}"
+    def add(name: str, value: str | float | None) -> None:
+        text = f"{value:.2f}" if isinstance(value, float) else value or ""
+        columns.setdefault(name, []).append(text)
 
     for one in figures:
-        pair_cpu = f"{number(one.pair_client_cpu)} + {number(one.pair_server_cpu)}"
-        out.add_row(
-            str(one.servers),
-            str(one.copies),
-            format_size(one.chunk_bytes),
-            one.path,
-            number(one.rate),
-            number(one.fio),
-            number(one.fio_ratio),
-            number(one.pair),
-            number(one.pair_ratio),
-            f"{one.client_cpu:.2f} + {one.server_cpu:.2f}",
-            "" if one.pair is None else pair_cpu,
-        )
+        add("servers", str(one.servers))
+        add("copies", str(one.copies))
+        add("chunk", format_size(one.chunk_bytes))
+        add("path", one.path)
+        add("kvfs", one.rate)
+        add("fio", one.fio)
+        add("to fio", one.fio_ratio)
+        add("pair", one.pair)
+        add("to pair", one.pair_ratio)
+        add("unpaced", one.unpaced)
+        add("to unpaced", one.unpaced_ratio)
+        add("one copy", one.one_copy)
+        add("to one", one.one_copy_ratio)
+        add("CPU", _cpu(one.client_cpu, one.server_cpu))
+        add("pair's CPU", _cpu(one.pair_client_cpu, one.pair_server_cpu))
+        add("unpaced CPU", _cpu(one.unpaced_client_cpu, one.unpaced_server_cpu))
+    filled = {name: values for name, values in columns.items() if any(values)}
+    for name in filled:
+        out.add_column(name, justify="left" if name == "path" else "right", no_wrap=True)
+    for row in zip(*filled.values(), strict=True):
+        out.add_row(*row)
     return out
+
+
+def _cpu(client: float | None, server: float | None) -> str | None:
+    return None if client is None or server is None else f"{client:.2f} + {server:.2f}"
 
 
 def _numbers(text: str, parse: Callable[[str], int], low: int, high: int) -> list[int]:

@@ -69,8 +69,9 @@ def measure(root: Path, plan: Plan, console: Console) -> list[Row]:
             chunk_files = store_blocks(cluster, plan.blocks, plan.block_bytes)
         own = [stack.enter_context(kvfs_mount(root, cluster, name)) for name in plan.frontends]
         systems = own + [stack.enter_context(SYSTEMS[name](root)) for name in plan.peers]
-        files = BlockFiles(comparison, systems, plan.blocks, plan.block_bytes)
-        fio = Fio(comparison, systems, plan.file_bytes, max(plan.jobs))
+        full = [system for system in systems if system.has_bytes]
+        files = BlockFiles(comparison, full, plan.blocks, plan.block_bytes)
+        fio = Fio(comparison, full, plan.file_bytes, max(plan.jobs))
         if "files" in plan.parts:
             files.prepare()
         if "fio" in plan.parts:
@@ -117,7 +118,8 @@ def measure(root: Path, plan: Plan, console: Console) -> list[Row]:
     "peers",
     type=click.Choice(PEERS),
     multiple=True,
-    help="Another file system to measure as well; may be repeated. Both need root.",
+    help="Another file system to measure as well; may be repeated. memory: kvfs with its namespace "
+    "in the mount's process. empty: a loop that does next to nothing, names only. All need root.",
 )
 @click.option(
     "--part",

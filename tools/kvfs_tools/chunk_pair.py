@@ -25,17 +25,26 @@ REQUEST = struct.Struct("<cQQ")
 SOCKET_BUFFER_BYTES = 4 * MIB
 
 
-def _tuned(sock: socket.socket) -> socket.socket:
+def host_paces() -> bool:
+    """Whether this host's TCP sends by a timer unless told otherwise."""
+    with socket.socket() as sock:
+        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.startswith(b"bbr")
+
+
+def _tuned(sock: socket.socket, *, unpaced: bool) -> socket.socket:
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if unpaced:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
     return sock
 
 
 # --- server
 
 
-def serve(folder: str) -> None:
+def serve(folder: str, *, unpaced: bool) -> None:
     files = [os.open(f"{folder}/{name}", os.O_RDONLY) for name in sorted(os.listdir(folder))]
     sizes = [os.fstat(fd).st_size for fd in files]
     listener = socket.create_server(("127.0.0.1", 0))
@@ -44,6 +53,7 @@ def serve(folder: str) -> None:
     def accept() -> None:
         while True:
             sock, _ = listener.accept()
+            _tuned(sock, unpaced=unpaced)
             threading.Thread(target=_answer, args=(sock, files, sizes), daemon=True).start()
 
     threading.Thread(target=accept, daemon=True).start()
@@ -53,7 +63,7 @@ def serve(folder: str) -> None:
 def _answer(sock: socket.socket, files: Sequence[int], sizes: Sequence[int]) -> None:
     request = bytearray(REQUEST.size)
     memory = memoryview(bytearray(TRANSFER_BYTES))
-    out = _tuned(sock).fileno()
+    out = sock.fileno()
     with sock:
         while sock.recv_into(request, 0, socket.MSG_WAITALL) == REQUEST.size:
             kind, first, count = REQUEST.unpack(request)
@@ -75,19 +85,21 @@ class Pair:
     """One server process a folder, and this process as their client, with as many connections a
     server as a chunk client has."""
 
-    def __init__(self, folders: Sequence[Path], connections: int) -> None:
+    def __init__(self, folders: Sequence[Path], connections: int, *, unpaced: bool = False) -> None:
+        """``unpaced``: by CUBIC, as chunk servers and clients do where the host would pace."""
         self._servers: list[subprocess.Popen[str]] = []
         self._sockets: list[list[socket.socket]] = []
         self._connections = connections
         try:
             for folder in folders:
-                self._servers.append(_spawn(folder))
+                self._servers.append(_spawn(folder, unpaced))
                 stdout = self._servers[-1].stdout
                 assert stdout is not None
                 peer = ("127.0.0.1", int(stdout.readline()))
                 self._sockets.append([])
                 for _ in range(connections):
-                    self._sockets[-1].append(_tuned(socket.create_connection(peer)))
+                    sock = socket.create_connection(peer)
+                    self._sockets[-1].append(_tuned(sock, unpaced=unpaced))
         except BaseException:
             self.close()
             raise
@@ -178,9 +190,9 @@ def _run(
         move(sock, first, count, at)
 
 
-def _spawn(folder: Path) -> subprocess.Popen[str]:
+def _spawn(folder: Path, unpaced: bool) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "kvfs_tools.chunk_pair", str(folder)],
+        [sys.executable, "-m", "kvfs_tools.chunk_pair", str(folder), *["unpaced"] * unpaced],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -188,4 +200,4 @@ def _spawn(folder: Path) -> subprocess.Popen[str]:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], unpaced="unpaced" in sys.argv[2:])

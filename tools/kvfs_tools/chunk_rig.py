@@ -114,7 +114,8 @@ class ChunkRig:
 
     def _chains(self) -> list[Chain]:
         """Chains of as many copies as are to be measured. Everything below writes to them and reads
-        from them through ChunkClient, however many targets they have."""
+        from them through ChunkClient, however many targets they have. The targets' chains of one
+        copy are ``single_chains``."""
         view = self._view
         deadline = time.monotonic() + START_SECONDS
         while True:
@@ -124,13 +125,14 @@ class ChunkRig:
                 if self._copies > 1:
                     _ask_for_chains(self._metadata, self._copies)
                     cluster = view.refresh()
-                found = [
+                whole = [
                     chain
                     for chain in cluster.chains
-                    if chain.copies == self._copies == len(chain.targets)
-                    and serving.issuperset(chain.targets)
+                    if chain.copies == len(chain.targets) and serving.issuperset(chain.targets)
                 ]
+                found = [chain for chain in whole if chain.copies == self._copies]
                 if found:
+                    self.single_chains = [chain for chain in whole if chain.copies == 1]
                     return found
             if time.monotonic() > deadline:
                 raise click.ClickException(f"no chains of {self._copies} copies came up")
@@ -197,14 +199,17 @@ class ChunkRig:
 
     # --- chunks
 
-    def fill(self, memory: memoryview, count: int, size: int) -> list[ChunkWrite]:
+    def fill(
+        self, memory: memoryview, count: int, size: int, chains: Sequence[Chain] | None = None
+    ) -> list[ChunkWrite]:
         """``count`` new chunks that lie one after the other in ``memory``, dealt to the chains in
         order; their bytes are what is in memory."""
         room = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        chains = self.chains if chains is None else chains
         return [
             ChunkWrite(
                 chunk=ChunkId(next(self._inodes), 0),
-                chain=self.chains[index * len(self.chains) // count].chain_id,
+                chain=chains[index * len(chains) // count].chain_id,
                 size=size,
                 crc32c=crc32c(memory[index * room : index * room + size]),
                 key=b"",

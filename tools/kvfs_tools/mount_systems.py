@@ -1,5 +1,6 @@
 """What ``kvfs bench-mount`` measures side by side: kvfs through each of its front ends, the file
-system below, and other mounts: JuiceFS and MooseFS, if they are installed.
+system below, other mounts (JuiceFS and MooseFS, if they are installed), kvfs with its namespace in
+the mount's process, and a loop that does next to nothing.
 
 All of them keep their data under one directory, so on one disk. Each is a context manager that
 yields a System and leaves nothing behind.
@@ -23,7 +24,7 @@ from kvfs_tools.cluster import START_SECONDS, STOP_SECONDS, ClusterFailed, Local
 
 FRONTENDS = ("direct", "pyfuse3")
 PLAIN = "plain"
-PEERS = ("juicefs", "moosefs")
+PEERS = ("memory", "empty", "juicefs", "moosefs")
 MOOSEFS_ADDRESS = "10.77.0.1"
 """A chunk server of MooseFS wants no master on 127.0.0.0/8: it gets a network namespace that has
 this address on its loopback."""
@@ -44,12 +45,14 @@ class System:
     path: Path
     mountpoint: Path
     processes: tuple[int, ...] = ()
+    has_bytes: bool = True
+    """Else names are all that it has."""
 
     @classmethod
-    def at(cls, name: str, mountpoint: Path, *processes: int) -> System:
+    def at(cls, name: str, mountpoint: Path, *processes: int, has_bytes: bool = True) -> System:
         path = mountpoint / f"bench-{name}"
         path.mkdir()
-        return cls(name, path, mountpoint, processes)
+        return cls(name, path, mountpoint, processes, has_bytes)
 
 
 @contextlib.contextmanager
@@ -69,6 +72,43 @@ def kvfs_mount(root: Path, cluster: LocalCluster, frontend: str) -> Iterator[Sys
     with _daemon([*argv, "--frontend", frontend], log_path) as process:
         _wait_for_mount(path, process, log_path)
         yield System.at(frontend, path, process.pid)
+
+
+@contextlib.contextmanager
+def memory(root: Path) -> Iterator[System]:
+    """The direct front end over a namespace in its own process, and chunk servers as for the
+    others: see ``mount_memory``. Raises ClusterFailed."""
+    home = root / "memory-data"
+    path = root / "memory"
+    (home / "targets").mkdir(parents=True)
+    path.mkdir()
+    address = f"unix:{home}/metadata.sock"
+    log_path = home / "mount.log"
+    argv = [sys.executable, "-m", "kvfs_tools.mount_memory", str(path), address]
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(_daemon(argv, log_path))
+        _wait_for_mount(path, process, log_path)
+        for number in range(3):
+            argv = [sys.executable, "-m", "kvfs", "serve", "chunks", f"--server-id={number}"]
+            argv += [f"--directories={home}/targets/{number}", f"--metadata={address}"]
+            argv += [f"--unix=unix:{home}/chunks-{number}.sock"]
+            stack.enter_context(_daemon(argv, home / f"chunks-{number}.log"))
+        _wait_for_space(path)
+        yield System.at("memory", path, process.pid)
+
+
+@contextlib.contextmanager
+def empty(root: Path) -> Iterator[System]:
+    """The floor: see ``mount_empty``. Needs root. Raises ClusterFailed."""
+    path = root / "empty"
+    path.mkdir()
+    log_path = root / "empty.log"
+    argv = [sys.executable, "-m", "kvfs_tools.mount_empty", str(path)]
+    with contextlib.ExitStack() as stack:
+        process = stack.enter_context(_daemon(argv, log_path))
+        _wait_for_mount(path, process, log_path)
+        stack.callback(_unmount, path)
+        yield System.at("empty", path, process.pid, has_bytes=False)
 
 
 @contextlib.contextmanager
@@ -208,7 +248,7 @@ def _wait_for_space(path: Path) -> None:
             return
         except OSError:
             if time.monotonic() > deadline:
-                raise ClusterFailed("MooseFS stores nothing") from None
+                raise ClusterFailed(f"{path.name} stores nothing") from None
             time.sleep(0.2)
 
 
@@ -263,7 +303,7 @@ def _unmount(path: Path) -> None:
     subprocess.run(["umount", "-l", str(path)], capture_output=True, check=False)
 
 
-SYSTEMS = {"juicefs": juicefs, "moosefs": moosefs}
+SYSTEMS = {"memory": memory, "empty": empty, "juicefs": juicefs, "moosefs": moosefs}
 
 __all__ = [
     "FRONTENDS",
@@ -272,8 +312,10 @@ __all__ = [
     "SYSTEMS",
     "PeerMissing",
     "System",
+    "empty",
     "juicefs",
     "kvfs_mount",
+    "memory",
     "moosefs",
     "plain",
 ]

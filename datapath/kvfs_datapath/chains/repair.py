@@ -18,6 +18,7 @@ from kvfs_base.errors import (
     IntegrityError,
     KvfsError,
     NotPermitted,
+    ServerBusy,
     VersionMismatch,
 )
 from kvfs_base.limits import CHUNK_LOCK_SECONDS, SYNC_CALL_SECONDS
@@ -57,7 +58,8 @@ class Repairer:
         """Reads the chunk again, and gets it from another member if it is damaged or missing. A
         target that others do not agree with about a file's chunk is brought in step as a whole.
         Raises what is wrong with the chunk if it cannot be had, TargetFenced, StaleChain; if
-        nobody who serves has it, it is recorded as damaged."""
+        nobody who serves has it, it is recorded as damaged. ChunkNotFound says that nobody who
+        serves knows of it, ServerBusy that somebody may."""
         try:
             return store.recheck(chunk)
         except DAMAGE as exc:
@@ -67,6 +69,7 @@ class Repairer:
         place = self._views.place(store, chunk.chain)
         others = [t for t in place.chain.targets if t != place.target_id] if place.serving else []
         is_lost = place.serving and isinstance(damage, ChunkCorrupt | ChunkMismatch)
+        is_missing = place.serving
         for other in others:
             try:
                 info = self._look(other, chunk)
@@ -77,12 +80,15 @@ class Repairer:
             except (Unreached, Unresolved, KvfsError) as exc:
                 log.info("chunk %s cannot be had of target %d: %s", tuple(chunk), other, exc)
                 is_lost &= isinstance(exc, ChunkCorrupt)
+                is_missing &= isinstance(exc, ChunkNotFound)
                 continue
             self._counters.add(chunks_repaired=1)
             log.info("chunk %s was damaged, and is whole again", tuple(chunk))
             return repaired
         if is_lost:
             self._give_up(store, place, chunk)
+        if isinstance(damage, ChunkNotFound) and not is_missing:
+            raise ServerBusy(detail=f"others may have chunk {tuple(chunk)}")
         raise damage
 
     def _give_up(self, store: ChunkStore, place: Place, chunk: ChunkId) -> None:

@@ -22,6 +22,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import msgspec
+
 from kvfs_base import threads
 from kvfs_base.counters import Counters
 from kvfs_base.errors import (
@@ -50,6 +52,9 @@ from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of
 
 log = logging.getLogger(__name__)
+
+_Removal = tuple[int, int, int, int]
+"""Inode, chain, writer and sequence."""
 
 
 class Unresolved(Exception):
@@ -112,9 +117,9 @@ class Replicator:
         self._counters = counters
         self._crew = crew
         self._unresolved: dict[tuple[ChunkStore, ChunkId], None] = {}
-        self._removed: collections.OrderedDict[tuple[int, int, int], None]
+        self._removed: collections.OrderedDict[_Removal, None]
         self._removed = collections.OrderedDict()
-        self._removing: set[tuple[int, int, int]] = set()
+        self._removing: set[_Removal] = set()
         self._refused = Refused()
         self._guard = threads.lock()
         self.wake: Callable[[], None] = lambda: None
@@ -143,7 +148,8 @@ class Replicator:
     def cut_range(self, store: ChunkStore, request: m.RemoveRange, passing: m.Passing) -> None:
         """At the head: cuts the chunks of a range to nothing, on all members. A request that was
         done, and comes late, is done once. Raises as ``update``."""
-        number = (request.inode, request.writer, request.sequence)
+        # The client sends it to the heads of all chains of the file: some may be here.
+        number = (request.inode, passing.chain, request.writer, request.sequence)
         with self._guard:
             if number in self._removed:
                 return
@@ -283,6 +289,7 @@ class Replicator:
             self._give_up(store, place, info, exc, clean=clean)
         except _Spoilt as exc:
             self._give_up(store, place, info, exc.error, clean=clean)
+            self._record_lost(store, info)
         except rules.NOWHERE as exc:
             if clean and self._drop(store, chunk):
                 raise
@@ -345,12 +352,15 @@ class Replicator:
             ) as place,
         ):
             committed, pending, known = self._look(store, chunk)
-            if not known:
-                raise ChunkMismatch(*chunk, detail="it is not known what is pending")
             if rules.same_version(committed, made):
                 return committed or rules.nothing(chunk)
-            if pending is not None and rules.same_version(pending, made):
-                if place.hops and self._is_done_behind(store, place, pending):
+            if not known or rules.same_version(pending, made):
+                is_done = place.hops and self._is_done_behind(store, place, made)
+                if not known and (is_done or not place.hops):
+                    # It may have been committed, and read, here: older bytes must not come back.
+                    self._record_lost(store, made)
+                    is_done = True
+                if is_done:
                     return self._commit(store, chunk)
                 store.versions.drop(chunk)
                 self._forget(store, chunk)
@@ -358,6 +368,15 @@ class Replicator:
                     self._in_step.went(place, chunk)
             self._refused.add(place, made)
             return committed or rules.nothing(chunk)
+
+    def _record_lost(self, store: ChunkStore, made: ChunkInfo) -> None:
+        """Makes a version pending without its bytes, which this member has not. Raises
+        Unresolved."""
+        lost = msgspec.structs.replace(made, state=ChunkState.DAMAGED)
+        try:
+            store.versions.prepare_whole(made.chunk, lost, [])
+        except KvfsError as exc:
+            raise self._remember(store, made.chunk, exc) from exc
 
     def _drop(self, store: ChunkStore, chunk: ChunkId) -> bool:
         try:

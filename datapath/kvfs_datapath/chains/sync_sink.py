@@ -4,6 +4,9 @@ One comparison a chain and version. It goes through the chunks in order; behind 
 has come to everything is in step but for what was asked for and has not come yet, before it only
 what was updated meanwhile. A comparison that breaks off and begins again under the same version
 goes on from what it knows: every update since then has passed this member.
+
+A member that waits for its turn knows nothing of the kind, and takes whatever comes whole: its
+comparison has a later version of the chain, as the one before it serves then.
 """
 
 from __future__ import annotations
@@ -89,18 +92,21 @@ class SyncSinks:
     # --- which chunks are in step (replication.InStep)
 
     def has(self, place: Place, chunk: ChunkId) -> bool:
+        """Never so for a member that waits for its turn."""
         with self._lock:
             found = self._find(place)
             return found is not None and found.has(chunk[:2])
 
     def came(self, place: Place, chunk: ChunkId) -> None:
         """Also before the source has asked for anything. Raises ServerBusy."""
-        with self._lock:
-            self._get(place).add(chunk[:2])
+        if place.is_sink:
+            with self._lock:
+                self._get(place).add(chunk[:2])
 
     def went(self, place: Place, chunk: ChunkId) -> None:
-        with self._lock:
-            self._get(place).remove(chunk[:2])
+        if place.is_sink:
+            with self._lock:
+                self._get(place).remove(chunk[:2])
 
     def _find(self, place: Place) -> _Comparison | None:
         found = self._comparisons.get((place.target_id, place.chain.chain_id))

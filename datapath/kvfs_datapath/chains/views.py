@@ -50,6 +50,11 @@ class Place:
         """Brings the first of those that are syncing in step."""
         return self.chain.targets[-1:] == (self.target_id,) and bool(self.chain.syncing)
 
+    @property
+    def is_sink(self) -> bool:
+        """Is brought in step; others that are syncing wait for their turn."""
+        return self.chain.syncing[:1] == (self.target_id,)
+
     def passing(self, hops: tuple[int, ...]) -> Passing:
         return Passing(self.chain.chain_id, self.chain.version, hops)
 

@@ -133,6 +133,7 @@ class ChainedFile:
                 seconds=seconds_for(0),
                 attempt=attempt,
                 fresh=number > 0,
+                watch=True,  # while a chunk is being written only the tail can be asked
             )
             raise_first(outcomes)
             error = wrong_piece(piece, outcomes, view[:received])
@@ -228,7 +229,11 @@ class ChainedFile:
         def ask(route: Route, attempt: Attempt, buffer: memoryview | None) -> m.Outcomes:
             request = m.StatChunks(route.target_id, refs)
             found: m.Outcomes = self._shared.pool.run(
-                route.address, lambda c: c.call(request), seconds=seconds_for(0), attempt=attempt
+                route.address,
+                lambda c: c.call(request),
+                seconds=seconds_for(0),
+                attempt=attempt,
+                watch=True,
             )
             raise_first(found, besides=ChunkNotFound)
             return found

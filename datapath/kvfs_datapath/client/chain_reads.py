@@ -28,8 +28,13 @@ from kvfs_base.errors import (
     TargetFenced,
     VersionMismatch,
 )
-from kvfs_base.limits import CHAIN_READ_SECONDS, CLIENT_THREADS_PER_TARGET
+from kvfs_base.limits import (
+    CHAIN_CONNECT_SECONDS,
+    CHAIN_READ_SECONDS,
+    CLIENT_THREADS_PER_TARGET,
+)
 from kvfs_base.types import ChunkId
+from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.client.hedges import Ask, Hedger
 from kvfs_datapath.client.patience import Patience
@@ -271,6 +276,8 @@ class ChainReader:
             avoided = self._health.avoided(r.target_id for r in chain.serving)
             order = chain.in_order(chunk, avoided)
             while order:
+                if order[0].target_id in avoided and self._is_hole(chunk, tries, chain):
+                    raise tries.verdict()
                 route = order.pop(0)
                 try:
                     other = _instead(order, avoided)
@@ -295,6 +302,26 @@ class ChainReader:
             elif not patience.wait():
                 raise tries.verdict()
             tries.failed.clear()
+
+    def _is_hole(self, chunk: ChunkId, tries: Tries, chain: ChainRoutes) -> bool:
+        """All who were asked so far do not have the chunk. The others could not be reached lately:
+        one who was asked looks what they have, and mends what it lacks."""
+        if not tries.failed or not all(isinstance(e, ChunkNotFound) for e in tries.failed.values()):
+            return False
+        route = chain.find(next(iter(tries.failed)))
+        if route is None:
+            return False
+        request = m.RepairChunks(route.target_id, (m.ChunkRef(*chunk),))
+        try:
+            outcomes: m.Outcomes = self._shared.pool.run(
+                route.address,
+                lambda c: c.call(request),
+                connect_seconds=CHAIN_CONNECT_SECONDS,
+                watch=True,
+            )
+        except KvfsError:
+            return False
+        return isinstance(outcomes.error(0), ChunkNotFound)
 
 
 def _untried(

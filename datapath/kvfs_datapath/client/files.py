@@ -43,7 +43,7 @@ from kvfs_datapath.client.chain_files import ChainedFile
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.client.descriptors import Descriptor
 from kvfs_datapath.client.outcomes import raise_first, wrong_piece
-from kvfs_datapath.client.patience import Patience
+from kvfs_datapath.client.patience import Closed, Patience
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment, segments
 from kvfs_datapath.client.staging import StagedFile
@@ -79,8 +79,8 @@ class StripedFile:
         self._tries = 1 + int(retry_seconds / FILE_RETRY_PAUSE_SECONDS)
         self._decided = False
         self._chained: ChainedFile | None = None
-        self._closed = threads.event()
         self._lock = threads.lock()
+        self._closed = Closed(self._lock)
         self._unsealed: set[int] = set()
         self._unsynced = Unsynced()
 
@@ -365,11 +365,14 @@ class StripedFile:
 
     def unstage(self, staged: StagedFile) -> None:
         """Nobody has ``staged`` open any more, and what was written to it is not wanted."""
-        found = os.fstat(staged.fd)
-        if found.st_size or found.st_blocks:
+        if not self.unstage_now(staged):
             self._client.staged.discard(staged)
-        else:
-            self._client.staged.give_back(staged)
+
+    def unstage_now(self, staged: StagedFile) -> bool:
+        """``unstage``, if its server need not be asked, as for what is empty; else nothing."""
+        found = os.fstat(staged.fd)
+        empty = not (found.st_size or found.st_blocks)
+        return empty and self._client.staged.give_back(staged)
 
     def is_first(self, fd: int) -> bool:
         """Whether ``fd`` is the first chunk's. Waits for its server."""

@@ -198,14 +198,14 @@ class StagedFiles:
         use it up, and InvalidRequest if it was used up."""
         staged.lane.adopt(staged, chunk)
 
-    def give_back(self, staged: StagedFile) -> None:
+    def give_back(self, staged: StagedFile) -> bool:
         """Nothing was written to it, and nobody has it open any more: somebody else may have it.
-        Its descriptor is taken over. Never raises."""
+        Its descriptor is taken over; False, and nothing was done, if there are enough."""
         lane = staged.lane
-        if lane.usable and len(lane.ready) < STAGED_AHEAD:
-            lane.ready.append(staged)
-            return
-        self.discard(staged)
+        if not lane.usable or len(lane.ready) >= STAGED_AHEAD:
+            return False
+        lane.ready.append(staged)
+        return True
 
     def discard(self, staged: StagedFile) -> None:
         """What was written to it is not wanted. Its descriptor is taken over. Never raises."""

@@ -38,7 +38,7 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.listing import ChunkListing, find_chunks
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
-from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.server import placing
 from kvfs_datapath.server.targets import Targets
 from kvfs_datapath.wire import receive_body, receive_header, send_message
@@ -205,8 +205,7 @@ class DataSession:
             more=total > sent,
         )
         try:
-            for file, offset, length in answer.pieces:
-                self._connection.send_file(file, offset, length)
+            self._connection.send_files(answer.pieces)
         except ConnectionLost:
             # If a file that was kept is shorter than it was, the next attempt opens it again.
             for kept in answer.kept:
@@ -257,35 +256,26 @@ class DataSession:
     def _borrow_kept(
         self, answer: _Answer, items: Sequence[m.ChunkRef], *, direct: bool = False
     ) -> Iterator[KeptFile | None]:
-        """For ``_next_kept``, in the order of the items."""
+        """Those that are open already, in the order of the items; ``_open_kept`` has the others."""
         assert answer.store is not None
         chunks = [item.chunk for item in items]
         found = self._chains.borrow_kept(answer.store, chunks, direct=direct)
         answer.kept += [kept for kept in found if kept is not None]
         return iter(found)
 
-    def _next_kept(
-        self,
-        answer: _Answer,
-        open_already: Iterator[KeptFile | None],
-        item: m.ChunkRef,
-        *,
-        direct: bool = False,
-    ) -> KeptFile:
-        kept = next(open_already)
-        if kept is None:
-            assert answer.store is not None
-            kept = self._chains.borrow(answer.store, item.chunk, direct=direct)
-            answer.kept.append(kept)
+    def _open_kept(self, answer: _Answer, item: m.ChunkRef, *, direct: bool = False) -> KeptFile:
+        assert answer.store is not None
+        kept = self._chains.borrow(answer.store, item.chunk, direct=direct)
+        answer.kept.append(kept)
         return kept
 
     def _read_chunks(self, store: ChunkStore, request: m.ReadChunks) -> _Answer:
         answer = _Answer(None, store)
 
         def read(item: m.SizedChunk) -> ChunkInfo:
-            kept = self._next_kept(answer, open_already, item)
+            kept = next(open_already) or self._open_kept(answer, item)
             info = kept.info
-            if not info.is_sealed:
+            if info.state is not ChunkState.SEALED:
                 raise ChunkMismatch(*item.chunk, detail="the chunk is open for writing")
             if info.length != item.size:
                 detail = f"{info.length} bytes, {item.size} expected"
@@ -310,7 +300,7 @@ class DataSession:
         def open_one(item: m.ChunkRef) -> ChunkInfo:
             if request.verify:
                 self._verify(store, item.chunk, request.seal)
-            kept = self._next_kept(answer, open_already, item, direct=request.direct)
+            kept = next(open_already) or self._open_kept(answer, item, direct=request.direct)
             answer.passed.append(kept.file.fileno())
             return kept.info
 

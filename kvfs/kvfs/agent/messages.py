@@ -89,7 +89,7 @@ class PutPlan(msgspec.Struct, array_like=True, frozen=True):
 
 
 class PreparePut(Request, tag="prepare_put"):
-    """Opens a put. Keys must differ. Raises CacheFull, NoTarget, LimitExceeded."""
+    """Opens a put. Keys must differ. Raises CacheFull, QuotaExceeded, NoTarget, LimitExceeded."""
 
     Reply: ClassVar = PutPlan
     namespace: U64

@@ -33,6 +33,7 @@ COMMANDS = {
     "rm": ("kvfs.cli.files:rm", "Remove files, blocks and empty directories."),
     "stat": ("kvfs.cli.files:stat_", "Show the attributes of a file or a block."),
     "copies": ("kvfs.cli.copies:copies", "Say how many copies a directory wants."),
+    "quota": ("kvfs.cli.quota:quota", "Bound what may lie below a directory."),
     "cluster": ("kvfs.cli.administration:cluster", "Look after servers and disks."),
     "metadata": ("kvfs.cli.metadata:metadata", "Back up, restore, copy, inspect the metadata."),
     "secret": ("kvfs.cli.secret:secret", "Make the secret of a cluster."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import mmap
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -10,12 +11,13 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from kvfs.mount.names import Names
-from kvfs_base.errors import KvfsError
+from kvfs_base.errors import InternalError, KvfsError
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Env
 from kvfs_datapath.client.chunk_client import ChunkClient
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NO_DESCRIPTOR = -1
@@ -26,9 +28,13 @@ class MetadataCalls(Protocol):
 
     async def call(self, request: Request) -> Any: ...
 
-    def call_soon(self, request: Request, done: Done) -> int: ...
+    def ask_soon(self, request: Request, done: Done) -> int: ...
 
     def give_up(self, number: int) -> None: ...
+
+    def call_soon(self, request: Request, done: Done) -> bool: ...
+
+    def send_soon(self) -> None: ...
 
 
 @dataclasses.dataclass
@@ -71,20 +77,32 @@ class Backend:
         self.names.answered(request, reply, token)
         return reply
 
-    def call_soon(self, request: Request, done: Done) -> int:
-        """A look-up, in the turn of the event loop that it came up in; ``done`` is told in the one
-        that the answer arrives in. A number for ``give_up``; 0 if ``call`` has to be used, as after
-        an error that is temporary."""
+    def ask_soon(self, request: Request, done: Done) -> int:
+        """A look-up, which leaves with the next ``send_soon``; ``done`` is told in the turn of the
+        event loop that the answer arrives in. A number for ``give_up``; 0 if ``call`` has to be
+        used, as after an error that is temporary."""
+        return self.metadata.ask_soon(request, self._settled(request, done))
+
+    def call_soon(self, request: Request, done: Done) -> bool:
+        """As ``call``, in the same way, and ``done`` is told in any case. False if ``call`` has to
+        be used."""
+        return self.metadata.call_soon(request, self._settled(request, done))
+
+    def _settled(self, request: Request, done: Done) -> Done:
         token = self.names.token
 
         def tell(reply: Any, error: KvfsError | None) -> None:
-            if error is None:
-                self.names.answered(request, reply, token)
-            else:
-                self.names.failed(request, error, token)
-            done(reply, error)
+            try:
+                if error is None:
+                    self.names.answered(request, reply, token)
+                else:
+                    self.names.failed(request, error, token)
+                done(reply, error)
+            except Exception as exc:  # a bug, and no task's: who asked is told
+                log.exception("%s was answered and not taken in", type(request).__name__)
+                done(None, InternalError(detail=type(exc).__name__))
 
-        return self.metadata.call_soon(request, tell)
+        return tell
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """A hop costs about 190 us of CPU: callers first try what does not wait."""

@@ -1,8 +1,12 @@
 """KV blocks as read-only files.
 
 Local blocks are read from a descriptor that the chunk server passed: it verified the chunk before.
-Blocks of other hosts are fetched whole into memory and verified there, because a part of a block
-cannot be checked; those buffers are bounded and the least recently used go first.
+Blocks of other hosts are fetched whole into memory files and verified there, because a part of a
+block cannot be checked. Either way the kernel may read the descriptor by itself. Memory is bounded:
+the least recently opened goes first, and is fetched again if somebody still reads it.
+
+One that nobody has open any more stays at hand for a moment (*idle*): while its attributes are
+leased it is there, and the next open asks nobody. It is let go of as soon as somebody removes it.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import TypeVar
 import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
+from kvfs.mount.idle import Idle
 from kvfs_base.errors import (
     BehindTheEnd,
     ChunkNotFound,
@@ -29,13 +34,16 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import (
     MOUNT_BLOCK_BUFFER_BYTES,
+    MOUNT_IDLE_BLOCKS,
     MOUNT_IDLE_SECONDS,
     MOUNT_IO_BYTES,
+    MOUNT_THREADS,
     MOUNT_USES_MAX,
-    PAGE_BYTES,
+    TRANSFER_BYTES,
 )
 from kvfs_base.seams import Buffer
-from kvfs_base.types import Attr, ChunkId
+from kvfs_base.types import Attr, BlockInfo, ChunkId, Layout
+from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.client.chunk_client import ChunkRead
 from kvfs_metadata.messages import GetAttr, LookupBlocks, RemoveBlocks
 
@@ -53,7 +61,12 @@ class OpenBlock:
         self.namespace = namespace
         """Inode of its directory, or 0 if the kernel remembered the block longer than we did."""
         self.handles = 0
+        self.readers = 0
+        """Reads that wait: the descriptor stays meanwhile."""
         self.descriptor = NO_DESCRIPTOR
+        """Of all bytes, verified; of a block of another host only while it is in memory."""
+        self.backing = NO_DESCRIPTOR
+        """What the kernel may read by itself: decided when the first handle is made."""
         self.fetching = trio.Lock()
 
     @property
@@ -73,15 +86,32 @@ class Blocks:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._fetched: collections.OrderedDict[int, memoryview] = collections.OrderedDict()
-        self._fetched_bytes = 0
+        self._open: dict[int, OpenBlock] = {}
+        self.idle: Idle[OpenBlock] = Idle(MOUNT_IDLE_BLOCKS, self._close)
+        self._buffers = BufferPool(MOUNT_THREADS, TRANSFER_BYTES)
+        self._in_memory: collections.OrderedDict[OpenBlock, None] = collections.OrderedDict()
+        self._memory_bytes = 0
+        self._passed_bytes = 0
+        """Of these, what the kernel reads by itself: it would keep what we let go of."""
         self._uses: dict[int, dict[bytes, None]] = {}
         """Keys by namespace."""
         self._uses_count = 0
         self._many_uses = trio.Event()
 
-    def use(self, block: OpenBlock) -> None:
+    def __len__(self) -> int:
+        """Open ones."""
+        return len(self._open)
+
+    def get(self, inode: int) -> OpenBlock | None:
+        """One that is open."""
+        return self._open.get(inode)
+
+    # --- uses, as eviction sees them
+
+    def _use(self, block: OpenBlock) -> None:
         """Of a block that is known to be there. Told to the service some time later."""
+        if not block.namespace:
+            return
         self._uses.setdefault(block.namespace, {})[block.attr.key] = None
         self._uses_count += 1
         if self._uses_count >= MOUNT_USES_MAX:
@@ -98,12 +128,82 @@ class Blocks:
                 with contextlib.suppress(KvfsError):  # the blocks look older than they are
                     await self._backend.call(LookupBlocks(namespace, b"".join(keys)))
 
-    async def open(self, block: OpenBlock) -> None:
-        """Raises IntegrityError or ChunkNotFound for a damaged block, InodeStale for one that was
-        removed meanwhile, ServiceError else."""
-        await self._patiently(block, self._open)
+    # --- opening and closing
 
-    async def _open(self, block: OpenBlock) -> None:
+    def open_now(self, inode: int) -> OpenBlock | None:
+        """One more handle of a block that is at hand and still there."""
+        block = self._open.get(inode)
+        if block is None:
+            known_to_be_there = self._backend.names.attr(inode) is not None
+            block = self.idle.take(inode) if known_to_be_there else None
+            if block is None:
+                return None
+            self._begin(block)
+        block.handles += 1
+        return block
+
+    def _begin(self, block: OpenBlock) -> None:
+        """Somebody opens a block that nobody had open."""
+        self._open[block.inode] = block
+        self._use(block)
+        block.backing = block.descriptor
+        if block in self._in_memory:
+            self._in_memory.move_to_end(block)
+            if self._passed_bytes + block.attr.size > MOUNT_BLOCK_BUFFER_BYTES // 2:
+                block.backing = NO_DESCRIPTOR
+            else:
+                self._passed_bytes += block.attr.size
+
+    async def open(self, namespace: int, attr: Attr) -> OpenBlock:
+        """The same in any case. Raises IntegrityError or ChunkNotFound for a damaged block,
+        InodeStale for one that was removed, ServiceError else."""
+        if namespace and self._backend.names.attr(attr.inode) is None:
+            found: tuple[BlockInfo | None, ...] = await self._backend.call(
+                LookupBlocks(namespace, attr.key)
+            )
+            if found[0] is None or found[0].inode != attr.inode:
+                raise InodeStale(inode=attr.inode)
+            attr.layout = Layout(attr.size, (found[0].chain,))  # it may have moved
+        known = self.open_now(attr.inode)
+        if known is not None:
+            return known
+        block = OpenBlock(attr, namespace)
+        await self._patiently(block, self._take)
+        other = self._open.get(attr.inode)
+        if other is not None:  # opened twice at the same time
+            self._close(block)
+            block = other
+        else:
+            self.idle.drop((attr.inode,))
+            self._begin(block)
+        block.handles += 1
+        return block
+
+    def release(self, block: OpenBlock) -> None:
+        """Gives back one handle."""
+        block.handles -= 1
+        if block.handles:
+            return
+        del self._open[block.inode]
+        if block.backing != NO_DESCRIPTOR and block in self._in_memory:
+            self._passed_bytes -= block.attr.size
+        block.backing = NO_DESCRIPTOR
+        if self._backend.names.attr(block.inode) is None:
+            self._close(block)
+        else:
+            self.idle.keep(block.inode, block)
+
+    def _close(self, block: OpenBlock) -> None:
+        """Lets go of the bytes. Handles there may be then have to fetch them again."""
+        if block.descriptor == NO_DESCRIPTOR:
+            return
+        os.close(block.descriptor)
+        block.descriptor = NO_DESCRIPTOR
+        if block in self._in_memory:
+            del self._in_memory[block]
+            self._memory_bytes -= block.attr.size
+
+    async def _take(self, block: OpenBlock) -> None:
         try:
             block.descriptor = await self._backend.in_thread(
                 self._open_local, ChunkId(block.inode, 0), block
@@ -149,18 +249,18 @@ class Blocks:
         os.posix_fadvise(descriptor, 0, block.attr.size, os.POSIX_FADV_WILLNEED)
         return descriptor
 
+    # --- reading
+
     def read_now(self, block: OpenBlock, offset: int, length: int) -> Buffer | None:
         """What ``read`` would answer, if nothing need be waited for."""
         length = min(length, block.attr.size - offset)
         if length <= 0:
             return b""
-        if block.descriptor == NO_DESCRIPTOR:
-            view = self._fetched.get(block.inode)
-            return None if view is None else view[offset : offset + length]
-        if length <= MOUNT_IO_BYTES:
+        if block.descriptor != NO_DESCRIPTOR and length <= MOUNT_IO_BYTES:
             view = self._backend.scratch[:length]
+            flags = 0 if block in self._in_memory else os.RWF_NOWAIT
             try:
-                if os.preadv(block.descriptor, [view], offset, os.RWF_NOWAIT) == length:
+                if os.preadv(block.descriptor, [view], offset, flags) == length:
                     return view
             except OSError:
                 pass  # not cached, or a file system that cannot tell: the thread finds out
@@ -172,50 +272,65 @@ class Blocks:
         if found is not None:
             return found
         length = min(length, block.attr.size - offset)
-        if block.descriptor == NO_DESCRIPTOR:
-            view = await self._patiently(block, self._fetch)
-            return view[offset : offset + length]
-        return await self._backend.in_thread(_read_all, block, offset, length)
+        block.readers += 1
+        try:
+            if block.descriptor == NO_DESCRIPTOR:
+                await self._patiently(block, self._fetch)
+            return await self._backend.in_thread(_read_all, block, offset, length)
+        finally:
+            block.readers -= 1
 
-    def close(self, block: OpenBlock) -> None:
-        if block.descriptor != NO_DESCRIPTOR:
-            os.close(block.descriptor)
-            block.descriptor = NO_DESCRIPTOR
-        self._forget(block.inode)
-
-    async def _fetch(self, block: OpenBlock) -> memoryview:
-        """All bytes of a block of another host, verified."""
+    async def _fetch(self, block: OpenBlock) -> None:
+        """All bytes of a block of another host, verified, into a memory file."""
         async with block.fetching:
-            view = self._fetched.get(block.inode)
-            if view is not None:
-                self._fetched.move_to_end(block.inode)
-                return view
-            size = max(block.attr.size, 1)
-            self._make_room(size)
-            view = memoryview(mmap.mmap(-1, -(-size // PAGE_BYTES) * PAGE_BYTES))
-            read = ChunkRead(
-                chunk=ChunkId(block.inode, 0),
-                chain=block.chain,
-                size=block.attr.size,
-                crc32c=block.attr.crc32c,
-                key=block.attr.key,
-                view=view,
-            )
-            error = (await self._backend.in_thread(self._backend.chunks.read_chunks, [read]))[0]
-            if error is not None:
-                raise error
-            self._fetched[block.inode] = view
-            self._fetched_bytes += len(view)
-            return view
+            if block.descriptor != NO_DESCRIPTOR:
+                return
+            self._make_room(block.attr.size)
+            block.descriptor = await self._backend.in_thread(self._fetched, block)
+            self._in_memory[block] = None
+            self._memory_bytes += block.attr.size
+
+    def _fetched(self, block: OpenBlock) -> int:
+        size = block.attr.size
+        descriptor = os.memfd_create("kvfs-block", os.MFD_CLOEXEC)
+        try:
+            if size <= self._buffers.size:
+                # A page of a buffer that is there is copied faster than a new one is mapped.
+                with self._buffers.lend(0) as buffer:
+                    self._receive(block, buffer[: round_up(size)])
+                    written = 0
+                    while written < size:
+                        written += os.pwrite(descriptor, buffer[written:size], written)
+            else:
+                os.ftruncate(descriptor, round_up(size))
+                self._receive(block, memoryview(mmap.mmap(descriptor, round_up(size))))
+                os.ftruncate(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _receive(self, block: OpenBlock, view: memoryview) -> None:
+        read = ChunkRead(
+            chunk=ChunkId(block.inode, 0),
+            chain=block.chain,
+            size=block.attr.size,
+            crc32c=block.attr.crc32c,
+            key=block.attr.key,
+            view=view,
+        )
+        (error,) = self._backend.chunks.read_chunks([read])
+        if error is not None:
+            raise error
 
     def _make_room(self, size: int) -> None:
-        while self._fetched and self._fetched_bytes + size > MOUNT_BLOCK_BUFFER_BYTES:
-            self._forget(next(iter(self._fetched)))
-
-    def _forget(self, inode: int) -> None:
-        view = self._fetched.pop(inode, None)
-        if view is not None:
-            self._fetched_bytes -= len(view)
+        """What nobody has open goes first; what the kernel reads by itself stays."""
+        for block in sorted(self._in_memory, key=lambda block: block.handles > 0):
+            if self._memory_bytes + size <= MOUNT_BLOCK_BUFFER_BYTES:
+                return
+            if block.backing == NO_DESCRIPTOR and not block.readers:
+                self.idle.take(block.inode)
+                self._close(block)
 
     async def _damaged(self, block: OpenBlock, error: KvfsError) -> None:
         """Counts it, and removes the block from its namespace: the next look-up is a miss."""

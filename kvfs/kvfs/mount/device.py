@@ -64,7 +64,10 @@ class Device:
         """False if nobody waits for it any more: the caller was killed, or all is unmounted."""
         header = wire.answer_header(unique, sum(map(len, parts)), error)
         try:
-            os.writev(self.descriptor, [header, *parts])
+            if parts:
+                os.writev(self.descriptor, [header, *parts])
+            else:
+                os.write(self.descriptor, header)
         except OSError as exc:
             if exc.errno == errno.ENOENT or exc.errno in GONE:
                 return False

@@ -3,8 +3,8 @@
 Each time that the device has something, all requests that are there are read before another task
 gets its turn: an event-loop turn a request is what costs most of a small call. What can be answered
 from what is known here (attributes of open files, cached pages, most closes) is answered on the
-spot. A look-up sends its question on the spot, too, and is answered by whoever receives the answer.
-The rest becomes a task.
+spot. Look-ups and changes of names send their question without a task, too, all of a turn in one
+write, and are answered by whoever receives the answer. The rest becomes a task.
 
 A request that its caller gave up (a signal) is left to end by itself for MOUNT_INTERRUPT_SECONDS.
 Then those that change nothing end with EINTR. Those that change something always end as they do:
@@ -25,10 +25,9 @@ from kvfs.mount.config import MountConfig
 from kvfs.mount.device import GONE, Device
 from kvfs.mount.direct_handlers import Answer, Handlers, Later
 from kvfs.mount.filesystem import Filesystem
-from kvfs.mount.frontend import errno_of
 from kvfs.mount.fuse_wire import Opcode, Request
 from kvfs.mount.notices import Notices
-from kvfs_base.errors import KvfsError, ProtocolError
+from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError
 from kvfs_base.limits import (
     MOUNT_DRAIN_REQUESTS,
     MOUNT_INTERRUPT_SECONDS,
@@ -42,6 +41,7 @@ INTERRUPTIBLE = frozenset(
     {
         Opcode.LOOKUP,
         Opcode.GETATTR,
+        Opcode.STATX,
         Opcode.READ,
         Opcode.READDIR,
         Opcode.READDIRPLUS,
@@ -61,6 +61,11 @@ class _Asked(NamedTuple):
     number: int
     since: float
 
+    @property
+    def may_be_repeated(self) -> bool:
+        """By a task. Else the client sees to the end of it by itself."""
+        return self.number is not True
+
 
 class DirectFrontend:
     def __init__(self, filesystem: Filesystem, config: MountConfig) -> None:
@@ -70,7 +75,6 @@ class DirectFrontend:
         self._handlers: Handlers | None = None
         self._nursery: trio.Nursery | None = None
         self._reading = trio.CancelScope()
-        self._reading_ended = trio.Event()
         self._running: dict[int, tuple[int, trio.CancelScope]] = {}
         """Opcode and scope by number, which the kernel uses again only after the answer."""
         self._lock_waits = 0
@@ -102,10 +106,14 @@ class DirectFrontend:
             self._fs.when_gone(notices.is_gone)
             self._fs.when_changed(notices.changed)
             nursery.start_soon(notices.tell)
-            nursery.start_soon(self._watch_asked)
-            with self._reading:
-                await self._read_requests()
-            self._reading_ended.set()
+            async with trio.open_nursery() as watching:
+                watching.start_soon(self._watch_asked)
+                with self._reading:
+                    await self._read_requests()
+                while self._asked:
+                    self._room = trio.Event()
+                    await self._room.wait()
+                watching.cancel_scope.cancel()
             notices.stop()
 
     def stop(self) -> None:
@@ -127,22 +135,23 @@ class DirectFrontend:
                 if exc.errno in GONE:
                     return
                 raise
-            while self._is_full():
+            while self._room_left() <= 0:
                 self._room = trio.Event()
                 await self._room.wait()
 
-    def _is_full(self) -> bool:
-        """Who waits for a lock does not count: what it waits for may come as a request."""
-        return len(self._running) - self._lock_waits + len(self._asked) >= MOUNT_TASKS
+    def _room_left(self) -> int:
+        """For requests. Who waits for a lock does not count: what it waits for may come as one."""
+        return MOUNT_TASKS - len(self._running) + self._lock_waits - len(self._asked)
 
     def _drain(self, device: Device, handlers: Handlers) -> None:
-        for _ in range(MOUNT_DRAIN_REQUESTS):
-            length = device.receive(self._buffer)
-            if not length:
-                return
-            self._accept(device, handlers, self._buffer[:length])
-            if self._is_full():
-                return
+        try:
+            for _ in range(min(MOUNT_DRAIN_REQUESTS, self._room_left())):
+                length = device.receive(self._buffer)
+                if not length:
+                    return
+                self._accept(device, handlers, self._buffer[:length])
+        finally:
+            self._fs.send_soon()
 
     def _accept(self, device: Device, handlers: Handlers, view: memoryview) -> None:
         try:
@@ -161,8 +170,11 @@ class DirectFrontend:
             answer = None if now is None else now(request)
             if answer is None and self._ask(handlers, request):
                 return
+        except EntryNotFound:  # the most usual answer of all, after those that are right
+            device.answer(request.unique, error=errno.ENOENT)
+            return
         except Exception as exc:
-            device.answer(request.unique, error=errno_of(exc, _name(request)))
+            device.answer(request.unique, error=handlers.errno_of(request, exc))
             return
         if answer is None:
             self._start(request)
@@ -201,7 +213,7 @@ class DirectFrontend:
                     answer = await handler(request)
                     error = 0
                 except Exception as exc:
-                    error = errno_of(exc, _name(request))
+                    error = handlers.errno_of(request, exc)
             # Nothing waits between the handler's return and this: ``answer`` is still valid.
             if error:
                 device.answer(request.unique, error=error)
@@ -221,18 +233,20 @@ class DirectFrontend:
         number = 0 if soon is None else soon(request, self._told)
         if number:
             self._asked[request.unique] = _Asked(request, number, trio.current_time())
-        return number != 0
+        return bool(number)
 
-    def _told(self, request: Request, answer: Answer, error: KvfsError | None) -> None:
-        if self._asked.pop(request.unique, None) is None:
+    def _told(self, request: Request, answer: Answer | None, error: KvfsError | None) -> None:
+        asked = self._asked.pop(request.unique, None)
+        if asked is None:
             return
-        assert self._device is not None
-        if error is None:
-            self._device.answer(request.unique, answer)
-        elif error.temporary:
+        assert self._device is not None and self._handlers is not None
+        if error is not None and not (error.temporary and asked.may_be_repeated):
+            self._device.answer(request.unique, error=self._handlers.errno_of(request, error))
+        elif error is not None or answer is None:
             self._start(request)
-        else:
-            self._device.answer(request.unique, error=errno_of(error, _name(request)))
+        elif not self._device.answer(request.unique, answer):
+            assert self._nursery is not None
+            self._nursery.start_soon(self._handlers.take_back, request, answer)
         self._room.set()
 
     def _take_over(self, asked: _Asked) -> None:
@@ -243,11 +257,11 @@ class DirectFrontend:
 
     async def _watch_asked(self) -> None:
         """A service that is silent for long is a matter for tasks, which know when to give up."""
-        while not self._reading_ended.is_set() or self._asked:
-            with trio.move_on_after(ASKED_SECONDS):
-                await self._reading_ended.wait()
+        while True:
+            await trio.sleep(ASKED_SECONDS)
             before = trio.current_time() - ASKED_SECONDS
-            for asked in [a for a in self._asked.values() if a.since <= before]:
+            late = [a for a in self._asked.values() if a.since <= before and a.may_be_repeated]
+            for asked in late:
                 self._take_over(asked)
 
     def _listen(self, request: Request) -> None:
@@ -261,14 +275,10 @@ class DirectFrontend:
 
     def _interrupt(self, unique: int) -> None:
         asked = self._asked.get(unique)
-        if asked is not None:
+        if asked is not None and asked.may_be_repeated:
             self._take_over(asked)
         opcode, scope = self._running.get(unique, (0, None))
         if scope is not None and opcode == Opcode.SETLKW:
             scope.cancel()
         elif scope is not None and opcode in INTERRUPTIBLE:
             scope.deadline = min(scope.deadline, trio.current_time() + MOUNT_INTERRUPT_SECONDS)
-
-
-def _name(request: Request) -> str:
-    return Opcode(request.opcode).name.lower()

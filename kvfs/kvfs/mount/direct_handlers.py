@@ -1,8 +1,8 @@
 """The direct front end's answers: requests of the kernel in, calls of the Filesystem, answers out.
 
 There are three kinds of handlers. What is known here is answered at once (``now``). Most look-ups
-need one answer of the metadata service and nothing else (``soon``). Everything may wait
-(``later``).
+and changes of names need one answer of the metadata service and nothing else (``soon``). Everything
+may wait (``later``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.config import MountConfig
 from kvfs.mount.device import Device
 from kvfs.mount.filesystem import Filesystem
-from kvfs.mount.frontend import DOT_ENTRIES, Space
+from kvfs.mount.frontend import DOT_ENTRIES, Space, StaleOpens, errno_of
 from kvfs.mount.fuse_wire import Feature, Opcode, OpenFlag, Request, SetAttrValid
+from kvfs.mount.fuse_wire_statx import statx_out
 from kvfs.mount.passthrough import NO_BACKING, Backings
 from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError, ResultTooLarge
@@ -29,9 +30,11 @@ Answer = Sequence[Buffer]
 """What follows the header. Valid until the next await."""
 Now = Callable[[Request], Answer | None]
 """None: somebody has to be asked."""
-Tell = Callable[[Request, Answer, KvfsError | None], None]
+Tell = Callable[[Request, Answer | None, KvfsError | None], None]
+"""Neither: it has to be ``later``."""
 Soon = Callable[[Request, Tell], int]
-"""A number for ``Filesystem.give_up``; 0: it has to be ``later``."""
+"""A number for ``Filesystem.give_up``; True: it is told of in any case, and cannot be given up; 0
+or False: it has to be ``later``."""
 Later = Callable[[Request], Awaitable[Answer]]
 
 WANTED = (
@@ -64,17 +67,24 @@ class Handlers:
         self._device = device
         self._locks = filesystem.locks
         self._locking = config.locks != "mount"
+        self._stale_opens = StaleOpens()
         self._backings: Backings | None = None
         """None where the kernel does not read by itself."""
         self._entry_times = wire.Times.of(config.entry_seconds)
         self._attr_times = wire.Times.of(config.attribute_seconds)
         self._negative_times = wire.Times.of(config.negative_seconds)
         self.now = self._now_handlers()
-        self.soon: dict[int, Soon] = {
-            Opcode.LOOKUP: self._lookup_soon,
-            Opcode.GETATTR: self._getattr_soon,
-        }
+        self.soon = self._soon_handlers()
         self.later = self._later_handlers()
+
+    def errno_of(self, request: Request, error: Exception) -> int:
+        """What the kernel is told of a request that failed."""
+        code = errno_of(error, Opcode(request.opcode).name.lower())
+        if request.opcode == Opcode.OPEN:
+            return self._stale_opens.failed(request.thread, code)
+        if request.opcode == Opcode.LOOKUP:
+            self._stale_opens.over(request.thread)
+        return code
 
     def take_back_now(self, request: Request, answer: Answer) -> None:
         """Nobody was there to take what was opened at once."""
@@ -98,6 +108,7 @@ class Handlers:
             Opcode.DESTROY: lambda _: (),
             Opcode.LOOKUP: self._lookup_now,
             Opcode.GETATTR: self._getattr_now,
+            Opcode.STATX: self._getattr_now,
             Opcode.OPEN: self._open_now,
             Opcode.READ: self._read_now,
             Opcode.WRITE: self._write_now,
@@ -125,17 +136,17 @@ class Handlers:
         except EntryNotFound:
             if not self._config.negative_seconds:
                 raise
-            return (wire.missing_entry_out(self._negative_times),)
+            return self._missing(request)
         return None if attr is None else self._entry(attr)
 
     def _getattr_now(self, request: Request) -> Answer | None:
         attr = self._fs.getattr_now(request.inode)
-        return None if attr is None else self._attr(attr)
+        return None if attr is None else self._told(request, attr)
 
     def _open_now(self, request: Request) -> Answer | None:
         flags, kill = request.arguments
         opened = None if kill else self._fs.open_now(request.inode, flags)
-        return None if opened is None else self._opened(request.inode, opened)
+        return None if opened is None else self._opened(request, opened)
 
     def _read_now(self, request: Request) -> Answer | None:
         data = self._fs.read_now(*request.arguments)
@@ -166,15 +177,28 @@ class Handlers:
         return ()
 
     def _getxattr_now(self, request: Request) -> Answer | None:
-        self._fs.check_xattr(request.arguments.name)
+        self._fs.xattrs.check(request.arguments.name)
         return None
 
-    # --- answered by one look-up
+    # --- answered by one answer
+
+    def _soon_handlers(self) -> dict[int, Soon]:
+        return {
+            Opcode.LOOKUP: self._lookup_soon,
+            Opcode.GETATTR: self._getattr_soon,
+            Opcode.STATX: self._getattr_soon,
+            Opcode.OPEN: self._open_soon,
+            Opcode.CREATE: self._create_soon,
+            Opcode.MKDIR: self._mkdir_soon,
+            Opcode.UNLINK: self._unlink_soon,
+            Opcode.RENAME: self._rename_soon,
+            Opcode.RENAME2: self._rename_soon,
+        }
 
     def _lookup_soon(self, request: Request, tell: Tell) -> int:
         def done(attr: Attr | None, error: KvfsError | None) -> None:
             if isinstance(error, EntryNotFound) and self._config.negative_seconds:
-                tell(request, (wire.missing_entry_out(self._negative_times),), None)
+                tell(request, self._missing(request), None)
             else:
                 tell(request, () if attr is None else self._entry(attr), error)
 
@@ -182,9 +206,50 @@ class Handlers:
 
     def _getattr_soon(self, request: Request, tell: Tell) -> int:
         def done(attr: Attr | None, error: KvfsError | None) -> None:
-            tell(request, () if attr is None else self._attr(attr), error)
+            tell(request, () if attr is None else self._told(request, attr), error)
 
         return self._fs.getattr_soon(request.inode, done)
+
+    def _open_soon(self, request: Request, tell: Tell) -> int:
+        flags, kill = request.arguments
+
+        def done(opened: Opened | None, error: KvfsError | None) -> None:
+            answer = None if opened is None else self._opened(request, opened)
+            tell(request, answer, error)
+
+        return not kill and self._fs.open_soon(request.inode, flags, done)
+
+    def _create_soon(self, request: Request, tell: Tell) -> int:
+        flags, mode, name = request.arguments
+
+        def done(created: tuple[Attr, Opened] | None, error: KvfsError | None) -> None:
+            tell(request, None if created is None else self._created(*created), error)
+
+        entry = request.inode, name
+        return self._fs.create_soon(entry, mode, flags, _caller(request), done)
+
+    def _mkdir_soon(self, request: Request, tell: Tell) -> int:
+        mode, _, name = request.arguments
+
+        def done(attr: Attr | None, error: KvfsError | None) -> None:
+            tell(request, None if attr is None else self._entry(attr), error)
+
+        return self._fs.mkdir_soon(request.inode, name, mode, _caller(request), done)
+
+    def _unlink_soon(self, request: Request, tell: Tell) -> int:
+        def done(_: None, error: KvfsError | None) -> None:
+            tell(request, (), error)
+
+        return self._fs.unlink_soon(request.inode, request.arguments.name, done)
+
+    def _rename_soon(self, request: Request, tell: Tell) -> int:
+        new_parent, flags, name, new_name = request.arguments
+
+        def done(_: None, error: KvfsError | None) -> None:
+            tell(request, (), error)
+
+        old, new = (request.inode, name), (new_parent, new_name)
+        return self._fs.rename_soon(old, new, flags, done)
 
     # --- names
 
@@ -192,6 +257,7 @@ class Handlers:
         return {
             Opcode.LOOKUP: self._lookup,
             Opcode.GETATTR: self._getattr,
+            Opcode.STATX: self._getattr,
             Opcode.SETATTR: self._setattr,
             Opcode.READLINK: self._readlink,
             Opcode.SYMLINK: self._symlink,
@@ -224,11 +290,20 @@ class Handlers:
             Opcode.REMOVEXATTR: self._removexattr,
         }
 
+    def _told(self, request: Request, attr: Attr) -> Answer:
+        if request.opcode == Opcode.STATX:
+            return (statx_out(attr, self._attr_times),)
+        return self._attr(attr)
+
     def _attr(self, attr: Attr) -> Answer:
         return (wire.attr_out(attr, self._attr_times),)
 
     def _entry(self, attr: Attr) -> Answer:
         return (wire.entry_out(attr, self._entry_times, self._attr_times),)
+
+    def _missing(self, request: Request) -> Answer:
+        self._stale_opens.over(request.thread)
+        return (wire.missing_entry_out(self._negative_times),)
 
     async def _lookup(self, request: Request) -> Answer:
         try:
@@ -236,10 +311,10 @@ class Handlers:
         except EntryNotFound:
             if not self._config.negative_seconds:
                 raise
-            return (wire.missing_entry_out(self._negative_times),)
+            return self._missing(request)
 
     async def _getattr(self, request: Request) -> Answer:
-        return self._attr(await self._fs.getattr(request.inode))
+        return self._told(request, await self._fs.getattr(request.inode))
 
     async def _setattr(self, request: Request) -> Answer:
         args: wire.SetAttrs = request.arguments
@@ -292,8 +367,9 @@ class Handlers:
 
     # --- files
 
-    def _opened(self, inode: int, opened: Opened) -> Answer:
-        backing_id = NO_BACKING
+    def _opened(self, request: Request, opened: Opened) -> Answer:
+        self._stale_opens.over(request.thread)
+        inode, backing_id = request.inode, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
             backing_id = self._backings.opened(opened.handle, inode, opened.backing)
         flags = OpenFlag.KEEP_CACHE if opened.keep_cache else OpenFlag(0)
@@ -313,11 +389,15 @@ class Handlers:
         opened = await self._fs.open(request.inode, flags)
         if kill and self._fs.is_privileged(opened.handle):
             await self._fs.setattr(request.inode, AttrChanges(drop_privileges=True))
-        return self._opened(request.inode, opened)
+        return self._opened(request, opened)
 
     async def _create(self, request: Request) -> Answer:
         flags, mode, name = request.arguments
-        attr, opened = await self._fs.create(request.inode, name, mode, flags, _caller(request))
+        return self._created(
+            *await self._fs.create(request.inode, name, mode, flags, _caller(request))
+        )
+
+    def _created(self, attr: Attr, opened: Opened) -> Answer:
         flags, backing_id = OpenFlag.KEEP_CACHE, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
             backing_id = self._backings.opened(opened.handle, attr.inode, opened.backing)
@@ -394,24 +474,24 @@ class Handlers:
         return ()
 
     async def _statfs(self, request: Request) -> Answer:
-        return (wire.statfs_out(Space.of(await self._fs.statfs())),)
+        return (wire.statfs_out(Space.of(await self._fs.statfs(request.inode))),)
 
     # --- extended attributes
 
     async def _getxattr(self, request: Request) -> Answer:
         size, name = request.arguments
-        return _sized(await self._fs.getxattr(request.inode, name), size)
+        return _sized(await self._fs.xattrs.get(request.inode, name), size)
 
     async def _listxattr(self, request: Request) -> Answer:
-        names = await self._fs.listxattr(request.inode)
+        names = await self._fs.xattrs.list(request.inode)
         return _sized(b"".join(name + b"\0" for name in names), request.arguments.size)
 
     async def _setxattr(self, request: Request) -> Answer:
-        await self._fs.setxattr(request.inode, *request.arguments)
+        await self._fs.xattrs.set(request.inode, *request.arguments)
         return ()
 
     async def _removexattr(self, request: Request) -> Answer:
-        await self._fs.removexattr(request.inode, request.arguments.name)
+        await self._fs.xattrs.remove(request.inode, request.arguments.name)
         return ()
 
 

@@ -13,6 +13,7 @@ reply to a request that was sent before the file's last change is not used.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import math
@@ -32,6 +33,7 @@ from kvfs_base.errors import (
     InternalError,
     KvfsError,
     NotSupported,
+    QuotaExceeded,
     WriteUncertain,
 )
 from kvfs_base.limits import (
@@ -53,6 +55,18 @@ FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
 ALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Backing:
+    """A descriptor that the kernel may read by itself, and the state of the file that it is of."""
+
+    descriptor: int
+    size: int
+    mtime_ns: int
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class OpenFile:
@@ -88,7 +102,8 @@ class OpenFile:
         self._passed: PassedWrites | None = None
         """It may write there as well."""
         self._is_decided = False
-        self._deciding = trio.Lock()
+        self._deciding: trio.Lock | None = None
+        """Held by who finds out what ``backing`` is to be."""
 
     # --- attributes
 
@@ -169,6 +184,7 @@ class OpenFile:
         by itself (``backing``), since all opens of an inode must be alike."""
         if self.decide_now(reads_only=reads_only):
             return
+        self._deciding = self._deciding or trio.Lock()
         async with self._deciding, self.lock.shared():
             if not self._is_decided and reads_only and self._may_pass():
                 try:
@@ -177,11 +193,27 @@ class OpenFile:
                     log.debug("inode %d is not passed through: %s", self.inode, exc)
             self._is_decided = True
 
-    def decide_now(self, *, reads_only: bool) -> bool:
-        """The same if nothing need be waited for, else nothing."""
-        if not (self._is_decided or self._deciding.locked()):
-            self._is_decided = not (reads_only and self._may_pass())
+    def decide_now(self, *, reads_only: bool, known: Backing | None = None) -> bool:
+        """The same if nothing need be waited for, else nothing. ``known`` is what the last one who
+        had it open has left; it is taken over if nothing has changed since."""
+        if not (self._is_decided or (self._deciding is not None and self._deciding.locked())):
+            may_pass = reads_only and self._may_pass()
+            if may_pass and known is not None and self._is_of_now(known):
+                self.backing = known.descriptor
+            self._is_decided = self.backing != NO_DESCRIPTOR or not may_pass
         return self._is_decided
+
+    def _is_of_now(self, known: Backing) -> bool:
+        """A chunk that was replaced has no name any more."""
+        is_same = (known.size, known.mtime_ns) == (self.size, self.mtime_ns)
+        return is_same and os.fstat(known.descriptor).st_nlink > 0
+
+    def give_up_backing(self) -> Backing | None:
+        """What the kernel has read by itself, if it may again: the caller closes it."""
+        if self.backing == NO_DESCRIPTOR or self._passed is not None or self._unflushed:
+            return None
+        descriptor, self.backing = self.backing, NO_DESCRIPTOR
+        return Backing(descriptor, self.size, self.mtime_ns)
 
     def _may_pass(self) -> bool:
         """Nobody else has it open, and it looks finished."""
@@ -276,7 +308,7 @@ class OpenFile:
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Does what ``write`` would, if nothing need be waited for; else nothing."""
         end = offset + len(data)
-        if offset > self.size or end - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
+        if offset > self.size or end - self.recorded[0] >= self._unpushed_max:
             return False
         if not self.lock.try_shared():
             return False
@@ -293,7 +325,21 @@ class OpenFile:
         end = offset + len(data)
         if end > FILE_BYTES_MAX:
             raise FileTooLarge(limit=FILE_BYTES_MAX)
-        if offset > self.size:
+        try:
+            await self._write_anywhere(offset, data)
+        except QuotaExceeded:
+            # The chunks have it already.
+            async with self.lock.exclusive():
+                if end > self.size:
+                    await self._truncate(end, self.size)
+            raise
+        if self.size - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
+            await self.push()
+
+    async def _write_anywhere(self, offset: int, data: Buffer) -> None:
+        # What is recorded along with one write must not cut what another one has just recorded.
+        alone = self._cut and self.attr.quota
+        if offset > self.size or alone:
             async with self.lock.exclusive():
                 await self._open_hole(offset)
                 await self._write(offset, data)
@@ -304,8 +350,6 @@ class OpenFile:
                 self.lock.release_shared()
         else:
             await self._write_waiting(offset, data)
-        if self.size - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
-            await self.push()
 
     async def _write_waiting(self, offset: int, data: Buffer) -> None:
         async with self.lock.shared():
@@ -321,7 +365,17 @@ class OpenFile:
         self._unflushed = True
         if not self._data.write_now(offset, data):
             await self._backend.in_thread(self._data.write, offset, data)
-        self._wrote(offset + len(data))
+        end = offset + len(data)
+        if self.attr.quota and end > self.recorded[0]:
+            # After the bytes, as always: a mount that dies leaves no zeros.
+            await self._record(SetAttr(self.inode, grow_to=end))
+        self._wrote(end)
+
+    @property
+    def _unpushed_max(self) -> int:
+        """By how much the file may grow before the service hears of it. What counts for a quota is
+        recorded with each write: only the service knows what is left of it."""
+        return 1 if self.attr.quota else MOUNT_UNPUSHED_BYTES
 
     def _wrote(self, end: int) -> None:
         self._unflushed = True
@@ -367,25 +421,39 @@ class OpenFile:
             return
         await self._store_passed()
         async with self.lock.exclusive():
-            if request.size is not None:
-                await self._resize(request.size)
             if request.mtime_ns is None:
                 request.mtime_ns = self._backend.env.clock.time_ns()
-            await self._record(request)
+            if request.size is None:
+                await self._record(request)
+            elif request.size > self.size:
+                await self._lengthen(request, request.size)
+            else:
+                await self._shorten(request.size)
+                await self._record(request)
 
-    async def _resize(self, size: int) -> None:
+    async def _shorten(self, size: int) -> None:
+        if size == self.size:
+            return
+        tail = 0 if self._tail_clean else MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
+        await self._truncate(self.size + tail, size)
+        self._tail_clean = True
+        # The chunks are cut: should the service not answer now, a later push tells it.
+        self.size = size
+        self._dirty = self._cut = True
+        self._count_change()
+
+    async def _lengthen(self, request: SetAttr, size: int) -> None:
+        """Sends ``request`` with the new size. Holds the lock exclusive."""
         if size > FILE_BYTES_MAX:
             raise FileTooLarge(limit=FILE_BYTES_MAX)
-        if size < self.size:
-            tail = 0 if self._tail_clean else MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
-            await self._truncate(self.size + tail, size)
-            self._tail_clean = True
-            # The chunks are cut: should the service not answer now, a later push tells it.
-            self.size = size
-            self._dirty = self._cut = True
-            self._count_change()
-        else:
-            await self._open_hole(size)
+        before, request.size = self.size, size
+        await self._open_hole(size)
+        try:
+            await self._record(request)
+        except QuotaExceeded:
+            if self.backing != NO_DESCRIPTOR:  # whose length is what the kernel's readers see
+                await self._truncate(size, before)
+            raise
 
     async def allocate(self, offset: int, length: int, mode: int) -> None:
         """As fallocate(2). What is allocated is not reserved: it is a hole that may be written."""
@@ -402,9 +470,9 @@ class OpenFile:
                 await self._zero(offset, min(end, self.size), request)
             if end > self.size and not mode & FALLOC_FL_KEEP_SIZE:
                 await self._check_space(end - self.size)
-                await self._open_hole(end)
-                request.size = end
-            await self._record(request)
+                await self._lengthen(request, end)
+            else:
+                await self._record(request)
 
     async def _zero(self, start: int, end: int, request: SetAttr) -> None:
         if start >= end:
@@ -453,7 +521,10 @@ class OpenFile:
     async def _record(self, request: SetAttr) -> None:
         """Sends ``request`` along with what is not recorded yet."""
         if request.size is None and self._dirty:
-            request.size, request.grow_to = (self.size, None) if self._cut else (None, self.size)
+            if self._cut:
+                request.size = self.size
+            else:
+                request.grow_to = max(self.size, request.grow_to or 0)
         request.sparse = self.sparse
         epoch = self._backend.epoch
         attr: Attr = await self._backend.call(request)
@@ -527,8 +598,12 @@ class OpenFile:
 
     def close_now(self) -> bool:
         """Lets go of descriptors, if nothing need be waited for."""
-        if self._unflushed or self._passed is not None:
+        if self._unflushed:
             return False
+        if self._passed is not None:
+            if not self._passed.close_now():
+                return False
+            self._passed, self.backing = None, NO_DESCRIPTOR
         self._close_backing()
         self._data.close()
         return True

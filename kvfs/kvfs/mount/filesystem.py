@@ -18,6 +18,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import trio
 
@@ -30,8 +31,8 @@ from kvfs.mount.names import MISSING, Entry
 from kvfs.mount.open_files import OpenFiles
 from kvfs.mount.remembered import Remembered
 from kvfs.mount.requests import AttrChanges, Caller, Opened, without_privileges
+from kvfs.mount.xattrs import Xattrs
 from kvfs_base.errors import (
-    AttributeMissing,
     EntryExists,
     EntryNotFound,
     InodeStale,
@@ -39,35 +40,28 @@ from kvfs_base.errors import (
     LimitExceeded,
     NameTooLong,
     NotPermitted,
-    NotSupported,
 )
 from kvfs_base.limits import (
+    MOUNT_IDLE_SECONDS,
     MOUNT_OPEN_FILES,
     MOUNT_REMEMBERED_INODES,
     MOUNT_WRITE_BACK_SECONDS,
     NAME_BYTES_MAX,
     SYMLINK_BYTES_MAX,
-    XATTR_NAME_BYTES_MAX,
-    XATTR_VALUE_BYTES_MAX,
 )
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Buffer
-from kvfs_base.types import Attr, BlockInfo, Layout
+from kvfs_base.types import Attr
 from kvfs_metadata.messages import (
     FilesystemStats,
     GetAttr,
-    GetXattr,
     Link,
-    ListXattr,
     Lookup,
-    LookupBlocks,
     Make,
     ReadLink,
-    RemoveXattr,
     Rename,
     Rmdir,
     SetAttr,
-    SetXattr,
     StatFs,
     Sync,
     Touched,
@@ -75,10 +69,6 @@ from kvfs_metadata.messages import (
 )
 
 log = logging.getLogger(__name__)
-
-FOREIGN_XATTRS = (b"security.", b"system.")
-"""Labels, capabilities and ACLs: not kept. The kernel asks for ``security.capability`` before every
-write, so these are answered here."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -95,11 +85,11 @@ class Filesystem:
         self._attribute_seconds = attribute_seconds
         self._blocks = Blocks(backend)
         self._files = OpenFiles(backend)
-        self._open_blocks: dict[int, OpenBlock] = {}
         self._handles: dict[int, Handle | OpenBlock | OpenDirectory] = {}
         self._next_handle = 1
         self._seen_blocks: Remembered[tuple[int, Attr]] = Remembered(MOUNT_REMEMBERED_INODES)
         self.locks = FileLocks(backend)
+        self.xattrs = Xattrs(backend)
 
     def statistics(self) -> dict[str, int]:
         """Counters and gauges by name."""
@@ -108,7 +98,8 @@ class Filesystem:
             **self._backend.statistics,
             **self._backend.names.statistics(),
             "handles": len(self._handles),
-            "open_blocks": len(self._open_blocks),
+            "open_blocks": len(self._blocks),
+            "idle_blocks": len(self._blocks.idle),
             "idle_files": len(self._files.opens),
             "open_files": len(self._files),
         }
@@ -124,6 +115,7 @@ class Filesystem:
 
         def changed(inodes: Sequence[int], entries: Sequence[Entry]) -> None:
             self._files.changed(inodes)
+            self._blocks.idle.drop(inodes)
             tell(inodes, entries)
 
         self._backend.names.tell_kernel = changed
@@ -135,7 +127,7 @@ class Filesystem:
     # --- look-ups
 
     def lookup_soon(self, parent: int, name: bytes, done: Done) -> int:
-        """As ``lookup``, without a task that waits: see Backend.call_soon."""
+        """As ``lookup``, without a task that waits: see Backend.ask_soon."""
         _check_name(name)
         return self._ask_soon(Lookup(parent, name), done, parent)
 
@@ -149,11 +141,15 @@ class Filesystem:
         def tell(attr: Attr | None, error: KvfsError | None) -> None:
             done(None if attr is None else self._tell(attr, epoch, parent), error)
 
-        return self._backend.call_soon(request, tell)
+        return self._backend.ask_soon(request, tell)
 
     def give_up(self, number: int) -> None:
         """Of what was asked ``soon`` nothing will be told any more."""
         self._backend.metadata.give_up(number)
+
+    def send_soon(self) -> None:
+        """Whoever has called methods in ``_soon`` calls this in the end: questions leave now."""
+        self._backend.metadata.send_soon()
 
     def lookup_now(self, parent: int, name: bytes) -> Attr | None:
         """Raises EntryNotFound."""
@@ -195,7 +191,7 @@ class Filesystem:
         file = self._files.get(inode)
         if file is not None:
             return self._fresh_now(file)
-        block = self._open_blocks.get(inode)
+        block = self._blocks.get(inode)
         return self._leased(inode) if block is None else block.attr
 
     async def getattr(self, inode: int) -> Attr:
@@ -249,6 +245,11 @@ class Filesystem:
     async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attr:
         return await self._make(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), caller)
 
+    def mkdir_soon(self, parent: int, name: bytes, mode: int, caller: Caller, done: Done) -> bool:
+        """As ``mkdir``, without a task that waits."""
+        request = _make(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), caller)
+        return self._call_soon(request, lambda attr: attr, done)
+
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
         return await self._make(parent, name, mode, caller, rdev=rdev)
 
@@ -267,8 +268,7 @@ class Filesystem:
         rdev: int = 0,
         target: bytes = b"",
     ) -> Attr:
-        _check_name(name)
-        request = Make(parent, name, mode, caller.uid, caller.gid, rdev, target)
+        request = _make(parent, name, mode, caller, rdev=rdev, target=target)
         epoch = self._backend.epoch
         return self._tell(await self._backend.call(request), epoch, parent)
 
@@ -278,9 +278,27 @@ class Filesystem:
 
     async def unlink(self, parent: int, name: bytes) -> None:
         _check_name(name)
-        attr = self._changed_by_name(await self._backend.call(Unlink(parent, name)))
-        if not attr.nlink:
-            self._files.opens.changed((attr.inode,))
+        self._unlinked(await self._backend.call(Unlink(parent, name)))
+
+    def unlink_soon(self, parent: int, name: bytes, done: Done) -> bool:
+        """As ``unlink``, without a task that waits: see Backend.call_soon."""
+        _check_name(name)
+        return self._call_soon(Unlink(parent, name), self._unlinked, done)
+
+    def _call_soon(self, request: Request, then: Callable[[Any], Any], done: Done) -> bool:
+        """``done`` is told what ``then`` makes of the reply."""
+
+        def tell(reply: Any, error: KvfsError | None) -> None:
+            done(then(reply) if error is None else None, error)
+
+        return self._backend.call_soon(request, tell)
+
+    def _unlinked(self, attr: Attr) -> None:
+        self._changed_by_name(attr)
+        if attr.is_block:
+            self._blocks.idle.drop((attr.inode,))
+        elif not attr.nlink:
+            self._files.gone((attr.inode,))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         _check_name(name)
@@ -290,11 +308,14 @@ class Filesystem:
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
     ) -> None:
         """``flags`` as in renameat2."""
-        _check_name(name)
-        _check_name(new_name)
-        request = Rename(parent, name, new_parent, new_name, flags)
-        touched: Touched = await self._backend.call(request)
-        self._files.opens.changed(touched.inodes[1:])  # what was replaced
+        self._renamed(await self._backend.call(_rename(parent, name, new_parent, new_name, flags)))
+
+    def rename_soon(self, old: Entry, new: Entry, flags: int, done: Done) -> bool:
+        """As ``rename``, without a task that waits."""
+        return self._call_soon(_rename(*old, *new, flags), self._renamed, done)
+
+    def _renamed(self, touched: Touched) -> None:
+        self._files.gone(touched.inodes[1:])  # what was replaced
 
     def _changed_by_name(self, attr: Attr) -> Attr:
         """Link counts of open files follow."""
@@ -315,28 +336,50 @@ class Filesystem:
     ) -> tuple[Attr, Opened]:
         """``flags`` as in open(2). Raises InodeStale if the file exists and O_EXCL was not asked
         for: the caller looks again and opens it, which checks permissions."""
-        _check_name(name)
-        self._check_room()
-        mode = stat.S_IFREG | stat.S_IMODE(mode)
-        request = Make(parent, name, mode, caller.uid, caller.gid, open=True)
+        request = self._creation(parent, name, mode, caller)
         try:
             attr: Attr = await self._backend.call(request)
         except EntryExists:
-            if flags & os.O_EXCL:
-                raise
-            raise InodeStale() from None
+            raise _exists(flags) from None
+        return self._created(attr, flags)
+
+    def create_soon(self, entry: Entry, mode: int, flags: int, caller: Caller, done: Done) -> bool:
+        """As ``create``, without a task that waits."""
+
+        def tell(attr: Attr | None, error: KvfsError | None) -> None:
+            if isinstance(error, EntryExists):
+                error = _exists(flags)
+            done(None if attr is None else self._created(attr, flags), error)
+
+        return self._backend.call_soon(self._creation(*entry, mode, caller), tell)
+
+    def _creation(self, parent: int, name: bytes, mode: int, caller: Caller) -> Make:
+        self._check_room()
+        return _make(parent, name, stat.S_IFREG | stat.S_IMODE(mode), caller, open=True)
+
+    def _created(self, attr: Attr, flags: int) -> tuple[Attr, Opened]:
         # Who writes a new file as a whole says that it must not be there yet.
-        is_whole = flags & os.O_EXCL and flags & os.O_ACCMODE != os.O_RDONLY
-        file = await self._files.made(attr, is_whole=bool(is_whole))
-        return file.view(), self._opened(file, True, flags)
+        is_whole = bool(flags & os.O_EXCL) and flags & os.O_ACCMODE != os.O_RDONLY
+        file, is_first = self._files.made(attr, is_whole=is_whole)
+        return attr if is_first else file.view(), self._opened(file, True, flags)
 
     def open_now(self, inode: int, flags: int) -> Opened | None:
-        block = self._open_blocks.get(inode)
-        if block is not None:
-            self._check_room()
-            return self._share_block(block, flags)
+        if inode in self._seen_blocks:
+            return self._open_block_now(inode, flags)
         found = self._files.open_now(inode, flags)
         return None if found is None else self._opened(*found, flags)
+
+    def open_soon(self, inode: int, flags: int, done: Done) -> bool:
+        """As ``open`` of a file that nobody had open lately. ``done`` is told None if more has to
+        be waited for: then ``open`` does."""
+        if flags & os.O_TRUNC or inode in self._seen_blocks or not self._files.is_known(inode):
+            return False
+        self._check_room()
+
+        def tell(_: None, error: KvfsError | None) -> None:
+            done(self.open_now(inode, flags) if error is None else None, error)
+
+        return self._files.opens.count_soon(inode, tell)
 
     async def open(self, inode: int, flags: int) -> Opened:
         """``flags`` as in open(2), O_TRUNC included. Answers from fresh attributes."""
@@ -354,7 +397,7 @@ class Filesystem:
         return self._opened(*await self._files.open(inode, flags), flags)
 
     def _check_room(self) -> None:
-        if len(self._files) + len(self._open_blocks) >= MOUNT_OPEN_FILES:
+        if len(self._files) + len(self._blocks) >= MOUNT_OPEN_FILES:
             raise LimitExceeded(detail="open files", limit=MOUNT_OPEN_FILES)
 
     def _add(self, opened: Handle | OpenBlock | OpenDirectory) -> int:
@@ -380,32 +423,22 @@ class Filesystem:
         self._handle(handle).file.refuse_backing()
 
     async def _open_block(self, namespace: int, attr: Attr, flags: int) -> Opened:
-        """A use of the block, as eviction sees it. Raises EntryNotFound if it was removed."""
+        """A use of the block, as eviction sees it. Raises InodeStale if it was removed."""
         _check_read_only(flags)
-        if namespace and self._backend.names.attr(attr.inode) is None:
-            found: tuple[BlockInfo | None, ...] = await self._backend.call(
-                LookupBlocks(namespace, attr.key)
-            )
-            if found[0] is None or found[0].inode != attr.inode:
-                self._seen_blocks.drop(attr.inode)
-                raise InodeStale(inode=attr.inode)
-            attr.layout = Layout(attr.size, (found[0].chain,))  # it may have moved
-        block = self._open_blocks.get(attr.inode)
-        if block is None:
-            block = OpenBlock(attr, namespace)
-            await self._blocks.open(block)
-            if namespace:
-                self._blocks.use(block)
-            other = self._open_blocks.setdefault(attr.inode, block)
-            if other is not block:  # opened twice at the same time
-                self._blocks.close(block)
-                block = other
-        return self._share_block(block, flags)
+        try:
+            return self._opened_block(await self._blocks.open(namespace, attr))
+        except InodeStale:
+            self._seen_blocks.drop(attr.inode)
+            raise
 
-    def _share_block(self, block: OpenBlock, flags: int) -> Opened:
+    def _open_block_now(self, inode: int, flags: int) -> Opened | None:
         _check_read_only(flags)
-        block.handles += 1
-        return Opened(self._add(block), True, False, backing=block.descriptor, is_block=True)
+        self._check_room()
+        block = self._blocks.open_now(inode)
+        return None if block is None else self._opened_block(block)
+
+    def _opened_block(self, block: OpenBlock) -> Opened:
+        return Opened(self._add(block), True, False, backing=block.backing, is_block=True)
 
     def read_now(self, handle: int, offset: int, length: int) -> Buffer | None:
         opened = self._handles[handle]
@@ -472,10 +505,7 @@ class Filesystem:
             return False
         del self._handles[handle]
         if isinstance(opened, OpenBlock):
-            opened.handles -= 1
-            if not opened.handles:
-                del self._open_blocks[opened.inode]
-                self._blocks.close(opened)
+            self._blocks.release(opened)
         return True
 
     async def release(self, handle: int) -> None:
@@ -515,39 +545,10 @@ class Filesystem:
     async def fsyncdir(self, handle: int) -> None:
         await self._backend.call(Sync())
 
-    async def statfs(self) -> FilesystemStats:
-        statistics: FilesystemStats = await self._backend.call(StatFs())
+    async def statfs(self, inode: int = 0) -> FilesystemStats:
+        """Of the whole, or of what the quota that an inode counts for leaves of it."""
+        statistics: FilesystemStats = await self._backend.call(StatFs(inode))
         return statistics
-
-    # --- extended attributes
-
-    def check_xattr(self, name: bytes) -> None:
-        """Raises AttributeMissing for what no file here has."""
-        if name.startswith(FOREIGN_XATTRS):
-            raise AttributeMissing(name=name)
-        _check_xattr_name(name)
-
-    async def getxattr(self, inode: int, name: bytes) -> bytes:
-        self.check_xattr(name)
-        value: bytes = await self._backend.call(GetXattr(inode, name))
-        return value
-
-    async def setxattr(self, inode: int, name: bytes, value: bytes, flags: int = 0) -> None:
-        """``flags`` as in setxattr(2)."""
-        if name.startswith(FOREIGN_XATTRS):
-            raise NotSupported(detail=f"extended attribute {name!r}")
-        _check_xattr_name(name)
-        if len(value) > XATTR_VALUE_BYTES_MAX:
-            raise LimitExceeded(limit=XATTR_VALUE_BYTES_MAX)
-        await self._backend.call(SetXattr(inode, name, value, flags))
-
-    async def listxattr(self, inode: int) -> tuple[bytes, ...]:
-        names: tuple[bytes, ...] = await self._backend.call(ListXattr(inode))
-        return names
-
-    async def removexattr(self, inode: int, name: bytes) -> None:
-        self.check_xattr(name)
-        await self._backend.call(RemoveXattr(inode, name))
 
     # --- the whole
 
@@ -559,26 +560,54 @@ class Filesystem:
                 await file.write_back()
 
     async def tidy_forever(self) -> None:
-        """Tells the service what can wait: closes, and uses of blocks."""
+        """Does what can wait: closes files and blocks, tells the service of uses."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._files.opens.close_idle)
             nursery.start_soon(self._blocks.tell_uses)
+            nursery.start_soon(self._close_idle)
+
+    async def _close_idle(self) -> None:
+        while True:
+            await trio.sleep(MOUNT_IDLE_SECONDS)
+            self._blocks.idle.turn()
+            self._files.idle_backings.turn()
 
     async def close(self) -> None:
         """Records everything, after the last request."""
         for handle in list(self._handles):
             await self.release(handle)
+        self._blocks.idle.clear()
+        self._files.idle_backings.clear()
         await self._files.opens.close_all()
+
+
+def _make(
+    parent: int,
+    name: bytes,
+    mode: int,
+    caller: Caller,
+    *,
+    rdev: int = 0,
+    target: bytes = b"",
+    open: bool = False,
+) -> Make:
+    _check_name(name)
+    return Make(parent, name, mode, caller.uid, caller.gid, rdev, target, open=open)
+
+
+def _rename(parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Rename:
+    _check_name(name)
+    _check_name(new_name)
+    return Rename(parent, name, new_parent, new_name, flags)
+
+
+def _exists(flags: int) -> KvfsError:
+    return EntryExists() if flags & os.O_EXCL else InodeStale()
 
 
 def _check_name(name: bytes) -> None:
     if len(name) > NAME_BYTES_MAX:
         raise NameTooLong(length=len(name))
-
-
-def _check_xattr_name(name: bytes) -> None:
-    if len(name) > XATTR_NAME_BYTES_MAX:
-        raise LimitExceeded(detail="attribute name", limit=XATTR_NAME_BYTES_MAX)
 
 
 def _check_read_only(flags: int) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
 from kvfs_base.errors import FuseMissing, KvfsError
-from kvfs_base.limits import KIB, PAGE_BYTES
+from kvfs_base.limits import KIB, MOUNT_STALE_OPENS, PAGE_BYTES
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import FilesystemStats
 
@@ -110,6 +110,36 @@ def make(choice: Choice, filesystem: Filesystem, config: MountConfig) -> Fronten
     return Pyfuse3Frontend(filesystem, config)
 
 
+class StaleOpens:
+    """Threads whose open failed because the file went between look-up and open.
+
+    The kernel takes ESTALE for "look the name up once more", so that who opens a file while another
+    one takes its name gets one of the two. It does so once. If what it finds then has gone, too,
+    the program would be told ESTALE, which those that look for files do not know: for them the
+    file is missing.
+    """
+
+    def __init__(self) -> None:
+        self._threads: dict[int, None] = {}
+
+    def failed(self, thread: int, code: int) -> int:
+        """``open`` ended with the errno ``code``; the one that the kernel is told."""
+        again = thread in self._threads
+        self.over(thread)
+        if code != errno.ESTALE or again:
+            return errno.ENOENT if code == errno.ESTALE else code
+        if thread:
+            self._threads[thread] = None
+            if len(self._threads) > MOUNT_STALE_OPENS:
+                del self._threads[next(iter(self._threads))]
+        return code
+
+    def over(self, thread: int) -> None:
+        """It has a file open, or was told that there is none."""
+        if self._threads:
+            self._threads.pop(thread, None)
+
+
 def errno_of(error: Exception, operation: str) -> int:
     """What the kernel is told. What a person may have to look into is logged."""
     if isinstance(error, KvfsError):
@@ -141,4 +171,7 @@ class Space(NamedTuple):
     def of(cls, found: FilesystemStats) -> Space:
         free = max(0, found.capacity_bytes - found.used_bytes) // PAGE_BYTES
         blocks = found.capacity_bytes // PAGE_BYTES
+        if found.inodes_max:
+            files_free = max(0, found.inodes_max - found.inodes)
+            return cls(blocks, free, found.inodes + files_free, files_free)
         return cls(blocks, free, found.inodes + FREE_INODES, FREE_INODES)

@@ -68,6 +68,7 @@ class Opcode(enum.IntEnum):
     READDIRPLUS = 44
     RENAME2 = 45
     LSEEK = 46
+    STATX = 52
 
 
 UNANSWERED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
@@ -146,6 +147,8 @@ class Request(NamedTuple):
     gid: int
     arguments: Any
     """One of the tuples below, or None where the opcode has none or is not known."""
+    thread: int = 0
+    """Who asks; 0 if it cannot be named here."""
 
 
 class Init(NamedTuple):
@@ -258,18 +261,20 @@ def parse(view: memoryview) -> Request:
     """One request, as it was read. Raises ProtocolError."""
     if len(view) < REQUEST_HEADER.size:
         raise ProtocolError(detail=f"a request of {len(view)} bytes")
-    length, opcode, unique, inode, uid, gid, _, extensions, _ = REQUEST_HEADER.unpack_from(view)
+    length, opcode, unique, inode, uid, gid, thread, extensions, _ = REQUEST_HEADER.unpack_from(
+        view
+    )
     body_end = length - DIRENT_ALIGN * extensions
     if length != len(view) or body_end < REQUEST_HEADER.size:
         raise ProtocolError(detail=f"a request of {len(view)} bytes that says {length}")
     parser = _PARSERS.get(opcode)
     if parser is None:
-        return Request(opcode, unique, inode, uid, gid, None)
+        return Request(opcode, unique, inode, uid, gid, None, thread)
     try:
         arguments = parser(view[REQUEST_HEADER.size : body_end])
     except (struct.error, ValueError) as exc:
         raise ProtocolError(detail=f"request {opcode}: {exc}") from exc
-    return Request(opcode, unique, inode, uid, gid, arguments)
+    return Request(opcode, unique, inode, uid, gid, arguments, thread)
 
 
 def unique_of(view: memoryview) -> int | None:

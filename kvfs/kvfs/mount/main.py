@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import platform
+from collections.abc import Callable
+from typing import Protocol
 
 import trio
 
 from kvfs.mount import system
-from kvfs.mount.backend import Backend
+from kvfs.mount.backend import Backend, MetadataCalls
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import Choice, Frontend, choose, make
+from kvfs.mount.names import Names
 from kvfs_base.errors import ConnectionLost, InvalidRequest, KvfsError, MountFailed, MountPointBusy
 from kvfs_base.os_env import raise_open_files_limit
 from kvfs_base.seams import Env
@@ -32,21 +36,33 @@ RETRY_SECONDS = 0.05
 SESSION_BYTES = 16
 
 
+class Namespace(MetadataCalls, Protocol):
+    """What a mount asks for everything."""
+
+    def watch(self, watcher: Names) -> None: ...
+
+
+Connect = Callable[[bytes, str], contextlib.AbstractAsyncContextManager[Namespace]]
+"""With a new session and what people are told of it."""
+
+
 async def run_mount(
     env: Env,
     config: MountConfig,
     *,
+    connect: Connect | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Reports started once mounted; serves until cancelled or unmounted by somebody, and leaves no
     mount behind. Raises MountFailed, FuseMissing, MountPointBusy, or what the metadata service
-    answered (ConnectionLost if it does not run). One mount a process."""
+    answered (ConnectionLost if it does not run). One mount a process. ``connect`` is for names that
+    lie elsewhere than at ``config.metadata``."""
     choice = choose(config.frontend)
     if choice.name == "pyfuse3" and config.locks == "cluster":
         raise InvalidRequest(detail="locks in the cluster need the direct front end")
     await _prepare(config)
     raise_open_files_limit()
-    mount = _Mount(env, config, choice)
+    mount = _Mount(env, config, choice, connect)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mount.watch_for_cancellation)
@@ -99,10 +115,13 @@ class _Mount:
     recorded. So all of it runs shielded from cancellation, which only asks it to end.
     """
 
-    def __init__(self, env: Env, config: MountConfig, choice: Choice) -> None:
+    def __init__(
+        self, env: Env, config: MountConfig, choice: Choice, connect: Connect | None
+    ) -> None:
         self._env = env
         self._config = config
         self._choice = choice
+        self._connect = connect or self._dial
         self._work = trio.CancelScope(shield=True)
         self._mounted = False
         self._end = trio.Event()
@@ -124,7 +143,7 @@ class _Mount:
         session = env.rng.randbytes(SESSION_BYTES)
         name = f"{config.mountpoint} on {platform.node()} (pid {os.getpid()})"
         with self._work:
-            async with MetadataClient(env, config.metadata, session=session, name=name) as metadata:
+            async with self._connect(session, name) as metadata:
                 await self._reach(metadata)
                 cluster = ClusterView(env, config.metadata)
                 chunks = ChunkClient(env, cluster, prefer=config.transport)
@@ -138,7 +157,10 @@ class _Mount:
                     chunks.close()
                     cluster.close()
 
-    async def _reach(self, metadata: MetadataClient) -> None:
+    def _dial(self, session: bytes, name: str) -> MetadataClient:
+        return MetadataClient(self._env, self._config.metadata, session=session, name=name)
+
+    async def _reach(self, metadata: Namespace) -> None:
         """Raises ConnectionLost: the client itself would wait longer for a service to come."""
         with trio.move_on_after(REACH_SECONDS):
             await metadata.call(StatFs())

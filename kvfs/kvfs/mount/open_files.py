@@ -12,11 +12,12 @@ import os
 from collections.abc import AsyncIterator, Iterable, Iterator
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
-from kvfs.mount.files import OpenFile
+from kvfs.mount.files import Backing, OpenFile
+from kvfs.mount.idle import Idle
 from kvfs.mount.opens import Opens
 from kvfs.mount.remembered import Remembered
 from kvfs_base.errors import KvfsError, NotPermitted
-from kvfs_base.limits import MOUNT_REMEMBERED_INODES
+from kvfs_base.limits import MOUNT_IDLE_BLOCKS, MOUNT_REMEMBERED_INODES
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import SetAttr
 
@@ -33,6 +34,7 @@ class OpenFiles:
         self._pages: Remembered[tuple[int, int]] = Remembered(MOUNT_REMEMBERED_INODES)
         """By inode, size and mtime of the contents that the kernel may have cached."""
         self.opens = Opens(backend)
+        self.idle_backings: Idle[Backing] = Idle(MOUNT_IDLE_BLOCKS, Backing.close)
         self.pass_through = False
         """The kernel reads by itself what Opened has as ``backing``."""
 
@@ -69,23 +71,30 @@ class OpenFiles:
             file = self._files.get(inode)
             if file is not None:
                 file.distrust()
+        self.gone(inodes)
+
+    def gone(self, inodes: Iterable[int]) -> None:
+        """Perhaps these were removed, or are to move: nothing of them is kept."""
+        self.idle_backings.drop(inodes)
         self.opens.changed(inodes)
 
     # --- opening
 
-    async def made(self, attr: Attr, *, is_whole: bool) -> OpenFile:
+    def made(self, attr: Attr, *, is_whole: bool) -> tuple[OpenFile, bool]:
         """Of a file that was just made, and counted as open with that. ``is_whole``: it will be
-        written from its start to its end."""
+        written from its start to its end. True unless somebody has seen the name already and opened
+        it."""
         self.opens.made(attr.inode)
-        file = self._files.get(attr.inode)  # somebody may have seen the name already
+        file = self._files.get(attr.inode)
+        is_first = file is None
         if file is None:
             file = self._files[attr.inode] = OpenFile(self._backend, attr)
             file.is_new()
-            if self.pass_through and is_whole:
+            if self.pass_through and is_whole and not attr.quota:
                 file.pass_writes()
-            await file.decide(reads_only=False)
+            file.decide_now(reads_only=False)
         file.handles += 1
-        return file
+        return file, is_first
 
     def open_now(self, inode: int, flags: int) -> tuple[OpenFile, bool] | None:
         """``flags`` as in open(2). True if the pages that the kernel has of it are current."""
@@ -102,7 +111,10 @@ class OpenFiles:
     def _count_if_ready(self, file: OpenFile, flags: int) -> bool:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         file.handles += 1
-        is_decided = not self.pass_through or file.decide_now(reads_only=not writable)
+        known = self.idle_backings.take(file.inode) if file.handles == 1 else None
+        is_decided = not self.pass_through or file.decide_now(reads_only=not writable, known=known)
+        if known is not None and file.backing != known.descriptor:
+            known.close()
         if is_decided and (not writable or file.backing == NO_DESCRIPTOR):
             return True
         file.handles -= 1
@@ -164,7 +176,10 @@ class OpenFiles:
     def let_go_now(self, file: OpenFile) -> bool:
         """``let_go``, if nothing need be waited for; else nothing."""
         if file.handles == 1:
-            if not file.flushed or not file.close_now():
+            if not file.flushed:
+                return False
+            self._keep_backing(file)
+            if not file.close_now():
                 return False
             self._remove(file)
         file.handles -= 1
@@ -187,6 +202,13 @@ class OpenFiles:
             except KvfsError as exc:
                 log.info("inode %d: its chunks stay open: %s", file.inode, exc)
         self._give_back(file)
+
+    def _keep_backing(self, file: OpenFile) -> None:
+        """For the next open, if nobody can change the file meanwhile without our hearing of it."""
+        if file.attr.nlink and self._backend.names.attr(file.inode) is not None:
+            backing = file.give_up_backing()
+            if backing is not None:
+                self.idle_backings.keep(file.inode, backing)
 
     def _remove(self, file: OpenFile) -> None:
         del self._files[file.inode]

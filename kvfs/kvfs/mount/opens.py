@@ -17,6 +17,7 @@ import trio
 from kvfs.mount.backend import Backend
 from kvfs_base.errors import KvfsError
 from kvfs_base.limits import CLOSED_TOGETHER_MAX, MOUNT_IDLE_FILES, MOUNT_IDLE_SECONDS
+from kvfs_base.rpc import Done
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import CloseInode, GetAttr, OpenInode
 
@@ -67,6 +68,21 @@ class Opens:
             raise
         self._counted[inode] += not known
         return attr
+
+    def count_soon(self, inode: int, done: Done) -> bool:
+        """The service counts it, for who takes it in ``done``: see Backend.call_soon. Otherwise it
+        is idle. False if ``take`` has to be used."""
+        if inode in self._counted or not self._may_be_idle(inode):
+            return False
+
+        def tell(attr: Attr | None, error: KvfsError | None) -> None:
+            if attr is not None:
+                self._counted[inode] += 1
+                if inode not in self._users:
+                    self._idle[inode] = None
+            done(None, error)
+
+        return self._backend.call_soon(OpenInode(inode), tell)
 
     def made(self, inode: int) -> None:
         """The service has counted it with its creation."""

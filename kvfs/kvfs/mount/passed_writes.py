@@ -145,6 +145,11 @@ class PassedWrites:
         if self._adopted:
             self._data.touched()
 
+    def close_now(self) -> bool:
+        """``close``, if nothing was written and so nothing need be waited for; else nothing."""
+        untouched = not (self._adopted or self._orphaned or self.unstored or self.size)
+        return untouched and self._data.unstage_now(self._staged)
+
     def close(self) -> bool:
         """Blocking: nobody has the file open any more. True if its chunks are to be sealed."""
         if self._adopted:

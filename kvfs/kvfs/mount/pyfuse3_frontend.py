@@ -25,7 +25,14 @@ from pyfuse3 import (
 
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
-from kvfs.mount.frontend import BLOCK_SIZE, DOT_ENTRIES, Space, errno_of, sectors
+from kvfs.mount.frontend import (
+    BLOCK_SIZE,
+    DOT_ENTRIES,
+    Space,
+    StaleOpens,
+    errno_of,
+    sectors,
+)
 from kvfs.mount.names import Entry
 from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, MountFailed
@@ -58,6 +65,7 @@ class _Operations(pyfuse3.Operations):
         super().__init__()
         self._fs = filesystem
         self._config = config
+        self._stale_opens = StaleOpens()
 
     # --- translation
 
@@ -92,6 +100,7 @@ class _Operations(pyfuse3.Operations):
         try:
             return self._entry(await self._fs.lookup(parent, name))
         except EntryNotFound:
+            self._stale_opens.over(ctx.pid)
             if not self._config.negative_seconds:
                 raise
             missing = EntryAttributes()
@@ -182,9 +191,14 @@ class _Operations(pyfuse3.Operations):
         attr, opened = await self._fs.create(parent, name, mode, flags, _caller(ctx))
         return FileInfo(fh=opened.handle, keep_cache=True), self._entry(attr)
 
-    @_handler
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
-        return self._info(inode, await self._fs.open(inode, flags))
+        try:
+            opened = await self._fs.open(inode, flags)
+        except Exception as exc:
+            code = self._stale_opens.failed(ctx.pid, errno_of(exc, "open"))
+            raise FUSEError(code) from exc
+        self._stale_opens.over(ctx.pid)
+        return self._info(inode, opened)
 
     @_handler
     async def read(self, fh: int, off: int, size: int) -> Any:  # anything with a buffer will do
@@ -251,20 +265,20 @@ class _Operations(pyfuse3.Operations):
 
     @_handler
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
-        return await self._fs.getxattr(inode, name)
+        return await self._fs.xattrs.get(inode, name)
 
     @_handler
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         # pyfuse3 has dealt with XATTR_CREATE and XATTR_REPLACE.
-        await self._fs.setxattr(inode, name, value)
+        await self._fs.xattrs.set(inode, name, value)
 
     @_handler
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        return await self._fs.listxattr(inode)
+        return await self._fs.xattrs.list(inode)
 
     @_handler
     async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._fs.removexattr(inode, name)
+        await self._fs.xattrs.remove(inode, name)
 
 
 def _caller(ctx: RequestContext) -> Caller:

@@ -36,6 +36,7 @@ class Kind(enum.StrEnum):
     CHAIN_BROKEN = "chain-broken"
     COUNTER_LOW = "counter-low"
     USAGE_WRONG = "usage-wrong"
+    QUOTA_WRONG = "quota-wrong"
     BLOCK_LOST = "block-lost"
     BLOCK_DAMAGED = "block-damaged"
     FILE_HOLE = "file-hole"
@@ -89,6 +90,7 @@ _KEY_BYTES = {
     records.REMOVAL: 16,
     records.MOVE: 12,
     records.CHAIN: 8,
+    records.QUOTA: 12,
 }
 _VALUE_BYTES = {records.ENTRY: 8, records.BLOCK: 68, records.REMOVAL: 28, records.MOVE: 28}
 _NAMED = (records.ENTRY, records.XATTR)
@@ -135,4 +137,6 @@ def _content_problem(kind: bytes, key: bytes, value: bytes) -> str | None:
         records.decode_target(value)
     elif kind == records.CHAIN:
         records.decode_chain(value)
+    elif kind == records.QUOTA:
+        records.decode_quota(value)
     return None

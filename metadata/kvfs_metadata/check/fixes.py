@@ -205,6 +205,14 @@ class SetUsage(FixBase, frozen=True, tag="usage"):
     rank: ClassVar[int] = 6
 
 
+class SetQuotaUsage(FixBase, frozen=True, tag="quota"):
+    """What is charged to a directory is counted anew, in one transaction; its quota goes if there
+    is no such directory."""
+
+    rank: ClassVar[int] = 6
+    inode: U64
+
+
 Fix = (
     SetLinks
     | SetParent
@@ -223,6 +231,7 @@ Fix = (
     | RaiseCounter
     | RemoveChunks
     | SetUsage
+    | SetQuotaUsage
 )
 
 

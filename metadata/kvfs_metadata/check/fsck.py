@@ -25,6 +25,7 @@ import stat
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -34,9 +35,10 @@ from kvfs_base.types import KV_DIRECTORY, ROOT_INODE
 from kvfs_metadata import records
 from kvfs_metadata.check import fixes as f
 from kvfs_metadata.check.findings import DROPPABLE, Finding, Kind, record_problem
+from kvfs_metadata.check.quota_usage import Charges, decode_quotas
 from kvfs_metadata.engines.engine import Item, prefix_end
 from kvfs_metadata.inodes import KV_INODE, charged_bytes
-from kvfs_metadata.records import BlockValue, InodeRecord, Usage
+from kvfs_metadata.records import BlockValue, InodeRecord, QuotaRecord, Usage
 
 DIRECTORY = 1
 NAMESPACE = 2
@@ -176,7 +178,7 @@ class MetadataCheck:
     # --- inodes
 
     def _read_inodes(self) -> Iterator[Finding]:
-        before = self._usage()
+        before, quotas, charges = self._usage(), self._quotas([]), Charges()
         inodes = file_bytes = 0
         for key, value in read_all(self._reader, records.INODE):
             number = records.number_at(key)
@@ -191,6 +193,7 @@ class MetadataCheck:
                 continue
             record = records.decode_inode(value)
             file_bytes += charged_bytes(record)
+            charges.add(record)
             self._inodes.add(number, record)
             if record.is_dir:
                 self._directories.add(number, record.parent)
@@ -200,6 +203,13 @@ class MetadataCheck:
         if before == self._usage() != counted:
             detail = f"{_totals(before)} recorded, {_totals(counted)} counted"
             yield Finding(kind=Kind.USAGE_WRONG, inode=0, detail=detail, fix=f.SetUsage())
+        bad: list[Finding] = []
+        is_directory = partial(self._inodes.has, flag=DIRECTORY)
+        yield from charges.compare(quotas, self._quotas(bad), is_directory)
+        yield from bad
+
+    def _quotas(self, bad: list[Finding]) -> dict[int, QuotaRecord]:
+        return decode_quotas(self._sound(records.QUOTA, "quotas", bad))
 
     def _usage(self) -> Usage:
         for key, value in self._reader.range(records.USAGE_KEY, records.USAGE_KEY + b"\x00", 1):

@@ -42,6 +42,7 @@ from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.check import fixes as f
 from kvfs_metadata.check.findings import DROPPABLE, record_problem
 from kvfs_metadata.check.fsck import Batches, is_file, leads_nowhere
+from kvfs_metadata.check.quota_usage import set_quota_usage
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.engines.engine import KVRead, Overlay, scan
 from kvfs_metadata.inodes import (
@@ -178,6 +179,7 @@ class Repairer:
             f.RaiseCounter: self._raise_counter,
             f.RemoveChunks: self._remove_chunks,
             f.SetUsage: self._set_usage,
+            f.SetQuotaUsage: set_quota_usage,
         }
         self._batches: Batches | None = None
 

@@ -65,7 +65,12 @@ def _add_number(txn: KVTransaction, key: bytes, value: bytes) -> None:
         txn.put(key, value + bytes(8))
 
 
-STEPS: Mapping[int, Step] = {1: _length_of_queues, 2: _several_copies}
+def _quotas(engine: KVEngine) -> None:
+    """3 to 4: QUOT may be there from now on, and an inode says what it counts for, and when it was
+    made. Version 3 would drop that with the next change of the inode."""
+
+
+STEPS: Mapping[int, Step] = {1: _length_of_queues, 2: _several_copies, 3: _quotas}
 
 
 def migrate(
