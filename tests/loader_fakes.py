@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class MemoryNamespace:
         self.stored: dict[bytes, bytes] = {}
         self.lock = threading.Lock()
         self.gets = 0
+        self.asked = 0
         self.hold: threading.Event | None = None
         """Gets wait for it, if there is one."""
         self.error: Exception | None = None
@@ -91,6 +92,10 @@ class MemoryNamespace:
                 self.arena.view(offset, len(data))[:] = data
                 found.append((offset, len(data)))
         return MemoryBlocks(self, found)
+
+    def ask(self, keys: Sequence[bytes]) -> Callable[[], MemoryBlocks]:
+        self.asked += 1
+        return lambda: self.get(keys)
 
     def give_back(self, extents: list[tuple[int, int]]) -> None:
         with self.lock:

@@ -70,6 +70,9 @@ class DirectSource:
         self._ring.close()
         self.reader.close()
 
+    def ask(self, keys: Sequence[bytes]) -> None:
+        """Reads are begun by who waits for them."""
+
     def fetch(self, keys: Sequence[bytes]) -> Fetched:
         found = list(self._locate(keys))
         wanted = [(place, extent) for place, extent in enumerate(found) if extent is not None]

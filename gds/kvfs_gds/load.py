@@ -10,6 +10,8 @@ Invariants, guarded by the load's lock:
   without one.
 - After ``stopping`` nothing more is queued. The load settles when what was queued has happened and
   no fetch is under way: from then on nobody writes to its pages.
+- When the last copies have happened, the lane's thread or one that waits for the load says so,
+  whichever is first; the other finds nothing left to do.
 - The last copies are queued by one thread (``issuing``), without the lock. Where that takes long,
   who waits for the first layer does not wait until the last one is queued: ``events`` grows.
 """
@@ -21,7 +23,7 @@ import enum
 import functools
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -30,12 +32,14 @@ from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     LOADER_ANSWER_BLOCKS,
+    LOADER_FIRST_RUN_BYTES,
     LOADER_GROUP_BYTES,
     LOADER_MEMORY_FIRST_BYTES,
     LOADER_MEMORY_GROUP_BYTES,
     LOADER_QUEUED_BYTES,
     LOADER_QUEUED_FACTOR,
     LOADER_QUIET_SECONDS,
+    LOADER_RUN_BYTES,
     LOADER_RUN_LAYERS,
     LOADER_WINDOW_GROUPS,
 )
@@ -156,6 +160,10 @@ class Load:
         self._copies = 0
         """Steps that the lane has yet to take."""
         self._events: list[Event] = []
+        self._waited: tuple[Any, Event] | None = None
+        """The stream that was told last to wait for an event."""
+        self._last_step: tuple[Event, Callable[[], None]] | None = None
+        """What is left to do when the last copies have happened."""
         self._fetched = False
         self._issuing = False
         self._issued = False
@@ -171,6 +179,8 @@ class Load:
         """What is queued on ``stream`` from here on sees layer ``layer`` of every block; without a
         stream this thread waits. Blocks the thread until all blocks are fetched, not until they are
         copied. Raises what the load failed with, InvalidRequest if it was cancelled."""
+        if self._settled and not self.stopping:
+            return  # everything has been copied
         with self._lock:
             self._lock.wait_for(lambda: len(self._events) > layer or self._issued or self._settled)
             if self._error is not None:
@@ -182,9 +192,13 @@ class Load:
             event = self._events[layer]
         if stream is None:
             event.wait()
-        else:
-            device = self._lane.device
-            device.wait_for(device.wrap(stream), event)
+            return
+        device = self._lane.device
+        wrapped = device.wrap(stream)
+        # Layers of one run have one event, which a stream needs to wait for once.
+        if self._waited != (wrapped, event):
+            device.wait_for(wrapped, event)
+            self._waited = wrapped, event
 
     def layer_done(self, layer: int) -> bool:
         """Whether all copies of the layer have happened."""
@@ -213,6 +227,18 @@ class Load:
     def wait(self) -> None:
         """Until nothing of this load is under way, however it ended."""
         with self._lock:
+            self._lock.wait_for(lambda: self._last_step is not None or self._settled)
+            last = self._last_step
+        if last is not None and not self._settled:
+            # To be woken by the lane's thread, which is woken by the device, takes 0.3 ms more.
+            event, step = last
+            try:
+                event.wait()
+            except Exception:
+                pass  # the lane's thread says so, and goes on
+            else:
+                step()
+        with self._lock:
             self._lock.wait_for(lambda: self._settled)
 
     def cancel(self) -> bool:
@@ -237,11 +263,12 @@ class Load:
         return self._cancelled or self._error is not None
 
     def begin(self) -> None:
-        self._list()
+        self.fetch_more()
         self.pump()
 
     def take_group(self) -> tuple[int, int] | None:
-        """The blocks to be fetched next; ``group_done`` must follow. None if there are none now."""
+        """The blocks to be fetched next; ``group_done`` must follow, and somebody must go on with
+        the next ones then. None if there are none now."""
         with self._lock:
             self._listed = False
             count = self._group_blocks()
@@ -252,12 +279,7 @@ class Load:
             self._groups += 1
             self._fetching += 1
             self._asked_bytes += (self._next - first) * self._block_bytes
-            end = self._next
-            # From memory the first group takes 0.4 ms, with others beside it 1.4: it goes alone.
-            alone = self._groups == 1 and self._loader.from_memory
-        if not alone:
-            self._list()
-        return first, end
+            return first, self._next
 
     def _group_blocks(self) -> int:
         """How many blocks the next fetch is for; 0 if it has to wait for room."""
@@ -311,9 +333,7 @@ class Load:
         with self._lock:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
-        # First what the link waits for: who fetches next takes turns with this thread.
         self.pump()
-        self._list()
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -322,9 +342,13 @@ class Load:
 
     # --- queueing
 
-    def _list(self) -> None:
+    def fetch_more(self) -> None:
+        """Has the next blocks fetched, if there are any. From memory, who fetches others goes on
+        with them."""
         with self._lock:
             if self._listed or self.stopping or self._next == len(self.keys):
+                return
+            if self._fetching and self._loader.from_memory:
                 return
             self._listed = True
         self._loader.enqueue(self)
@@ -383,13 +407,14 @@ class Load:
                 offsets = np.concatenate([part.offsets for part in some])
                 places = np.concatenate([part.places for part in some])
                 plans.append(self._plan(some[0].group.memory, offsets, places))
-            self._queue_layers(plans)
+            blocks = sum(len(part.places) for part in parts)
+            self._queue_layers(plans, blocks * self._block_bytes)
         except Exception as exc:
             error = exc
         with self._lock:
             self._error = self._error or error
             if parts:
-                self._then(self._last(error), parts, plans, 0)
+                self._last_step = self._then(self._last(error), parts, plans, 0)
             self._issued = True
             if not self._copies:
                 self._settle()
@@ -405,7 +430,7 @@ class Load:
             log.exception("a device failed")
             return CpuEvent.happened()
 
-    def _queue_layers(self, plans: list[Any]) -> None:
+    def _queue_layers(self, plans: list[Any], nbytes: int) -> None:
         stream = self._lane.stream
         layers = 0 if self._pages is None else self._pages.layout.layers
         if not plans:
@@ -417,9 +442,10 @@ class Load:
         clock = self._loader.clock
         quiet_until = clock.monotonic() + LOADER_QUIET_SECONDS
         events: list[Event] = []
-        first = 0
+        first, run = 0, max(1, LOADER_FIRST_RUN_BYTES * layers // nbytes)
         while first < layers:
-            end = min(layers, first + min(max(first, 1), LOADER_RUN_LAYERS))
+            end = min(layers, first + run)
+            run = max(LOADER_RUN_LAYERS, LOADER_RUN_BYTES * layers // nbytes)
             for plan in plans:
                 self._device.copy(plan, first, end, stream, store=False)
             events += [self._device.record(stream)] * (end - first)
@@ -450,13 +476,19 @@ class Load:
         group.copying += 1
         return part
 
-    def _then(self, event: Event, parts: list[_Part], plans: list[Any], queued: int) -> None:
+    def _then(
+        self, event: Event, parts: list[_Part], plans: list[Any], queued: int
+    ) -> tuple[Event, Callable[[], None]]:
         self._copies += 1
-        self._lane.then(event, functools.partial(self._copied, parts, plans, queued))
+        step = functools.partial(self._copied, parts, plans, queued)
+        self._lane.then(event, step)
+        return event, step
 
     def _copied(self, parts: list[_Part], plans: list[Any], queued: int) -> None:
+        """The copies of ``parts`` have happened. Of the last ones two threads may say so."""
         with self._lock:
-            plans.clear()
+            if not parts:
+                return
             self._copies -= 1
             self._queued_bytes -= queued
             for part in parts:
@@ -464,10 +496,12 @@ class Load:
                 part.group.copying -= 1
                 if not part.group.copying and not part.group.left:
                     self._give_back(part.group)
+            parts.clear()
+            plans.clear()
             if self._issued and not self._copies:
                 self._settle()
         self.pump()
-        self._list()
+        self.fetch_more()
 
     # --- ending
 
@@ -490,6 +524,7 @@ class Load:
         if self._settled:
             return
         self._settled = True
+        self._last_step = None
         self._loader.settled(self, int(self._hits.sum()) * self._block_bytes)
         self._lock.notify_all()
 

@@ -19,12 +19,13 @@ before: until then nobody else can get its memory.
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,6 +52,25 @@ from kvfs_gds.store import Store, StoreWorker
 log = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass
+class _Fetch:
+    """Blocks ``first`` to ``end`` of a load. ``answer``, if they were asked for already, waits for
+    them."""
+
+    load: Load
+    first: int
+    end: int
+    answer: Callable[[], Fetched] | None = None
+
+
+class _Entry(NamedTuple):
+    """Something to do. ``order`` is another one for each."""
+
+    priority: int
+    order: int
+    what: Load | _Fetch
+
+
 class Loader:
     """Thread-safe. One for each namespace (or source) and device; several share an arena, also from
     several processes."""
@@ -72,11 +92,17 @@ class Loader:
         """The last fetch was answered sooner than a disk is read."""
         self.clock = clock or os_env().clock
         self._source = source
-        self._lock = threading.Condition()
+        lock = threading.Lock()
+        self._lock = threading.Condition(lock)
+        """Notified of what is to be fetched."""
+        self._released = threading.Condition(lock)
+        """Of what was given back. Idle threads that wake up take turns with the one that loads."""
         self._held_bytes = 0
         self._releases = 0
         self._jobs: set[Load] = set()
-        self._todo: list[tuple[int, int, Load]] = []
+        self._todo: list[_Entry] = []
+        self._idle = 0
+        """Threads that wait for something to do."""
         self._order = itertools.count()
         self._registered: dict[tuple[int, int], Any] = {}
         self._closed = False
@@ -157,6 +183,7 @@ class Loader:
             self._closed = True
             jobs = list(self._jobs)
             self._lock.notify_all()
+            self._released.notify_all()
         for job in jobs:
             job.cancel()
         for thread in self._threads:
@@ -196,10 +223,19 @@ class Loader:
             return found
 
     def enqueue(self, load: Load) -> None:
-        """``load`` has more to fetch."""
+        """``load`` has more to fetch. If a thread is idle, this one asks for it: the other wakes up
+        while the source is at work, and not before."""
+        what: Load | _Fetch = load
+        if asks := self._idle > len(self._todo):
+            fetch = self._ask(load)
+            if fetch is None:
+                return
+            what = fetch
         with self._lock:
-            heapq.heappush(self._todo, (int(load.priority), next(self._order), load))
+            heapq.heappush(self._todo, _Entry(int(load.priority), next(self._order), what))
             self._lock.notify()
+        if asks and not self.from_memory:
+            load.fetch_more()
 
     def holds(self, nbytes: int) -> None:
         """A load holds that much more (or less)."""
@@ -207,7 +243,7 @@ class Loader:
             self._held_bytes += nbytes
             if nbytes < 0:
                 self._releases += 1
-                self._lock.notify_all()
+                self._released.notify_all()
 
     def settled(self, load: Load, loaded_bytes: int) -> None:
         with self._lock:
@@ -216,7 +252,9 @@ class Loader:
             if not self._jobs:
                 while len(self._registered) > 1:  # of agents that are no more
                     self._registered.pop(next(iter(self._registered))).close()
-            self._lock.notify_all()
+            if self._closed:
+                self._lock.notify_all()
+            self._released.notify_all()
 
     # --- fetching
 
@@ -231,38 +269,81 @@ class Loader:
         return load
 
     def _work(self) -> None:
-        while (load := self._next()) is not None:
-            span = load.take_group()
+        fetch: _Fetch | None = None
+        while (fetch := fetch or self._next()) is not None:
+            fetch = self._serve(fetch)
+
+    def _next(self) -> _Fetch | None:
+        while True:
+            with self._lock:
+                self._idle += 1
+                while not self._todo:
+                    if self._closed and not self._jobs:
+                        return None
+                    # A closed loader has cancelled its loads; the last to settle wakes everybody.
+                    self._lock.wait()
+                self._idle -= 1
+                found = heapq.heappop(self._todo).what
+            if isinstance(found, _Fetch):
+                return found
+            span = found.take_group()
             if span is not None:
-                try:
-                    self._fetch(load, *span)
-                except KvfsError as exc:
-                    load.fail(exc)
-                except Exception as exc:
-                    log.exception("a load failed")
-                    load.fail(exc)
-                finally:
-                    load.group_done(*span)
-            del load
+                if not self.from_memory:
+                    found.fetch_more()
+                return _Fetch(found, *span)
+            del found  # not until the next one comes
 
-    def _next(self) -> Load | None:
-        with self._lock:
-            while not self._todo:
-                if self._closed and not self._jobs:
-                    return None
-                # A closed loader has cancelled its loads; the last one to settle wakes everybody.
-                self._lock.wait()
-            return heapq.heappop(self._todo)[2]
+    def _ask(self, load: Load) -> _Fetch | None:
+        """Asks for the next blocks of a load, if that is possible without waiting."""
+        span = load.take_group()
+        if span is None:
+            return None
+        try:
+            answer = self._source.ask(load.keys[slice(*span)])
+        except KvfsError:
+            answer = None  # who fetches them meets it again
+        return _Fetch(load, *span, answer)
 
-    def _fetch(self, load: Load, first: int, end: int) -> None:
-        """Brings blocks ``first`` to ``end``. What is held by loads of this loader will be given
-        back: wait for it. What others hold may not: then smaller groups, and at last the error."""
-        while not load.stopping:
+    def _serve(self, fetch: _Fetch) -> _Fetch | None:
+        """Brings what was or is to be asked for. From memory, one thread brings a whole load, and
+        this returns its next blocks: requests side by side would only hold each other up."""
+        load = fetch.load
+        try:
+            fetched = self._fetch(load, fetch.first, fetch.end, fetch.answer)
+            if fetched is not None:
+                load.arrived(np.arange(fetch.first, fetch.end), fetched)
+        except KvfsError as exc:
+            load.fail(exc)
+        except Exception as exc:
+            log.exception("a load failed")
+            load.fail(exc)
+        finally:
+            load.group_done(fetch.first, fetch.end)
+        if self.from_memory:
+            return self._ask(load)
+        load.fetch_more()
+        return None
+
+    def _fetch(
+        self,
+        load: Load,
+        first: int,
+        end: int,
+        answer: Callable[[], Fetched] | None = None,
+    ) -> Fetched | None:
+        """Blocks ``first`` to ``end``. What is held by loads of this loader will be given back:
+        wait for it. What others hold may not: then smaller groups, which have arrived by the time
+        that this returns None, and at last the error."""
+        while answer is not None or not load.stopping:
             with self._lock:
                 held, releases = self._held_bytes, self._releases
             start = self.clock.monotonic()
             try:
-                fetched: Fetched = self._source.fetch(load.keys[first:end])
+                if answer is None:
+                    fetched = self._source.fetch(load.keys[first:end])
+                else:
+                    waiting, answer = answer, None
+                    fetched = waiting()
             except ArenaFull:
                 if held:
                     self._wait_release(load, releases)
@@ -271,14 +352,16 @@ class Loader:
                     raise
                 break
             self._learn(fetched, self.clock.monotonic() - start)
-            load.arrived(np.arange(first, end), fetched)
-            return
+            return fetched
         if load.stopping:
-            return
+            return None
         middle = (first + end) // 2
-        self._fetch(load, first, middle)
-        load.pump()
-        self._fetch(load, middle, end)
+        for start_block, end_block in ((first, middle), (middle, end)):
+            part = self._fetch(load, start_block, end_block)
+            if part is not None:
+                load.arrived(np.arange(start_block, end_block), part)
+            load.pump()
+        return None
 
     def _learn(self, fetched: Fetched, seconds: float) -> None:
         """Blocks that come faster than a disk gives them were in memory: then a round trip costs
@@ -288,8 +371,8 @@ class Loader:
         self.from_memory = seconds < allowed
 
     def _wait_release(self, load: Load, releases: int) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._releases != releases or load.stopping)
+        with self._released:
+            self._released.wait_for(lambda: self._releases != releases or load.stopping)
 
 
 __all__ = ["Load", "Loader", "Pages", "PinnedRing", "Priority", "Store"]

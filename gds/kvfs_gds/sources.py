@@ -7,6 +7,7 @@ A source answers a batch of keys with extents of some memory that the device can
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
@@ -41,6 +42,10 @@ class BlockSource(Protocol):
         """Blocks until all are there, or known not to be. Raises ArenaFull (temporary) if what is
         held leaves no room, and what its services raise."""
 
+    def ask(self, keys: Sequence[bytes]) -> Callable[[], Fetched] | None:
+        """``fetch`` in two steps: begins it and does not wait; what it gives is called once, in
+        whichever thread, and does the rest. None if that is not possible now."""
+
     def room_bytes(self) -> int:
         """The size of the memory it fetches into; 0 while that is unknown."""
 
@@ -70,14 +75,12 @@ class ArenaNamespace(BlockStore, Protocol):
 
     def get(self, keys: Sequence[bytes]) -> ArenaBlocks: ...
 
+    def ask(self, keys: Sequence[bytes]) -> Callable[[], ArenaBlocks] | None: ...
+
 
 class _FromArena:
-    def __init__(self, blocks: ArenaBlocks) -> None:
-        arena = blocks.arena
-        # The view keeps the arena mapped: it is registered for longer than this client may live.
-        self.memory = HostMemory(
-            arena.address, arena.size_bytes, read_only=True, owner=arena.view(0, arena.size_bytes)
-        )
+    def __init__(self, blocks: ArenaBlocks, memory: HostMemory) -> None:
+        self.memory = memory
         self.extents = blocks.extents
         self._blocks = blocks
 
@@ -91,15 +94,31 @@ class ArenaSource:
 
     def __init__(self, namespace: ArenaNamespace) -> None:
         self._namespace = namespace
-        self._room = 0
+        self._mapped: tuple[ArenaView, HostMemory] | None = None
 
     def fetch(self, keys: Sequence[bytes]) -> Fetched:
-        found = _FromArena(self._namespace.get(keys))
-        self._room = found.memory.nbytes
-        return found
+        return self._fetched(self._namespace.get(keys))
+
+    def ask(self, keys: Sequence[bytes]) -> Callable[[], Fetched] | None:
+        answer = self._namespace.ask(keys)
+        return None if answer is None else functools.partial(self._answered, answer)
+
+    def _answered(self, answer: Callable[[], ArenaBlocks]) -> Fetched:
+        return self._fetched(answer())
+
+    def _fetched(self, blocks: ArenaBlocks) -> Fetched:
+        arena = blocks.arena
+        mapped = self._mapped
+        if mapped is None or mapped[0] is not arena:
+            # The view keeps the arena mapped: it is registered for longer than this client may
+            # live.
+            view = arena.view(0, arena.size_bytes)
+            memory = HostMemory(arena.address, len(view), read_only=True, owner=view)
+            mapped = self._mapped = arena, memory
+        return _FromArena(blocks, mapped[1])
 
     def room_bytes(self) -> int:
-        return self._room
+        return 0 if self._mapped is None else self._mapped[1].nbytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +175,9 @@ class FileSource:
         self._checks.shutdown()
         if self._owns_ring:
             self._ring.close()
+
+    def ask(self, keys: Sequence[bytes]) -> None:
+        """Reads are begun by who waits for them."""
 
     def fetch(self, keys: Sequence[bytes]) -> Fetched:
         found = list(self._locate(keys))

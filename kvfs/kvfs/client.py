@@ -15,12 +15,13 @@ temporary, and for a cache a miss is always a right answer.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -269,11 +270,36 @@ class Namespace:
         packed = _packed(keys)
         return self._client._run(lambda session: self._get(session, packed))
 
+    def ask(self, keys: Sequence[bytes]) -> Callable[[], Blocks] | None:
+        """``get`` in two steps: sends the request and does not wait. What it gives returns the
+        blocks, or raises as ``get``, in whichever thread; it must be called once. None if that
+        takes more than one request, or no connection is free this moment."""
+        packed = _packed(keys)
+        session = self._client._session
+        if session is None or session.broken or len(keys) > BATCH_BLOCKS_MAX:
+            return None
+        answer = session.ask(GetBlocks(self._inode, packed))
+        if answer is None:
+            return None
+        return functools.partial(self._answered, session, packed, answer)
+
+    def _answered(
+        self, session: AgentSession, packed: bytes, answer: Callable[[], Granted]
+    ) -> Blocks:
+        try:
+            return self._leased(session, [answer()])
+        except SessionLost:
+            return self._client._run(lambda session: self._get(session, packed))
+
     def _get(self, session: AgentSession, packed: bytes) -> Blocks:
+        answers = (session.call(GetBlocks(self._inode, batch)) for batch in _batches(packed))
+        return self._leased(session, answers)
+
+    def _leased(self, session: AgentSession, answers: Iterable[Granted]) -> Blocks:
         blocks = Blocks(session)
         try:
-            for batch in _batches(packed):
-                blocks._append(session.call(GetBlocks(self._inode, batch)))
+            for granted in answers:
+                blocks._append(granted)
         except BaseException:
             blocks.release()
             raise

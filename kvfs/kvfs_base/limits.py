@@ -804,9 +804,13 @@ LOADER_QUIET_SECONDS = 0.0005
 computes, and takes turns with the thread that queues the others, which costs less than waiting for
 it: with 0.5, 2 and 10 ms, 1.9, 3.5 and 3.8 ms of a load of 13 ms were exposed (an H200)."""
 
+LOADER_FIRST_RUN_BYTES = 16 * MIB
+LOADER_RUN_BYTES = 128 * MIB
 LOADER_RUN_LAYERS = 4
-"""The first layer is queued by itself, then one more, two, and four at a time: a model computes a
-layer for longer than it is copied, and describing a copy, and the event behind it, takes 0.1 ms."""
+"""The first layer is queued by itself, the others in runs of four: a model computes a layer for
+longer than it is copied. Describing a run, and the event behind it, takes 0.1 ms, and 0.2 beside a
+thread that queues a model and is held up meanwhile. So the first run is no shorter than 0.3 ms of
+the link, and the others no shorter than 2.4."""
 
 STAGING_SLOT_BYTES = 64 * MIB
 STAGING_SLOTS = 3

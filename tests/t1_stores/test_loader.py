@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from kvfs_base.errors import ArenaFull, CacheFull, ConnectionLost, InvalidRequest
+from kvfs_base.limits import LOADER_FETCH_THREADS
 from kvfs_base.os_env import os_env
 from kvfs_gds import load as load_module
 from kvfs_gds import loader as loader_module
-from kvfs_gds.device import CpuDevice, CpuStream, open_device
+from kvfs_gds.device import CpuDevice, CpuEvent, CpuStream, open_device
 from kvfs_gds.load import Pages, Priority
 from kvfs_gds.loader import Loader
 from kvfs_gds.paged import PagedLayout
@@ -81,6 +82,13 @@ class Rig:
 
 def void(_: object) -> None:
     pass
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of a few KiB are queued as if they were long."""
+    monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", 0)
+    monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", 0)
 
 
 @pytest.fixture
@@ -163,8 +171,21 @@ def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) ->
         assert load.result() == [True] * 4
 
 
-def test_layers_are_queued_in_runs_that_grow(rig: Rig) -> None:
-    """A first layer, one more, two, and then four at a time, in order, and nothing twice."""
+@pytest.mark.parametrize(
+    ("first_bytes", "run_bytes", "wanted"),
+    [(0, 0, [0, 1, 5, 9]), (2 * 8 * 32, 6 * 8 * 32, [0, 2, 8]), (1 << 20, 1 << 20, [0])],
+)
+def test_layers_are_queued_in_runs(
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    first_bytes: int,
+    run_bytes: int,
+    wanted: list[int],
+) -> None:
+    """A first layer and then four at a time, in order, and nothing twice; more where they are
+    short."""
+    monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", first_bytes)
+    monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", run_bytes)
     layers = 13
     cache = [np.full((2, 8, 16), POISON, dtype=np.uint8) for _ in range(layers)]
     table = np.arange(8, dtype=np.int32).reshape(-1, 1)
@@ -177,7 +198,7 @@ def test_layers_are_queued_in_runs_that_grow(rig: Rig) -> None:
         load = loader.load(names, Pages(PagedLayout.vllm(cache), table))
         assert load.result() == [True] * 8
         assert all(load.layer_done(layer) for layer in range(layers))
-    assert firsts == [0, 1, 2, 4, 8, 12]
+    assert firsts == wanted
     assert (np.stack(cache) == blocks.transpose(1, 2, 0, 3)).all()
 
 
@@ -290,6 +311,79 @@ def test_the_first_group_from_memory_goes_alone(rig: Rig, monkeypatch: pytest.Mo
     load = rig.loader.load(rig.keys[:16], rig.pages(range(16)))
     assert load.result() == [True] * 16
     assert begun[0] == 1
+
+
+def test_who_waits_for_a_load_needs_nobody_to_say_that_it_is_over(rig: Rig) -> None:
+    gate = threading.Event()
+    lane = rig.loader._lanes[Priority.DEMAND]
+    lane.then(CpuEvent.happened(), lambda: void(gate.wait(WAIT_SECONDS)))
+    load = rig.loader.load(rig.keys[:4], rig.pages(range(4)))
+    assert load.result() == [True] * 4
+    assert rig.namespace.leased_bytes == 0
+    gate.set()
+
+
+def test_a_stream_waits_once_for_layers_that_come_together(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", 1 << 20)
+    plain, waits = rig.device.wait_for, []
+    monkeypatch.setattr(rig.device, "wait_for", lambda *of: waits.append(of) or plain(*of))
+    streams = [CpuStream(), CpuStream()]
+    gate = rig.hold()
+    load = rig.loader.load(rig.keys[:4], rig.pages(range(4)))
+    for stream in streams:
+        for layer in range(LAYERS):
+            load.wait_layer(layer, stream)
+    assert [stream for stream, _ in waits] == streams
+    gate.set()
+    load.result()
+    load.wait_layer(0, streams[0])  # it is there: nothing to wait for
+    assert len(waits) == 2
+    for stream in streams:
+        stream.close()
+
+
+def test_who_loads_asks_and_another_thread_takes_the_answer(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, threads = rig.namespace.ask, []
+
+    def ask(keys: Any) -> Any:
+        threads.append(threading.current_thread())
+        answer = plain(keys)
+        return lambda: threads.append(threading.current_thread()) or answer()
+
+    wait_until(lambda: rig.loader._idle == LOADER_FETCH_THREADS)
+    monkeypatch.setattr(rig.namespace, "ask", ask)
+    assert rig.loader.load(rig.keys[:4], rig.pages(range(4))).result() == [True] * 4
+    assert threads[0] is threading.current_thread()
+    assert len(threads) == 2 and threads[1] in rig.loader._threads
+
+
+def test_one_thread_brings_what_comes_from_memory(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the link waits for is queued first, and nobody else is woken up."""
+    monkeypatch.setattr(load_module, "LOADER_GROUP_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(load_module, "LOADER_ANSWER_BLOCKS", 4)
+    monkeypatch.setattr(load_module, "LOADER_MEMORY_FIRST_BYTES", 2 * BLOCK_BYTES)
+    monkeypatch.setattr(loader_module, "LOADER_FAST_SECONDS", NEVER)
+    plain, done = rig.namespace.get, []
+
+    def get(keys: Any) -> Any:
+        done.append((threading.current_thread(), len(keys)))
+        return plain(keys)
+
+    monkeypatch.setattr(rig.namespace, "get", get)
+    copied: list[int] = []
+    with Loader.open(rig.namespace, Device(lambda layer: copied.append(len(done)))) as loader:
+        loader.from_memory = True
+        wait_until(lambda: loader._idle == LOADER_FETCH_THREADS)
+        assert loader.load(rig.keys[:16], rig.pages(range(16))).result() == [True] * 16
+    assert [count for _, count in done] == [2, 14]
+    assert done[0][0] is done[1][0]
+    assert copied[0] == 1
 
 
 def test_a_lease_lasts_until_its_copies_have_happened(rig: Rig) -> None:

@@ -183,6 +183,27 @@ def test_a_restarted_agent_is_found_again_and_old_blocks_stay_readable(
     wait_until(lambda: leased(cluster) == 0)
 
 
+def test_blocks_are_asked_for_first_and_taken_later(
+    cluster: ApiCluster, namespace: Namespace
+) -> None:
+    keys, data = store(namespace, 4)
+    answer = namespace.ask(keys)
+    assert answer is not None
+    assert namespace.ask(keys) is None  # no other connection was ever needed
+    with ThreadPoolExecutor(1) as pool, pool.submit(answer).result() as blocks:
+        assert [bytes(block or b"") for block in blocks] == data
+    wait_until(lambda: cluster.statistics()["arena_leased_bytes"] == 0)
+    assert namespace.ask(keys * 2048) is None  # more than one request
+    with pytest.raises(kvfs.InvalidRequest):
+        namespace.ask([b"short"])
+    answer = namespace.ask(keys)
+    assert answer is not None
+    cluster.restart_agent()
+    with answer() as blocks:
+        assert [bytes(block or b"") for block in blocks] == data
+    assert namespace.match(keys) == 4
+
+
 def test_without_an_agent_calls_fail_at_once(cluster: ApiCluster, namespace: Namespace) -> None:
     keys, _ = store(namespace, 1)
     cluster.agent.stop()

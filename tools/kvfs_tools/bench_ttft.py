@@ -43,13 +43,18 @@ BLOCK_TOKENS = 64
 CALIBRATION = (1024, 4096, 16384)
 """Lengths from which the rule learns; other ones than those it is tested with."""
 
+TAUGHT_ROUNDS = 5
+"""Prefills of each length that the rule sees, in turns with those of a last token: how long kernels
+take to be queued drifts by a fifth."""
+
 NEXT_TOKENS = 4
 
 FLUSHES = 3
 """Turns in which blocks have to be out of an arena."""
 
 OVERLAP_ROUNDS = 9
-"""Where half is stored: what is hidden is the difference of two forward passes."""
+"""Where half is stored: what is hidden is the difference of two forward passes. And of prompts that
+are short, whose times drift."""
 
 PAIRED_TOKENS_MAX = 8192
 """Up to this length each round of a row computes the prompt once more: short times drift."""
@@ -181,10 +186,12 @@ class Bench:
     def teach(self, places: list[Place], tokens_max: int) -> None:
         """Lets the rule see prefills and loads."""
         for tokens in (t for t in CALIBRATION if t <= tokens_max):
-            seconds = self.median(2, partial(self.compute, tokens), nothing)
-            self.rule.observe_compute(tokens, 0, seconds)
-            seconds = self.median(2, partial(self._tail, tokens), nothing)
-            self.rule.observe_compute(1, tokens - 1, seconds)
+            bodies: dict[str, Callable[[], object]]
+            bodies = {"whole": partial(self.compute, tokens), "tail": partial(self._tail, tokens)}
+            taken = self.seconds(TAUGHT_ROUNDS, bodies, nothing)
+            for whole, tail in zip(taken["whole"], taken["tail"], strict=True):
+                self.rule.observe_compute(tokens, 0, whole)
+                self.rule.observe_compute(1, tokens - 1, tail)
             for place in places:
                 seconds = self.median(2, partial(self.load_alone, place, tokens), place.before)
                 nbytes = tokens // BLOCK_TOKENS * self.block_bytes
@@ -222,21 +229,26 @@ class Bench:
             # A GPU that has just computed for a second is slower than one that has not: each comes
             # behind the same load.
             before = partial(self.load_alone, place, stored)
-            rounds = max(rounds, OVERLAP_ROUNDS) if fraction == FRACTIONS[0] else rounds
+            if tokens <= PAIRED_TOKENS_MAX or fraction == FRACTIONS[0]:
+                rounds = max(rounds, OVERLAP_ROUNDS)
             bodies["alone"] = partial(self.load_alone, place, stored)
             bodies["rest"] = partial(self._suffix, place, tokens, stored)
         taken = self.seconds(rounds, bodies, before)
         ttft = statistics.median(taken["ttft"])
-        recompute = statistics.median(taken.get("compute", [recompute]))
-        chosen = ttft if loads else recompute
+        computed = taken.get("compute", [recompute] * rounds)
+        recompute = statistics.median(computed)
+        # How fast kernels are queued drifts: what was measured in one turn is compared.
+        speedup = statistics.median(c / t for c, t in zip(computed, taken["ttft"], strict=True))
+        lost = 1 / speedup if loads else speedup
         return {
             **self.head(place.name, tokens, fraction, ttft, recompute),
+            "speedup": round(speedup, 2),
             "rounds": rounds,
             "loaded_bytes": nbytes,
             **_overlap(taken),
             **estimate,
             "rule": "load" if loads else "compute",
-            "rule_loses": round(chosen / min(ttft, recompute) - 1, 4),
+            "rule_loses": round(max(0.0, lost - 1), 4),
             **checks,
         }
 

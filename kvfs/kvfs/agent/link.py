@@ -13,7 +13,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -226,6 +226,36 @@ class AgentSession:
                 return line.call(request)
             finally:
                 self._put_back(line)
+
+    def ask(self, request: Request) -> Callable[[], Any] | None:
+        """Sends a request and does not wait: what it gives returns the reply (or raises as
+        ``call``), in whichever thread, and must be called once. None if no connection is free."""
+        if not self._slots.acquire(blocking=False):
+            return None
+        with self._lock:
+            line = self._free_lines.pop() if self._free_lines else None
+        try:
+            if line is not None:
+                line.send(request)
+                return functools.partial(self._answer, line, type(request))
+        except SessionLost:
+            pass  # as if none had been free: who calls finds out
+        except BaseException:
+            self._over_with(line)
+            raise
+        self._over_with(line)
+        return None
+
+    def _answer(self, line: Line, request_type: type[Request]) -> Any:
+        try:
+            return line.receive(request_type)
+        finally:
+            self._over_with(line)
+
+    def _over_with(self, line: Line | None) -> None:
+        if line is not None:
+            self._put_back(line)
+        self._slots.release()
 
     @contextlib.contextmanager
     def line(self) -> Iterator[Line]:
