@@ -279,9 +279,8 @@ class BlockTable:
         return self._loaded.find(self._rows, namespace, b"".join(names))
 
     def rows_of(self, namespaces: Sequence[int]) -> NDArray[Any]:
-        """Of all blocks of these namespaces. Some 10 ms for a million blocks."""
-        rows = self._rows[: self._end]
-        return np.flatnonzero(np.isin(rows["namespace"], namespaces) & (rows["inode"] != 0))
+        """Of all blocks of these namespaces. 15 ms in a million blocks."""
+        return np.flatnonzero(np.isin(self._rows["namespace"][: self._end], namespaces))
 
     def keys_of(self, namespace: int) -> list[bytes]:
         """All keys of a namespace, in no order."""

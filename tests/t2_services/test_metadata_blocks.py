@@ -609,6 +609,21 @@ def test_policy_conformance(policy: CachePolicy) -> None:
     assert set(policy.victims(10_000, 100)) == set(sizes)
 
 
+def test_the_oldest_among_many() -> None:
+    """More than are sorted, with a few bytes wanted and with almost all."""
+    policy = LruPolicy()
+    sizes = {number: 1 + number % 7 for number in range(1, 20_001)}
+    policy.inserted(list(sizes.items()))
+    policy.used(list(range(5000, 9000, 3)))
+    some = np.array([number for number in sizes if number % 2])
+    order = [number for number in policy.victims(10**9, 10**9) if number % 2]
+    for needed in (1, 1000, 10_000, sum(sizes.values()) // 3, 10**9):
+        chosen = policy.victims_among(some, needed)
+        assert chosen == order[: len(chosen)]
+        freed = sum(sizes[number] for number in chosen)
+        assert len(chosen) == len(some) or freed >= needed > freed - sizes[chosen[-1]]
+
+
 def test_lru_order() -> None:
     policy = LruPolicy()
     policy.inserted([(1, 1), (2, 1), (3, 1)])
