@@ -212,6 +212,14 @@ def wrong_totals(world: World) -> Found:
     return {(Kind.USAGE_WRONG, 0)}
 
 
+def wrong_quotas(world: World) -> Found:
+    """One that counts what is not there, and one of nothing."""
+    quota = records.encode(records.QuotaRecord(10**9, 0, file_bytes=5, inodes=1))
+    for inode in (world.inodes["a"], NOBODY):
+        world.put(records.quota_key(inode), quota)
+    return {(Kind.QUOTA_WRONG, world.inodes["a"]), (Kind.QUOTA_WRONG, NOBODY)}
+
+
 def damaged_records(world: World) -> Found:
     """A batch that cannot be read: its numbers are nobody's, and its chunks none."""
     world.put(records.entry_key(world.inodes["a"], b"short"), b"xyz")
@@ -330,6 +338,7 @@ DAMAGE: list[Callable[[World], Found]] = [
     duplicate_block,
     block_on_no_chain,
     counter_that_went_back,
+    wrong_quotas,
     wrong_totals,
     damaged_records,
     lost_block,
