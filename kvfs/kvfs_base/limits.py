@@ -251,6 +251,9 @@ MOVE_THREADS = 4
 MOVE_END_TOGETHER = 16
 """Moves that are reported together: each report is a transaction."""
 
+FILES_LEFT_MAX = 65_536
+"""Files that a server remembers to have moved away, 100 bytes each."""
+
 MOVE_PAUSE_SECONDS = 0.5
 """Before a target that has nothing to move for now asks again."""
 

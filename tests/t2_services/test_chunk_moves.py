@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvfs_base.errors import ChunkCorrupt, Conflict, InvalidRequest
+from kvfs_base.errors import ChunkCorrupt, Conflict, InodeStale, InvalidRequest
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
@@ -180,3 +180,77 @@ def test_rounds_of_the_collector_watch(cluster: Cluster, again: bool) -> None:
     garbage._rpc.call = call_slowly  # type: ignore[method-assign]
     garbage._round()
     assert content(cluster) == ({0: b"moved here"} if again else {})
+
+
+# --- files that leave
+
+
+def outcome(cluster: Cluster, request: Any, payload: Sequence[bytes] = ()) -> Any:
+    """The error of a request for one item, or None."""
+    found: m.Outcomes = call(cluster, request, payload)
+    return found.error(0)
+
+
+def test_what_has_left_is_neither_written_nor_taken_for_a_hole(cluster: Cluster) -> None:
+    """By a client that does not know that its session is over."""
+    place(cluster, 0, b"here")
+    leaving = store(cluster).leaving
+    assert leaving.hold(INODE)
+    leaving.decide(INODE, left=True)
+    store(cluster).remove(ChunkId(INODE, 0))
+    piece = m.Piece(INODE, 0, 0, 0, 3)
+    assert isinstance(outcome(cluster, m.WritePieces(1, (piece,)), [b"new"]), InodeStale)
+    cut = m.TruncateChunks(1, (m.SizedChunk(INODE, 0, 0, 1),))
+    assert isinstance(outcome(cluster, cut), InodeStale)
+    for summed in (False, True):
+        assert isinstance(outcome(cluster, m.ReadPieces(1, (piece,), summed=summed)), InodeStale)
+    for request in (m.FindChunks(1, INODE, 0, 9), m.RemoveRange(1, INODE, 0, 9)):
+        with pytest.raises(InodeStale):
+            call(cluster, request)
+    for opening in (m.OpenForWrite, m.OpenChunks):
+        assert isinstance(outcome(cluster, opening(1, (m.ChunkRef(INODE, 0, 0),))), InodeStale)
+    assert content(cluster) == {}
+    assert compare(cluster, {0: b"back"}) == (0,), "it may come back"
+    place(cluster, 0, b"back")
+    assert outcome(cluster, m.WritePieces(1, (piece,)), [b"new"]) is None
+    assert content(cluster) == {0: b"newk"}
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_write_waits_while_a_move_ends(cluster: Cluster, left: bool) -> None:
+    place(cluster, 0, b"here")
+    leaving = store(cluster).leaving
+    assert leaving.hold(INODE)
+    errors: list[Any] = []
+    piece = m.Piece(INODE, 0, 0, 0, 3)
+    writer = threading.Thread(
+        target=lambda: errors.append(outcome(cluster, m.WritePieces(1, (piece,)), [b"new"]))
+    )
+    writer.start()
+    writer.join(0.1)
+    assert writer.is_alive() and content(cluster) == {0: b"here"}
+    assert leaving.held() == [INODE]
+    leaving.decide(INODE, left=left)
+    writer.join(SECONDS)
+    assert [type(error) for error in errors] == [InodeStale if left else type(None)]
+    assert content(cluster) == {0: b"here" if left else b"newe"}
+
+
+def test_a_move_does_not_end_while_a_write_is_at_work(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvfs_datapath.chunks.leaving.CHUNK_LOCK_SECONDS", 0.01)
+    leaving = store(cluster).leaving
+    with leaving.changing(INODE):
+        assert not leaving.hold(INODE)
+    assert leaving.held() == [] and leaving.hold(INODE)
+
+
+def test_what_came_again_before_it_was_known_to_have_left(cluster: Cluster) -> None:
+    leaving = store(cluster).leaving
+    assert leaving.hold(INODE)
+    place(cluster, 0, b"back")
+    assert compare(cluster, {0: b"back"}) == ()
+    leaving.decide(INODE, left=True)
+    piece = m.Piece(INODE, 0, 0, 0, 3)
+    assert outcome(cluster, m.WritePieces(1, (piece,)), [b"new"]) is None

@@ -23,10 +23,12 @@ from kvfs.cli.tree import Tree, open_tree
 from kvfs.fsck import Fsck, online
 from kvfs.keys import block_keys
 from kvfs.mount.requests import Caller
-from kvfs_base.errors import KvfsError, WriteUncertain
+from kvfs_base.cluster import EndMoves
+from kvfs_base.errors import ConnectionLost, InodeStale, KvfsError, WriteUncertain
+from kvfs_base.limits import CALL_SECONDS
 from kvfs_base.os_env import os_env
-from kvfs_base.rpc import Request
-from kvfs_base.types import ROOT_INODE
+from kvfs_base.rpc import BlockingRpcClient, Request
+from kvfs_base.types import ROOT_INODE, Attr
 from kvfs_metadata.client import BlockingMetadataClient
 from kvfs_metadata.cluster.admin_messages import (
     DescribeCluster,
@@ -379,7 +381,8 @@ def restart_metadata(cluster: ApiCluster) -> None:
 def test_a_mount_that_was_silent_for_too_long(
     cluster: ApiCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its file moved although it has it open: it says so, and goes on where the file is now."""
+    """Its file moved although it has it open: it is told so, says that what it wrote before may be
+    lost, and goes on where the file is now."""
     monkeypatch.setattr("kvfs_metadata.client.SESSION_GRACE_SECONDS", 1000.0)
 
     async def work(tree: Tree) -> None:
@@ -393,18 +396,52 @@ def test_a_mount_that_was_silent_for_too_long(
         with trio.fail_after(SECONDS):
             while not await trio.to_thread.run_sync(is_empty, cluster, home):
                 await trio.sleep(0.02)
-        await filesystem.write(opened.handle, 0, b"lost")
+        await filesystem.write(opened.handle, 0, b"now")
         with pytest.raises(WriteUncertain):
             await filesystem.flush(opened.handle)
-        assert bytes(await filesystem.read(opened.handle, 0, 6)) == b"before"
+        assert bytes(await filesystem.read(opened.handle, 0, 6)) == b"nowore"
         await filesystem.write(opened.handle, 0, b"after!")
         await filesystem.flush(opened.handle)
         await filesystem.release(opened.handle)
         out = io.BytesIO()
         await tree.read_to(b"f", out)
         assert out.getvalue() == b"after!" + (b"before" * CHUNK)[6:]
+        assert chunks_on(cluster, home) == []
 
     in_tree(cluster, work)
+
+
+def test_a_move_whose_end_was_not_answered(
+    cluster: ApiCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source asks what became of it, and refuses the file from then on."""
+    ask, lost = BlockingRpcClient.call, []
+
+    def lose(self: BlockingRpcClient, request: Any, timeout: float = CALL_SECONDS) -> Any:
+        answer = ask(self, request, timeout)
+        if isinstance(request, EndMoves) and not lost:
+            lost.append(request)
+            raise ConnectionLost(detail="lost by the test")
+        return answer
+
+    monkeypatch.setattr(BlockingRpcClient, "call", lose)
+
+    async def make(tree: Tree) -> None:
+        await tree.write_from(b"f", io.BytesIO(b"x" * CHUNK))
+        made.append(await tree.resolve(b"f"))
+
+    made: list[Attr] = []
+    in_tree(cluster, make)
+    (attr,) = made
+    assert attr.layout is not None
+    home = server_of(cluster, attr.layout.chains[0])
+    (store,) = cluster.servers[home]._targets.stores
+    drain(cluster, home)
+    wait_until(lambda: lost, SECONDS)
+    drain(cluster, home, on=False)  # it is asked all the same
+    wait_until(lambda: not store.leaving.held(), SECONDS)
+    with pytest.raises(InodeStale):
+        store.leaving.require_here(attr.inode)
 
 
 def test_blocks_that_a_mount_has_seen_or_open(cluster: ApiCluster) -> None:

@@ -37,6 +37,7 @@ from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.incoming import Incoming
 from kvfs_datapath.chunks.kept import KeptFiles
+from kvfs_datapath.chunks.leaving import Leaving
 from kvfs_datapath.chunks.target import (
     load_identity,
     lock_target,
@@ -97,6 +98,7 @@ class ChunkTree:
             self._lock_file.close()
             raise
         self.incoming = Incoming()
+        self.leaving = Leaving()
         self._failure: TargetFailed | None = None
         self.kept = KeptFiles(kept_files)
         """What readers borrow (``ChunkStore.borrow``)."""

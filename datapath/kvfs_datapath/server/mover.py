@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 from kvfs_base import threads
-from kvfs_base.cluster import EndMoves, Move, Moves, TakeMoves
+from kvfs_base.cluster import EndMoves, FindUnwanted, Move, Moves, TakeMoves
 from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ChunkCorrupt,
@@ -108,10 +108,9 @@ class Mover:
         try:
             while not self._stopping.is_set():
                 with self._work:
-                    while not self._moving and not self._stopping.is_set():
+                    while not self._busy() and not self._stopping.is_set():
                         self._work.wait()
-                    moving = self._moving
-                stores = [store for store in self._stores if store.uuid in moving]
+                    stores = self._busy()
                 moved = [self._round(store) for store in stores]
                 if not any(moved):
                     self._stopping.wait(MOVE_PAUSE_SECONDS)
@@ -120,11 +119,16 @@ class Mover:
         finally:
             self._rpc.close()
 
+    def _busy(self) -> list[ChunkStore]:
+        """Targets with something to move, or with a move that may have ended."""
+        return [s for s in self._stores if s.uuid in self._moving or s.leaving.held()]
+
     def _round(self, store: ChunkStore) -> bool:
         """Whether anything was moved."""
         if self._stopping.is_set() or not store.target_id or not store.healthy:
             return False
         try:
+            self._settle(store)
             taken: Moves = self._rpc.call(TakeMoves(store.target_id), TARGET_LEASE_SECONDS)
             jobs = [self._pool.submit(self._try, store, move, taken.ticket) for move in taken.moves]
             # The next round begins when nobody is at work in this one.
@@ -134,6 +138,16 @@ class Mover:
         except KvfsError as exc:
             log.info("target %d: nothing is moved for now: %s", store.target_id, exc)
             return False
+
+    def _settle(self, store: ChunkStore) -> None:
+        """Of what was held for a move's end, whether it has left: the end may not have counted, or
+        not have been answered; and a file may have another chain of this target."""
+        held = store.leaving.held()
+        if held:
+            request = FindUnwanted(store.target_id, 0, tuple(held))
+            unwanted = set(self._rpc.call(request, TARGET_LEASE_SECONDS))
+            for place, inode in enumerate(held):
+                store.leaving.decide(inode, left=place in unwanted)
 
     def _report(
         self, store: ChunkStore, ticket: int, outcomes: Sequence[tuple[Move, Outcome]]
@@ -148,6 +162,7 @@ class Mover:
             if any(named.values()):
                 request = EndMoves(store.target_id, ticket, **named)
                 ended.update(self._rpc.call(request, CALL_SECONDS))
+        self._settle(store)
         self._counters.add(moves_ended=len(ended))
         return bool(ended)
 
@@ -212,8 +227,17 @@ class Mover:
                 if error is not None:
                     return _outcome(move, error)
         # Nobody has had it open meanwhile, or the end does not count; but a client that was given
-        # up may write all the same.
-        return Outcome.DONE if self._sealed(store, move) == infos else Outcome.LATER
+        # up may write all the same, and must not from the last look on.
+        if not store.leaving.hold(move.inode):
+            return Outcome.LATER
+        outcome = Outcome.LATER
+        try:
+            if self._sealed(store, move) == infos:
+                outcome = Outcome.DONE
+        finally:
+            if outcome is not Outcome.DONE:
+                store.leaving.decide(move.inode, left=False)
+        return outcome
 
     def _sealed(self, store: ChunkStore, move: Move) -> list[ChunkInfo] | None:
         """The chunks of a file that are to move, in order; None if somebody has one open."""

@@ -24,6 +24,7 @@ def compare(store: ChunkStore, request: m.CompareMoved) -> m.Wanted:
     held = {chunk.number: chunk for chunk in request.held}
     with store.incoming.round(request.source, request.ticket):
         store.incoming.arrived(request.inode)
+        store.leaving.came(request.inode)
         same: set[int] = set()
         for chunk in store.list_directory(directory_of(request.inode)):
             number = chunk.number

@@ -298,6 +298,7 @@ class DataSession:
         answer = _Answer(None, store)
 
         def open_one(item: m.ChunkRef) -> ChunkInfo:
+            _require_here(store, item.chunk)
             if request.verify:
                 self._verify(store, item.chunk, request.seal)
             kept = next(open_already) or self._open_kept(answer, item, direct=request.direct)
@@ -378,7 +379,8 @@ class DataSession:
 
         def open_one(item: m.ChunkRef) -> ChunkInfo:
             self._writes_to(store, item.chunk)
-            file, info = store.open_for_write(item.chunk)
+            with store.leaving.changing(item.inode):
+                file, info = store.open_for_write(item.chunk)
             answer.files.append(file)
             answer.passed.append(file.fileno())
             return info
@@ -410,6 +412,7 @@ class DataSession:
                 file, info = self._chains.open_for(store, item.chunk, request.passing)
                 answer.files.append(file)
             else:
+                _require_here(store, item.chunk)
                 kept = self._chains.borrow(store, item.chunk)
                 answer.kept.append(kept)
                 file, info = kept.file, kept.info
@@ -446,6 +449,7 @@ class DataSession:
     def _read_piece(
         self, store: ChunkStore, item: m.Piece, room: memoryview
     ) -> tuple[ChunkInfo, memoryview]:
+        _require_here(store, item.chunk)
         kept = self._chains.borrow(store, item.chunk)
         file, info = kept.file, kept.info
         try:
@@ -469,7 +473,8 @@ class DataSession:
         def write(item: m.Piece) -> None:
             self._receive(buffer[: item.length])
             self._writes_to(store, item.chunk)
-            store.patch(item.chunk, item.offset, [buffer[: item.length]])
+            with store.leaving.changing(item.inode):
+                store.patch(item.chunk, item.offset, [buffer[: item.length]])
             self._counters.add(written_bytes=item.length)
 
         with self._buffers.lend(STALL_SECONDS) as buffer:
@@ -496,7 +501,8 @@ class DataSession:
 
         def truncate(item: m.SizedChunk) -> None:
             self._writes_to(store, item.chunk)
-            store.truncate(item.chunk, item.size)
+            with store.leaving.changing(item.inode):
+                store.truncate(item.chunk, item.size)
 
         return self._told(store, self._each(request.chunks, truncate))
 
@@ -506,7 +512,8 @@ class DataSession:
     def _remove_range(self, store: ChunkStore, request: m.RemoveRange) -> _Answer:
         if request.passing is not None:
             return _Answer(self._chains.remove_range(store, request), store)
-        removed = store.remove_range(request.inode, request.first, request.end)
+        with store.leaving.changing(request.inode):
+            removed = store.remove_range(request.inode, request.first, request.end)
         self._counters.add(chunks_removed=removed)
         return _Answer(m.Outcomes((), {}), store)
 
@@ -538,11 +545,18 @@ class DataSession:
         return _Answer(page, store)
 
     def _find_chunks(self, store: ChunkStore, request: m.FindChunks) -> _Answer:
+        store.leaving.require_here(request.inode)
         page = find_chunks(store, request.inode, request.first, request.end)
         return _Answer(page, store)
 
     def _check_chunks(self, store: ChunkStore, request: m.CheckChunks) -> _Answer:
         return _Answer(self._each(request.chunks, lambda item: store.recheck(item.chunk)), store)
+
+
+def _require_here(store: ChunkStore, chunk: ChunkId) -> None:
+    """A chunk that is not there may have moved away: then it is no hole. Raises InodeStale."""
+    if not chunk.chain:
+        store.leaving.require_here(chunk.inode)
 
 
 @contextlib.contextmanager

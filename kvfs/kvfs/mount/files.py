@@ -19,6 +19,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -30,6 +31,7 @@ from kvfs_base.errors import (
     BehindTheEnd,
     CacheFull,
     FileTooLarge,
+    InodeStale,
     InternalError,
     KvfsError,
     NotSupported,
@@ -50,6 +52,8 @@ from kvfs_datapath.client.files import StripedFile
 from kvfs_metadata.messages import GetAttr, SetAttr, StatFs
 
 log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
@@ -258,12 +262,12 @@ class OpenFile:
     async def _truncate(self, end: int, size: int) -> None:
         """Nothing lies behind ``size`` afterwards. Holds the lock exclusive."""
         self._unflushed = True
-        truncate: Callable[[int, int], None] = self._data.truncate
         if self._passed is not None:
-            truncate = self._passed.truncate
+            await self._backend.in_thread(self._passed.truncate, end, size)
         elif self.backing != NO_DESCRIPTOR:
-            truncate = self._data.truncate_in_place
-        await self._backend.in_thread(truncate, end, size)
+            await self._backend.in_thread(self._data.truncate_in_place, end, size)
+        else:
+            await self._on_chunks(StripedFile.truncate, end, size)
 
     # --- data
 
@@ -301,9 +305,18 @@ class OpenFile:
         if found is not None:
             return found
         length = min(length, self.size - offset)
-        return await self._backend.in_thread(
-            self._data.read, offset, length, self.size, self.sparse
-        )
+        return await self._on_chunks(StripedFile.read, offset, length, self.size, self.sparse)
+
+    async def _on_chunks(self, action: Callable[..., _Result], *arguments: Any) -> _Result:
+        """``action`` of the file's chunks, in a thread. A server may say that the file has moved
+        away from it, and do nothing: this mount was not heard of for too long. Then once more where
+        the file is now; what was written before may be lost, which the next flush says."""
+        try:
+            return await self._backend.in_thread(action, self._data, *arguments)
+        except InodeStale:
+            epoch = self._backend.epoch
+            self.absorb(await self._backend.call(GetAttr(self.inode)), epoch)
+            return await self._backend.in_thread(action, self._data, *arguments)
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Does what ``write`` would, if nothing need be waited for; else nothing."""
@@ -364,7 +377,7 @@ class OpenFile:
     async def _write(self, offset: int, data: Buffer) -> None:
         self._unflushed = True
         if not self._data.write_now(offset, data):
-            await self._backend.in_thread(self._data.write, offset, data)
+            await self._on_chunks(StripedFile.write, offset, data)
         end = offset + len(data)
         if self.attr.quota and end > self.recorded[0]:
             # After the bytes, as always: a mount that dies leaves no zeros.
