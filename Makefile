@@ -14,6 +14,9 @@ PYTEST_ARGS ?=
 SEEDS ?= 1000
 FIRST ?= 0
 
+# Tests start some thousand processes: no one is to compile all modules again.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Tests wait more than they compute: two workers a core, up to eight.
 WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? 2 * n : 8)))
 
