@@ -47,7 +47,7 @@ test-only: $(VENV)/.stamp-test ## Run the tests alone [WORKERS=4 PYTEST_ARGS=...
 sim: setup ## The cluster in virtual time, with faults, under many seeds [SEEDS=1000 FIRST=0]
 	$(BIN)/python -m tests.sim --seeds $(SEEDS) --first $(FIRST) --keep-going
 
-test-mount: $(VENV)/.stamp-test ## The mount for long: a million operations on a file [SEED=1]
+test-mount: $(VENV)/.stamp-test ## The mount for long: a million operations on files [SEED=1]
 	KVFS_FILE_OPERATIONS=1000000 KVFS_FILE_SEED=$(or $(SEED),1) KVFS_MOUNT_EXAMPLES=500 \
 		KVFS_MOUNT_LONG=1 $(BIN)/python -m pytest --timeout 0 \
 		tests/t4_mount/test_file_checker.py tests/t4_mount/test_mount_model.py tests/t4_mount/test_mount_locks.py

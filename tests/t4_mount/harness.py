@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import re
 import select
@@ -96,7 +97,10 @@ class Role:
 
 
 class Cluster:
-    def __init__(self, directory: Path) -> None:
+    """With ``hosts`` each chunk server believes to be on a host of its own, the first one on that
+    of the mounts."""
+
+    def __init__(self, directory: Path, *, hosts: bool = False) -> None:
         self.directory = directory
         self.mount_options: tuple[str, ...] = ()
         """Of every mount."""
@@ -104,7 +108,7 @@ class Cluster:
             (directory / name).mkdir(mode=0o700)
         self.roles: list[Role] = []
         self.metadata = self._role("metadata").start()
-        self.chunks = self._role("chunks", "3").start()
+        self.chunks = self._role("chunks", "3", *["--hosts"] * hosts).start()
         self._wait_for_targets(3)
 
     def _role(self, *argv: str) -> Role:
@@ -206,7 +210,9 @@ class Cluster:
 
     def chunk_files(self, inode: int) -> list[Path]:
         """The files on disk that hold the chunks of an inode."""
-        return sorted(self.directory.glob(f"targets/*/chunks/*/{inode:016x}.*"))
+        name = f"*/{inode:016x}.*"
+        found = [self.directory.glob(f"targets/*/{kind}/{name}") for kind in ("chunks", "chains/*")]
+        return sorted(itertools.chain(*found))
 
     def complaints(self) -> list[str]:
         found = []

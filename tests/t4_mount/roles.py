@@ -1,7 +1,7 @@
 """Runs one role of a kvfs for the mount's tests, as a process of its own so that it can be killed:
 
     python roles.py metadata DIR
-    python roles.py chunks DIR COUNT
+    python roles.py chunks DIR COUNT [--hosts]
     python roles.py mount DIR MOUNTPOINT [--allow-other] [--SETTING=...]
 
 Prints ``ready`` once serving. SIGTERM ends it cleanly. Logs go to stderr, one line a record, level
@@ -10,6 +10,7 @@ first.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -59,7 +60,7 @@ def known_port(directory: str, number: int) -> int:
     return int(path.read_text()) if path.exists() else 0
 
 
-def run_chunks(directory: str, count: int) -> None:
+def run_chunks(directory: str, count: int, *, hosts: bool) -> None:
     from kvfs_datapath.config import ChunkServerConfig
     from kvfs_datapath.server.chunk_server import ChunkServer
 
@@ -74,7 +75,10 @@ def run_chunks(directory: str, count: int) -> None:
             unix=Address.unix(f"{directory}/run/chunks-{number}.sock"),
             tcp=Address.tcp("127.0.0.1", known_port(directory, number)),
         )
-        servers.append(ChunkServer(os_env(), config))
+        env = os_env()
+        if hosts and number:
+            env = dataclasses.replace(env, host_id=f"host-{number}")
+        servers.append(ChunkServer(env, config))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -109,7 +113,7 @@ def main(argv: list[str]) -> None:
     if role == "metadata":
         run_metadata(directory)
     elif role == "chunks":
-        run_chunks(directory, int(rest[0]))
+        run_chunks(directory, int(rest[0]), hosts="--hosts" in rest)
     else:
         options: dict[str, Any] = {"allow_other": "--allow-other" in rest}
         for option in rest[1:]:
