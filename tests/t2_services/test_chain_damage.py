@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, ConnectionLost, KvfsError
+from kvfs_base.errors import ChunkCorrupt, ChunkNotFound, Conflict, ConnectionLost, KvfsError
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
@@ -316,11 +316,14 @@ def test_what_those_behind_have_heals_who_has_it_spoilt_or_cannot_tell(
 ) -> None:
     cluster.set_chain([1, 2, 3])
     cluster.write(1, b"base", sequence=1)
-    with answers_get_lost(cluster, 1):
-        with pytest.raises(ConnectionLost):
-            cluster.write(1, b"newer", sequence=2)
-        spoil_pending(cluster, 1, 0)
-        lose_attribute(cluster, 2, CHUNK)
+    replicator = cluster.servers[1]._chains.replicator
+    resolve = replicator.resolve
+    replicator.resolve = lambda *args: (_ for _ in ()).throw(Conflict())  # type: ignore
+    with answers_get_lost(cluster, 1), pytest.raises(ConnectionLost):
+        cluster.write(1, b"newer", sequence=2)
+    spoil_pending(cluster, 1, 0)
+    lose_attribute(cluster, 2, CHUNK)
+    replicator.resolve = resolve  # type: ignore[method-assign]
     wait_until(lambda: cluster.pending(1) is None)
     for number in (1, 2):
         assert isinstance(read_error(cluster, number), ChunkCorrupt), "not what is spoilt"

@@ -293,6 +293,33 @@ def test_a_member_whose_follower_refused_a_chunk_is_sent_it_again(cluster: Chain
     assert contents(cluster, 1) == contents(cluster, 2) == contents(cluster, 3) != {}
 
 
+def test_what_a_member_has_pending_from_before_is_forgotten_though_the_chunk_comes_again(
+    either: ChainCluster,
+) -> None:
+    """The version that it has committed, before the comparison begins: so the chunk is in step."""
+    cluster = either
+    cluster.set_chain([2, 1])
+    cluster.write(2, b"old", sequence=1)
+    cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
+    cut.off(cluster.servers[1])
+    with pytest.raises(ConnectionLost):
+        cluster.write(2, b"nowhere", sequence=2)
+    source = cluster.servers[1]._chains._source
+    bring = source._bring_in_step
+    source._bring_in_step = lambda *args: (_ for _ in ()).throw(Conflict())  # type: ignore
+    cluster.set_chain([1], syncing=[2])
+    cut.on(cluster.servers[1])
+    assert cluster.pending(2) is not None
+    update = m.Update(7, 0, 0, 3, crc32c(b"old"), 1, 1)
+    again = m.PassUpdate(2, cluster.passing(), update, 1, crc32c(b"old"), 3, True)
+    assert only(cluster.call(2, again, [b"old"])).version == 1
+    source._bring_in_step = bring  # type: ignore[method-assign]
+    wait_for_sync(cluster, 2)
+    assert cluster.pending(2) is None
+    cluster.set_chain([1, 2])
+    assert cluster.read(1) == cluster.read(2) == b"old"
+
+
 def test_only_the_source_may_compare(cluster: ChainCluster) -> None:
     cluster.set_chain([1, 2], syncing=[3])
     wait_for_sync(cluster, 3)

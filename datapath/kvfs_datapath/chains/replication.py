@@ -200,6 +200,9 @@ class Replicator:
             info: ChunkInfo | None = None
             if receipt is rules.Receipt.ANSWER:
                 info = committed
+                if pending is not None and not in_step:
+                    # From before: the chunk is in step from now on, and nobody would forget it.
+                    store.versions.drop(chunk)
             elif receipt is rules.Receipt.CARRY:
                 info = pending
             elif receipt is rules.Receipt.PREPARE:
