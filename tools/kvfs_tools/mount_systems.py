@@ -294,9 +294,9 @@ def _wait_for_mount(path: Path, process: subprocess.Popen[bytes], log_path: Path
 
 
 def _family(pid: int) -> list[int]:
-    """The process and those that it has started (JuiceFS serves from a child)."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(int(child) for child in children)]
+    """The process and those that any of its threads has started (JuiceFS serves from a child)."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [pid, *(int(child) for found in lists for child in found.read_text().split())]
 
 
 def _unmount(path: Path) -> None:
