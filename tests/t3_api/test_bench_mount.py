@@ -49,7 +49,7 @@ def test_every_figure_is_measured_beside_the_backing_file_system(
         assert set(row["cpu"]) == {"direct", "pyfuse3"}  # type: ignore[call-overload]
 
 
-def test_names_are_measured_without_a_service_and_without_a_file_system(tmp_path: Path) -> None:
+def test_limits_of_names(tmp_path: Path) -> None:
     peers = ["--peer", "memory", "--peer", "empty"]
     rows = run(tmp_path, "--part", "names", "--frontend", "direct", *peers)
     assert len(rows) == len(NAMES) + 1
