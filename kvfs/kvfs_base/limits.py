@@ -350,6 +350,9 @@ does not run any more keeps the space of those that are removed: 512 MiB of 2 Mi
 MOUNT_IDLE_SECONDS = 5.0
 """Such a file or block is closed when nobody opened it for one to two times as long."""
 
+MOUNT_CLOSE_SECONDS = 0.01
+"""One that was removed is closed after this, together with others: its space waits as long."""
+
 MOUNT_USES_MAX = 1024
 """Blocks that were opened and whose use was not told to the service yet: told every
 MOUNT_IDLE_SECONDS, or when there are so many."""

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from kvfs.mount.opens import Opens
-from kvfs_base.limits import MOUNT_IDLE_SECONDS
+from kvfs_base.limits import MOUNT_CLOSE_SECONDS, MOUNT_IDLE_SECONDS
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import CloseInode, OpenInode
 
@@ -112,7 +112,7 @@ def test_what_somebody_else_changed_is_closed_and_not_kept_for_a_while() -> None
         opens.give_back(FILE)
         opens.changed((FILE,))
         for _ in range(3):
-            await trio.testing.wait_all_tasks_blocked()
+            await trio.sleep(2 * MOUNT_CLOSE_SECONDS)
             assert service.open == []
             await opens.take(FILE)
             opens.changed((FILE,))
@@ -131,8 +131,23 @@ def test_without_leases_nothing_is_kept() -> None:
         service.leased = False
         await opens.take(FILE)
         opens.give_back(FILE)
-        await trio.testing.wait_all_tasks_blocked()
+        await trio.sleep(2 * MOUNT_CLOSE_SECONDS)
         assert service.open == []
+
+    run(test)
+
+
+def test_what_was_removed_is_closed_together() -> None:
+    async def test(opens: Opens, service: Service) -> None:
+        for inode in range(10, 20):
+            await opens.take(inode)
+            opens.give_back(inode)
+        calls = service.calls
+        for inode in range(10, 20):
+            opens.changed((inode,))
+            await trio.sleep(MOUNT_CLOSE_SECONDS / 20)
+        await trio.sleep(2 * MOUNT_CLOSE_SECONDS)
+        assert (service.open, service.calls) == ([], calls + 1)
 
     run(test)
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import logging
 import os
+import select
 import stat
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from kvfs_base.seams import Buffer
 log = logging.getLogger(__name__)
 
 SOURCE = "kvfs"
+SELECT_DESCRIPTORS_MAX = 1024
 MS_NOSUID = 2
 MS_NODEV = 4
 GONE = frozenset({errno.ENODEV, errno.ECONNABORTED})
@@ -60,9 +62,19 @@ class Device:
                 if exc.errno not in (errno.EINTR, errno.ENOENT):  # interrupted, us or the caller
                     raise
 
+    def wait(self, seconds: float) -> bool:
+        """Blocks until there is a request; False if there was none in time. Less than a millisecond
+        is what only select() can wait, which knows only the first descriptors of a process."""
+        if self.descriptor >= SELECT_DESCRIPTORS_MAX:
+            return False
+        return bool(select.select((self.descriptor,), (), (), seconds)[0])
+
     def answer(self, unique: int, parts: Sequence[Buffer] = (), error: int = 0) -> bool:
         """False if nobody waits for it any more: the caller was killed, or all is unmounted."""
-        header = wire.answer_header(unique, sum(map(len, parts)), error)
+        size = wire.ANSWER_HEADER.size
+        for part in parts:
+            size += len(part)
+        header = wire.ANSWER_HEADER.pack(size, -error, unique)
         try:
             if parts:
                 os.writev(self.descriptor, [header, *parts])

@@ -52,6 +52,12 @@ INTERRUPTIBLE = frozenset(
     }
 )
 
+LINGER_SECONDS = 0.00005
+LINGER_SECONDS_MAX = 0.002
+"""Whoever was answered on the spot asks again at once, mostly. Waiting for that here, and not in a
+turn of the event loop, takes 17 to 26 us of CPU for a ``stat``, instead of 32. Everything else
+waits meanwhile, so it ends after a while, and is done only if nothing else is under way."""
+
 ASKED_SECONDS = 1.0
 """A question that is not answered by then gets a task, and is repeated."""
 
@@ -131,6 +137,9 @@ class DirectFrontend:
             await trio.lowlevel.wait_readable(self._device.descriptor)
             try:
                 self._drain(self._device, self._handlers)
+                until = trio.current_time() + LINGER_SECONDS_MAX
+                while self._may_linger(until) and self._device.wait(LINGER_SECONDS):
+                    self._drain(self._device, self._handlers)
             except OSError as exc:
                 if exc.errno in GONE:
                     return
@@ -138,6 +147,9 @@ class DirectFrontend:
             while self._room_left() <= 0:
                 self._room = trio.Event()
                 await self._room.wait()
+
+    def _may_linger(self, until: float) -> bool:
+        return not (self._running or self._asked) and trio.current_time() < until
 
     def _room_left(self) -> int:
         """For requests. Who waits for a lock does not count: what it waits for may come as one."""

@@ -94,7 +94,7 @@ class OpenFile:
         """Of a write-back that nobody waited for; told by the next flush or fsync."""
         self._backend = backend
         self._layout = attr.layout
-        self._data = StripedFile(backend.chunks, attr.inode, attr.layout)
+        self._striped: StripedFile | None = None
         self._fetched = backend.env.clock.monotonic()
         self._dirty = False
         self._cut = False
@@ -108,6 +108,13 @@ class OpenFile:
         self._is_decided = False
         self._deciding: trio.Lock | None = None
         """Held by who finds out what ``backing`` is to be."""
+
+    @property
+    def _data(self) -> StripedFile:
+        """Made when it is needed: not for a file that is only opened."""
+        if self._striped is None:
+            self._striped = StripedFile(self._backend.chunks, self.inode, self._layout)
+        return self._striped
 
     # --- attributes
 
@@ -160,7 +167,7 @@ class OpenFile:
         self._layout = attr.layout
         if self.backing == NO_DESCRIPTOR:  # else the kernel goes on with the chunk that it has
             self._backend.chunks.descriptors.drop_inode(self.inode)
-            self._data = StripedFile(self._backend.chunks, self.inode, attr.layout)
+            self._striped = None
 
     def distrust(self) -> None:
         """Somebody else changed it."""
@@ -618,7 +625,8 @@ class OpenFile:
                 return False
             self._passed, self.backing = None, NO_DESCRIPTOR
         self._close_backing()
-        self._data.close()
+        if self._striped is not None:
+            self._striped.close()
         return True
 
     async def close(self) -> None:

@@ -452,11 +452,6 @@ _PARSERS: dict[int, Callable[[memoryview], Any]] = {
 # --- answers
 
 
-def answer_header(unique: int, body_bytes: int, error: int = 0) -> bytes:
-    """``error`` is an errno, as a positive number."""
-    return ANSWER_HEADER.pack(ANSWER_HEADER.size + body_bytes, -error, unique)
-
-
 class Times(NamedTuple):
     """How long the kernel may believe something, as it wants to be told."""
 

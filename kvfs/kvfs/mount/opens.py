@@ -16,7 +16,12 @@ import trio
 
 from kvfs.mount.backend import Backend
 from kvfs_base.errors import KvfsError
-from kvfs_base.limits import CLOSED_TOGETHER_MAX, MOUNT_IDLE_FILES, MOUNT_IDLE_SECONDS
+from kvfs_base.limits import (
+    CLOSED_TOGETHER_MAX,
+    MOUNT_CLOSE_SECONDS,
+    MOUNT_IDLE_FILES,
+    MOUNT_IDLE_SECONDS,
+)
 from kvfs_base.rpc import Done
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import CloseInode, GetAttr, OpenInode
@@ -132,6 +137,8 @@ class Opens:
         while True:
             with trio.move_on_after(MOUNT_IDLE_SECONDS) as round_:
                 await self._work.wait()
+                # Who removes one file removes others, mostly: one request closes all of them.
+                await trio.sleep(MOUNT_CLOSE_SECONDS)
             self._work = trio.Event()
             if round_.cancelled_caught:
                 late, self._idle_before = self._idle_before, set(self._idle)

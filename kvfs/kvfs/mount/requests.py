@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import stat
+from typing import NamedTuple
 
 from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs_base.types import Attr
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Caller:
+class Caller(NamedTuple):
     uid: int
     gid: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Opened:
+class Opened(NamedTuple):
     handle: int
     keep_cache: bool
     """Pages that the kernel has of this file are current."""
