@@ -1,18 +1,20 @@
-"""Disks and stores for tests of chunks; a module may have its own instead."""
+"""Disks, stores and engines for tests; a module may have its own instead."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from kvfs_base.os_disk import OsDisk
+from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_metadata.engines.postgres_engine import PostgresEngine
 from t1_stores.chain_chunks import open_store
 
 
@@ -35,3 +37,19 @@ def store(disk: Disk, tmp_path: Path) -> Iterator[ChunkStore]:
     store = open_store(disk, strict=not (tmp_path / "target").exists())
     yield store
     store.close()
+
+
+@pytest.fixture
+def engines(postgres_url: str) -> Iterator[Callable[..., PostgresEngine]]:
+    """Makes engines of one store."""
+    made: list[PostgresEngine] = []
+
+    def make(url: str = postgres_url, **options: object) -> PostgresEngine:
+        made.append(PostgresEngine(os_env(), url, **options))  # type: ignore[arg-type]
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for engine in made:
+            engine.close()
