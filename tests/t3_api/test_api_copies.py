@@ -125,7 +125,7 @@ def in_tree(cluster: ApiCluster, action: Callable[[Tree], Awaitable[None]]) -> N
 async def make_directory(tree: Tree, name: bytes, copies: int) -> None:
     filesystem = tree._filesystem
     made = await filesystem.mkdir(ROOT_INODE, name, 0o755, Caller(os.getuid(), os.getgid()))
-    await filesystem.setxattr(made.inode, b"user.kvfs.copies", str(copies).encode())
+    await filesystem.xattrs.set(made.inode, b"user.kvfs.copies", str(copies).encode())
 
 
 async def read(tree: Tree, path: bytes) -> bytes:

@@ -459,7 +459,9 @@ def test_blocks_that_a_mount_has_seen_or_open(cluster: ApiCluster) -> None:
                 await trio.sleep(0.02)
         for name, data in names.items():
             found = opened.get(name) or await filesystem.open(attrs[name].inode, 0)
-            filesystem._blocks._forget(attrs[name].inode)  # of other hosts: fetched again
+            held = filesystem._blocks.get(attrs[name].inode)
+            assert held is not None
+            filesystem._blocks._close(held)  # of other hosts: fetched again
             assert bytes(await filesystem.read(found.handle, 0, len(data))) == data
             await filesystem.release(found.handle)
         assert filesystem.statistics()["blocks_damaged"] == 0
