@@ -13,6 +13,7 @@ from kvfs_base.errors import ChunkCorrupt, Conflict, InodeStale, InvalidRequest
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.chunks.leaving import Leaving
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.connections import DataConnection
@@ -195,6 +196,7 @@ def test_what_has_left_is_neither_written_nor_taken_for_a_hole(cluster: Cluster)
     """By a client that does not know that its session is over."""
     place(cluster, 0, b"here")
     leaving = store(cluster).leaving
+    leaving.is_wanted = lambda inode: False
     assert leaving.hold(INODE)
     leaving.decide(INODE, left=True)
     store(cluster).remove(ChunkId(INODE, 0))
@@ -254,3 +256,34 @@ def test_what_came_again_before_it_was_known_to_have_left(cluster: Cluster) -> N
     leaving.decide(INODE, left=True)
     piece = m.Piece(INODE, 0, 0, 0, 3)
     assert outcome(cluster, m.WritePieces(1, (piece,)), [b"new"]) is None
+
+
+def test_a_file_that_came_back_without_a_chunk_is_taken() -> None:
+    """The metadata service gives places without chunks to other targets by itself."""
+    leaving = Leaving()
+    asked: list[int] = []
+    assert leaving.hold(7)
+    leaving.decide(7, left=True)
+    with pytest.raises(InodeStale), leaving.changing(7):
+        pass
+
+    def came_back(inode: int) -> bool:
+        asked.append(inode)
+        return True
+
+    leaving.is_wanted = came_back
+    with leaving.changing(7):
+        pass
+    leaving.require_here(7)
+    assert asked == [7], "it is asked once"
+    assert leaving.hold(7)
+    leaving.decide(7, left=True)
+
+    def leaves_again(inode: int) -> bool:
+        assert leaving.hold(inode)
+        leaving.decide(inode, left=True)
+        return True
+
+    leaving.is_wanted = leaves_again
+    with pytest.raises(InodeStale):
+        leaving.require_here(7)

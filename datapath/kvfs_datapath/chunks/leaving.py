@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kvfs_base import threads
 from kvfs_base.errors import Conflict, InodeStale
@@ -25,18 +25,24 @@ class Leaving:
         self._changing: collections.Counter[int] = collections.Counter()
         self._held: dict[int, bool] = {}
         """And whether they were moved here again since."""
-        self._left: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._left: collections.OrderedDict[int, object] = collections.OrderedDict()
+        """And something that is another one for each time that it has left."""
+        self.is_wanted: Callable[[int], bool] = lambda inode: False
+        """Asks the metadata service whether the file has a chain of this target now. A place that
+        has no chunks is given to a target without its being told."""
 
     @contextlib.contextmanager
     def changing(self, inode: int) -> Iterator[None]:
         """While a chunk of the file is changed, or opened for that. Waits while a mover ends its
         move. Raises InodeStale once it has left, Conflict if that takes long."""
+        self.require_here(inode)
         with self._condition:
             if inode in self._held and not self._condition.wait_for(
                 lambda: inode not in self._held, STALL_SECONDS
             ):
                 raise Conflict(detail=f"inode {inode} is being moved")
-            self.require_here(inode)
+            if inode in self._left:
+                raise InodeStale(inode=inode)
             self._changing[inode] += 1
         try:
             yield
@@ -50,8 +56,15 @@ class Leaving:
 
     def require_here(self, inode: int) -> None:
         """Raises InodeStale for a file that has left: its layout is another one now."""
-        if inode in self._left:
-            raise InodeStale(inode=inode)
+        left = self._left.get(inode)
+        if left is None:
+            return
+        if self.is_wanted(inode):
+            with self._condition:
+                if self._left.get(inode) is left:
+                    del self._left[inode]
+                    return
+        raise InodeStale(inode=inode)
 
     def hold(self, inode: int) -> bool:
         """Nothing of the file changes here from now on, until ``decide``. False if somebody does
@@ -72,7 +85,7 @@ class Leaving:
         """One that came again since whoever decides it asked has not left."""
         with self._condition:
             if left and not self._held.get(inode):
-                self._left[inode] = None
+                self._left[inode] = object()
                 while len(self._left) > FILES_LEFT_MAX:
                     self._left.popitem(last=False)
             self._release(inode)

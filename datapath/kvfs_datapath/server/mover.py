@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -74,6 +75,10 @@ class Mover:
         self._peers = peers
         self._counters = counters
         self._rpc = BlockingRpcClient(env.blocking_network, config.metadata)
+        self._asking = threads.lock()
+        self._asking_rpc = BlockingRpcClient(env.blocking_network, config.metadata)
+        for store in stores:
+            store.leaving.is_wanted = functools.partial(self._is_wanted, store)
         self._buffers = BufferPool(MOVE_THREADS, TRANSFER_BYTES)
         self._rate = config.sync_bytes_per_second
         self._turn = threads.lock()
@@ -101,6 +106,18 @@ class Mover:
         if self._thread.is_alive():
             self._thread.join()
         self._pool.shutdown(wait=True)
+        with self._asking:
+            self._asking_rpc.close()
+
+    def _is_wanted(self, store: ChunkStore, inode: int) -> bool:
+        """Asked by sessions, of files that have left."""
+        try:
+            with self._asking:
+                request = FindUnwanted(store.target_id, 0, (inode,))
+                return not self._asking_rpc.call(request, CALL_SECONDS)
+        except KvfsError as exc:
+            log.info("inode %d: whether it came back is not known: %s", inode, exc)
+            return False
 
     # --- rounds
 
