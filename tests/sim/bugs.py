@@ -13,12 +13,14 @@ from unittest import mock
 import msgspec
 
 from kvfs_base import frames
-from kvfs_base.errors import KvfsError, StaleChain, TargetFenced
+from kvfs_base.errors import KvfsError, ServerBusy, StaleChain, TargetFenced
+from kvfs_base.limits import PASS_SECONDS
 from kvfs_datapath import rules
 from kvfs_datapath.chains import replication, views
 from kvfs_datapath.chains import requests as chain_session
 from kvfs_datapath.chains.peers import Unreached
 from kvfs_datapath.chains.replication import Replicator
+from kvfs_datapath.chains.sync_sink import SyncSinks
 from kvfs_datapath.chains.views import Views
 from kvfs_datapath.chunks import numbers, versions
 from kvfs_datapath.chunks.numbers import UpdateNumbers
@@ -190,6 +192,42 @@ def _take_silence_for_no() -> Any:
     return mock.patch.object(Replicator, "_carry", impatient)
 
 
+def _keep_pending_at_a_rejoin() -> Any:
+    """A member that begins to sync keeps what it has pending, and commits it once it serves."""
+
+    def begin(self: SyncSinks, store: Any, place: Any) -> None:
+        with self._lock:
+            self._listings.pop((place.target_id, place.chain.chain_id), None)
+            comparison = self._get(place)
+        if not comparison.begun and not self._views.wait_quiet(place, 2 * PASS_SECONDS):
+            raise ServerBusy
+        comparison.begun = True
+
+    return mock.patch.object(SyncSinks, "begin", begin)
+
+
+def _commit_under_any_version() -> Any:
+    """A member makes the next version of an update, whatever version it has."""
+    receive, prepare = rules.receive, Versions.prepare
+
+    def careless(*args: Any) -> Any:
+        found = receive(*args)
+        return rules.Receipt.PREPARE if found is rules.Receipt.ASK_WHOLE else found
+
+    def anyhow(self: Versions, chunk: Any, update: Any, data: Any, version: Any = None) -> Any:
+        return prepare(self, chunk, update, data)
+
+    def same_number(info: Any, request: Any) -> bool:
+        number = (request.update.writer, request.update.sequence)
+        return info is not None and (info.writer, info.sequence) == number
+
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(rules, "receive", careless))
+    stack.enter_context(mock.patch.object(rules, "is_version", same_number))
+    stack.enter_context(mock.patch.object(Versions, "prepare", anyhow))
+    return stack
+
+
 def _synced_at_once() -> Any:
     """A member counts as in step as soon as it is heard of."""
     returned = members.returned
@@ -285,6 +323,8 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "no memory of updates": (_no_memory_of_updates, "chains"),
     "serve while syncing": (_serve_while_syncing, "leases"),
     "take silence for no": (_take_silence_for_no, "chains"),
+    "keep pending at a rejoin": (_keep_pending_at_a_rejoin, "chains"),
+    "commit under any version": (_commit_under_any_version, "chains"),
     "synced at once": (_synced_at_once, "chains"),
     "move what is open": (_move_what_is_open, "drains"),
     "serve what is lost": (_serve_what_is_lost, "chains and ruin"),

@@ -136,7 +136,11 @@ class Nemesis:
         return list(self.world.network.hosts)
 
     def _cut(self, *, both: bool) -> None:
-        one, other = self.rng.sample(self._names(), 2)
+        """Half of the time between members of chains, of which there are few among all hosts."""
+        names = self._names()
+        if self.world.plan.copies > 1 and self.rng.random() < 0.5:
+            names = [host.name for host in self.world.chunk_hosts]
+        one, other = self.rng.sample(names, 2)
         self._cut_paths([(one, other), (other, one)][: 2 if both else 1])
 
     def _isolate(self) -> None:

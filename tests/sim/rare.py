@@ -19,11 +19,15 @@ from kvfs_datapath.chunks.locks import ChunkLocks
 from kvfs_datapath.chunks.tree import ChunkTree
 from kvfs_datapath.chunks.versions import Versions
 from kvfs_datapath.client.health import Health
+from kvfs_datapath.client.routes import ChainRoutes
 from sim.engine import SimEngine
 from sim.hub import Hub
 
 CHANCE = 0.25
 """Of each to be forced in a run."""
+
+ALWAYS = {"replica"}
+"""Forced in every run."""
 
 Fire = Callable[[], bool]
 
@@ -95,6 +99,18 @@ def _hedge_at_once(fire: Fire) -> Any:
     return mock.patch.object(Health, "bound", forced)
 
 
+def _ask_another_replica(fire: Fire) -> Any:
+    """A reader begins with another one than usual. Else a chunk is always read where it was read
+    before, and nobody sees what replicas do not agree about."""
+    in_order = ChainRoutes.in_order
+
+    def forced(self: ChainRoutes, *args: Any) -> Any:
+        found = in_order(self, *args)
+        return found[1:] + found[:1] if fire() else found
+
+    return mock.patch.object(ChainRoutes, "in_order", forced)
+
+
 def _no_buffer(fire: Fire) -> Any:
     lend = BufferPool.lend
 
@@ -137,6 +153,7 @@ POINTS: dict[str, tuple[Callable[[Fire], Any], float]] = {
     "suspect": (_suspect_at_once, 0.25),
     "verify": (_verify_again, 0.25),
     "hedge": (_hedge_at_once, 0.25),
+    "replica": (_ask_another_replica, 0.5),
     "no buffer": (_no_buffer, 0.02),
     "locked": (_chunk_is_locked, 0.02),
     "race": (_lose_a_race, 0.1),
@@ -149,7 +166,7 @@ def forced(hub: Hub) -> Iterator[None]:
     """Some of them, for as long as a run takes."""
     with contextlib.ExitStack() as stack:
         for name, (force, share) in POINTS.items():
-            if hub.rng.random() < CHANCE:
+            if name in ALWAYS or hub.rng.random() < CHANCE:
                 stack.enter_context(force(_fire(hub, name, share)))
         yield
 

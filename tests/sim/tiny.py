@@ -46,7 +46,7 @@ SOMETIMES: dict[str, tuple[object, ...]] = {
     "UNWANTED_INODES_MAX": (1, 2),
     "UNWANTED_REMEMBERED_MAX": (8, 32),
     "UPDATES_REMEMBERED_MAX": (2, 8),
-    "SYNC_CAME_MAX": (64, 128),
+    "SYNC_CAME_MAX": (2, 16),
     "SYNC_THREADS": (1,),
     "SYNC_BUFFERS": (1,),
     "PASS_BUFFERS": (1,),
