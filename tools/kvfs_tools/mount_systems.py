@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,16 +83,18 @@ def memory(root: Path) -> Iterator[System]:
     path = root / "memory"
     (home / "targets").mkdir(parents=True)
     path.mkdir()
-    address = f"unix:{home}/metadata.sock"
     log_path = home / "mount.log"
-    argv = [sys.executable, "-m", "kvfs_tools.mount_memory", str(path), address]
     with contextlib.ExitStack() as stack:
+        # Addresses of sockets are short, and ``root`` may be anywhere.
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvfs-"))
+        address = f"unix:{sockets}/metadata.sock"
+        argv = [sys.executable, "-m", "kvfs_tools.mount_memory", str(path), address]
         process = stack.enter_context(_daemon(argv, log_path))
         _wait_for_mount(path, process, log_path)
         for number in range(3):
             argv = [sys.executable, "-m", "kvfs", "serve", "chunks", f"--server-id={number}"]
             argv += [f"--directories={home}/targets/{number}", f"--metadata={address}"]
-            argv += [f"--unix=unix:{home}/chunks-{number}.sock"]
+            argv += [f"--unix=unix:{sockets}/chunks-{number}.sock"]
             stack.enter_context(_daemon(argv, home / f"chunks-{number}.log"))
         _wait_for_space(path)
         yield System.at("memory", path, process.pid)
