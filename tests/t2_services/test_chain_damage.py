@@ -3,6 +3,7 @@ and no reason for a chain to stay short."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -264,18 +265,31 @@ def spoil_pending(cluster: ChainCluster, number: int, offset: int) -> None:
     file.close()
 
 
+@contextlib.contextmanager
+def nothing_resolved(cluster: ChainCluster, number: int) -> Iterator[None]:
+    """Nor has it read, when this is over, what it is to pass on."""
+    replicator = cluster.servers[number]._chains.replicator
+    resolve = replicator.resolve
+    replicator.resolve = lambda *args: (_ for _ in ()).throw(Conflict())  # type: ignore
+    try:
+        yield
+    finally:
+        replicator.resolve = resolve  # type: ignore[method-assign]
+
+
 def left_pending(cluster: ChainCluster, offset: int, unreached: int) -> None:
     """Version 2 is pending on 1, and before ``unreached``, which knows nothing of it."""
     cluster.write(1, b"base", sequence=1)
     cut = Cut(cluster.env.blocking_network)  # type: ignore[arg-type]
     cut.off(cluster.servers[unreached])
-    with pytest.raises(ConnectionLost):
-        cluster.write(1, b" and more", offset=offset, sequence=2)
-    for number in range(1, unreached):
-        assert cluster.pending(number) is not None
-    spoil_pending(cluster, 1, offset)
-    lose_attribute(cluster, unreached, CHUNK)
-    cut.on(cluster.servers[unreached])
+    with nothing_resolved(cluster, 1):
+        with pytest.raises(ConnectionLost):
+            cluster.write(1, b" and more", offset=offset, sequence=2)
+        for number in range(1, unreached):
+            assert cluster.pending(number) is not None
+        spoil_pending(cluster, 1, offset)
+        lose_attribute(cluster, unreached, CHUNK)
+        cut.on(cluster.servers[unreached])
 
 
 @pytest.mark.parametrize("offset", [0, 4], ids=["copy", "append"])
@@ -316,14 +330,11 @@ def test_what_those_behind_have_heals_who_has_it_spoilt_or_cannot_tell(
 ) -> None:
     cluster.set_chain([1, 2, 3])
     cluster.write(1, b"base", sequence=1)
-    replicator = cluster.servers[1]._chains.replicator
-    resolve = replicator.resolve
-    replicator.resolve = lambda *args: (_ for _ in ()).throw(Conflict())  # type: ignore
-    with answers_get_lost(cluster, 1), pytest.raises(ConnectionLost):
-        cluster.write(1, b"newer", sequence=2)
-    spoil_pending(cluster, 1, 0)
-    lose_attribute(cluster, 2, CHUNK)
-    replicator.resolve = resolve  # type: ignore[method-assign]
+    with nothing_resolved(cluster, 1):
+        with answers_get_lost(cluster, 1), pytest.raises(ConnectionLost):
+            cluster.write(1, b"newer", sequence=2)
+        spoil_pending(cluster, 1, 0)
+        lose_attribute(cluster, 2, CHUNK)
     wait_until(lambda: cluster.pending(1) is None)
     for number in (1, 2):
         assert isinstance(read_error(cluster, number), ChunkCorrupt), "not what is spoilt"
