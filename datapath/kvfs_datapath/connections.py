@@ -28,8 +28,8 @@ from kvfs_datapath.wire import (
     close_all,
     decode_reply,
     receive_body,
-    receive_header,
     receive_header_and_descriptors,
+    receive_reply_header,
     send_message,
 )
 
@@ -68,7 +68,7 @@ class DataConnection:
         """The reply. ``into`` names, from the reply, the memory for the payload that follows it.
         Raises what the server raised, ConnectionLost, DeadlineExceeded, ProtocolError."""
         self._ask(request, payload)
-        header = receive_header(self._connection)
+        header = receive_reply_header(self._connection)
         reply = self._reply(header, request)
         views = [] if into is None else into(reply)
         self._expect_payload(header, views)
@@ -83,7 +83,7 @@ class DataConnection:
         """As ``call``, and the CRC32C of what came into each view. It is computed piece by piece,
         as they come in: later they would have to be fetched from memory again."""
         self._ask(request, ())
-        header = receive_header(self._connection)
+        header = receive_reply_header(self._connection)
         reply = self._reply(header, request)
         views = into(reply)
         self._expect_payload(header, views)
@@ -133,7 +133,7 @@ class DataConnection:
         self._connection.send([piece])
 
     def finish(self, request: Request) -> Any:
-        header = receive_header(self._connection)
+        header = receive_reply_header(self._connection)
         reply = self._reply(header, request)
         if header.payload_bytes:
             raise ProtocolError(detail=f"a payload of {header.payload_bytes} bytes")

@@ -9,12 +9,13 @@ from typing import Any
 import msgspec
 
 from kvfs_base import frames
-from kvfs_base.errors import ProtocolError
+from kvfs_base.errors import ConnectionLost, ProtocolError, VersionMismatch
 from kvfs_base.frames import FrameHeader, Kind
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Buffer, Connection
 from kvfs_datapath.messages import reply_problem
 
+_UNREADABLE = (ProtocolError, VersionMismatch)
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
 
 
@@ -42,15 +43,25 @@ def receive_header(connection: Connection) -> FrameHeader:
     return frames.decode_header(view)
 
 
+def receive_reply_header(connection: Connection) -> FrameHeader:
+    """Of an answer. One that cannot be read is none, and does not say what became of the request:
+    it may have changed on its way. Raises ConnectionLost."""
+    try:
+        return receive_header(connection)
+    except _UNREADABLE as exc:
+        raise ConnectionLost(detail=str(exc)) from exc
+
+
 def receive_header_and_descriptors(connection: Connection) -> tuple[FrameHeader, list[int]]:
-    """The caller owns the descriptors; they come with the first byte of a frame."""
+    """As ``receive_reply_header``. The caller owns the descriptors; they come with the first byte
+    of a frame."""
     view = memoryview(bytearray(frames.HEADER_BYTES))
     descriptors = connection.receive_with_descriptors(view)
     try:
         return frames.decode_header(view), descriptors
-    except BaseException:
+    except _UNREADABLE as exc:
         close_all(descriptors)
-        raise
+        raise ConnectionLost(detail=str(exc)) from exc
 
 
 def close_all(descriptors: Sequence[int]) -> None:

@@ -12,7 +12,6 @@ import pytest
 from kvfs_base.errors import (
     ChunkCorrupt,
     ChunkNotFound,
-    ChunkPending,
     Conflict,
     ConnectionLost,
     DiskFull,
@@ -25,7 +24,6 @@ from kvfs_base.errors import (
 from kvfs_base.limits import (
     FENCE_SECONDS,
     RESOLVE_FULL_SECONDS,
-    SUSPECT_SECONDS,
     TRANSFER_BYTES,
 )
 from kvfs_base.types import ChunkId
@@ -39,7 +37,6 @@ from t2_services.chain_cluster import (
     CHAIN,
     ChainCluster,
     Cut,
-    answers_get_lost,
     chains,
     only,
     payload,
@@ -406,125 +403,7 @@ def test_a_hop_with_a_newer_map_leaves_the_update_nowhere(lazy: ChainCluster, ah
     assert everywhere(lazy, 1, 2, 3) == {b"b"}
 
 
-# --- pending
-
-
-def test_a_reader_never_sees_what_is_not_committed_everywhere_behind(
-    cluster: ChainCluster,
-) -> None:
-    cluster.set_chain([1, 2, 3])
-    cluster.write(1, b"old", sequence=1)
-    with answers_get_lost(cluster, 1):
-        with pytest.raises(ConnectionLost):
-            cluster.write(1, b"new", sequence=2)
-        assert cluster.read(2) == cluster.read(3) == b"new"
-        with pytest.raises(ChunkPending):
-            cluster.read(1)
-        with pytest.raises(ChunkPending):
-            cluster.stat(1, CHUNK)
-        # It stays pending however often it is tried, and holds up others of this chunk only.
-        with pytest.raises(ConnectionLost):
-            cluster.write(1, b"other", writer=2, sequence=1)
-    wait_until(quiet(cluster, 1, 2, 3))
-    assert everywhere(cluster, 1, 2, 3) == {b"new"}
-    assert cluster.write(1, b"new", sequence=2, again=True, base=1).version == 2
-
-
-def test_the_first_version_of_a_chunk_is_pending_too(lazy: ChainCluster) -> None:
-    lazy.set_chain([1, 2])
-    with answers_get_lost(lazy, 1):
-        with pytest.raises(ConnectionLost):
-            lazy.write(1, b"new", sequence=1)
-        with pytest.raises(ChunkPending):
-            lazy.read(1)
-    wait_until(quiet(lazy, 1, 2))
-    assert lazy.read(1) == b"new"
-
-
-@pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("gone", [2, 3])
-def test_a_member_that_is_lost_behind(cluster: ChainCluster, gone: int, offset: int) -> None:
-    cluster.set_chain([1, 2, 3])
-    cluster.write(1, b"old", sequence=1)
-    cluster.stop_server(gone)
-    with pytest.raises(ConnectionLost):
-        cluster.write(1, b"new", offset=offset, sequence=2)
-    rest = [n for n in (1, 2, 3) if n != gone]
-    with pytest.raises(ChunkPending):
-        cluster.read(1)
-    cluster.set_chain(rest, offline=[gone])
-    wait_until(quiet(cluster, *rest))
-    expected = b"new" if offset == 0 else b"oldnew"
-    assert everywhere(cluster, *rest) == {expected}
-    assert cluster.write(1, b"new", offset=offset, sequence=2, again=True, base=1).version == 2
-
-
-@pytest.mark.parametrize("lost", [1, 2])
-def test_the_head_is_lost_before_it_hears_that_the_others_have_it(
-    cluster: ChainCluster, lost: int
-) -> None:
-    """``lost``: whose answers from behind get lost, too."""
-    cluster.set_chain([1, 2, 3])
-    cluster.write(1, b"old", sequence=1)
-    with answers_get_lost(cluster, lost), pytest.raises(ConnectionLost):
-        cluster.write(1, b"new", sequence=2)
-    cluster.stop_server(1)
-    cluster.set_chain([2, 3], offline=[1])
-    wait_until(quiet(cluster, 2, 3))
-    assert everywhere(cluster, 2, 3) == {b"new"}
-    assert cluster.write(2, b"new", sequence=2, again=True, base=1).version == 2
-
-
-def test_an_update_that_nobody_passed_on_survives_its_head_alone(lazy: ChainCluster) -> None:
-    """The head is gone, and nobody else has it: it never was. The client repeats it."""
-    lazy.set_chain([1, 2, 3])
-    lazy.write(1, b"old", sequence=1)
-    cut = Cut(lazy.env.blocking_network)  # type: ignore[arg-type]
-    cut.off(lazy.servers[2])
-    with pytest.raises(ConnectionLost):
-        lazy.write(1, b"new", sequence=2)
-    lazy.stop_server(1)
-    cut.on(lazy.servers[2])
-    lazy.set_chain([2, 3], offline=[1])
-    assert everywhere(lazy, 2, 3) == {b"old"}
-    assert lazy.write(2, b"new", sequence=2, again=True, base=1).version == 2
-
-
-def test_pendings_are_passed_on_once_the_next_one_is_back(lazy: ChainCluster) -> None:
-    lazy.set_chain([1, 2, 3])
-    cut = Cut(lazy.env.blocking_network)  # type: ignore[arg-type]
-    cut.off(lazy.servers[2])
-    for number in range(5):
-        with pytest.raises(ConnectionLost):
-            lazy.write(1, b"new", number=number, sequence=number)
-    cut.on(lazy.servers[2])
-    for number in range(5):
-        wait_until(lambda n=number: lazy.pending(1, chunk=n) is None)
-        assert [lazy.read(n, chunk=number) for n in (1, 2, 3)] == [b"new"] * 3
-
-
-def test_a_successor_that_is_silent_is_a_suspect(lazy: ChainCluster) -> None:
-    lazy.set_chain([1, 2, 3])
-    cut = Cut(lazy.env.blocking_network)  # type: ignore[arg-type]
-    cut.off(lazy.servers[2])
-    with pytest.raises(ConnectionLost):
-        lazy.write(1, b"new", sequence=1)
-    lazy.metadata.wait_for_beats(1)
-    assert lazy.metadata.suspects() == set()
-    lazy.clock.advance(SUSPECT_SECONDS)
-    lazy.metadata.wait_for(lambda: lazy.metadata.suspects() == {2})
-    cut.on(lazy.servers[2])
-    lazy.metadata.wait_for(lambda: lazy.metadata.suspects() == set())
-
-
-def test_a_lost_connection_is_not_held_against_a_member_for_good(lazy: ChainCluster) -> None:
-    """Nothing is pending because of it (it was a block, or a page of a comparison), nothing else is
-    sent there, and all the same somebody asks whether it is there again."""
-    lazy.set_chain([1, 2])
-    reach = lazy.servers[1]._chains.peers.reach
-    for _ in range(5):
-        reach.failed(2, lazy.clock.monotonic())
-        wait_until(lambda: reach.doubtful() == [])
+# --- what is refused, and what is replaced
 
 
 def test_two_updates_are_never_taken_for_one(lazy: ChainCluster) -> None:
