@@ -10,12 +10,19 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
     from postgres_server import PostgresServer
 
 faulthandler.enable()
+
+# How long an example takes, and how long it takes to draw one, is the machine's business.
+hypothesis.settings.register_profile(
+    "kvfs", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("kvfs")
 
 
 @pytest.fixture(autouse=True)
