@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
+import pytest
 
 from kvfs_base import frames
 from kvfs_base.cluster import Chain, ClusterMap, Target, TargetState
@@ -36,11 +37,14 @@ from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.client import health as health_module
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.wire import receive_body, receive_header, send_message
 
 SECONDS = 20.0
+NEVER = 1e6
+"""Seconds."""
 HERE = "host-a"
 
 
@@ -452,9 +456,14 @@ class FakeCluster:
         for server in self.servers.values():
             server.stop()
 
-    def client(self, prefer: str = "auto") -> ChunkClient:
-        self.clients.append(ChunkClient(self.env, self, prefer=prefer))
-        return self.clients[-1]
+    def client(self, prefer: str = "auto", *, hedges: bool = False) -> ChunkClient:
+        """Without ``hedges`` it waits for the server that it asked: which ones are asked, and how
+        often, does not depend on how busy the machine is."""
+        client = ChunkClient(self.env, self, prefer=prefer)
+        if not hedges:
+            client.shared.health.bound = lambda *_: NEVER  # type: ignore[method-assign]
+        self.clients.append(client)
+        return client
 
     def set_chain(
         self, chain_id: int, targets: Sequence[int], syncing: Sequence[int] = (), copies: int = 0
@@ -508,3 +517,9 @@ def first(times: int, fault: Fault, kind: type[m.ChunkRequest] = m.ChunkRequest)
 
 def always(fault: Fault, kind: type[m.ChunkRequest] = m.ChunkRequest) -> Script:
     return lambda request: fault if isinstance(request, kind) else None
+
+
+def avoid_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that failed is asked last, however long the test takes."""
+    for name in ("AVOID_SECONDS", "AVOID_SECONDS_MAX"):
+        monkeypatch.setattr(health_module, name, NEVER)

@@ -259,7 +259,7 @@ def test_a_bad_piece_is_reported(cluster: FakeCluster) -> None:
 def test_a_slow_piece_is_overtaken(cluster: FakeCluster) -> None:
     data = os.urandom(MIB)
     written(cluster, data, LARGE)
-    client = cluster.client()
+    client = cluster.client(hedges=True)
     slow = client.router.chain(1).in_order(ChunkId(INODE, 0, 1), set())[0].target_id
     event = threading.Event()
     cluster.servers[slow].script = first(1, Fault(wait=event), m.ReadPieces)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from chain_fakes import SECONDS, FakeCluster, Fault, always, first
+from chain_fakes import NEVER, SECONDS, FakeCluster, Fault, always, avoid_for_good, first
 from kvfs_base.errors import ChunkPending, ConnectionLost, DeadlineExceeded, KvfsError
 from kvfs_base.os_env import SystemClock
 from kvfs_base.seams import Connection
@@ -45,6 +45,9 @@ class Blackhole:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
+    # Only the watchdog ends a wait: the deadlines are longer than any test.
+    monkeypatch.setattr(connections_module, "DATA_SECONDS", 10 * SECONDS)
+    monkeypatch.setattr(connections_module, "CALL_SECONDS", 10 * SECONDS)
 
 
 @pytest.fixture
@@ -80,7 +83,6 @@ def in_background(action: object) -> tuple[threading.Thread, list[object]]:
 
 @pytest.mark.parametrize("chain", [CHAIN, 4])
 def test_a_put_does_not_wait_for_a_server_that_is_gone(cluster: FakeCluster, chain: int) -> None:
-    """Its deadline is 10 s and more."""
     client, network = client_of(cluster)
     silent = threading.Event()
     gone = cluster.servers[1]
@@ -91,7 +93,7 @@ def test_a_put_does_not_wait_for_a_server_that_is_gone(cluster: FakeCluster, cha
     network.gone.add(gone.tcp)
     if chain == CHAIN:
         cluster.set_chain(CHAIN, [2, 3])
-    thread.join(SECONDS / 4)
+    thread.join(SECONDS)
     assert not thread.is_alive()
     (found,) = results
     if chain == CHAIN:
@@ -123,7 +125,7 @@ def test_a_write_to_a_head_that_is_gone_takes_another_way(cluster: FakeCluster) 
     head.script = always(Fault(wait=silent), m.UpdateChunks)
     network.gone.add(head.tcp)
     thread, results = in_background(lambda: file.write(0, b"y"))
-    thread.join(SECONDS / 4)
+    thread.join(SECONDS)
     assert results == [None]
     assert cluster.servers[3].chunks[ChunkId(9, 0, CHAIN)].data == b"y"
     silent.set()
@@ -141,12 +143,15 @@ def test_a_reader_does_not_wait_for_a_tail_that_is_gone(cluster: FakeCluster) ->
     thread, results = in_background(lambda: file.read(0, 1, 1, False))
     wait_until(lambda: tail.named(m.ReadPieces))
     network.gone.add(tail.tcp)
-    thread.join(SECONDS / 4)
+    thread.join(SECONDS)
     assert results == [b"x"]
     silent.set()
 
 
-def test_nobody_is_looked_after_who_is_answered(cluster: FakeCluster) -> None:
+def test_nobody_is_looked_after_who_is_answered(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", NEVER)
     client, network = client_of(cluster)
     assert client.write_chunks(make_writes([5000] * 20, chains=[CHAIN])) == [None] * 20
     dialled = len(network.dialled)
@@ -157,7 +162,10 @@ def test_nobody_is_looked_after_who_is_answered(cluster: FakeCluster) -> None:
     assert client.pool._watchdog._thread is None
 
 
-def test_one_that_is_gone_is_passed_over_by_the_next_put(cluster: FakeCluster) -> None:
+def test_one_that_is_gone_is_passed_over_by_the_next_put(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    avoid_for_good(monkeypatch)
     client, network = client_of(cluster)
     network.gone.add(cluster.servers[1].tcp)
     assert client.write_chunks(make_writes([5000] * 10, chains=[CHAIN])) == [None] * 10
