@@ -51,8 +51,10 @@ class Cluster:
     def start(self) -> None:
         self.metadata.start()
         for number in range(1, SERVERS + 1):
-            self.start_server(number)
+            server = self.start_server(number)
             self.metadata.wait_for_targets(number)
+            # The service knows it; it knows its own number when it has heard the answer.
+            wait_until(lambda server=server: all(s.target_id for s in server._targets.stores))
 
     def start_server(self, number: int) -> ChunkServer:
         config = ChunkServerConfig(
@@ -67,6 +69,17 @@ class Cluster:
         )
         server = self.servers[number] = ChunkServer(self.env, config)
         server.start()
+        return server
+
+    def start_server_again(self, number: int) -> ChunkServer:
+        """And waits until clients are told where it is now."""
+        server = self.start_server(number)
+
+        def is_known() -> bool:
+            beat = self.metadata.beat(number)
+            return {beat.unix, beat.tcp} == set(server.addresses)
+
+        self.metadata.wait_for(is_known)
         return server
 
     def directory(self, number: int) -> str:

@@ -466,8 +466,7 @@ def test_reading_a_damaged_chunk_fails(cluster: Cluster) -> None:
     damaged = cluster.disk(1).open(path_of(ChunkId(7, 0)), write=True)
     damaged.pwritev([b"evil"], 40)
     damaged.close()
-    cluster.start_server(1)
-    cluster.metadata.wait_for_beats(1)
+    cluster.start_server_again(1)
     with pytest.raises(ChunkCorrupt):
         new_file(cluster.client()).read(0, 10, 400, False)
 
@@ -522,8 +521,7 @@ def test_a_dead_server_is_an_error(cluster: Cluster) -> None:
         new_file(cluster.client()).read(0, 3000, 3000, False)
     with pytest.raises(ConnectionLost):
         file.flush()
-    cluster.start_server(2)
-    cluster.metadata.wait_for_beats(1)
+    cluster.start_server_again(2)
     file.close()  # what could not be sealed then is sealed now
     assert new_file(cluster.client()).read(0, 3000, 3000, False) == bytes(3000)
     assert store_of(cluster, 2).stat(ChunkId(7, 1)).is_sealed
@@ -542,8 +540,7 @@ def test_a_restart_is_waited_for(cluster: Cluster, monkeypatch: pytest.MonkeyPat
     def route(chain: int) -> object:
         # The second attempt: by then the first has met a dead server.
         if failed.is_set() and cluster.servers[1]._stopping.is_set():
-            cluster.start_server(1)
-            cluster.metadata.wait_for_beats(1)
+            cluster.start_server_again(1)
         failed.set()
         return real(chain)
 

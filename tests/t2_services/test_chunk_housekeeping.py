@@ -118,7 +118,8 @@ def test_a_target_that_was_removed_serves_nobody_until_it_is_admitted(
     assert caplog.text.count("TargetRemoved") == 1
     cluster.metadata.admit(uuid)
     number = SERVERS + 1
-    cluster.metadata.wait_for_targets(SERVERS)
+    (store,) = cluster.servers[1]._targets.stores
+    wait_until(lambda: store.target_id == number)
     assert cluster.metadata.report(number).removed_seq == 0, "its queue is a new one"
     (again,) = make_writes([1000], first_inode=50, chains=[number])
     assert cluster.client().write_chunks([again]) == [None]
@@ -157,8 +158,7 @@ def test_the_metadata_service_may_come_late_and_go_away(tmp_path: Path) -> None:
         wait_until(lambda: server.statistics()["heartbeats_failed"] >= 1)
         assert client.read_chunks(reads_of([write])) == [None]
         cluster.metadata.start()
-        cluster.metadata.wait_for_beats(1)
-        assert server.statistics()["heartbeats"] >= 1
+        wait_until(lambda: server.statistics()["heartbeats"] >= 1)
 
 
 def test_heartbeats_go_on_with_another_metadata_server(tmp_path: Path) -> None:
@@ -379,6 +379,7 @@ sys.stdin.readline()
         client = cluster.client()
         with start() as process:
             cluster.metadata.wait_for_targets(4)
+            cluster.metadata.wait_for_beats(2)  # it has heard what its number is
             writes = make_writes([50_000] * 20, chains=[4])
             assert client.write_chunks(writes) == [None] * 20
             process.kill()

@@ -380,8 +380,7 @@ def test_a_restarted_server_goes_on(real: Cluster) -> None:
     writes = make_writes([5000] * 9)
     assert client.write_chunks(writes) == [None] * 9
     real.servers[2].stop()
-    real.start_server(2)
-    real.metadata.wait_for_beats(1)
+    real.start_server_again(2)
     assert client.read_chunks(reads_of(writes)) == [None] * 9
     assert real.metadata.report(2).healthy
 
@@ -407,8 +406,7 @@ def test_a_server_that_moved_is_found_again(tmp_path: Path) -> None:
         writes = make_writes([5000] * 9)
         assert client.write_chunks(writes) == [None] * 9
         cluster.servers[2].stop()
-        cluster.start_server(2)  # on another port
-        cluster.metadata.wait_for_beats(1)
+        cluster.start_server_again(2)  # on another port
         assert {type(r) for r in client.read_chunks(reads_of(writes))} <= {
             type(None),
             ConnectionLost,
