@@ -216,8 +216,7 @@ class FakeServer:
             return head._do(asked, payload, staged)
         match request:
             case m.ReadChunks():
-                reply, out = self._read([(c.chunk, 0, c.size) for c in request.chunks])
-                return reply, out, []
+                return *self._read_whole(request), []
             case m.ReadPieces():
                 reply, out = self._read([(p.chunk, p.offset, p.length) for p in request.pieces])
                 if request.summed:
@@ -298,6 +297,19 @@ class FakeServer:
 
         return self._each(pieces, read), b"".join(parts)
 
+    def _read_whole(self, request: m.ReadChunks) -> tuple[m.Outcomes, bytes]:
+        parts: list[bytes] = []
+
+        def read(wanted: m.WholeChunk) -> None:
+            stored = self.find(wanted.chunk)
+            difference = wanted.difference(stored.info)
+            if difference:
+                raise ChunkMismatch(*wanted.chunk, detail=difference)
+            parts.append(stored.data[: wanted.size])
+
+        errors = self._each(request.chunks, read).errors
+        return m.Outcomes((), errors), b"".join(parts)
+
     def _open(self, request: m.OpenChunks) -> tuple[Any, bytes, list[int]]:
         descriptors: list[int] = []
 
@@ -318,7 +330,7 @@ class FakeServer:
         hops = () if request.passing is None else request.passing.hops
         offset = 0
 
-        def write(new: m.NewChunk) -> None:
+        def write(new: m.WholeChunk) -> None:
             nonlocal offset
             data = payload[offset : offset + new.size]
             offset += new.size
@@ -334,7 +346,7 @@ class FakeServer:
             raise ConnectionLost(address=str(self.tcp))
         return self
 
-    def take(self, new: m.NewChunk, data: bytes) -> None:
+    def take(self, new: m.WholeChunk, data: bytes) -> None:
         if crc32c(data) != new.crc32c:
             raise ChunkCorrupt(*new.chunk)
         self.chunks[new.chunk] = Stored(data, _info(new))
@@ -422,7 +434,7 @@ class FakeServer:
         return self._each(request.chunks, repair)
 
 
-def _info(new: m.NewChunk) -> ChunkInfo:
+def _info(new: m.WholeChunk) -> ChunkInfo:
     return ChunkInfo(
         *new.chunk, state=ChunkState.SEALED, length=new.size, crc32c=new.crc32c, key=new.key
     )

@@ -171,17 +171,20 @@ def _groups(views: Sequence[memoryview]) -> tuple[list[list[memoryview]], list[l
     owners: list[list[int]] = []
     room = 0
     for index, view in enumerate(views):
-        size, start = len(view), 0
-        while start < size:
+        rest = view
+        while size := len(rest):
             if not room:
                 groups.append([])
                 owners.append([])
                 room = SUM_BYTES
-            piece = view if size <= room and not start else view[start : start + room]
-            groups[-1].append(piece)
             owners[-1].append(index)
-            start += len(piece)
-            room -= len(piece)
+            if size <= room:
+                groups[-1].append(rest)
+                room -= size
+                break
+            groups[-1].append(rest[:room])
+            rest = rest[room:]
+            room = 0
     return groups, owners
 
 

@@ -77,6 +77,7 @@ class ChunkState(enum.IntEnum):
     """A chunk of a chain whose bytes nobody has; length and checksum are what they were."""
 
 
+SEALED = ChunkState.SEALED
 VERSION_UNKNOWN = 1 << 31
 """The version of a damaged chunk whose attribute is lost as well: above all that others may have,
 since nobody writes one chunk 2**31 times."""

@@ -20,6 +20,7 @@ from kvfs_base.errors import KvfsError, from_wire
 from kvfs_base.frames import ErrorBody
 from kvfs_base.limits import (
     BLOCK_BYTES_MAX,
+    BLOCK_KEY_BYTES,
     CHECK_CHUNKS_PER_REQUEST,
     HOPS_MAX,
     ITEMS_PER_REQUEST_MAX,
@@ -31,10 +32,11 @@ from kvfs_base.limits import (
 )
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, ChunkId
-from kvfs_datapath.format import BlockKey, ChunkInfo
+from kvfs_datapath.format import SEALED, BlockKey, ChunkInfo
 
 ChunkBytes = Annotated[int, msgspec.Meta(ge=0, le=BLOCK_BYTES_MAX)]
 TransferBytes = Annotated[int, msgspec.Meta(ge=0, le=TRANSFER_BYTES)]
+_NO_KEY = bytes(BLOCK_KEY_BYTES)
 _ITEMS = msgspec.Meta(min_length=1, max_length=ITEMS_PER_REQUEST_MAX)
 
 
@@ -52,17 +54,29 @@ class ChunkRef(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class SizedChunk(ChunkRef, frozen=True):
-    """``size`` is what the caller has room for: a chunk of another length is ChunkMismatch."""
-
     size: ChunkBytes
 
 
-class NewChunk(ChunkRef, frozen=True):
-    """A chunk that is written whole."""
+class WholeChunk(ChunkRef, frozen=True):
+    """A sealed chunk and what it holds: for who writes it, and for who wants no other."""
 
     size: ChunkBytes
     crc32c: U32
     key: BlockKey
+
+    def difference(self, info: ChunkInfo) -> str:
+        """What is wrong if a chunk of which its attribute says ``info`` is to be this one."""
+        if info.state is not SEALED:
+            return "the chunk is open for writing"
+        if info.inode != self.inode or info.number != self.number or info.chain != self.chain:
+            return f"chunk {tuple(info.chunk)} is in its place"
+        if (info.key or _NO_KEY) != (self.key or _NO_KEY):
+            return "the chunk holds another key"
+        if info.length != self.size:
+            return f"{info.length} bytes, {self.size} expected"
+        if info.crc32c != self.crc32c:
+            return "the chunk was stored with another checksum"
+        return ""
 
 
 class Piece(ChunkRef, frozen=True):
@@ -76,7 +90,7 @@ class StagedItem(msgspec.Struct, array_like=True, frozen=True):
     """``token`` is from the Staged answer to an earlier request of this connection."""
 
     token: U64
-    chunk: NewChunk
+    chunk: WholeChunk
 
 
 ChunkRefs = Annotated[tuple[ChunkRef, ...], _ITEMS]
@@ -84,7 +98,7 @@ ChunkRefs = Annotated[tuple[ChunkRef, ...], _ITEMS]
 
 class Outcomes(msgspec.Struct, array_like=True, frozen=True):
     """One info an item in order, None where ``errors`` (by item index) says why not. An item
-    without info and without error is done and has nothing to say."""
+    without info and without error is done, and has nothing to say."""
 
     infos: tuple[ChunkInfo | None, ...]
     errors: dict[int, ErrorBody]
@@ -112,9 +126,10 @@ class ChunkRequest(Request):
 
 
 class ReadChunks(ChunkRequest, tag="read"):
-    """Payload of the answer: the sealed chunks that have no error. Any connection."""
+    """Payload of the answer: the chunks that have no error, which are all that the answer says
+    (no infos). One that is not as it is asked for is ChunkMismatch. Any connection."""
 
-    chunks: Annotated[tuple[SizedChunk, ...], _ITEMS]
+    chunks: Annotated[tuple[WholeChunk, ...], _ITEMS]
 
 
 class OpenChunks(ChunkRequest, tag="open"):
@@ -154,7 +169,7 @@ class WriteChunks(ChunkRequest, tag="write"):
     ``passing``: on a chain of several copies the bytes are passed on to ``hops`` while they come
     in; a chunk without error is published there, too. Any member may be the first to get it."""
 
-    chunks: Annotated[tuple[NewChunk, ...], _ITEMS]
+    chunks: Annotated[tuple[WholeChunk, ...], _ITEMS]
     passing: Passing | None = None
 
 
@@ -398,7 +413,7 @@ class PlaceMoved(ChunkRequest, tag="place_moved"):
 
     source: U32
     ticket: U64
-    chunk: NewChunk
+    chunk: WholeChunk
     durable: bool = False
     """Somebody asked for that where it comes from."""
 
@@ -514,7 +529,10 @@ def reply_problem(request: Request, reply: Any) -> str:
     places of their items: each that is asked about has an info or an error."""
     count = 0
     match request:
-        case ReadChunks() | OpenChunks() | OpenForWrite() | StatChunks() | SealChunks():
+        case ReadChunks():
+            fits = not reply.infos and all(index < len(request.chunks) for index in reply.errors)
+            return "" if fits else f"{len(reply.infos)} infos, errors of {list(reply.errors)}"
+        case OpenChunks() | OpenForWrite() | StatChunks() | SealChunks():
             count = len(request.chunks)
         case ReadPieces():
             count = len(request.pieces)

@@ -152,19 +152,21 @@ class ChainCluster(Cluster):
         outcomes: m.Outcomes = self.call(first, request, list(blocks.values()))
         return [outcomes.error(index) for index in range(len(blocks))]
 
-    def get_block(self, number: int, inode: int, size: int) -> bytes:
-        memory = bytearray(size)
+    def get_block(self, number: int, inode: int, wanted: bytes) -> bytes:
+        memory = bytearray(len(wanted))
 
         def into(outcomes: m.Outcomes) -> list[memoryview]:
-            return [memoryview(memory)] if outcomes.infos[0] is not None else []
+            return [] if outcomes.errors else [memoryview(memory)]
 
-        request = m.ReadChunks(number, (m.SizedChunk(inode, 0, CHAIN, size),))
-        only(self.call(number, request, into=into))
+        request = m.ReadChunks(number, (new_block(inode, wanted),))
+        error = self.call(number, request, into=into).error(0)
+        if error is not None:
+            raise error.with_traceback(None)
         return bytes(memory)
 
 
-def new_block(inode: int, data: bytes) -> m.NewChunk:
-    return m.NewChunk(inode, 0, CHAIN, len(data), crc32c(data), inode.to_bytes(32, "big"))
+def new_block(inode: int, data: bytes) -> m.WholeChunk:
+    return m.WholeChunk(inode, 0, CHAIN, len(data), crc32c(data), inode.to_bytes(32, "big"))
 
 
 def only(outcomes: m.Outcomes) -> ChunkInfo:

@@ -40,7 +40,7 @@ def test_a_block_that_goes_to_any_member_is_on_all(
     assert cluster.put_blocks(order[0], order[1:], blocks) == [None] * 3
     for number in (1, 2, 3):
         for inode, data in blocks.items():
-            assert cluster.get_block(number, inode, len(data)) == data
+            assert cluster.get_block(number, inode, data) == data
         assert drafts(cluster.disk(number)) == []
 
 
@@ -50,9 +50,9 @@ def test_one_hop_and_none(cluster: ChainCluster) -> None:
     data = payload(100_000)
     assert cluster.put_blocks(2, [], {50: data}) == [None]
     with pytest.raises(ChunkNotFound):
-        cluster.get_block(1, 50, len(data))
+        cluster.get_block(1, 50, data)
     assert cluster.put_blocks(1, [3], {50: data}) == [None]
-    assert [cluster.get_block(n, 50, len(data)) for n in (1, 2, 3)] == [data] * 3
+    assert [cluster.get_block(n, 50, data) for n in (1, 2, 3)] == [data] * 3
 
 
 def test_a_syncing_member_gets_blocks_and_is_not_read(cluster: ChainCluster) -> None:
@@ -60,7 +60,7 @@ def test_a_syncing_member_gets_blocks_and_is_not_read(cluster: ChainCluster) -> 
     assert cluster.put_blocks(1, [2, 3], {50: b"bytes"}) == [None]
     assert cluster.store(3).stat(ChunkId(50, 0, CHAIN)).length == 5
     with pytest.raises(TargetFenced):
-        cluster.get_block(3, 50, 5)
+        cluster.get_block(3, 50, b"bytes")
 
 
 @pytest.mark.parametrize("gone", [2, 3])
@@ -98,7 +98,7 @@ def test_a_byte_that_changes_on_the_way_is_found_by_every_member(cluster: ChainC
     assert isinstance(outcomes.error(0), ChunkCorrupt)
     for number in (1, 2, 3):
         with pytest.raises(ChunkNotFound):
-            cluster.get_block(number, 50, len(data))
+            cluster.get_block(number, 50, data)
 
 
 def test_only_the_present_version_and_members_are_written_to(cluster: ChainCluster) -> None:
@@ -114,7 +114,7 @@ def test_only_the_present_version_and_members_are_written_to(cluster: ChainClust
             cluster.put_blocks(1, hops, {50: b"x"})
     with pytest.raises(InvalidRequest):
         cluster.call(1, m.WriteChunks(1, (new_block(50, b"x"),)), [b"x"])
-    other = m.NewChunk(50, 0, CHAIN + 1, 1, crc32c(b"x"), bytes(32))
+    other = m.WholeChunk(50, 0, CHAIN + 1, 1, crc32c(b"x"), bytes(32))
     with pytest.raises(InvalidRequest):
         cluster.call(1, m.WriteChunks(1, (other,), cluster.passing(2, 3)), [b"x"])
     cluster.set_chain([1, 2])
@@ -148,12 +148,12 @@ def test_without_a_lease_nothing_is_served(cluster: ChainCluster) -> None:
     cluster.metadata.stop()
     cluster.clock.advance(FENCE_SECONDS + 0.1)
     with pytest.raises(TargetFenced):
-        cluster.get_block(1, 50, 5)
+        cluster.get_block(1, 50, b"bytes")
     with pytest.raises(TargetFenced):
         cluster.put_blocks(1, [2, 3], {51: b"bytes"})
     cluster.metadata.start()
     wait_until(lambda: cluster.may_act(1))
-    assert cluster.get_block(1, 50, 5) == b"bytes"
+    assert cluster.get_block(1, 50, b"bytes") == b"bytes"
 
 
 def test_staged_files_are_published_on_their_chain(cluster: ChainCluster) -> None:
@@ -179,7 +179,7 @@ def test_chunks_of_chains_are_not_written_in_place(cluster: ChainCluster) -> Non
 
 
 def test_chunks_of_one_copy_need_no_lease(cluster: ChainCluster) -> None:
-    new = m.NewChunk(50, 0, 0, 5, crc32c(b"bytes"), bytes([1] * 32))
+    new = m.WholeChunk(50, 0, 0, 5, crc32c(b"bytes"), bytes([1] * 32))
     cluster.metadata.stop()
     cluster.clock.advance(FENCE_SECONDS + 0.1)
     assert cluster.call(1, m.WriteChunks(1, (new,)), [b"bytes"]).error(0) is None

@@ -75,7 +75,7 @@ def stored(cluster: FakeCluster, sizes: list[int], chain: int = CHAIN) -> list[C
         for target_id in cluster.chain(chain).members:
             server = cluster.servers[target_id]
             chunk = ChunkId(write.chunk.inode, 0, chain)
-            new = m.NewChunk(*chunk, write.size, write.crc32c, write.key)
+            new = m.WholeChunk(*chunk, write.size, write.crc32c, write.key)
             server.take(new, bytes(write.view[: write.size]))
     return writes
 
@@ -142,7 +142,7 @@ def test_single_copies_and_replicas_in_one_batch(remote: FakeCluster) -> None:
     several = stored(remote, [100] * 5)
     one = make_writes([200] * 5, first_inode=9000, chains=[1])
     for write in one:
-        new = m.NewChunk(*write.chunk, write.size, write.crc32c, write.key)
+        new = m.WholeChunk(*write.chunk, write.size, write.crc32c, write.key)
         remote.servers[3].take(new, bytes(write.view[: write.size]))
     mixed = [w for pair in zip(several, one, strict=True) for w in pair]
     reads = reads_of(mixed)
@@ -225,7 +225,7 @@ def test_an_old_map_is_noticed(remote: FakeCluster) -> None:
     (moved,) = make_writes([4000], first_inode=50, chains=[CHAIN])
     remote.set_chain(CHAIN, [2, 3])
     for target_id in (2, 3):
-        new = m.NewChunk(50, 0, CHAIN, moved.size, moved.crc32c, moved.key)
+        new = m.WholeChunk(50, 0, CHAIN, moved.size, moved.crc32c, moved.key)
         remote.servers[target_id].take(new, bytes(moved.view[: moved.size]))
     assert read_one(client, moved) is None
     assert remote.servers[1].named(m.ReadChunks)

@@ -33,8 +33,8 @@ def test_what_is_unwanted_twice_is_removed(cluster: ChainCluster) -> None:
     for inode in (7, 8):
         for number in range(3):
             cluster.write(1, b"x", inode=inode, number=number, sequence=10 * inode + number)
-    alone = m.NewChunk(50, 0, 0, 1, crc32c(b"x"), bytes([1] * 32))
-    kept = m.NewChunk(51, 0, 0, 1, crc32c(b"x"), bytes([1] * 32))
+    alone = m.WholeChunk(50, 0, 0, 1, crc32c(b"x"), bytes([1] * 32))
+    kept = m.WholeChunk(51, 0, 0, 1, crc32c(b"x"), bytes([1] * 32))
     assert cluster.call(1, m.WriteChunks(1, (alone, kept)), [b"xx"]).errors == {}
     cluster.metadata.call_unwanted(CHAIN, 7)
     cluster.metadata.call_unwanted(0, 50)

@@ -101,7 +101,7 @@ class Attacked:
         for number in cluster.servers:
             assert drafts(cluster.disk(number)) == []
             assert cluster.read(number, inode=FILE) == self.file
-            assert cluster.get_block(number, BLOCK, len(self.block)) == self.block
+            assert cluster.get_block(number, BLOCK, self.block) == self.block
         reads = reads_of(self.writes)
         assert self.client.read_chunks(reads) == [None, None]
         assert_equal(reads, self.writes)
@@ -192,7 +192,7 @@ def test_bodies_may_not_be_deeper_than_the_stack(attacked: Attacked) -> None:
 
 def test_a_payload_that_does_not_fit_is_refused_before_it_is_passed_on(attacked: Attacked) -> None:
     """Once the next member waited for bytes that never came, and was taken for dead."""
-    chunk = m.NewChunk(1, 0, CHAIN, 5000, 0, b"")
+    chunk = m.WholeChunk(1, 0, CHAIN, 5000, 0, b"")
     request = m.WriteChunks(1, (chunk,), attacked.cluster.passing(2, 3))
     for size in (0, 4999, 5001):
         with contextlib.closing(attacked.cluster.connection(1)) as connection:
@@ -206,7 +206,7 @@ def test_whoever_stands_still_gives_back_what_he_has(
     attacked: Attacked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session_module, "STALL_SECONDS", 0.05)
-    chunk = m.NewChunk(1, 0, CHAIN, 5000, 0, b"")
+    chunk = m.WholeChunk(1, 0, CHAIN, 5000, 0, b"")
     request = m.WriteChunks(1, (chunk,), attacked.cluster.passing(2, 3))
     whole = frames.encode(Kind.REQUEST, 1, request, 5000) + bytes(5000)
     with contextlib.ExitStack() as stack:
@@ -355,7 +355,7 @@ def test_clients_survive_noise(prefer: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("infos", [(), (None,), (None, None)])
 def test_an_answer_without_a_reason_is_none(infos: tuple[None, ...]) -> None:
     """An item without info and error once counted as read, its memory as it was before."""
-    request = m.ReadChunks(1, (m.SizedChunk(1, 0, 0, 5000),))
+    request = m.StatChunks(1, (m.ChunkRef(1, 0, 0),))
     reply = m.Outcomes(infos, {})
     assert m.reply_problem(request, reply)
     assert not m.reply_problem(request, m.Outcomes((None,), {0: frames.ErrorBody("conflict", {})}))
@@ -363,6 +363,15 @@ def test_an_answer_without_a_reason_is_none(infos: tuple[None, ...]) -> None:
     header = frames.decode_header(frame)
     with pytest.raises(ProtocolError):
         decode_reply(header, frame[frames.HEADER_BYTES :], request)
+
+
+def test_a_read_is_answered_by_bytes_and_reasons_alone() -> None:
+    request = m.ReadChunks(1, (m.WholeChunk(1, 0, 0, 5000, 0, b""),) * 2)
+    gone = frames.ErrorBody("conflict", {})
+    for good in (m.Outcomes((), {}), m.Outcomes((), {1: gone})):
+        assert not m.reply_problem(request, good)
+    for bad in (m.Outcomes((None, None), {}), m.Outcomes((), {2: gone})):
+        assert m.reply_problem(request, bad)
 
 
 def open_descriptors() -> int:

@@ -46,7 +46,7 @@ def store(cluster: Cluster) -> ChunkStore:
 def place(
     cluster: Cluster, number: int, data: bytes, *, ticket: int = 5, **fields: Any
 ) -> m.Outcomes:
-    new = m.NewChunk(INODE, number, 0, len(data), fields.pop("crc32c", crc32c(data)), b"")
+    new = m.WholeChunk(INODE, number, 0, len(data), fields.pop("crc32c", crc32c(data)), b"")
     outcomes: m.Outcomes = call(cluster, m.PlaceMoved(1, SOURCE, ticket, new, **fields), [data])
     return outcomes
 
@@ -108,7 +108,7 @@ def test_a_mover_that_was_overtaken_changes_nothing(cluster: Cluster) -> None:
     assert isinstance(outcomes.error(0), Conflict)
     assert content(cluster) == {0: b"new"}
     assert drafts(cluster.disk(1)) == []
-    other = m.NewChunk(INODE + 1, 0, 0, 3, crc32c(b"two"), b"")
+    other = m.WholeChunk(INODE + 1, 0, 0, 3, crc32c(b"two"), b"")
     assert call(cluster, m.PlaceMoved(1, SOURCE + 1, 1, other), [b"two"]).errors == {}
 
 
@@ -140,7 +140,7 @@ def test_bytes_are_checked(cluster: Cluster) -> None:
     assert content(cluster) == {}
     assert drafts(cluster.disk(1)) == []
     with pytest.raises(InvalidRequest):
-        call(cluster, m.PlaceMoved(1, SOURCE, 5, m.NewChunk(1, 0, 0, 9, 0, b"")), [b"short"])
+        call(cluster, m.PlaceMoved(1, SOURCE, 5, m.WholeChunk(1, 0, 0, 9, 0, b"")), [b"short"])
 
 
 def test_what_was_synced_there_is_durable_here(cluster: Cluster) -> None:

@@ -54,7 +54,7 @@ def in_memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cluste
 
 def test_requests_that_make_no_sense(cluster: Cluster) -> None:
     connection = DataConnection(cluster.connection(1))
-    new = m.NewChunk(1, 0, 0, 10, 0, b"")
+    new = m.WholeChunk(1, 0, 0, 10, 0, b"")
     with pytest.raises(NoTarget):
         connection.call(m.StatChunks(99, (m.ChunkRef(1, 0, 0),)))
     with pytest.raises(InvalidRequest):
@@ -185,7 +185,7 @@ def test_stalled_writers_cost_bounded_memory(
     with running("memory", "tcp", tmp_path) as cluster:
         write = stored(cluster)
         monkeypatch.setattr("kvfs_datapath.buffers.mmap.mmap", counting)
-        new = m.NewChunk(1, 0, 0, 64 * MIB, 0, b"")
+        new = m.WholeChunk(1, 0, 0, 64 * MIB, 0, b"")
         head = frames.encode(Kind.REQUEST, 1, m.WriteChunks(1, (new,)), payload_bytes=64 * MIB)
         stalled = [cluster.connection(1) for _ in range(40)]
         for connection in stalled:
@@ -206,7 +206,7 @@ def test_stalled_readers_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyP
         write = make_writes([64 * MIB])[0]
         assert cluster.client().write_chunks([write]) == [None]
         connection = cluster.connection(1)
-        request = m.ReadChunks(1, (m.SizedChunk(*write.chunk, write.size),))
+        request = m.ReadChunks(1, (write.message(),))
         connection.send([frames.encode(Kind.REQUEST, 1, request)])
         wait_until(lambda: cluster.servers[1].statistics()["chunks_read"] == 1)
         wait_until(lambda: cluster.servers[1].statistics()["connections"] <= 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -44,7 +45,7 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite, ClusterSource
 from kvfs_datapath.connections import DataConnection
-from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of, path_of
+from kvfs_datapath.format import directory_of, path_of
 from kvfs_datapath.server import chunk_server as server_module
 from t2_services.chunk_cluster import (
     SECONDS,
@@ -54,6 +55,7 @@ from t2_services.chunk_cluster import (
     pages,
     reads_of,
     running,
+    wait_until,
 )
 
 
@@ -437,9 +439,8 @@ def die_answering(listener: Listener, write: ChunkWrite, cut_after: int) -> None
     header = bytearray(frames.HEADER_BYTES)
     connection.receive_into([memoryview(header)])
     request = frames.decode_header(header)
-    info = ChunkInfo(*write.chunk, ChunkState.SEALED, write.size, write.crc32c, write.key)
     reply = frames.encode(
-        Kind.REPLY, request.request_id, m.Outcomes((info,), {}), payload_bytes=write.size
+        Kind.REPLY, request.request_id, m.Outcomes((), {}), payload_bytes=write.size
     )
     connection.send([(reply + bytes(20_000))[:cut_after]])
     connection.close()
@@ -593,7 +594,16 @@ def test_open_sealed_seals_what_nobody_writes(tmp_path: Path) -> None:
         with pytest.raises(Conflict):
             client.open_sealed(ChunkId(5, 0), 1)
         os.close(writable)
-        descriptor = client.open_sealed(ChunkId(5, 0), 1)
+        found: list[int] = []
+
+        def opened() -> bool:
+            """Once the server has closed its own, which it does after it has passed it."""
+            with contextlib.suppress(Conflict):
+                found.append(client.open_sealed(ChunkId(5, 0), 1))
+            return bool(found)
+
+        wait_until(opened)
+        (descriptor,) = found
         assert os.pread(descriptor, 10, 0) == b"bytes"
         os.close(descriptor)
         connection.close()

@@ -64,19 +64,19 @@ def silent(sock: socket.socket, block: ChunkWrite) -> None:
 
 
 def half_a_request(sock: socket.socket, block: ChunkWrite) -> None:
-    request = m.ReadChunks(1, (m.SizedChunk(*block.chunk, block.size),) * 50)
+    request = m.ReadChunks(1, (block.message(),) * 50)
     frame = frames.encode(Kind.REQUEST, 1, request)
     sock.sendall(frame[: len(frame) // 2])
 
 
 def answer_unread(sock: socket.socket, block: ChunkWrite) -> None:
     """More than what fits into the sockets' buffers."""
-    request = m.ReadChunks(1, (m.SizedChunk(*block.chunk, block.size),) * 20)
+    request = m.ReadChunks(1, (block.message(),) * 20)
     sock.sendall(frames.encode(Kind.REQUEST, 1, request))
 
 
 def half_a_payload(sock: socket.socket, block: ChunkWrite) -> None:
-    request = m.WriteChunks(1, (m.NewChunk(99, 0, 0, 8 * MIB, 0, bytes(32)),))
+    request = m.WriteChunks(1, (m.WholeChunk(99, 0, 0, 8 * MIB, 0, bytes(32)),))
     sock.sendall(frames.encode(Kind.REQUEST, 1, request, 8 * MIB) + bytes(1000))
 
 

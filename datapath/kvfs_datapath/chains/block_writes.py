@@ -15,7 +15,7 @@ from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
 from kvfs_datapath.format import ChunkInfo, ChunkState
 
 
-def info_of(new: m.NewChunk) -> ChunkInfo:
+def info_of(new: m.WholeChunk) -> ChunkInfo:
     return ChunkInfo(*new.chunk, ChunkState.SEALED, length=new.size, crc32c=new.crc32c, key=new.key)
 
 
@@ -50,7 +50,7 @@ class BlockWriter:
         self._relay = relay
 
     def write(
-        self, store: ChunkStore, chunks: Sequence[m.NewChunk], buffer: memoryview
+        self, store: ChunkStore, chunks: Sequence[m.WholeChunk], buffer: memoryview
     ) -> list[KvfsError | None]:
         """Receives chunks in pieces as large as the buffer, and publishes those that came whole, in
         ``strict`` many together. What went wrong with each: ChunkCorrupt, DiskFull, TargetFailed.
@@ -78,7 +78,7 @@ class BlockWriter:
     def _publish(
         self,
         store: ChunkStore,
-        chunks: Sequence[m.NewChunk],
+        chunks: Sequence[m.WholeChunk],
         staged: dict[int, StagedChunk],
         results: list[KvfsError | None],
     ) -> None:
@@ -89,7 +89,7 @@ class BlockWriter:
         for index, error in zip(batch, outcomes, strict=True):
             results[index] = error
 
-    def take(self, store: ChunkStore, new: m.NewChunk, buffer: memoryview) -> StagedChunk:
+    def take(self, store: ChunkStore, new: m.WholeChunk, buffer: memoryview) -> StagedChunk:
         """Receives a chunk whole, for the caller to publish or discard."""
         try:
             staged = store.stage()
@@ -104,7 +104,7 @@ class BlockWriter:
         return staged
 
     def _fill(
-        self, store: ChunkStore, new: m.NewChunk, staged: StagedChunk | None, buffer: memoryview
+        self, store: ChunkStore, new: m.WholeChunk, staged: StagedChunk | None, buffer: memoryview
     ) -> None:
         """Receives a chunk to its end even if it cannot be kept: the next one's bytes follow.
         Raises what went wrong."""

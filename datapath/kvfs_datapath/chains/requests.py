@@ -154,13 +154,13 @@ class ChainSession:
         return store.borrow(chunk, direct=direct)
 
     def borrow_kept(
-        self, store: ChunkStore, chunks: Sequence[ChunkId], *, direct: bool = False
+        self, store: ChunkStore, chunks: Sequence[tuple[int, int, int]], *, direct: bool = False
     ) -> list[KeptFile | None]:
-        """Those that are open already, all at the cost of one. ``borrow`` opens the others, or says
-        what is wrong with them."""
+        """Those that are open already, all at the cost of one, by what ChunkIds hold. ``borrow``
+        opens the others, or says what is wrong with them."""
         try:
             store.require_healthy()
-            for chain in {chunk.chain for chunk in chunks}:
+            for chain in {chain for _, _, chain in chunks}:
                 if chain:
                     self._service.views.require_read(store, chain)
         except (TargetFailed, TargetFenced):

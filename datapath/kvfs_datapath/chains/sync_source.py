@@ -269,7 +269,7 @@ class SyncSource:
         """The other one checks it. Raises ChunkCorrupt."""
         sink = place.hops[0]
         file, info = store.open(chunk, direct=True)
-        new = m.NewChunk(*chunk, info.length, info.crc32c, info.key)
+        new = m.WholeChunk(*chunk, info.length, info.crc32c, info.key)
         request = m.WriteChunks(sink, (new,), place.passing(()))
         with (
             contextlib.closing(file),

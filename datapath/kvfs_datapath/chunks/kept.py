@@ -57,8 +57,9 @@ class KeptFiles:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._lock = threads.lock()
-        self._kept: tuple[dict[ChunkId, KeptFile], ...] = ({}, {})
-        """Buffered ones and those for O_DIRECT, in the order in which they are looked at."""
+        self._kept: tuple[dict[tuple[int, int, int], KeptFile], ...] = ({}, {})
+        """By ChunkId: buffered ones and those for O_DIRECT, in the order in which they are looked
+        at."""
         self._changes = [0] * TICKETS
         self.hits = 0
         """How often a file was there."""
@@ -66,8 +67,11 @@ class KeptFiles:
     def __len__(self) -> int:
         return sum(map(len, self._kept))
 
-    def borrow(self, chunks: Sequence[ChunkId], *, direct: bool) -> list[KeptFile | None]:
-        """Those that are there: to be closed, or given back."""
+    def borrow(
+        self, chunks: Sequence[tuple[int, int, int]], *, direct: bool
+    ) -> list[KeptFile | None]:
+        """Those that are there: to be closed, or given back. ``chunks`` are ChunkIds, or tuples
+        that equal them: making hundreds of those takes as long as the rest."""
         kept = self._kept[direct]
         with self._lock:
             found = [kept.get(chunk) for chunk in chunks]
@@ -108,7 +112,7 @@ class KeptFiles:
                 self._make_room(kept)
         return added
 
-    def _make_room(self, kept: dict[ChunkId, KeptFile]) -> None:
+    def _make_room(self, kept: dict[tuple[int, int, int], KeptFile]) -> None:
         """Closes the first one of ``kept`` that was not used since the last look at it."""
         while True:
             chunk, found = next(iter(kept.items()))
@@ -135,7 +139,7 @@ class KeptFiles:
                     self._drop(kept, chunk)
 
     @staticmethod
-    def _drop(kept: dict[ChunkId, KeptFile], chunk: ChunkId) -> None:
+    def _drop(kept: dict[tuple[int, int, int], KeptFile], chunk: tuple[int, int, int]) -> None:
         found = kept.pop(chunk)
         found.dropped = True
         if not found.users:

@@ -10,9 +10,9 @@ written by ``chain_reads`` and ``chain_writes``, which know what to do then.
 
 from __future__ import annotations
 
-import collections
 import functools
 import resource
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -75,7 +75,7 @@ class _Lane:
     """What a batch wants from one target: portions of item indexes, or the failure that ended
     it."""
 
-    def __init__(self, route: Route, portions: collections.deque[list[int]]) -> None:
+    def __init__(self, route: Route, portions: deque[list[int]]) -> None:
         self.route = route
         self.portions = portions
         self.failure: KvfsError | None = None
@@ -191,9 +191,12 @@ class ChunkClient:
         replicated: Callable[[Sequence[_Chunk]], Results],
     ) -> Results:
         results: Results = [chunk.problem() for chunk in chunks]
-        chains = {chunk.chain for chunk, e in zip(chunks, results, strict=True) if e is None}
-        routes = self.router.chains(chains)
-        lanes = self._lanes(chunks, routes, results)
+        by_chain: defaultdict[int, list[int]] = defaultdict(list)
+        for index, (chunk, problem) in enumerate(zip(chunks, results, strict=True)):
+            if problem is None:
+                by_chain[chunk.chain].append(index)
+        routes = self.router.chains(by_chain)
+        lanes = self._lanes(chunks, by_chain, routes, results)
         self.parallel(
             [
                 functools.partial(self._drive, lane, chunks, results, transfer)
@@ -201,25 +204,28 @@ class ChunkClient:
                 for _ in range(min(len(lane.portions), CLIENT_THREADS_PER_TARGET))
             ]
         )
-        if any(routes.is_replicated for routes in routes.values()):
-            several = [i for i, c in enumerate(chunks) if _is_replicated(routes, c, results[i])]
+        several = [i for c, found in routes.items() if found.is_replicated for i in by_chain[c]]
+        if several:
             answers = replicated([chunks[i] for i in several])
             for index, answer in zip(several, answers, strict=True):
                 results[index] = answer
         return results
 
     def _lanes(
-        self, chunks: Sequence[_Chunk], routes: dict[int, ChainRoutes], results: Results
+        self,
+        chunks: Sequence[_Chunk],
+        by_chain: dict[int, list[int]],
+        routes: dict[int, ChainRoutes],
+        results: Results,
     ) -> list[_Lane]:
-        by_route: dict[Route, list[int]] = {}
-        for index, chunk in enumerate(chunks):
-            if results[index] is not None:
-                continue
-            found = routes.get(chunk.chain)
+        by_route: defaultdict[Route, list[int]] = defaultdict(list)
+        for chain, indexes in by_chain.items():
+            found = routes.get(chain)
             if found is None:
-                results[index] = NoTarget(detail=f"chain {chunk.chain}")
+                for index in indexes:
+                    results[index] = NoTarget(detail=f"chain {chain}")
             elif not found.is_replicated:
-                by_route.setdefault(found.serving[0], []).append(index)
+                by_route[found.serving[0]] += indexes
         return [_Lane(route, _portions(chunks, indexes)) for route, indexes in by_route.items()]
 
     def _drive(
@@ -251,29 +257,22 @@ class ChunkClient:
                 results[index] = answer
 
     def _count_reads(self, reads: Sequence[ChunkRead], results: Results) -> None:
-        good = [r for r, error in zip(reads, results, strict=True) if error is None]
+        good = [r.size for r, error in zip(reads, results, strict=True) if error is None]
         bad = [error for error in results if error is not None]
         self._counters.add(
             chunks_read=len(good),
-            read_bytes=sum(r.size for r in good),
+            read_bytes=sum(good),
             failed_reads=len(bad),
             bad_chunks=sum(isinstance(e, IntegrityError) for e in bad),
             missing_chunks=sum(isinstance(e, ChunkNotFound) for e in bad),
         )
 
 
-def _is_replicated(
-    routes: dict[int, ChainRoutes], chunk: ChunkRead | ChunkWrite, problem: KvfsError | None
-) -> bool:
-    found = routes.get(chunk.chain)
-    return problem is None and found is not None and found.is_replicated
-
-
 def _portions(
     chunks: Sequence[ChunkRead] | Sequence[ChunkWrite], indexes: Sequence[int]
-) -> collections.deque[list[int]]:
+) -> deque[list[int]]:
     sizes = [chunks[i].size for i in indexes]
-    return collections.deque(cut(indexes, sizes, portion_bytes(sum(sizes))))
+    return deque(cut(indexes, sizes, portion_bytes(sum(sizes))))
 
 
 __all__ = ["ChunkClient", "ChunkRead", "ChunkWrite", "ClusterSource"]

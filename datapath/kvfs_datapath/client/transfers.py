@@ -27,7 +27,6 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import (
     BLOCK_BYTES_MAX,
-    BLOCK_KEY_BYTES,
     CHAIN_CONNECT_SECONDS,
     CHECK_CHUNKS_PER_REQUEST,
     PASS_CONNECT_SECONDS,
@@ -39,10 +38,8 @@ from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.connections import Attempt, ConnectionPool, DataConnection, seconds_for
-from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.wire import close_all
-
-_NO_KEY = bytes(BLOCK_KEY_BYTES)
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,11 +55,15 @@ class _WholeChunk:
 
     def problem(self) -> KvfsError | None:
         """What is wrong with the caller's arguments."""
-        if not 0 <= self.size <= BLOCK_BYTES_MAX:
-            return InvalidRequest(detail=f"a chunk of {self.size} bytes")
-        if self.view.nbytes < round_up(self.size) or self.view.itemsize != 1:
-            return InvalidRequest(detail=f"{self.view.nbytes} bytes of memory for {self.size}")
+        size, view = self.size, self.view
+        if not 0 <= size <= BLOCK_BYTES_MAX:
+            return InvalidRequest(detail=f"a chunk of {size} bytes")
+        if view.nbytes < round_up(size) or view.itemsize != 1:
+            return InvalidRequest(detail=f"{view.nbytes} bytes of memory for {size}")
         return None
+
+    def message(self) -> m.WholeChunk:
+        return m.WholeChunk(*self.chunk, self.size, self.crc32c, self.key)
 
     def pages(self) -> memoryview:
         return self.view[: round_up(self.size)]
@@ -80,9 +81,6 @@ class ChunkWrite(_WholeChunk):
     version: int = 0
     """Set by the client: the version of the chain under which every member got it; 0 on chains of
     one copy."""
-
-    def message(self) -> m.NewChunk:
-        return m.NewChunk(*self.chunk, self.size, self.crc32c, self.key)
 
 
 Results = list[KvfsError | None]
@@ -119,34 +117,7 @@ def write_portion(
     )
 
 
-# --- checking
-
-
-def _check_info(read: ChunkRead, info: ChunkInfo) -> KvfsError | None:
-    if (
-        info.state is ChunkState.SEALED
-        and info.crc32c == read.crc32c
-        and info.length == read.size
-        and (info.inode, info.number, info.chain) == read.chunk
-        and (info.key or _NO_KEY) == (read.key or _NO_KEY)
-    ):
-        return None
-    if not info.is_sealed:
-        wrong = "the chunk is open for writing"
-    elif info.chunk != read.chunk:
-        wrong = f"the server answered with chunk {tuple(info.chunk)}"
-    elif (info.key or _NO_KEY) != (read.key or _NO_KEY):
-        wrong = "the chunk holds another key"
-    elif info.length != read.size:
-        wrong = f"{info.length} bytes, {read.size} expected"
-    else:
-        wrong = "the chunk was stored with another checksum"
-    return ChunkMismatch(*read.chunk, detail=wrong)
-
-
-def _check_sum(read: ChunkRead, found: int) -> KvfsError | None:
-    if found == read.crc32c:
-        return None
+def _corrupt(read: ChunkRead, found: int) -> ChunkCorrupt:
     return ChunkCorrupt(*read.chunk, expected_crc32c=read.crc32c, found_crc32c=found)
 
 
@@ -192,9 +163,9 @@ def _read_local(
 
 def _read_descriptor(fd: int, read: ChunkRead, info: ChunkInfo, route: Route) -> KvfsError | None:
     """The descriptor was passed to us for this: it is not a file of our own."""
-    error = _check_info(read, info)
-    if error is not None:
-        return error
+    difference = read.message().difference(info)
+    if difference:
+        return ChunkMismatch(*read.chunk, detail=difference)
     done = 0
     try:
         while done < read.size:
@@ -205,7 +176,8 @@ def _read_descriptor(fd: int, read: ChunkRead, info: ChunkInfo, route: Route) ->
             done += count
     except OSError as exc:
         return disk_error(exc, route.target_id)
-    return _check_sum(read, crc32c(read.view[: read.size]))
+    found = crc32c(read.view[: read.size])
+    return None if found == read.crc32c else _corrupt(read, found)
 
 
 def disk_error(exc: OSError, target_id: int) -> KvfsError:
@@ -330,15 +302,13 @@ class _RemoteRead:
     def _fetch(self, indexes: Sequence[int], *, fresh: bool = False) -> list[int]:
         """Results of some of the reads; answers which of them this side found wrong."""
         wanted = [self._reads[i] for i in indexes]
-        request = m.ReadChunks(
-            self._route.target_id, tuple(m.SizedChunk(*read.chunk, read.size) for read in wanted)
-        )
+        request = m.ReadChunks(self._route.target_id, tuple([read.message() for read in wanted]))
 
         def into(outcomes: m.Outcomes) -> list[memoryview]:
             return [
                 read.view if len(read.view) == read.size else read.view[: read.size]
-                for read, info in zip(wanted, outcomes.infos, strict=True)
-                if info is not None
+                for place, read in enumerate(wanted)
+                if place not in outcomes.errors
             ]
 
         outcomes, sums = self._pool.run(
@@ -350,14 +320,15 @@ class _RemoteRead:
         )
         doubtful: list[int] = []
         found = iter(sums)
-        for place, (index, info) in enumerate(zip(indexes, outcomes.infos, strict=True)):
-            if info is None:
+        for place, (index, read) in enumerate(zip(indexes, wanted, strict=True)):
+            if place in outcomes.errors:
                 self._results[index] = outcomes.error(place)
                 continue
-            read = self._reads[index]
             checksum = next(found)
-            error = self._results[index] = _check_info(read, info) or _check_sum(read, checksum)
-            if error is not None:
+            if checksum == read.crc32c:
+                self._results[index] = None
+            else:
+                self._results[index] = _corrupt(read, checksum)
                 doubtful.append(index)
         return doubtful
 

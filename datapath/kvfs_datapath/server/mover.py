@@ -208,7 +208,7 @@ class Mover:
             return Outcome.LOST
         if (info.length, info.crc32c) != (move.size, move.crc32c) or not info.is_sealed:
             return Outcome.LOST
-        new = m.NewChunk(*chunk, info.length, info.crc32c, info.key)
+        new = m.WholeChunk(*chunk, info.length, info.crc32c, info.key)
         request = m.WriteChunks(move.target_id, (new,))
         error = self._send(store, info, move.target_id, request)
         if isinstance(error, ChunkCorrupt):
@@ -274,7 +274,7 @@ class Mover:
     ) -> KvfsError | None:
         if self._stopping.is_set():
             return Conflict(detail="the server is stopping")
-        new = m.NewChunk(*info.chunk, info.length, info.crc32c, b"")
+        new = m.WholeChunk(*info.chunk, info.length, info.crc32c, b"")
         request = m.PlaceMoved(move.target_id, store.target_id, ticket, new, info.durable)
         error = self._send(store, info, move.target_id, request)
         if isinstance(error, ChunkCorrupt):

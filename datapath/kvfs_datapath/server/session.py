@@ -38,7 +38,7 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.listing import ChunkListing, find_chunks
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
-from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.server import placing
 from kvfs_datapath.server.targets import Targets
 from kvfs_datapath.wire import receive_body, receive_header, send_message
@@ -238,14 +238,18 @@ class DataSession:
         for index, item in enumerate(items):
             try:
                 infos.append(act(item))
-            except (ConnectionLost, DeadlineExceeded):
-                raise
             except KvfsError as exc:
-                if isinstance(exc, ChunkCorrupt | ChunkMismatch):
-                    self._counters.add(bad_chunks=1)
                 infos.append(None)
-                errors[index] = ErrorBody(exc.wire_code, exc.wire_data())
+                errors[index] = self._error_of(exc)
         return m.Outcomes(tuple(infos), errors)
+
+    def _error_of(self, exc: KvfsError) -> ErrorBody:
+        """Of an item; others end the request, or the connection."""
+        if isinstance(exc, ConnectionLost | DeadlineExceeded):
+            raise exc
+        if isinstance(exc, ChunkCorrupt | ChunkMismatch):
+            self._counters.add(bad_chunks=1)
+        return ErrorBody(exc.wire_code, exc.wire_data())
 
     def _require_descriptors(self) -> None:
         if not self._connection.can_pass_descriptors:
@@ -255,13 +259,13 @@ class DataSession:
 
     def _borrow_kept(
         self, answer: _Answer, items: Sequence[m.ChunkRef], *, direct: bool = False
-    ) -> Iterator[KeptFile | None]:
+    ) -> list[KeptFile | None]:
         """Those that are open already, in the order of the items; ``_open_kept`` has the others."""
         assert answer.store is not None
-        chunks = [item.chunk for item in items]
+        chunks = [(item.inode, item.number, item.chain) for item in items]
         found = self._chains.borrow_kept(answer.store, chunks, direct=direct)
         answer.kept += [kept for kept in found if kept is not None]
-        return iter(found)
+        return found
 
     def _open_kept(self, answer: _Answer, item: m.ChunkRef, *, direct: bool = False) -> KeptFile:
         assert answer.store is not None
@@ -271,25 +275,24 @@ class DataSession:
 
     def _read_chunks(self, store: ChunkStore, request: m.ReadChunks) -> _Answer:
         answer = _Answer(None, store)
-
-        def read(item: m.SizedChunk) -> ChunkInfo:
-            kept = next(open_already) or self._open_kept(answer, item)
-            info = kept.info
-            if info.state is not ChunkState.SEALED:
-                raise ChunkMismatch(*item.chunk, detail="the chunk is open for writing")
-            if info.length != item.size:
-                detail = f"{info.length} bytes, {item.size} expected"
-                raise ChunkMismatch(*item.chunk, detail=detail)
-            # The whole batch is on its way from the disk before the first byte is sent. What was
-            # kept open was read lately: where it is small, to ask costs a tenth of sending it.
-            if kept.is_new or info.length > SMALL_BYTES:
-                kept.file.will_need(0, info.length)
-            answer.pieces.append((kept.file, 0, info.length))
-            return info
-
+        errors: dict[int, ErrorBody] = {}
         with _closing_on_error(answer):
-            open_already = self._borrow_kept(answer, request.chunks)
-            answer.message = self._each(request.chunks, read)
+            found = self._borrow_kept(answer, request.chunks)
+            for index, (item, was_open) in enumerate(zip(request.chunks, found, strict=True)):
+                try:
+                    kept = was_open or self._open_kept(answer, item)
+                    difference = item.difference(kept.info)
+                    if difference:
+                        raise ChunkMismatch(*item.chunk, detail=difference)
+                except KvfsError as exc:
+                    errors[index] = self._error_of(exc)
+                    continue
+                # The whole batch is on its way from the disk before the first byte is sent. What
+                # was kept open was read lately: where it is small, to ask costs a tenth of sending.
+                if kept.is_new or item.size > SMALL_BYTES:
+                    kept.file.will_need(0, item.size)
+                answer.pieces.append((kept.file, 0, item.size))
+        answer.message = m.Outcomes((), errors)
         self._counters.add(chunks_read=len(answer.pieces))
         return answer
 
@@ -306,7 +309,7 @@ class DataSession:
             return kept.info
 
         with _closing_on_error(answer):
-            open_already = self._borrow_kept(answer, request.chunks, direct=request.direct)
+            open_already = iter(self._borrow_kept(answer, request.chunks, direct=request.direct))
             answer.message = self._each(request.chunks, open_one)
         return answer
 
