@@ -6,12 +6,13 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kvfs_base.cluster import TargetState
+from kvfs_base.cluster import HeartbeatReply, TargetState
 from kvfs_base.errors import (
     ChunkNotFound,
     Conflict,
@@ -20,6 +21,7 @@ from kvfs_base.errors import (
     NoTarget,
     NotLoopback,
 )
+from kvfs_base.limits import HEARTBEAT_SECONDS
 from kvfs_base.os_disk import OsDisk
 from kvfs_base.os_env import os_env
 from kvfs_base.types import Address, ChunkId, Layout
@@ -32,8 +34,10 @@ from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import ChunkInfo, path_of
 from kvfs_datapath.server.chunk_server import ChunkServer
+from kvfs_datapath.server.heartbeat import Housekeeping
 from kvfs_datapath.testing import FakeMetadata
 from t2_services.chunk_cluster import (
+    SECONDS,
     SERVERS,
     Cluster,
     make_writes,
@@ -99,6 +103,36 @@ def test_a_server_says_where_it_stands(tmp_path: Path) -> None:
     finally:
         server.stop()
         metadata.stop()
+
+
+def test_clients_may_hear_of_a_target_before_its_server_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard, obey = threading.Event(), Housekeeping._obey
+
+    def late(self: Housekeeping, reply: HeartbeatReply) -> None:
+        assert heard.wait(SECONDS)
+        obey(self, reply)
+
+    monkeypatch.setattr(Housekeeping, "_obey", late)
+    cluster = Cluster(os_env(), str(tmp_path), "auto")
+    cluster.metadata.start()
+    server = cluster.start_server(1)
+    results: list[object] = []
+    try:
+        cluster.metadata.wait_for_targets(1)
+        client, writes = cluster.client(), make_writes([1000], chains=[1])
+        writer = threading.Thread(target=lambda: results.extend(client.write_chunks(writes)))
+        writer.start()
+        wait_until(lambda: server.statistics()["requests"])
+        writer.join(2 * HEARTBEAT_SECONDS)
+        assert not results
+        heard.set()
+        writer.join(SECONDS)
+        assert results == [None]
+    finally:
+        heard.set()
+        cluster.stop()
 
 
 @pytest.mark.logs_warnings
@@ -353,6 +387,7 @@ from kvfs_base.os_env import os_env
 from kvfs_base.types import Address
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.server.chunk_server import ChunkServer
+from kvfs_datapath.server.heartbeat import Housekeeping
 
 root = sys.argv[1]
 config = ChunkServerConfig(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import KvfsError, NoTarget
-from kvfs_base.limits import HEARTBEAT_SECONDS, UNSEALED_CHUNKS_MAX
+from kvfs_base.limits import TARGET_LEASE_SECONDS, UNSEALED_CHUNKS_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.server import incarnations
@@ -23,17 +23,22 @@ class Targets:
         self._unsettled: dict[tuple[ChunkStore, ChunkId], None] = {}
         self._lock = threads.lock()
         self._numbered = threads.condition()
+        self._unnumbered = {store for store in self.stores if not store.target_id}
+        """New ones, of which the metadata service has not said anything yet."""
 
     def incarnation(self, store: ChunkStore) -> int:
         return self._incarnations[store]
 
     def find(self, target_id: int) -> ChunkStore:
         """Raises NoTarget. A client may hear of a new target before this server hears what its
-        number is: the answer to the first heartbeat is waited for, a little."""
+        number is: the answer to the first heartbeat is waited for, as long as the target counts as
+        one that serves."""
         found = self._find(target_id)
-        if found is None and any(not store.target_id for store in self.stores):
+        if found is None:
             with self._numbered:
-                self._numbered.wait_for(lambda: self._find(target_id), HEARTBEAT_SECONDS)
+                self._numbered.wait_for(
+                    lambda: self._find(target_id) or not self._unnumbered, TARGET_LEASE_SECONDS
+                )
             found = self._find(target_id)
         if found is None:
             raise NoTarget(detail=f"target {target_id} is not on this server")
@@ -46,10 +51,12 @@ class Targets:
         return None
 
     def number(self, store: ChunkStore, target_id: int) -> None:
-        """The metadata service's name for a target."""
+        """The metadata service's name for a target; 0 for one that it does not want."""
         store.set_target_id(target_id)
-        with self._numbered:
-            self._numbered.notify_all()
+        if self._unnumbered:
+            with self._numbered:
+                self._unnumbered.discard(store)
+                self._numbered.notify_all()
 
     def settle(self, store: ChunkStore, chunk: ChunkId) -> None:
         """Seals a chunk whose writer has gone. If another one is still there, which may be the
