@@ -333,6 +333,11 @@ MOUNT_NAMES_MAX = 65_536
 MOUNT_WHOLE_MAX = 4096
 """Directories of which a mount knows all entries, because it made them."""
 
+MOUNT_LISTED_MAX = 4096
+MOUNT_LISTED_NAMES_MAX = 65_536
+"""Directories whose listing a mount has leased, and names in all of them: about 150 bytes a name,
+10 MiB. Their attributes count for MOUNT_NAMES_MAX."""
+
 MOUNT_DROPPED_MAX = 4096
 """Keys that were dropped lately; with more, answers that are on their way are not kept."""
 

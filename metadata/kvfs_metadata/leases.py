@@ -378,6 +378,11 @@ def leased_keys(
         name = (records.entry_key(request.parent, request.name),)
     if isinstance(answer, EntryNotFound) and isinstance(request, m.Lookup):
         return name
+    if isinstance(answer, m.DirectoryPage):
+        if not request.is_kept(answer):
+            return ()
+        inodes = [records.inode_key(attr.inode) for _, attr in answer.entries]
+        return records.entry_key(request.inode, b""), *inodes
     if not isinstance(answer, Attr) or isinstance(request, m.Resolve):
         return ()
     if not answer.is_block:

@@ -269,12 +269,19 @@ class DirectoryPage(msgspec.Struct, array_like=True, frozen=True):
 
 class ReadDir(Request, tag="readdir"):
     """Entries whose names sort after ``after``. Names are the cookie, so a listing is stable while
-    entries come and go."""
+    entries come and go. ``keeps``: a watcher wants a lease on the whole directory, and gets one if
+    ``is_kept`` says so of the answer."""
 
     Reply: ClassVar = DirectoryPage
     inode: U64
     after: Annotated[bytes, msgspec.Meta(max_length=255)] = b""
     limit: Annotated[int, msgspec.Meta(ge=1, le=DIRECTORY_PAGE_ENTRIES)] = DIRECTORY_PAGE_ENTRIES
+    keeps: bool = False
+
+    def is_kept(self, page: DirectoryPage) -> bool:
+        """Of blocks the absence of names is leased, not a listing."""
+        is_whole = not (self.after or page.more)
+        return self.keeps and is_whole and not any(attr.is_block for _, attr in page.entries[:1])
 
 
 class ReadLink(Request, tag="readlink"):

@@ -8,9 +8,10 @@ import pytest
 
 from kvfs_base.limits import REVOKED_KEYS_MAX, WATCH_SECONDS
 from kvfs_base.testing import ManualClock
+from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
-from kvfs_metadata.leases import MERGED, Leases, Revocation
+from kvfs_metadata.leases import MERGED, Leases, Revocation, leased_keys
 
 A, B, OTHER = 1, 2, 9
 SESSIONS = {A: b"a" * 16, B: b"b" * 16}
@@ -178,6 +179,21 @@ def test_who_knows_a_whole_directory_is_told_of_each_name_in_it() -> None:
     assert world.change(records.entry_key(2, b"name")) is None
     assert not is_over(world.change(ENTRY))
     assert world.leases.take(A).entries == ((1, b""),)
+
+
+def test_a_listing_is_leased_with_all_that_it_names() -> None:
+    entries = ((b"a", Attr(7, 0o100644)), (b"d", Attr(8, 0o040755)))
+    page = m.DirectoryPage(entries, more=False)
+    keys = leased_keys(m.ReadDir(1, keeps=True), page, lambda _: None)
+    assert keys == (records.entry_key(1, b""), INODE, records.inode_key(8))
+    blocks = m.DirectoryPage(((b"00" * 32, Attr(9, 0o100444, key=b"k" * 32)),), more=False)
+    for request, answer in (
+        (m.ReadDir(1), page),
+        (m.ReadDir(1, after=b"a", keeps=True), page),
+        (m.ReadDir(1, keeps=True), m.DirectoryPage(entries, more=True)),
+        (m.ReadDir(1, keeps=True), blocks),
+    ):
+        assert leased_keys(request, answer, lambda _: None) == ()
 
 
 def test_when_full_the_oldest_leases_are_revoked() -> None:

@@ -179,6 +179,50 @@ def test_filling_a_new_directory_costs_one_call_a_file(work: Path, cluster: Clus
     assert len(os.listdir(work)) == 200
 
 
+def test_a_listing_that_is_leased_costs_no_call_and_is_never_old(two: Two) -> None:
+    def listed(path: Path) -> dict[str, tuple[int, int]]:
+        with os.scandir(path) as entries:
+            found = {e.name: e.stat(follow_symlinks=False) for e in entries}
+        return {name: (s.st_size, s.st_mode & 0o777) for name, s in found.items()}
+
+    expected = {}
+    for number in range(20):
+        (two.a / f"{number}").touch(0o644)
+        expected[f"{number}"] = (0, 0o644)
+    for _ in range(2):
+        assert listed(two.b) == expected
+
+    def look() -> None:
+        for _ in range(300):
+            assert listed(two.b) == expected
+
+    assert calls(two.cluster, look) < 200  # heartbeats, and watches that are renewed
+
+    def changes() -> Iterator[None]:
+        (two.a / "new").write_bytes(b"12345")
+        expected["new"] = (5, 0o644)
+        yield
+        (two.a / "7").chmod(0o600)
+        expected["7"] = (0, 0o600)
+        yield
+        os.truncate(two.a / "new", 3)
+        expected["new"] = (3, 0o644)
+        yield
+        (two.a / "8").unlink()
+        del expected["8"]
+        yield
+        (two.a / "new").rename(two.a / "9")
+        expected["9"] = expected.pop("new")
+        yield
+        (two.a / "9").rename(two.a.parent / f"{two.a.name}-moved")
+        del expected["9"]
+        yield
+
+    for _ in changes():
+        for _ in range(3):
+            assert listed(two.b) == listed(two.a) == expected
+
+
 def test_times_of_a_directory_follow_its_entries(two: Two) -> None:
     before = os.stat(two.b).st_mtime_ns
     (two.a / "f").touch()

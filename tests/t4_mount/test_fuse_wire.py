@@ -188,12 +188,12 @@ def test_a_time_of_birth_that_nobody_knows_is_not_told(born_ns: int, mask: int) 
 @pytest.mark.parametrize("plus", [False, True])
 def test_a_listing_fills_its_room(plus: bool) -> None:
     times = wire.Times.of(1)
-    listing = wire.Listing(4096, plus, times, times)
-    listing.add_dot(b".", Attr(1, 0o040755), 1)
+    listing = wire.Listing(0, 4096, plus=plus, entry=times, valid=times)
+    listing.add_dot(b".", 1)
     names = [b"n" * (1 + n % 17) for n in range(1000)]
-    count = next(
-        n for n, name in enumerate(names) if not listing.add(name, Attr(n + 2, 0o100644), n + 2)
-    )
+    listing.fill((name, Attr(n + 2, 0o100644)) for n, name in enumerate(names))
+    assert listing.is_full
+    count = listing.position - 1
     answer = listing.answer()
     assert 4096 - 200 < len(answer) <= 4096
     found, at = [], 0

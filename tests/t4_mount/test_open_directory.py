@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import math
 import random
 from typing import Any
 
@@ -10,11 +12,12 @@ import trio
 
 from kvfs.mount import directory as module
 from kvfs.mount.backend import Backend
-from kvfs.mount.directory import OpenDirectory
+from kvfs.mount.directory import Entry, OpenDirectory
+from kvfs.mount.names import MISSING
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Attr
-from kvfs_metadata.messages import DirectoryPage, ReadDir
+from kvfs_metadata.messages import DirectoryPage, Make, ReadDir, Revoked
 
 
 class Names:
@@ -22,29 +25,48 @@ class Names:
 
     def __init__(self, names: list[bytes]) -> None:
         self.names = set(names)
+        self.attrs = collections.defaultdict(lambda: Attr(len(self.attrs) + 2, 0o100644))
         self.requests: list[ReadDir] = []
 
     async def call(self, request: Any) -> DirectoryPage:
         await trio.lowlevel.checkpoint()
         self.requests.append(request)
         after = sorted(n for n in self.names if n > request.after)
-        page = tuple((name, Attr(7, 0o100644)) for name in after[: request.limit])
+        page = tuple((name, self.attrs[name]) for name in after[: request.limit])
         return DirectoryPage(page, len(after) > request.limit)
+
+
+def backend_of(service: Names) -> Backend:
+    env, _ = memory_env()
+    chunks: Any = None
+    return Backend(env, service, chunks)
 
 
 def opened(names: list[bytes]) -> tuple[Names, OpenDirectory]:
     service = Names(names)
-    env, _ = memory_env()
-    chunks: Any = None
-    return service, OpenDirectory(Backend(env, service, chunks), 1)
+    return service, OpenDirectory(backend_of(service), 1)
+
+
+def leased(names: list[bytes]) -> tuple[Names, Backend]:
+    """All that the service answers is leased, and the directory was listed once."""
+    service = Names(names)
+    backend = backend_of(service)
+    backend.names.revoked(Revoked(1), math.inf)
+    assert trio.run(listing, OpenDirectory(backend, 1)) == names
+    return service, backend
 
 
 async def listing(directory: OpenDirectory, position: int = 0) -> list[bytes]:
     found = []
-    while entries := await directory.read(position):
-        found += [e.name for e in entries]
-        position = entries[-1].position
+    while entries := await next_entries(directory, position):
+        found += [name for name, _ in entries]
+        position += len(entries)
     return found
+
+
+async def next_entries(directory: OpenDirectory, position: int) -> list[Entry]:
+    known = directory.read_now(position)
+    return await directory.read(position) if known is None else known
 
 
 def numbered(count: int) -> list[bytes]:
@@ -74,8 +96,8 @@ def test_steps_back_are_exact() -> None:
         position = 0
         while entries := await directory.read(position):
             taken = entries[: rng.randrange(1, len(entries) + 1)]
-            found += [e.name for e in taken]
-            position = taken[-1].position
+            found += [name for name, _ in taken]
+            position += len(taken)
         return found
 
     assert trio.run(kernel) == numbered(3000)
@@ -87,7 +109,7 @@ def test_it_learns_how_much_the_kernel_takes() -> None:
     async def kernel() -> None:
         position = 0
         while entries := await directory.read(position):
-            position = entries[: min(len(entries), 40)][-1].position
+            position += min(len(entries), 40)
 
     trio.run(kernel)
     assert sum(r.limit for r in service.requests) < 1.3 * 3000
@@ -118,3 +140,74 @@ def test_positions_that_were_never_given_out() -> None:
     _, directory = opened(numbered(10))
     with pytest.raises(InvalidRequest):
         trio.run(directory.read, 11)
+
+
+def test_a_small_directory_is_leased_when_it_is_listed_again() -> None:
+    service, backend = leased(numbered(1000))
+    assert not any(request.keeps for request in service.requests)
+    assert OpenDirectory(backend, 1).read_now(0) is None
+    before = len(service.requests)
+    for _ in range(3):
+        assert trio.run(listing, OpenDirectory(backend, 1)) == numbered(1000)
+    assert len(service.requests) == before + 1
+    backend.names.revoked(Revoked(2, entries=((1, b""),)), math.inf)
+    service.names.add(b"new")
+    assert trio.run(listing, OpenDirectory(backend, 1)) == [*numbered(1000), b"new"]
+
+
+def test_a_large_directory_is_not_leased() -> None:
+    service, backend = leased(numbered(1025))
+    assert trio.run(listing, OpenDirectory(backend, 1)) == numbered(1025)
+    assert not any(request.keeps for request in service.requests)
+
+
+def test_a_listed_name_is_known_and_any_other_is_missing() -> None:
+    service, backend = leased(numbered(10))
+    trio.run(listing, OpenDirectory(backend, 1))
+    assert backend.names.entry(1, b"000003") == service.attrs[b"000003"].inode
+    assert backend.names.entry(1, b"other") == MISSING
+    backend.names.revoked(Revoked(2, entries=((1, b""),)), math.inf)
+    assert backend.names.entry(1, b"000003") is None
+    assert backend.names.entry(1, b"other") is None
+
+
+@pytest.mark.parametrize("position", [1, 255, 256, 257, 700, 999])
+def test_a_lease_that_ends_on_the_way(position: int) -> None:
+    """Of names that were not given out yet the service knows which are left."""
+    service, backend = leased(numbered(1000))
+    trio.run(listing, OpenDirectory(backend, 1))
+    directory = OpenDirectory(backend, 1)
+    assert directory.read_now(0) is not None
+    backend.names.revoked(Revoked(2, entries=((1, b""),)), math.inf)
+    service.names -= {b"%06d" % n for n in range(0, 1000, 7)}
+    assert directory.read_now(position) is None
+    left = [name for name in numbered(1000)[position:] if int(name) % 7]
+    assert trio.run(listing, directory, position) == left
+
+
+def test_attributes_that_were_revoked_are_asked_for() -> None:
+    service, backend = leased(numbered(600))
+    trio.run(listing, OpenDirectory(backend, 1))
+    directory = OpenDirectory(backend, 1)
+    assert directory.read_now(0) is not None
+    name = b"%06d" % 300
+    backend.names.revoked(Revoked(2, inodes=(service.attrs[name].inode,)), math.inf)
+    service.attrs[name] = Attr(service.attrs[name].inode, 0o100600)
+    assert directory.read_now(256) is None
+
+    async def rest() -> list[bytes]:
+        entries = await directory.read(256)
+        assert dict(entries)[name].mode == 0o100600
+        return [n for n, _ in entries] + await listing(directory, 256 + len(entries))
+
+    assert trio.run(rest) == numbered(600)[256:]
+
+
+def test_an_answer_older_than_a_change_of_ours_is_not_kept() -> None:
+    service, backend = leased(numbered(10))
+    token = backend.names.token
+    made = Make(1, b"made", 0o100644)
+    backend.names.answered(made, service.attrs[b"made"], token)
+    page = DirectoryPage(tuple((n, service.attrs[n]) for n in numbered(10)), more=False)
+    backend.names.answered(ReadDir(1, keeps=True), page, token)
+    assert backend.names.listing(1) is None

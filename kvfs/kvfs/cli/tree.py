@@ -104,9 +104,9 @@ class Tree:
         try:
             position = 0
             while page := await self._filesystem.readdir(handle, position):
-                for entry in page:
-                    yield entry.name, entry.attr
-                position = page[-1].position
+                for name, attr in page:
+                    yield name, attr
+                position += len(page)
         finally:
             self._filesystem.releasedir(handle)
 

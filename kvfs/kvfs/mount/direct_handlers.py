@@ -115,6 +115,8 @@ class Handlers:
             Opcode.FLUSH: self._flush_now,
             Opcode.RELEASE: self._release_now,
             Opcode.OPENDIR: lambda r: (wire.open_out(self._fs.opendir(r.inode), 0),),
+            Opcode.READDIR: self._readdir_now,
+            Opcode.READDIRPLUS: self._readdir_now,
             Opcode.RELEASEDIR: self._releasedir,
             Opcode.GETXATTR: self._getxattr_now,
         }
@@ -455,19 +457,37 @@ class Handlers:
 
     # --- directories
 
+    def _readdir_now(self, request: Request) -> Answer | None:
+        handle = request.arguments.handle
+        listing = self._listing(request)
+        while not listing.is_full:
+            entries = self._fs.readdir_now(handle, listing.position - DOT_ENTRIES)
+            if entries is None:
+                return None
+            if not entries:
+                break
+            listing.fill(entries)
+        return (listing.answer(),)
+
     async def _readdir(self, request: Request) -> Answer:
+        handle = request.arguments.handle
+        listing = self._listing(request)
+        while not listing.is_full:
+            entries = await self._fs.readdir(handle, listing.position - DOT_ENTRIES)
+            if not entries:
+                break
+            listing.fill(entries)
+        return (listing.answer(),)
+
+    def _listing(self, request: Request) -> wire.Listing:
+        """With the entries that are not the file system's."""
         handle, position, size = request.arguments
         plus = request.opcode == Opcode.READDIRPLUS
-        listing = wire.Listing(size, plus, self._entry_times, self._attr_times)
-        for number, (name, attr) in enumerate(self._fs.dots(handle)[position:], position + 1):
-            listing.add_dot(name, attr, number)
-            position = number
-        while entries := await self._fs.readdir(handle, position - DOT_ENTRIES):
-            for entry in entries:
-                position = entry.position + DOT_ENTRIES
-                if not listing.add(entry.name, entry.attr, position):
-                    return (listing.answer(),)
-        return (listing.answer(),)
+        times = self._entry_times, self._attr_times
+        listing = wire.Listing(position, size, plus=plus, entry=times[0], valid=times[1])
+        for name, attr in self._fs.dots(handle)[position:]:
+            listing.add_dot(name, attr.inode)
+        return listing
 
     async def _fsyncdir(self, request: Request) -> Answer:
         await self._fs.fsyncdir(request.arguments.handle)

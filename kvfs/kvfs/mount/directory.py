@@ -6,19 +6,26 @@ goes on, and where it steps back to when its buffer was full. Of older ones a ha
 and every CHECKPOINT-th name: to go back there, the names after the checkpoint are read again and
 those that were given out before the position are recognised by their hashes.
 
-Every request of the kernel is answered with fresh attributes, never with entries fetched before:
-the kernel would take them for newer than its own.
+Every request of the kernel is answered with attributes of that moment, never with entries fetched
+before: the kernel would take them for newer than its own. So they come from the service, or are
+leased: a small directory that was listed before is fetched as a whole with leases, and as long as
+it has them ``read_now`` answers.
 """
 
 from __future__ import annotations
 
 import array
 import collections
-from typing import NamedTuple
+import itertools
 
 from kvfs.mount.backend import Backend
+from kvfs.mount.listings import Listing
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import DIRECTORY_RECENT_NAMES, DIRECTORY_REPLY_ENTRIES
+from kvfs_base.limits import (
+    DIRECTORY_PAGE_ENTRIES,
+    DIRECTORY_RECENT_NAMES,
+    DIRECTORY_REPLY_ENTRIES,
+)
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import DirectoryPage, ReadDir
 
@@ -26,11 +33,8 @@ CHECKPOINT = 256
 FIRST_ENTRIES = 128
 
 
-class DirectoryEntry(NamedTuple):
-    position: int
-    """Where to go on after this entry."""
-    name: bytes
-    attr: Attr
+Entry = tuple[bytes, Attr]
+"""Of position ``n`` for the ``n``-th one after the position that was asked for."""
 
 
 class OpenDirectory:
@@ -44,9 +48,33 @@ class OpenDirectory:
         self._request_start = 0
         self._end: int | None = None
         """Position of the last entry, once it was given out."""
+        self._listing: Listing | None = None
+        """What all positions are of, if it was leased when the first entries were given out."""
 
-    async def read(self, position: int) -> list[DirectoryEntry]:
-        """The next entries, none at the end. Raises NotADirectory, InodeStale."""
+    def read_now(self, position: int) -> list[Entry] | None:
+        """The next entries, none at the end; None if the service has to be asked."""
+        listing = self._backend.names.listing(self.inode)
+        if listing is None or (position and listing is not self._listing):
+            return None
+        if not position:
+            self._go_through(listing)
+        names = list(itertools.islice(self._recent, position, position + DIRECTORY_REPLY_ENTRIES))
+        attrs = self._backend.names.attrs([listing[name] for name in names])
+        if attrs is None:
+            return None
+        return list(zip(names, attrs, strict=True))
+
+    def _go_through(self, listing: Listing) -> None:
+        """As if all of it had been given out already: should the lease end on the way, the service
+        is asked for what follows the last name that the kernel has."""
+        self._listing = listing
+        self._hashes = array.array("q", map(hash, listing))
+        self._recent = collections.deque(listing, DIRECTORY_RECENT_NAMES)
+        self._checkpoints = [b"", *itertools.islice(listing, CHECKPOINT - 1, None, CHECKPOINT)]
+        self._end = len(listing)
+
+    async def read(self, position: int) -> list[Entry]:
+        """The same in any case. Raises NotADirectory, InodeStale."""
         if not 0 <= position <= len(self._hashes):
             raise InvalidRequest(detail=f"directory position {position}")
         if position and position == self._end:
@@ -54,6 +82,10 @@ class OpenDirectory:
         self._adapt(position)
         after, skip = self._locate(position)
         self._truncate(position)
+        self._listing = None
+        if not position and self._backend.names.wants_listing(self.inode):
+            page = await self._page(after, DIRECTORY_PAGE_ENTRIES, keeps=True)
+            return self.read_now(0) or self._give(0, page)
         page = await self._page(after, self._wanted)
         while skip:
             fresh = tuple(e for e in page.entries if hash(e[0]) not in skip)
@@ -63,8 +95,9 @@ class OpenDirectory:
             page = await self._page(page.entries[-1][0], self._wanted)
         return self._give(position, page)
 
-    async def _page(self, after: bytes, limit: int) -> DirectoryPage:
-        page: DirectoryPage = await self._backend.call(ReadDir(self.inode, after, limit))
+    async def _page(self, after: bytes, limit: int, *, keeps: bool = False) -> DirectoryPage:
+        request = ReadDir(self.inode, after, limit, keeps)
+        page: DirectoryPage = await self._backend.call(request)
         return page
 
     def _adapt(self, position: int) -> None:
@@ -97,15 +130,15 @@ class OpenDirectory:
         del self._checkpoints[position // CHECKPOINT + 1 :]
         self._end = None
 
-    def _give(self, position: int, page: DirectoryPage) -> list[DirectoryEntry]:
-        entries: list[DirectoryEntry] = []
-        for name, attr in page.entries:
+    def _give(self, position: int, page: DirectoryPage) -> list[Entry]:
+        for name, _ in page.entries:
             position += 1
             self._hashes.append(hash(name))
             self._recent.append(name)
             if position % CHECKPOINT == 0:
                 self._checkpoints.append(name)
-            entries.append(DirectoryEntry(position, name, attr))
         if not page.more:
             self._end = position
-        return entries
+            if not any(attr.is_block for _, attr in page.entries):
+                self._backend.names.listings.ended(self.inode, position)
+        return list(page.entries)

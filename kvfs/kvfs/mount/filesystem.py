@@ -24,7 +24,7 @@ import trio
 
 from kvfs.mount.backend import Backend
 from kvfs.mount.blocks import Blocks, OpenBlock
-from kvfs.mount.directory import DirectoryEntry, OpenDirectory
+from kvfs.mount.directory import OpenDirectory
 from kvfs.mount.file_locks import FileLocks
 from kvfs.mount.files import OpenFile
 from kvfs.mount.names import MISSING, Entry
@@ -526,13 +526,31 @@ class Filesystem:
         attr = Attr(self._directory(handle).inode, mode=stat.S_IFDIR | 0o755)
         return (b".", attr), (b"..", attr)
 
-    async def readdir(self, handle: int, position: int) -> list[DirectoryEntry]:
-        """The next entries after ``position`` (0: from the start), none at the end."""
+    def readdir_now(self, handle: int, position: int) -> list[tuple[bytes, Attr]] | None:
+        """The next entries after ``position`` (0: from the start), none at the end. What is leased
+        need not be remembered as told to the kernel."""
+        entries = self._directory(handle).read_now(position)
+        if entries is None:
+            return None
+        for number, (name, leased) in enumerate(entries):
+            file = self._files.get(leased.inode)
+            if file is None:
+                continue
+            attr = self._fresh_now(file)
+            if attr is None:
+                return None
+            entries[number] = name, attr
+        return entries
+
+    async def readdir(self, handle: int, position: int) -> list[tuple[bytes, Attr]]:
+        """The same in any case."""
+        known = self.readdir_now(handle, position)
+        if known is not None:
+            return known
         directory = self._directory(handle)
         epoch = self._backend.epoch
         entries = await directory.read(position)
-        parent = directory.inode
-        return [e._replace(attr=self._tell(e.attr, epoch, parent)) for e in entries]
+        return [(name, self._tell(attr, epoch, directory.inode)) for name, attr in entries]
 
     def _directory(self, handle: int) -> OpenDirectory:
         opened = self._handles[handle]

@@ -8,8 +8,9 @@ the kernel is a ProtocolError: the kernel is trusted, but a new one may say some
 from __future__ import annotations
 
 import enum
+import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from kvfs.mount import fuse_wire_ranges as ranges
@@ -470,6 +471,7 @@ _OPEN_OUT = struct.Struct("=QIi")
 _WRITE_OUT = struct.Struct("=II")
 _STATFS_OUT = struct.Struct("=QQQQQIIII24x")
 _DIRENT = struct.Struct("=QQII")
+_DIRENT_PLUS = struct.Struct("=QQQQII" + _ATTR + "QQII")
 
 
 def _attr_fields(attr: Attr) -> tuple[int, ...]:
@@ -523,29 +525,46 @@ def statfs_out(space: Space) -> bytes:
 class Listing:
     """Fills the answer of one READDIR, or READDIRPLUS (``plus``), of ``size`` bytes at most."""
 
-    def __init__(self, size: int, plus: bool, entry: Times, valid: Times) -> None:
+    def __init__(self, position: int, size: int, *, plus: bool, entry: Times, valid: Times) -> None:
+        self.position = position
+        """Where to go on: after the last entry that found room."""
+        self.is_full = False
         self._parts: list[bytes] = []
         self._left = size
         self._plus = plus
-        self._times = (entry, valid)
+        self._times = entry.seconds, valid.seconds, entry.nanoseconds, valid.nanoseconds
 
-    def add(self, name: bytes, attr: Attr, position: int) -> bool:
-        """False if it does not fit. ``position`` is where to go on after it."""
-        return self._add(entry_out(attr, *self._times) if self._plus else b"", name, attr, position)
+    def fill(self, entries: Iterable[tuple[bytes, Attr]]) -> None:
+        """With those that find room."""
+        head = _DIRENT_PLUS if self._plus else _DIRENT
+        for name, attr in entries:
+            size = self._make_room(head.size + len(name))
+            if not size:
+                return
+            dirent = attr.inode, self.position, len(name), attr.mode >> 12
+            if self._plus:
+                packed = head.pack(attr.inode, 0, *self._times, *_attr_fields(attr), *dirent)
+            else:
+                packed = head.pack(*dirent)
+            self._parts.append((packed + name).ljust(size, b"\0"))
 
-    def add_dot(self, name: bytes, attr: Attr, position: int) -> bool:
+    def add_dot(self, name: bytes, inode: int) -> None:
         """``.`` and ``..``, which are not looked up."""
-        return self._add(bytes(_ENTRY_OUT.size) if self._plus else b"", name, attr, position)
+        entry = bytes(_ENTRY_OUT.size) if self._plus else b""
+        size = self._make_room(len(entry) + _DIRENT.size + len(name))
+        if size:
+            dirent = _DIRENT.pack(inode, self.position, len(name), stat.S_IFDIR >> 12)
+            self._parts.append((entry + dirent + name).ljust(size, b"\0"))
 
-    def _add(self, entry: bytes, name: bytes, attr: Attr, position: int) -> bool:
-        head = entry + _DIRENT.pack(attr.inode, position, len(name), attr.mode >> 12)
-        used = len(head) + len(name)
-        part = head + name + bytes(-used % DIRENT_ALIGN)
-        if len(part) > self._left:
-            return False
-        self._left -= len(part)
-        self._parts.append(part)
-        return True
+    def _make_room(self, size: int) -> int:
+        """What one more entry takes; 0 if it does not fit."""
+        size = (size + DIRENT_ALIGN - 1) & -DIRENT_ALIGN
+        if size > self._left:
+            self.is_full = True
+            return 0
+        self._left -= size
+        self.position += 1
+        return size
 
     def answer(self) -> bytes:
         return b"".join(self._parts)

@@ -12,6 +12,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from kvfs.mount.listings import Listing, Listings
 from kvfs_base.errors import EntryNotFound, KvfsError
 from kvfs_base.limits import MOUNT_DROPPED_MAX, MOUNT_NAMES_MAX, MOUNT_WHOLE_MAX
 from kvfs_base.rpc import Request
@@ -41,6 +42,8 @@ class Names:
         """Directories that were made here and of which all entries are known."""
         self._namespaces: set[int] = set()
         """Directories of blocks that are here."""
+        self.listings = Listings()
+        """To be asked by ``listing``."""
         self.token = 0
         self._floor = 0
         """Answers to what was asked before are not kept."""
@@ -62,6 +65,7 @@ class Names:
             m.RemoveXattr: self._changed,
             m.CloseInode: self._closed,
             m.RemoveBlocks: self._blocks_removed,
+            m.ReadDir: self._listed,
         }
 
     # --- what is known
@@ -80,7 +84,26 @@ class Names:
         if not self.are_leased:
             return None
         inode = self._entries.get((parent, name))
-        return MISSING if inode is None and parent in self._whole else inode
+        if inode is not None:
+            return inode
+        listing = self.listings.get(parent)
+        if listing is not None:
+            return listing.get(name, MISSING)
+        return MISSING if parent in self._whole else None
+
+    def listing(self, inode: int) -> Listing | None:
+        """All names of a directory; None: the service has to be asked."""
+        return self.listings.get(inode) if self.are_leased else None
+
+    def wants_listing(self, inode: int) -> bool:
+        """The next listing of the directory is to be asked for as a whole, and kept."""
+        return self.are_leased and self.listings.is_small(inode)
+
+    def attrs(self, inodes: Sequence[int]) -> list[Attr] | None:
+        """The same for all of them."""
+        known = map(self._attrs.get, inodes) if self.are_leased else ()
+        attrs = [attr for attr in known if attr is not None]
+        return attrs if len(attrs) == len(inodes) else None
 
     def drop(self, inode: int) -> None:
         """What is known of it has proved wrong."""
@@ -192,6 +215,8 @@ class Names:
         entry = request.parent, request.name
         self._set_entry(entry, MISSING, token, (request.parent, *touched.inodes))
         self._whole.difference_update(touched.inodes)
+        for inode in touched.inodes:
+            self.listings.drop(inode)
 
     def _renamed(self, request: m.Rename, touched: m.Touched, token: int) -> None:
         old, new = (request.parent, request.name), (request.new_parent, request.new_name)
@@ -218,6 +243,17 @@ class Names:
     def _blocks_removed(self, request: m.RemoveBlocks, reply: Any, token: int) -> None:
         self._drop(request.inodes, ())
 
+    def _listed(self, request: m.ReadDir, page: m.DirectoryPage, token: int) -> None:
+        # The times of a directory of blocks are not leased, so neither is a listing that has one.
+        if (
+            request.is_kept(page)
+            and self._is_fresh((request.inode, b""), token)
+            and not any(attr.is_namespace for _, attr in page.entries)
+        ):
+            self.listings.keep(request.inode, {name: attr.inode for name, attr in page.entries})
+            for _, attr in page.entries:
+                self._keep(attr, token)
+
     # --- keeping and dropping
 
     def _is_fresh(self, key: int | Entry, token: int) -> bool:
@@ -242,9 +278,11 @@ class Names:
             self._attrs.pop(inode, None)
             self._dropped[inode] = self.token
         for entry in entries:
+            parent = entry[0]
             self._entries.pop(entry, None)
-            self._whole.discard(entry[0])
-            self._dropped[entry] = self.token
+            self._whole.discard(parent)
+            self.listings.drop(parent)
+            self._dropped[entry] = self._dropped[parent, b""] = self.token
         if len(self._dropped) > MOUNT_DROPPED_MAX:
             self._dropped.clear()
             self._floor = self.token
@@ -252,6 +290,7 @@ class Names:
     def _drop_all(self) -> None:
         self.token += 1
         self._floor = self.token
+        self.listings.clear()
         for known in (self._attrs, self._entries, self._whole, self._namespaces, self._dropped):
             known.clear()
 

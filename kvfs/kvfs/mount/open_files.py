@@ -54,7 +54,10 @@ class OpenFiles:
 
     def is_known(self, inode: int) -> bool:
         """To be an ordinary file."""
-        return inode in self._files or inode in self._pages
+        if inode in self._files or inode in self._pages:
+            return True
+        attr = self._backend.names.attr(inode)
+        return attr is not None and attr.is_file and not attr.is_block
 
     def told(self, inode: int) -> None:
         """The kernel was told of an ordinary file that is not open."""

@@ -235,10 +235,9 @@ class _Operations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, name, self._entry(attr), position):
                 return
         while entries := await self._fs.readdir(fh, position - DOT_ENTRIES):
-            for entry in entries:
-                position = entry.position + DOT_ENTRIES
-                attributes = self._entry(entry.attr)
-                if not pyfuse3.readdir_reply(token, entry.name, attributes, position):
+            for name, attr in entries:
+                position += 1
+                if not pyfuse3.readdir_reply(token, name, self._entry(attr), position):
                     return
 
     @_handler
