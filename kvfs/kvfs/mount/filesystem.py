@@ -530,13 +530,11 @@ class Filesystem:
         """The next entries after ``position`` (0: from the start), none at the end. What is leased
         need not be remembered as told to the kernel."""
         entries = self._directory(handle).read_now(position)
-        if entries is None:
-            return None
+        if entries is None or not self._files.any_of(attr.inode for _, attr in entries):
+            return entries
         for number, (name, leased) in enumerate(entries):
             file = self._files.get(leased.inode)
-            if file is None:
-                continue
-            attr = self._fresh_now(file)
+            attr = leased if file is None else self._fresh_now(file)
             if attr is None:
                 return None
             entries[number] = name, attr

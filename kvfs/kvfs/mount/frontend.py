@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+import stat
 from typing import NamedTuple, Protocol
 
 from kvfs.mount.config import MountConfig
@@ -153,7 +154,7 @@ def errno_of(error: Exception, operation: str) -> int:
 def sectors(attr: Attr) -> int:
     """st_blocks. How large the holes of a file are is not known here, only that there may be some:
     one block less makes programs (cp, rsync, tar) look for them. With none all would be a hole."""
-    if not attr.is_file:
+    if not stat.S_ISREG(attr.mode):
         return 0
     count = -(-attr.size // SECTOR_BYTES)
     return max(1, count - 1) if attr.sparse and count else count

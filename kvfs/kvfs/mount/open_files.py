@@ -44,6 +44,10 @@ class OpenFiles:
     def __contains__(self, inode: int) -> bool:
         return inode in self._files
 
+    def any_of(self, inodes: Iterable[int]) -> bool:
+        """Whether at least one is open."""
+        return not self._files.keys().isdisjoint(inodes)
+
     def __iter__(self) -> Iterator[OpenFile]:
         return iter(list(self._files.values()))
 
