@@ -24,7 +24,7 @@ from kvfs_metadata.client import ClusterView
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.service import serve_metadata
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 MIB = 1 << 20
 
 
@@ -146,7 +146,9 @@ class ApiCluster:
 
         def serving() -> bool:
             states = [target.state for target in view.refresh().targets]
-            return states.count(TargetState.SERVING) >= count
+            # A server knows its own number when it has heard what clients are told.
+            numbered = all(s.target_id for server in self.servers for s in server._targets.stores)
+            return numbered and states.count(TargetState.SERVING) >= count
 
         wait_until(serving)
         view.close()

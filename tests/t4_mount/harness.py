@@ -23,15 +23,16 @@ from typing import Any
 import pytest
 
 ROLES = Path(__file__).with_name("roles.py")
-START_SECONDS = 20.0
-STOP_SECONDS = 15.0
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
+WAIT_SECONDS = 30.0
 COLLECTED_SECONDS = 60.0
 """An unlinked file may be kept for SESSION_GRACE_SECONDS after the service started."""
 MNT_DETACH = 2
 COMPLAINT = re.compile(r"^((WARNING|ERROR|CRITICAL) kvfs|Traceback)\b", re.MULTILINE)
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> None:
     """Polls ``condition`` until it is true; fails the test otherwise."""
     deadline = time.monotonic() + seconds
     while not condition():
