@@ -42,7 +42,7 @@ from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.format import ChunkInfo, ChunkState
 from kvfs_datapath.wire import receive_body, receive_header, send_message
 
-SECONDS = 20.0
+SECONDS = 60.0
 NEVER = 1e6
 """Seconds."""
 HERE = "host-a"

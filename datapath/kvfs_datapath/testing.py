@@ -28,7 +28,7 @@ from kvfs_base.rpc import receive_frame
 from kvfs_base.seams import Connection, Env, Listener
 from kvfs_base.types import Address
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 
 class FakeMetadata:

@@ -22,7 +22,7 @@ from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_datapath.testing import FakeMetadata
 
-SECONDS = 20.0
+SECONDS = 60.0
 SERVERS = 3
 
 
@@ -157,7 +157,7 @@ def wait_until(condition: object) -> None:
     """Polls: the other side is a thread that says nothing when it is done."""
     assert callable(condition)
     pause = threading.Event()
-    for _ in range(2000):
+    for _ in range(int(SECONDS / 0.01)):
         if condition():
             return
         pause.wait(0.01)

@@ -46,8 +46,8 @@ class Blackhole:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog_module, "WATCHDOG_SECONDS", 0.05)
     # Only the watchdog ends a wait: the deadlines are longer than any test.
-    monkeypatch.setattr(connections_module, "DATA_SECONDS", 10 * SECONDS)
-    monkeypatch.setattr(connections_module, "CALL_SECONDS", 10 * SECONDS)
+    monkeypatch.setattr(connections_module, "DATA_SECONDS", 4 * SECONDS)
+    monkeypatch.setattr(connections_module, "CALL_SECONDS", 4 * SECONDS)
 
 
 @pytest.fixture

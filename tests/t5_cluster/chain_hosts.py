@@ -154,7 +154,10 @@ class ChainHosts:
             fault()
             self.checker.wait(seconds)
             # Blocks are read whatever is broken; writes may wait for a chain to change.
-            assert self.checker.window["get"].done, f"no block was read: {scenario}"
+            wait_until(
+                lambda: self._checked() and self.checker.window["get"].done > 0,
+                f"blocks are read: {scenario}",
+            )
             restarted = repair()
             began = time.monotonic()
             wait_until(lambda: self._checked() and self.is_whole(restarted), "chains are whole")

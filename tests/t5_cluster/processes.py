@@ -18,7 +18,7 @@ from kvfs.supervisor import locks
 from kvfs_base.types import KVLayout
 
 KVFS = (sys.executable, "-m", "kvfs")
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 120.0
 POLL_SECONDS = 0.05
 BLOCK_BYTES = 64 * 1024
 

@@ -21,6 +21,9 @@ REASON = missing()
 LONG = os.environ.get("KVFS_HOSTS_SECONDS")
 SECONDS = float(LONG or 5.5)
 """A little more than a lease: whoever is away is taken out of his chains."""
+UNNOTICED_SECONDS = max(SECONDS, 9.5)
+"""Less than a request waits for its answer (DATA_SECONDS), and more than anybody needs to notice
+that none will come, on a busy machine."""
 CUT_SECONDS = max(SECONDS, 10.0)
 """Who is there, but not for his neighbour, is noticed later."""
 SEED = int(os.environ.get("KVFS_HOSTS_SEED", "1"))
@@ -161,7 +164,7 @@ def play(cluster: ChainHosts, name: str, capsys: pytest.CaptureFixture[str]) -> 
     if name in DISKS and cluster.small_disk_reason:
         pytest.skip(cluster.small_disk_reason)
     fault, repair = SCENARIOS[name][1](cluster)
-    seconds = CUT_SECONDS if name in CUTS else SECONDS
+    seconds = {**dict.fromkeys(CUTS, CUT_SECONDS), UNNOTICED: UNNOTICED_SECONDS}.get(name, SECONDS)
     row = cluster.play(
         name,
         seconds,
