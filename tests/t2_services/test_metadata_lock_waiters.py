@@ -22,6 +22,7 @@ from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.engines.memory_engine import MemoryEngine
 from kvfs_metadata.service import MetadataService
 from kvfs_metadata.watching import Watching
+from mock_time import run_in_mock_time
 from t2_services.metadata_rig import ROOT
 
 ADDRESS = Address.unix("/meta")
@@ -51,7 +52,7 @@ def run(test: Test, durability: str = "cache") -> None:
                 await test(one, two, inode)
             nursery.cancel_scope.cancel()
 
-    trio.run(body, clock=trio.testing.MockClock(autojump_threshold=0.05))
+    run_in_mock_time(body)
 
 
 @pytest.mark.parametrize("durability", ["cache", "strict"])

@@ -29,6 +29,7 @@ from kvfs_metadata.engines.engine import Group, KVEngine
 from kvfs_metadata.engines.lmdb_engine import LmdbEngine
 from kvfs_metadata.engines.memory_engine import MemoryEngine
 from kvfs_metadata.service import MetadataService, serve_metadata
+from mock_time import run_in_mock_time
 from t2_services.metadata_rig import FILE, LAYOUT, ROOT, keys
 
 HEARTBEAT = Heartbeat("s", "h", None, None, (TargetReport("t", 10**9, 10**9, True, 0),))
@@ -323,10 +324,6 @@ async def renew(world: World, client: MetadataClient, seconds: float) -> None:
     await trio.sleep(2 * limits.EVICT_SECONDS)
 
 
-def run_under_mock_clock(test: Callable[[], Awaitable[None]]) -> None:
-    trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0.02))
-
-
 @pytest.mark.parametrize("durability", ["cache", "strict"])
 def test_eviction_runs_by_itself(durability: str) -> None:
     world = memory_world(durability)
@@ -350,7 +347,7 @@ def test_eviction_runs_by_itself(durability: str) -> None:
             assert await client.call(m.MatchBlocks(info.inode, keys([98]))) == 1
             assert await client.call(m.MatchBlocks(info.inode, keys([0]))) == 0
 
-    run_under_mock_clock(test)
+    run_in_mock_time(test)
 
 
 @pytest.mark.parametrize("durability", ["cache", "strict"])
@@ -386,7 +383,7 @@ def test_batches_sessions_and_leases_expire_by_themselves(durability: str) -> No
             assert (await client.call(m.Statistics()))["targets_offline"] == 1
             assert (await client.call(GetClusterMap())).version > version
 
-    run_under_mock_clock(test)
+    run_in_mock_time(test)
 
 
 def test_uses_are_recorded_now_and_then_and_at_the_end() -> None:
@@ -416,7 +413,7 @@ def test_uses_are_recorded_now_and_then_and_at_the_end() -> None:
             await client.call(m.MatchBlocks(info.inode, keys([1, 2])))
         assert recorded() == [now + 10**9] * 2
 
-    run_under_mock_clock(test)
+    run_in_mock_time(test)
 
 
 class CountingSyncs(MemoryEngine):
@@ -450,7 +447,7 @@ def test_what_was_written_is_synced_within_a_second() -> None:
             await trio.sleep(limits.SYNC_SECONDS * 1.5)
             assert engine.syncs == before + 1
 
-    run_under_mock_clock(test)
+    run_in_mock_time(test)
 
 
 @pytest.mark.logs_warnings
@@ -470,7 +467,7 @@ def test_a_sync_that_fails_is_told() -> None:
             await trio.sleep(limits.SYNC_SECONDS * 3)
             assert len((await client.call(m.ReadDir(ROOT))).entries) == 1
 
-    run_under_mock_clock(test)
+    run_in_mock_time(test)
 
 
 @pytest.mark.logs_warnings
@@ -499,7 +496,7 @@ def test_nobody_is_told_that_a_sync_was_done_which_failed() -> None:
                 for client in clients:
                     nursery.start_soon(ask, client)
 
-    run_under_mock_clock(test)
+    run_in_mock_time(test)
     assert [type(outcome) for outcome in outcomes] == 4 * [e.StoreUnavailable]
 
 
@@ -523,7 +520,7 @@ def test_a_sync_that_may_go_well_later_is_repeated(error: e.KvfsError) -> None:
             await trio.sleep(limits.SYNC_SECONDS * 3)
             assert engine.syncs == begun + 4
 
-    run_under_mock_clock(test)
+    run_in_mock_time(test)
 
 
 # --- starting and stopping
