@@ -208,6 +208,34 @@ def test_a_copy_keeps_holes_and_stops_where_it_was_told(cluster: Cluster, tmp_pa
     os.close(source)
 
 
+def test_a_second_copy_writes_what_differs_or_is_gone(cluster: Cluster, tmp_path: Path) -> None:
+    file = new_file(cluster.client(), 7)
+    source = os.open(tmp_path / "source", os.O_CREAT | os.O_RDWR)
+    os.write(source, b"a" * 2500)
+
+    def copy(known_end: int) -> list[tuple[int, int]]:
+        written: list[tuple[int, int]] = []
+        write = file.write
+
+        def noted(offset: int, data: bytes) -> None:
+            written.append((offset, len(data)))
+            write(offset, data)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(file, "write", noted)
+            assert file.copy_from(source, 0, 2500, 1000, known_end=known_end) == 1000
+            assert file.copy_from(source, 1000, 2500, 1 << 20, known_end=known_end) == 2500
+        return written
+
+    everything = [(0, 1000), (1000, 1500)]
+    assert copy(0) == everything and copy(2500) == []
+    os.pwrite(source, b"b", 1999)
+    assert copy(2500) == [(1000, 1500)]
+    file.truncate(2500, 500)  # by somebody else
+    assert copy(2500) == everything and copy(2500) == []
+    os.close(source)
+
+
 def test_what_cannot_be_adopted(cluster: Cluster) -> None:
     connection = DataConnection(cluster.connection(1))
     reply, descriptors = connection.call_for_descriptors(m.StageChunks(1, 1), lambda _: 1)

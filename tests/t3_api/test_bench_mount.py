@@ -66,6 +66,8 @@ def test_fio_reads_and_writes_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     reads = [row for row in rows if str(row["what"]).startswith("fio, read, 64 KiB")]
     writes = [row for row in rows if str(row["what"]).startswith("fio, write, 64 KiB")]
     assert len(writes) == 2 and len(reads) in (2, 4) and len(rows) == len(reads) + len(writes)
+    written = run(tmp_path, *options, "--file-mib", "1", "--kind", "write")
+    assert [row["what"] for row in written] == ["fio, write, 64 KiB in a row, 2 jobs"]
 
 
 def test_what_is_not_a_number_is_refused() -> None:

@@ -36,7 +36,8 @@ def test_mounting_over_a_killed_mount(own_cluster: Cluster) -> None:
     role = own_cluster.mount(mountpoint)
     closed = os.urandom(3_000_000)
     (mountpoint / "closed").write_bytes(closed)
-    synced = (mountpoint / "synced").open("wb", buffering=0)
+    (mountpoint / "synced").write_bytes(b"old")  # the kernel goes on with a new one by itself
+    synced = (mountpoint / "synced").open("r+b", buffering=0)
     synced.write(b"synced")
     os.fsync(synced.fileno())
     synced.write(b" and not")

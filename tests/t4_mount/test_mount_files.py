@@ -61,7 +61,8 @@ def test_a_file_of_several_chunks_is_striped_over_the_servers(work: Path, cluste
     path = work / "file"
     path.write_bytes(data)
     files = cluster.chunk_files(path.stat().st_ino)
-    assert sorted(f.stat().st_size for f in files) == [12_345] + 2 * [FILE_CHUNK_BYTES]
+    sizes = [12_345] + 2 * [FILE_CHUNK_BYTES]
+    wait_until(lambda: sorted(f.stat().st_size for f in files) == sizes)
     assert len({f.parents[2] for f in files}) == 3
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -257,6 +258,7 @@ def test_unlink_while_open(work: Path, cluster) -> None:
     data = noise(7, 200_000)
     with path.open("w+b", buffering=0) as file:
         file.write(data)
+        os.fsync(file.fileno())
         inode = os.fstat(file.fileno()).st_ino
         path.unlink()
         assert not path.exists()

@@ -6,7 +6,7 @@ import contextlib
 import mmap
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +31,9 @@ def staged(cluster: Cluster) -> set[Path]:
 
 
 @contextlib.contextmanager
-def new_file(cluster: Cluster, path: Path, flags: int = NEW) -> Iterator[int]:
+def new_file(
+    cluster: Cluster, path: Path, make: Callable[[Path], int] = lambda path: os.open(path, NEW)
+) -> Iterator[int]:
     """Its descriptor; the file holds SEED, written by the kernel. The first files of a target are
     made before it has staged any."""
     before = staged(cluster)
@@ -42,7 +44,7 @@ def new_file(cluster: Cluster, path: Path, flags: int = NEW) -> Iterator[int]:
         if descriptor >= 0:
             os.close(descriptor)
             path.unlink()
-        descriptor = os.open(path, flags, 0o600)
+        descriptor = make(path)
         os.write(descriptor, SEED)
         require_passthrough(cluster)
         return bool(staged(cluster) - before)

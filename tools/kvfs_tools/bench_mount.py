@@ -24,7 +24,7 @@ from kvfs_base.limits import KIB, MIB
 from kvfs_tools import mount_plot
 from kvfs_tools.cluster import ClusterFailed, LocalCluster
 from kvfs_tools.mount_blocks import BlockFiles, KvBlocks, store_blocks
-from kvfs_tools.mount_fio import JOBS, SIZES, Fio, workloads
+from kvfs_tools.mount_fio import JOBS, KINDS, SIZES, Fio, workloads
 from kvfs_tools.mount_names import Names
 from kvfs_tools.mount_rows import Comparison, Row, table
 from kvfs_tools.mount_systems import (
@@ -54,6 +54,7 @@ class Plan:
     file_bytes: int
     sizes: Sequence[int]
     jobs: Sequence[int]
+    kinds: Sequence[str]
     rounds: int
 
 
@@ -85,7 +86,7 @@ def measure(root: Path, plan: Plan, console: Console) -> list[Row]:
         if "files" in plan.parts:
             files.run()
         if "fio" in plan.parts:
-            fio.run(list(workloads(plan.sizes, plan.jobs)))
+            fio.run(list(workloads(plan.sizes, plan.jobs, plan.kinds)))
     return comparison.rows
 
 
@@ -104,6 +105,14 @@ def measure(root: Path, plan: Plan, console: Console) -> list[Row]:
     help="fio: KiB a request, with commas.",
 )
 @click.option("--jobs", default=",".join(map(str, JOBS)), show_default=True, help="fio: jobs.")
+@click.option(
+    "--kind",
+    "kinds",
+    type=click.Choice(KINDS),
+    multiple=True,
+    default=KINDS,
+    help="fio: only these; may be repeated.",
+)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
     "--frontend",
@@ -141,6 +150,7 @@ def bench_mount(
     file_mib: int,
     sizes: str,
     jobs: str,
+    kinds: Sequence[str],
     rounds: int,
     frontends: Sequence[str],
     peers: Sequence[str],
@@ -162,6 +172,7 @@ def bench_mount(
             file_bytes=file_mib * MIB,
             sizes=[int(size) * KIB for size in sizes.split(",")],
             jobs=[int(count) for count in jobs.split(",")],
+            kinds=kinds,
             rounds=rounds,
         )
     except ValueError as exc:

@@ -14,6 +14,8 @@ from kvfs_base.limits import KIB, MIB
 from kvfs_tools.mount_rows import Comparison, Sample, timed
 from kvfs_tools.mount_systems import System
 
+KINDS = ("read", "randread", "write", "randwrite")
+"""As fio says it."""
 SIZES = (4 * KIB, 64 * KIB, MIB, 4 * MIB)
 JOBS = (1, 4)
 RUN_SECONDS = 3
@@ -26,7 +28,7 @@ class Workload:
     """One line of the table. ``cold``: the kernel's caches are dropped before."""
 
     kind: str
-    """As fio says it: read, randread, write, randwrite."""
+    """One of KINDS."""
     request_bytes: int
     jobs: int
     cold: bool = False
@@ -40,8 +42,10 @@ class Workload:
         return f"fio, {verb}, {shown} {order}, {self.jobs} job{'s'[: self.jobs > 1]}{caches}"
 
 
-def workloads(sizes: Sequence[int] = SIZES, jobs: Sequence[int] = JOBS) -> Iterator[Workload]:
-    for kind in ("read", "randread", "write", "randwrite"):
+def workloads(
+    sizes: Sequence[int] = SIZES, jobs: Sequence[int] = JOBS, kinds: Sequence[str] = KINDS
+) -> Iterator[Workload]:
+    for kind in kinds:
         for size in sizes:
             for count in jobs:
                 yield Workload(kind, size, count)
@@ -109,4 +113,4 @@ class Fio:
         return found
 
 
-__all__ = ["JOBS", "SIZES", "Fio", "Workload", "workloads"]
+__all__ = ["JOBS", "KINDS", "SIZES", "Fio", "Workload", "workloads"]

@@ -392,20 +392,30 @@ class StripedFile:
         """Somebody wrote to the first chunk who does not tell."""
         self._note_write(0)
 
-    def copy_from(self, descriptor: int, offset: int, end: int, bytes_max: int) -> int:
+    def copy_from(
+        self, descriptor: int, offset: int, end: int, bytes_max: int, *, known_end: int = 0
+    ) -> int:
         """Copies bytes of another file from ``offset`` to ``end`` to the same places here, but for
-        holes, and no more than ``bytes_max`` of them. Where it got to; ``end`` if there is
-        nothing left."""
+        holes, and no more than ``bytes_max`` of them. What lies before ``known_end`` was copied
+        before: it is written only where it differs, as a program that syncs its file again and
+        again changes little of it. Where it got to; ``end`` if there is nothing left."""
         copied = 0
         while (offset := _next_data(descriptor, offset, end)) < end and copied < bytes_max:
             wanted = min(end, os.lseek(descriptor, offset, os.SEEK_HOLE)) - offset
             data = os.pread(descriptor, min(TRANSFER_BYTES, bytes_max - copied, wanted), offset)
             if not data:  # it was made shorter meanwhile
                 return end
-            self.write(offset, data)
+            if not (offset < known_end and self._has(offset, data)):
+                self.write(offset, data)
             offset += len(data)
             copied += len(data)
         return offset
+
+    def _has(self, offset: int, data: bytes) -> bool:
+        try:
+            return self.read(offset, len(data), offset + len(data), False) == data
+        except ChunkNotFound:
+            return False
 
     def _cut(self, route: Route, number: int, length: int) -> None:
         sized = m.SizedChunk(*self._chunk(number), length)

@@ -6,9 +6,19 @@ a chunk are left to the file system that it lies on: here they count as data.
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
+
+from kvfs_base.errors import NotSupported
 from kvfs_base.limits import TRANSFER_BYTES
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.client.segments import Segment, segments
+from kvfs_datapath.client.transfers import disk_error
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 
 LOOK_AHEAD = 16
 """Chunks that are asked for first: 256 MiB of a file. Each further question is about so many times
@@ -31,6 +41,15 @@ def zero(file: StripedFile, start: int, end: int, *, keep_first: bool = False) -
     for begin, stop in edges:
         for segment in segments(size, begin, max(0, stop - begin)):
             _zero_part(file, segment)
+
+
+def punch(descriptor: int, start: int, end: int) -> None:
+    """The same in a file of its own, as far as it reaches. Raises NotSupported."""
+    if _libc.fallocate(descriptor, _KEEP_SIZE | _PUNCH_HOLE, start, end - start):
+        code = ctypes.get_errno()
+        if code == errno.EOPNOTSUPP:
+            raise NotSupported(detail="the file system below punches no holes")
+        raise disk_error(OSError(code, os.strerror(code)), 0)
 
 
 def _zero_part(file: StripedFile, segment: Segment) -> None:

@@ -374,6 +374,8 @@ class Handlers:
         inode, backing_id = request.inode, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
             backing_id = self._backings.opened(opened.handle, inode, opened.backing)
+            if backing_id == NO_BACKING and opened.passes_writes:
+                self._fs.refuse_backing(opened.handle)
         flags = OpenFlag.KEEP_CACHE if opened.keep_cache else OpenFlag(0)
         if not opened.keep_cache:
             # Open drops the pages; the size that the kernel has is as old as they are.

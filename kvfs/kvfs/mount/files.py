@@ -27,6 +27,7 @@ import trio
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.locks import SharedLock
 from kvfs.mount.passed_writes import PassedWrites
+from kvfs.mount.requests import without_privileges
 from kvfs_base.errors import (
     BehindTheEnd,
     CacheFull,
@@ -238,9 +239,13 @@ class OpenFile:
         )
 
     def pass_writes(self) -> None:
-        """Of a file that was just made: the kernel writes it by itself, if there is a staged file
-        for it."""
-        staged = self._data.stage()
+        """The kernel writes an empty file by itself from its first open on, if it has no chunks and
+        there is a staged file for it."""
+        is_first = not self._is_decided and self.handles <= 1
+        has_chunks = self.size or not self._tail_clean
+        # The kernel would not take set-ID bits away, and each write has to ask for a quota.
+        through_us = self.attr.quota or without_privileges(self.attr) is not None
+        staged = self._data.stage() if is_first and not (has_chunks or through_us) else None
         if staged is not None:
             assert self.attr.layout is not None
             chunk_bytes = self.attr.layout.chunk_bytes
@@ -251,6 +256,12 @@ class OpenFile:
     @property
     def passes_writes(self) -> bool:
         return self._passed is not None
+
+    @property
+    def is_blank(self) -> bool:
+        """Empty, without chunks, as far as this mount knows."""
+        self._look()
+        return self._tail_clean and not (self.size or self._unflushed)
 
     def refuse_backing(self) -> None:
         """The kernel does not take what ``pass_writes`` had for it."""
@@ -427,7 +438,8 @@ class OpenFile:
             self._tail_clean = True
 
     def is_new(self) -> None:
-        """The inode was just made: nothing can lie behind its end."""
+        """The inode was just made, or nobody has written to it since: nothing can lie behind its
+        end."""
         self._tail_clean = True
 
     # --- recording
@@ -497,14 +509,14 @@ class OpenFile:
     async def _zero(self, start: int, end: int, request: SetAttr) -> None:
         if start >= end:
             return
-        if self._passed is not None:
-            await self._backend.in_thread(self._passed.zero, start, end)
-            return
         if not self.sparse:
             # First: chunks that are missing are damage anywhere else.
             self.sparse = True
             await self._record(SetAttr(self.inode, mtime_ns=request.mtime_ns))
         self._unflushed = True
+        if self._passed is not None:
+            await self._backend.in_thread(self._passed.zero, start, end)
+            return
         passed = self.backing != NO_DESCRIPTOR
         zero = functools.partial(holes.zero, self._data, start, end, keep_first=passed)
         await self._backend.in_thread(zero)
@@ -549,7 +561,8 @@ class OpenFile:
         epoch = self._backend.epoch
         attr: Attr = await self._backend.call(request)
         self._follow(attr)
-        follows = self.pages == self.recorded
+        # If others have made it longer, what the kernel has of it is not that.
+        follows = self.pages == self.recorded and attr.size <= self.size
         self.recorded = (attr.size, attr.mtime_ns)
         if follows:
             self.pages = self.recorded
@@ -608,6 +621,8 @@ class OpenFile:
 
     async def write_back(self) -> None:
         """A push that nobody waits for."""
+        if self._passed is not None and not self._passed.is_worth_storing:
+            return
         try:
             await self.push()
         except KvfsError as exc:

@@ -358,9 +358,7 @@ class Filesystem:
         return _make(parent, name, stat.S_IFREG | stat.S_IMODE(mode), caller, open=True)
 
     def _created(self, attr: Attr, flags: int) -> tuple[Attr, Opened]:
-        # Who writes a new file as a whole says that it must not be there yet.
-        is_whole = bool(flags & os.O_EXCL) and flags & os.O_ACCMODE != os.O_RDONLY
-        file, is_first = self._files.made(attr, is_whole=is_whole)
+        file, is_first = self._files.made(attr, flags)
         return attr if is_first else file.view(), self._opened(file, True, flags)
 
     def open_now(self, inode: int, flags: int) -> Opened | None:

@@ -33,6 +33,8 @@ class OpenFiles:
         self._files: dict[int, OpenFile] = {}
         self._pages: Remembered[tuple[int, int]] = Remembered(MOUNT_REMEMBERED_INODES)
         """By inode, size and mtime of the contents that the kernel may have cached."""
+        self._blank: Remembered[bool] = Remembered(MOUNT_REMEMBERED_INODES)
+        """Files that were empty and without chunks when they were closed here."""
         self.opens = Opens(backend)
         self.idle_backings: Idle[Backing] = Idle(MOUNT_IDLE_BLOCKS, Backing.close)
         self.pass_through = False
@@ -71,10 +73,12 @@ class OpenFiles:
     def forget(self, inode: int) -> None:
         """The kernel dropped what it knew of it."""
         self._pages.drop(inode)
+        self._blank.drop(inode)
 
     def changed(self, inodes: Iterable[int]) -> None:
         """Somebody else changed these."""
         for inode in inodes:
+            self._blank.drop(inode)
             file = self._files.get(inode)
             if file is not None:
                 file.distrust()
@@ -87,18 +91,16 @@ class OpenFiles:
 
     # --- opening
 
-    def made(self, attr: Attr, *, is_whole: bool) -> tuple[OpenFile, bool]:
-        """Of a file that was just made, and counted as open with that. ``is_whole``: it will be
-        written from its start to its end. True unless somebody has seen the name already and opened
-        it."""
+    def made(self, attr: Attr, flags: int) -> tuple[OpenFile, bool]:
+        """Of a file that was just made, and counted as open with that. True unless somebody has
+        seen the name already and opened it."""
         self.opens.made(attr.inode)
         file = self._files.get(attr.inode)
         is_first = file is None
         if file is None:
             file = self._files[attr.inode] = OpenFile(self._backend, attr)
             file.is_new()
-            if self.pass_through and is_whole and not attr.quota:
-                file.pass_writes()
+            self._stage(file, flags)
             file.decide_now(reads_only=False)
         file.handles += 1
         return file, is_first
@@ -119,13 +121,30 @@ class OpenFiles:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         file.handles += 1
         known = self.idle_backings.take(file.inode) if file.handles == 1 else None
+        self._stage_blank(file, flags)
         is_decided = not self.pass_through or file.decide_now(reads_only=not writable, known=known)
         if known is not None and file.backing != known.descriptor:
             known.close()
-        if is_decided and (not writable or file.backing == NO_DESCRIPTOR):
+        may_write = file.backing == NO_DESCRIPTOR or file.passes_writes
+        if is_decided and (may_write or not writable):
             return True
         file.handles -= 1
         return False
+
+    def _stage_blank(self, file: OpenFile, flags: int) -> None:
+        """For those who make a file first and open it for writing then."""
+        if file.inode in self._blank:
+            self._blank.drop(file.inode)
+            if file.handles == 1 and not file.size:
+                file.is_new()
+                self._stage(file, flags)
+
+    def _stage(self, file: OpenFile, flags: int) -> None:
+        """What is synced write by write is not worth it, nor what is appended to, as logs are: each
+        sync would have to name the chunk, and all that lies behind it is copied again and again."""
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if self.pass_through and writable and not flags & (os.O_APPEND | os.O_DSYNC):
+            file.pass_writes()
 
     async def open(self, inode: int, flags: int) -> tuple[OpenFile, bool]:
         """The same in any case, O_TRUNC included."""
@@ -133,13 +152,16 @@ class OpenFiles:
         current = _is_current(file, attr)
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         try:
+            if flags & os.O_TRUNC:
+                current = False
+                await file.change(SetAttr(inode, size=0))
+                self._stage(file, flags)
+            else:
+                self._stage_blank(file, flags)
             if self.pass_through:
                 await file.decide(reads_only=not (writable or flags & os.O_TRUNC))
             if writable and file.backing != NO_DESCRIPTOR:
                 await file.let_write()
-            if flags & os.O_TRUNC:
-                await file.change(SetAttr(inode, size=0))
-                current = False
         except BaseException:
             await self.let_go(file)
             raise
@@ -220,6 +242,8 @@ class OpenFiles:
     def _remove(self, file: OpenFile) -> None:
         del self._files[file.inode]
         self._pages.keep(file.inode, file.pages)
+        if file.is_blank:
+            self._blank.keep(file.inode, True)
 
     def _give_back(self, file: OpenFile) -> None:
         self.opens.give_back(file.inode, wanted=file.attr.nlink > 0)

@@ -2,15 +2,18 @@
 
 The chunk gets its name when the file is flushed: other mounts see the file's bytes from then on,
 as close-to-open promises. Until the last handle is gone the kernel may write on, which nobody tells
-us: size and mtime are the chunk file's. What lies behind the end of the first chunk is copied to
-where it belongs at each flush, and cut off the first one at the end.
+us: size and mtime are the chunk file's. What lies behind the end of the first chunk (the *rest*) is
+copied to where it belongs at each flush, and cut off the first one at the end.
 
-A server that was restarted has forgotten what was staged. The kernel still writes to the old file,
-so each flush then copies all of it.
+A server that was restarted has forgotten what was staged, and another mount may have made the
+chunk first, or taken it away (O_TRUNC). The kernel still writes to our file, so each flush then
+copies all of it.
 """
 
 from __future__ import annotations
 
+import errno
+import functools
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -18,8 +21,15 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from kvfs.mount.backend import Backend
-from kvfs_base.errors import BehindTheEnd, ConnectionLost, InvalidRequest
-from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
+from kvfs_base.errors import (
+    BehindTheEnd,
+    Conflict,
+    ConnectionLost,
+    FileTooLarge,
+    InvalidRequest,
+)
+from kvfs_base.limits import MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
+from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.client.staging import StagedFile
 from kvfs_datapath.client.transfers import disk_error
@@ -45,10 +55,8 @@ class PassedWrites:
         self._chunk_bytes = chunk_bytes
         self._adopted = False
         self._orphaned = False
-        self._copied = False
-        """There may be chunks besides the first one."""
-        self._stored: tuple[int, int] | None = None
-        """Size and mtime of what lies in further chunks, if it is certain to be all there is."""
+        self._copied_end = 0
+        """Up to where the rest was copied: there may be chunks besides the first one."""
         self.look()
         self.unstored = False
 
@@ -71,6 +79,13 @@ class PassedWrites:
         """What the first chunk holds of the file."""
         return 0 if self._orphaned else self._chunk_bytes
 
+    @property
+    def is_worth_storing(self) -> bool:
+        """For who is not asked to: a rest is copied when it has doubled. A file that grows all day
+        would be copied all day."""
+        copied = max(0, self._copied_end - self._own_bytes)
+        return self.size <= self._own_bytes or self.size - self._own_bytes >= 2 * copied
+
     async def store(self, record: Callable[[int], Awaitable[None]]) -> None:
         """What was written so far is with the chunk servers. ``record``: the file is this long, at
         least; called every now and then while much is copied. Raises DiskFull."""
@@ -79,6 +94,9 @@ class PassedWrites:
             try:
                 if not (self._adopted or self._orphaned):
                     await self._adopt()
+                elif self._adopted and not os.fstat(self.descriptor).st_nlink:
+                    log.info("a new file is copied: somebody has removed its chunk")
+                    self._adopted, self._orphaned, self._copied_end = False, True, 0
                 if self.size > self._own_bytes:
                     await self._copy(record)
             except BaseException:
@@ -89,49 +107,49 @@ class PassedWrites:
         try:
             await self._backend.in_thread(self._data.adopt, self._staged)
             self._adopted = True
-        except (ConnectionLost, InvalidRequest) as exc:  # forgotten, or used up by a full disk
-            # The answer alone may be lost: copying the file onto itself could undo later writes.
+        except (Conflict, ConnectionLost, InvalidRequest) as exc:
+            # There is a chunk; or it is forgotten, or used up by a full disk. The answer alone may
+            # be lost: copying the file onto itself could undo later writes.
             self._adopted = await self._backend.in_thread(self._data.is_first, self.descriptor)
             self._orphaned = not self._adopted
             if self._orphaned:
                 log.info("a new file is copied: its chunk server does not have it (%s)", exc)
 
     async def _copy(self, record: Callable[[int], Awaitable[None]]) -> None:
-        # Writes right after a look may leave the clock's tick, and so the mtime, as it was.
+        # Writes after this may leave the clock's tick, and so the mtime, as it was: unless the last
+        # one is older than that, the next flush looks at all of it again.
         age = self._backend.env.clock.time_ns() - self.mtime_ns
-        if age < PASSED_SETTLED_SECONDS * 1e9:
-            await trio.sleep(PASSED_SETTLED_SECONDS)
-            self.look()
-            self.unstored = False
-            age = self._backend.env.clock.time_ns() - self.mtime_ns
-        state = (self.size, self.mtime_ns)
-        if state == self._stored:
-            return
-        self._copied = True
-        offset, end = self._own_bytes, self.size
+        self.unstored = age < PASSED_SETTLED_SECONDS * 1e9
+        offset, end, known_end = self._own_bytes, self.size, self._copied_end
+        self._copied_end = max(known_end, end)
         while offset < end:
+            copy = functools.partial(self._data.copy_from, known_end=known_end)
             offset = await self._backend.in_thread(
-                self._data.copy_from, self.descriptor, offset, end, MOUNT_UNPUSHED_BYTES
+                copy, self.descriptor, offset, end, MOUNT_UNPUSHED_BYTES
             )
             await record(min(offset, end))
-        self._stored = state if age >= PASSED_SETTLED_SECONDS * 1e9 else None
 
     def truncate(self, end: int, size: int) -> None:
-        """Blocking. The file was ``end`` bytes long, at most, and is ``size`` bytes long."""
-        os.ftruncate(self.descriptor, size)
-        if self._copied:
+        """Blocking. The file was ``end`` bytes long, at most, and is ``size`` bytes long. Raises
+        FileTooLarge for what the file system below does not hold in one file."""
+        try:
+            os.ftruncate(self.descriptor, size)
+        except OSError as exc:
+            if exc.errno == errno.EFBIG:
+                raise FileTooLarge(limit=self.size) from exc
+            raise disk_error(exc, 0) from exc
+        if self._copied_end:
             self._data.truncate(end, max(size, self._own_bytes))
-        self._stored = None
+            self._copied_end = min(self._copied_end, size)
 
     def zero(self, start: int, end: int) -> None:
-        """Blocking. The bytes ``start <= x < end`` of the file are zeros."""
-        for at in range(start, end, MOUNT_IO_BYTES):
-            try:
-                os.pwrite(self.descriptor, bytes(min(MOUNT_IO_BYTES, end - at)), at)
-            except OSError as exc:
-                raise disk_error(exc, 0) from exc
-        self._stored = None
+        """Blocking. The bytes ``start <= x < end`` of the file, which is recorded as sparse, are
+        zeros."""
         self.unstored = True
+        holes.punch(self.descriptor, start, end)
+        first, last = max(start, self._own_bytes), min(end, self._copied_end)
+        if first < last:  # holes are not copied
+            holes.zero(self._data, first, last)
 
     def seek(self, offset: int, whence: int) -> int:
         """As lseek(2): here the file is one, and its file system knows its holes."""
