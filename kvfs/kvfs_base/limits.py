@@ -663,10 +663,10 @@ CLIENT_SPLIT_BYTES = 1 * MIB
 """A batch is spread over threads in portions of at least this: below, the cost of a request (about
 50 us) is more than what a further thread gains."""
 
-SUM_BYTES = 2 * MIB
+SUM_BYTES = 512 * KIB
 """Bytes that are received before their checksum is computed: they are still in a cache of the
-processor, and the sender goes on meanwhile. Less wakes threads more often, more is not there any
-more."""
+processor, and the sender goes on meanwhile. Less wakes threads more often; of 2 MiB,
+on a machine that has other work, half is not there any more."""
 
 DATA_SECONDS = 10.0
 DATA_BYTES_PER_SECOND = 1 * MIB

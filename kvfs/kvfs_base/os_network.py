@@ -233,7 +233,11 @@ class OsConnection:
 
     def send_files(self, pieces: Sequence[tuple[DiskFile, int, int]]) -> None:
         sendfile, out = os.sendfile, self._sock.fileno()
+        # Else the end of each piece would go on its way alone, in a segment of a few bytes.
+        corked = len(pieces) > 1 and not self.can_pass_descriptors
         try:
+            if corked:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
             for file, start, count in pieces:
                 descriptor, done = file.fileno(), 0
                 while done < count:
@@ -242,6 +246,8 @@ class OsConnection:
                         detail = "file shorter than said"
                         raise ConnectionLost(address=str(self._peer), detail=detail)
                     done += sent
+            if corked:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
         except OSError as exc:
             if exc.errno == errno.EIO:  # sockets have other names for their troubles
                 raise TargetFailed(detail=f"sendfile: {exc.strerror}") from exc
