@@ -196,7 +196,7 @@ def test_auto_takes_the_local_way_on_its_own_host(tmp_path: Path) -> None:
         assert here.write_chunks([write]) == [None]
         assert here.read_chunks(reads_of([write])) == [None]
         server = cluster.servers[1]
-        assert server.statistics()["descriptors_passed"] == 2
+        wait_until(lambda: server.statistics()["descriptors_passed"] == 2)  # counted when sent
         elsewhere = ChunkClient(dataclasses.replace(cluster.env, host_id="other"), cluster.metadata)
         cluster.clients.append(elsewhere)
         assert elsewhere.read_chunks(reads_of([write])) == [None]

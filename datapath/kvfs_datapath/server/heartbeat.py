@@ -210,14 +210,14 @@ class Housekeeping:
         with self._work:
             done = self._removed.get(store.uuid, 0)
         due = [r for r in removals if r.seq > done]
-        removed = 0
         try:
             for removal in due:
                 if self._stopping.is_set():
                     return
-                removed += store.remove_range(
+                removed = store.remove_range(
                     removal.inode, removal.first, removal.end, removal.chain
                 )
+                self._counters.add(chunks_removed=removed)
                 if self._env_is_lazy():
                     self._acknowledge(store, removal.seq)
             for chain in sorted({r.chain for r in due}):
@@ -225,8 +225,6 @@ class Housekeeping:
         except KvfsError as exc:
             log.info("removals on target %d wait: %s", store.target_id, exc)
             return
-        finally:
-            self._counters.add(chunks_removed=removed)
         if due:
             self._acknowledge(store, due[-1].seq)
 
