@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from kvfs_base.cluster import Chain, Synced
 from kvfs_base.errors import ConnectionLost, KvfsError
@@ -16,13 +17,14 @@ from kvfs_base.seams import Buffer
 from kvfs_base.testing import ManualClock, MemoryBlockingNetwork, MemoryDisk, memory_env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
-from kvfs_datapath.chains.peers import Unreached
+from kvfs_datapath.chains import replication as replication_module
+from kvfs_datapath.chains.peers import Peers, Unreached
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import ChunkInfo, path_of
 from kvfs_datapath.server.chunk_server import ChunkServer
-from t2_services.chunk_cluster import Cluster, wait_until
+from t2_services.chunk_cluster import SECONDS, Cluster, wait_until
 
 CHAIN = 100
 
@@ -235,15 +237,28 @@ def payload(size: int) -> bytes:
 
 
 @contextlib.contextmanager
+def patient_members() -> Iterator[None]:
+    """Members wait for each other, and for chunks, as long as tests do: what they are told within
+    four seconds depends on the machine."""
+    assert Peers.call.__kwdefaults__ is not None
+    with (
+        mock.patch.dict(Peers.call.__kwdefaults__, seconds=SECONDS),
+        mock.patch.object(replication_module, "CHUNK_LOCK_SECONDS", SECONDS),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def chains(root: Path, **settings: Any) -> Iterator[ChainCluster]:
     env, clock = memory_env()
     cluster = ChainCluster(env, str(root), "tcp", **settings)
     cluster.clock = clock
-    cluster.start()
-    try:
-        yield cluster
-    finally:
-        cluster.stop()
+    with patient_members():
+        cluster.start()
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
 
 
 __all__ = [

@@ -162,7 +162,7 @@ def test_what_was_pending_is_forgotten_when_a_member_comes_back(cluster: ChainCl
     cluster.set_chain([2, 1])
     cluster.write(2, b"old", sequence=1)
     cluster.write(2, b"old", number=1, sequence=2)
-    # Its server does not try again before it is out of the chain.
+    # Its server does not try again: once it is out of the chain, that would forget it as well.
     replicator = cluster.servers[2]._chains.replicator
     resolve = replicator.resolve
     replicator.resolve = lambda *args: None  # type: ignore[method-assign]
@@ -173,11 +173,11 @@ def test_what_was_pending_is_forgotten_when_a_member_comes_back(cluster: ChainCl
             cluster.write(2, b"lost", number=number, offset=offset, sequence=3 + number)
     cut.on(cluster.servers[1])
     cluster.set_chain([1], offline=[2])
-    replicator.resolve = resolve  # type: ignore[method-assign]
     assert all(cluster.pending(2, chunk=n) is not None for n in range(3))
     assert cluster.write(1, b"new", sequence=10).version == 2
     cluster.set_chain([1], syncing=[2])
     wait_for_sync(cluster, 2)
+    replicator.resolve = resolve  # type: ignore[method-assign]
     assert all(cluster.pending(2, chunk=n) is None for n in range(3))
     cluster.set_chain([1, 2])
     cluster.stop_server(1)
