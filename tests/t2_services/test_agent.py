@@ -1,5 +1,4 @@
-"""The node agent over raw frames, with the other roles in memory: limits, failures, and clients
-that mean harm."""
+"""The node agent over raw frames, with the other roles in memory: limits and failures."""
 
 from __future__ import annotations
 
@@ -12,30 +11,22 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent_fakes import MemoryChunks, MemoryMetadata
-from api_cluster import wait_until
+from api_cluster import WAIT_SECONDS, wait_until
 from kvfs.agent.config import AgentConfig
 from kvfs.agent.counters import COUNTERS
-from kvfs.agent.link import Line, SessionLost
+from kvfs.agent.link import SessionLost
 from kvfs.agent.messages import (
-    GRANTED,
     NO_BLOCK,
     STAGED,
     AbortPut,
     AgentStatistics,
     DropBlocks,
     GetBlocks,
-    Granted,
-    Hello,
     KeysPage,
     ListKeys,
     PreparePut,
-    PutPlan,
     StageBlocks,
-    Welcome,
 )
-from kvfs.agent.server import Agent
-from kvfs_base import frames
 from kvfs_base.errors import (
     ArenaFull,
     ChunkCorrupt,
@@ -49,109 +40,13 @@ from kvfs_base.errors import (
     LimitExceeded,
     NoTarget,
     PrepareExpired,
-    ProtocolError,
-    ServerBusy,
     TargetFailed,
 )
-from kvfs_base.frames import Kind
 from kvfs_base.limits import MIB, PAGE_BYTES, PUTS_PER_CLIENT_MAX
-from kvfs_base.os_env import os_env
-from kvfs_base.rpc import Request, receive_frame
+from kvfs_base.rpc import Request
 from kvfs_base.types import Address, ChunkId
-from kvfs_gds.arena import ArenaView
 from kvfs_metadata import messages as m
-
-NAMESPACE = MemoryMetadata.NAMESPACE
-KEYS = [bytes([n]) * 32 for n in range(1, 40)]
-NOWHERE = GRANTED.unpack(NO_BLOCK)[0]
-
-
-class Peer:
-    """A client of which every frame is the test's."""
-
-    def __init__(self, agent: RunningAgent, session: bytes = b"") -> None:
-        self.agent = agent
-        self.line = agent.dial()
-        self.welcome, descriptors = self.line.hello(session)
-        self.arena: ArenaView | None = None
-        self.staging_fd = self.board_fd = -1
-        if descriptors:
-            self.arena = ArenaView.open(descriptors[0])
-            self.staging_fd, self.board_fd = descriptors[1:]
-
-    def call(self, request: Any) -> Any:
-        self.line.send(request)
-        return self.line.receive(type(request))
-
-    def put(self, keys: list[bytes], data: list[bytes], commit: bool = True) -> PutPlan:
-        plan: PutPlan = self.call(PreparePut(NAMESPACE, b"".join(keys), tuple(map(len, data))))
-        if plan.put:
-            self.call(StageBlocks(plan.put, self.staged(data, plan.wanted), commit))
-        return plan
-
-    def staged(self, data: list[bytes], wanted: bytes) -> bytes:
-        """Copies blocks to staging one after the other; the list for StageBlocks."""
-        offset = 0
-        packed = b""
-        for place, block in enumerate(data):
-            if wanted[place]:
-                os.pwrite(self.staging_fd, block, offset)
-                packed += STAGED.pack(place, offset)
-                offset += -(-len(block) // PAGE_BYTES) * PAGE_BYTES
-        return packed
-
-    def get(self, keys: list[bytes]) -> tuple[int, list[bytes | None]]:
-        """The lease and the bytes."""
-        granted: Granted = self.call(GetBlocks(NAMESPACE, b"".join(keys)))
-        arena = self.arena
-        assert arena is not None
-        blocks: list[bytes | None] = []
-        for offset, size, _ in GRANTED.iter_unpack(granted.blocks):
-            blocks.append(None if offset == NOWHERE else bytes(arena.view(offset, size)))
-        return granted.lease, blocks
-
-    def give_back(self, lease: int) -> None:
-        os.pwrite(self.board_fd, b"\1", lease - 1)
-
-    def close(self) -> None:
-        self.line.close()
-        if self.arena is not None:
-            self.arena.close()
-            os.close(self.staging_fd)
-            os.close(self.board_fd)
-
-
-class RunningAgent:
-    def __init__(self, directory: Path, **settings: Any) -> None:
-        self.metadata = MemoryMetadata()
-        self.chunks = MemoryChunks()
-        self.address = Address.unix(str(directory / "agent.sock"))
-        settings = {"arena_bytes": MIB, "staging_bytes": MIB // 4, **settings}
-        config = AgentConfig(unix=self.address, metadata=(Address.unix("/nowhere"),), **settings)
-        self.env = os_env(seed=1)
-        self.agent = Agent(self.env, config, dial_metadata=self.metadata.dial, chunks=self.chunks)
-        self.agent.start()
-        self.peers: list[Peer] = []
-        self.lines: list[Line] = []
-
-    def dial(self) -> Line:
-        connection = self.env.blocking_network.connect(self.address, 5.0)
-        self.lines.append(Line(connection, self.address))
-        return self.lines[-1]
-
-    def peer(self, session: bytes = b"") -> Peer:
-        self.peers.append(Peer(self, session))
-        return self.peers[-1]
-
-    def figures(self) -> dict[str, int]:
-        return self.agent.statistics()
-
-    def stop(self) -> None:
-        self.agent.stop()
-        for peer in self.peers:
-            peer.close()
-        for line in self.lines:
-            line.close()
+from t2_services.agent_rig import KEYS, NAMESPACE, RunningAgent, block
 
 
 @pytest.fixture
@@ -170,10 +65,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RunningAgent]]:
 @pytest.fixture
 def agent(start: Callable[..., RunningAgent]) -> RunningAgent:
     return start()
-
-
-def block(number: int, size: int = 5000) -> bytes:
-    return bytes([number]) * size
 
 
 # --- reads
@@ -279,7 +170,7 @@ def test_a_bug_while_loading_wakes_who_waits_and_leases_nothing(
 
     def fail(_: Any) -> None:
         loading.set()
-        assert gate.wait(10)
+        assert gate.wait(WAIT_SECONDS)
         raise RuntimeError("a bug")
 
     agent.chunks.before = fail
@@ -294,7 +185,7 @@ def test_a_bug_while_loading_wakes_who_waits_and_leases_nothing(
 
     thread = threading.Thread(target=first)
     thread.start()
-    assert loading.wait(10)
+    assert loading.wait(WAIT_SECONDS)
     other.line.send(GetBlocks(NAMESPACE, KEYS[0]))
     wait_until(lambda: len(agent.metadata.named(m.LookupBlocks)) == 2)
     agent.chunks.before = lambda _: None
@@ -394,7 +285,7 @@ def test_a_session_is_over_with_the_connection_that_opened_it(agent: RunningAgen
     agent.peers.remove(owner)
     owner.close()
     wait_until(lambda: agent.figures()["arena_leased_bytes"] == 0)
-    assert agent.figures()["sessions"] == 0
+    wait_until(lambda: agent.figures()["sessions"] == 0)
     with pytest.raises(SessionLost):
         member.call(AgentStatistics())
     with pytest.raises(EntryNotFound):
@@ -414,11 +305,11 @@ def test_a_get_whose_session_ends_meanwhile_leaves_no_lease(
 
     def slow(_: Any) -> None:
         loading.set()
-        assert gate.wait(10)
+        assert gate.wait(WAIT_SECONDS)
 
     agent.chunks.before = slow
     member.line.send(GetBlocks(NAMESPACE, KEYS[0]))
-    assert loading.wait(10)
+    assert loading.wait(WAIT_SECONDS)
     agent.peers.remove(owner)
     owner.close()
     wait_until(lambda: agent.figures()["sessions"] == 0)
@@ -546,153 +437,6 @@ def test_the_number_of_open_puts_is_bounded(agent: RunningAgent) -> None:
     assert len(agent.metadata.batches) == PUTS_PER_CLIENT_MAX
 
 
-# --- clients that mean harm
-
-
-@pytest.mark.parametrize(
-    "request_made",
-    [
-        PreparePut(NAMESPACE, KEYS[0] + b"x", (1,)),
-        PreparePut(NAMESPACE, KEYS[0], (1, 2)),
-        PreparePut(NAMESPACE, KEYS[0], (0,)),
-        PreparePut(NAMESPACE, KEYS[0], (MIB,)),
-        PreparePut(NAMESPACE, KEYS[0] * 2, (1, 1)),
-        StageBlocks(99, b"", True),
-        GetBlocks(NAMESPACE, KEYS[0] + b"x"),
-        DropBlocks(NAMESPACE, KEYS[0] + b"x"),
-        ListKeys(1),
-        Hello(b""),
-        Hello(b"1234"),
-    ],
-    ids=lambda request: type(request).__name__,
-)
-def test_requests_that_make_no_sense_are_refused(agent: RunningAgent, request_made: Any) -> None:
-    peer = agent.peer()
-    with pytest.raises(InvalidRequest):
-        peer.call(request_made)
-    assert agent.metadata.batches == {}
-    assert peer.put(KEYS[:1], [block(1)]).put, "the connection goes on"
-
-
-@pytest.mark.parametrize(
-    "blocks",
-    [
-        STAGED.pack(0, 1),
-        STAGED.pack(0, MIB // 4),
-        STAGED.pack(0, MIB // 4 - PAGE_BYTES),
-        STAGED.pack(0, (1 << 64) - PAGE_BYTES),
-        STAGED.pack(1, 0),
-        STAGED.pack(2, 0),
-        STAGED.pack(0, 0) * 2,
-        STAGED.pack(0, 0)[:-1],
-        b"",
-    ],
-    ids=[
-        "between pages",
-        "behind the end",
-        "over the end",
-        "far away",
-        "not wanted",
-        "not there",
-        "twice",
-        "cut off",
-        "commit without bytes",
-    ],
-)
-@pytest.mark.parametrize("keep_puts", [True, False])
-def test_staging_is_checked(
-    start: Callable[..., RunningAgent], blocks: bytes, keep_puts: bool
-) -> None:
-    agent = start(keep_puts=keep_puts)
-    peer = agent.peer()
-    peer.put(KEYS[1:2], [block(1)])
-    before = agent.figures()["arena_used_bytes"]
-    plan = peer.call(PreparePut(NAMESPACE, b"".join(KEYS[:2]), (5000, 5000)))
-    assert plan.wanted == b"\1\0"
-    with pytest.raises(InvalidRequest):
-        peer.call(StageBlocks(plan.put, blocks, True))
-    assert KEYS[0] not in agent.metadata.blocks
-    assert agent.figures()["arena_used_bytes"] == before
-
-
-def test_puts_and_staging_belong_to_their_session(agent: RunningAgent) -> None:
-    peer, thief = agent.peer(), agent.peer()
-    assert peer.welcome.session != thief.welcome.session
-    plan = peer.call(PreparePut(NAMESPACE, KEYS[0], (5000,)))
-    with pytest.raises(InvalidRequest):
-        thief.call(StageBlocks(plan.put, STAGED.pack(0, 0), True))
-    thief.call(AbortPut(plan.put))
-    peer.call(StageBlocks(plan.put, peer.staged([block(7)], b"\1"), True))
-    assert peer.get(KEYS[:1])[1] == [block(7)]
-    assert os.fstat(peer.staging_fd).st_ino != os.fstat(thief.staging_fd).st_ino
-
-
-def test_nothing_before_hello(agent: RunningAgent) -> None:
-    for request in (AgentStatistics(), GetBlocks(NAMESPACE, KEYS[0]), AbortPut(1)):
-        line = agent.dial()
-        line.send(request)
-        with pytest.raises(InvalidRequest):
-            line.receive(type(request))
-    assert agent.metadata.calls == []
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 0xFFFF_FFFF, 1, 0) + bytes(4),
-        frames.frame(9, 1, b""),
-        frames.encode(Kind.REPLY, 1, None),
-        frames.encode(Kind.REQUEST, 1, None, payload_bytes=10),
-        frames.encode(Kind.NOTIFICATION, 0, AgentStatistics()),
-        frames.encode(Kind.NOTIFICATION, 0, [1, 2]),
-    ],
-    ids=["http", "endless", "kind", "reply", "payload", "notification", "garbage notification"],
-)
-def test_a_connection_that_speaks_nonsense_is_closed(agent: RunningAgent, data: bytes) -> None:
-    connection = agent.env.blocking_network.connect(agent.address, 5.0)
-    connection.set_timeout(10.0)
-    connection.send([data])
-    with pytest.raises(ConnectionLost):
-        receive_frame(connection)
-    connection.close()
-    assert agent.peer().call(AgentStatistics())["sessions"] == 1
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        None,
-        ["no_such_request"],
-        ["get_blocks", -1, b""],
-        [b"\xff"],
-        ["open_namespace", msgspec.Raw(b"\xa2\xff\xff")],
-    ],
-    ids=["nothing", "unknown", "too-low", "no-text", "no-utf-8"],
-)
-def test_a_request_that_cannot_be_decoded_gets_an_error(agent: RunningAgent, body: Any) -> None:
-    connection = agent.env.blocking_network.connect(agent.address, 5.0)
-    connection.set_timeout(10.0)
-    for number in (5, 6):
-        connection.send([frames.encode(Kind.REQUEST, number, body)])
-        frame = receive_frame(connection)
-        assert (frame.kind, frame.request_id) == (Kind.ERROR, number)
-        assert isinstance(frames.decode_error(frame.body), ProtocolError)
-    connection.close()
-
-
-def test_the_number_of_connections_is_bounded(start: Callable[..., RunningAgent]) -> None:
-    agent = start(connections_max=2)
-    first = agent.peer()
-    second = agent.peer(first.welcome.session)
-    with pytest.raises(ServerBusy):
-        agent.dial().hello(b"")
-    agent.peers.remove(second)
-    second.close()
-    wait_until(lambda: agent.figures()["connections"] == 1)
-    assert isinstance(agent.peer().welcome, Welcome)
-
-
 # --- the rest
 
 
@@ -771,13 +515,13 @@ def test_a_round_of_several_portions_waits_for_all_of_them(
     def hold(writes: Any) -> None:
         if writes[0].chunk.inode != failing:
             waiting.release()
-            assert gate.wait(10)
+            assert gate.wait(WAIT_SECONDS)
 
     agent.chunks.before = hold
     packed = peer.staged([block(n, size) for n in range(10)], plan.wanted)
     peer.line.send(StageBlocks(plan.put, packed, True))
     for _ in range(4):
-        assert waiting.acquire(timeout=10)
+        assert waiting.acquire(timeout=WAIT_SECONDS)
     assert agent.figures()["puts_aborted"] == 0
     assert agent.figures()["arena_used_bytes"] == (10 * size if keep_puts else 0)
     gate.set()

@@ -15,7 +15,7 @@ from kvfs_base.rpc import Request
 from kvfs_base.types import ChunkId
 from kvfs_datapath.client.chunk_client import ChunkWrite
 from kvfs_metadata import messages as m
-from t2_services.test_agent import KEYS, NAMESPACE, RunningAgent, block
+from t2_services.agent_rig import KEYS, NAMESPACE, RunningAgent, block
 
 SINGLE, SEVERAL, OTHER = 1, 20, 21
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import kvfs
-from api_cluster import MIB, ApiCluster, wait_until
+from api_cluster import MIB, WAIT_SECONDS, ApiCluster, wait_until
 from kvfs import KVLayout, Namespace
 from kvfs_base.limits import CLIENT_CONNECTIONS_MAX
 
@@ -147,7 +147,7 @@ def test_a_block_that_many_want_is_read_once(
     gate = threading.Event()
 
     def slow(reads: object) -> object:
-        assert gate.wait(10)
+        assert gate.wait(WAIT_SECONDS)
         return real(reads)  # type: ignore[arg-type]
 
     monkeypatch.setattr(cluster.agent._chunks, "read_chunks", slow)
@@ -226,13 +226,13 @@ def test_a_put_whose_agent_stops_fails_and_stores_nothing(
 
     def stuck(writes: object) -> list[object]:
         reached.set()
-        assert gate.wait(10)
+        assert gate.wait(WAIT_SECONDS)
         return [kvfs.ConnectionLost()] * len(writes)  # type: ignore[arg-type]
 
     monkeypatch.setattr(old._chunks, "write_chunks", stuck)
     with ThreadPoolExecutor(2) as pool:
         put = pool.submit(namespace.put, keys, [b"data"] * 3)
-        assert reached.wait(10)
+        assert reached.wait(WAIT_SECONDS)
         stopping = pool.submit(old.stop)
         with pytest.raises(kvfs.ConnectionLost):
             put.result()
