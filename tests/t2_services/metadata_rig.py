@@ -156,3 +156,21 @@ def key(name: int) -> bytes:
 
 def keys(names: Sequence[int]) -> bytes:
     return b"".join(map(key, names))
+
+
+def all_removals(rig: Rig, targets: int = 3) -> list[int]:
+    """Inodes of all that the targets are told to remove."""
+    return sorted(i for t in range(1, targets + 1) for _, i in rig.removals(f"target-{t}"))
+
+
+def evict(rig: Rig) -> int:
+    """What the service's background task does."""
+    total = 0
+    left = rig.core.excess_bytes()
+    while left > 0:
+        freed = rig.core.update([rig.core.eviction(left)])[0]
+        if not freed:
+            break
+        total += freed
+        left -= freed
+    return total
