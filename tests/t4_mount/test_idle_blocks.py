@@ -15,10 +15,11 @@ import trio.testing
 from kvfs.mount import blocks as blocks_module
 from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.blocks import Blocks
-from kvfs_base.errors import InodeStale, NoTarget
+from kvfs_base.errors import EntryNotFound, InodeStale, NoTarget
 from kvfs_base.limits import MOUNT_IDLE_SECONDS
-from kvfs_base.types import Attr, BlockInfo, ChunkId, Layout
+from kvfs_base.types import Attr, ChunkId, Layout
 from kvfs_datapath.client.chunk_client import ChunkRead
+from kvfs_metadata.messages import Lookup
 
 NAMESPACE = 3
 Test = Callable[[Blocks, "Backend"], Awaitable[None]]
@@ -31,7 +32,7 @@ class Backend:
         path.write_bytes(bytes(10))
         self._path = path
         self.there = {1, 2, 3, 4}
-        self.leased = True
+        self.leased = self.leases = True
         self.opened: list[int] = []
         self.looked_up = 0
         self.chunks = self
@@ -52,8 +53,12 @@ class Backend:
 
     async def call(self, request: Any) -> Any:
         self.looked_up += 1
-        inode = int(request.keys[:32][-1])
-        return (BlockInfo(inode, 10, 0, 7) if inode in self.there else None,)
+        assert isinstance(request, Lookup)
+        inode = int(request.name, 16)
+        if inode not in self.there:
+            raise EntryNotFound(request.name)
+        self.leased = self.leases
+        return attr_of(inode)
 
     def are_open(self) -> list[int]:
         return [fd for fd in set(self.descriptors) if os.path.exists(f"/proc/self/fd/{fd}")]
@@ -125,11 +130,21 @@ def test_who_removes_one_has_its_space_at_once(run: Callable[[Test], None]) -> N
 def test_what_is_not_leased_is_not_kept(run: Callable[[Test], None]) -> None:
     async def test(blocks: Blocks, backend: Backend) -> None:
         await use(blocks, 1)
-        backend.leased = False
+        backend.leased = backend.leases = False
         assert blocks.open_now(1) is None
         await use(blocks, 1)  # the service is asked whether it is still there
         assert (backend.looked_up, backend.opened) == (1, [1, 1])
         assert backend.are_open() == []
+
+    run(test)
+
+
+def test_who_has_only_listed_a_block_asks_once(run: Callable[[Test], None]) -> None:
+    async def test(blocks: Blocks, backend: Backend) -> None:
+        backend.leased = False
+        for _ in range(3):
+            await use(blocks, 1)
+        assert (backend.looked_up, backend.opened) == (1, [1])
 
     run(test)
 

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -340,27 +341,60 @@ def backings(refusal: int | None = None) -> tuple[Backings, FakeDevice]:
     return Backings(device), device
 
 
-def test_one_id_an_inode_until_the_last_release() -> None:
+@pytest.fixture
+def chunks(tmp_path: Path) -> Iterator[list[int]]:
+    """Descriptors of three files."""
+    found = [os.open(tmp_path / name, os.O_RDWR | os.O_CREAT) for name in ("a", "b", "c")]
+    yield found
+    for descriptor in found:
+        os.close(descriptor)
+
+
+def test_one_id_an_inode_until_the_last_release(chunks: list[int]) -> None:
     table, device = backings()
-    assert [table.opened(1, 50, 8), table.opened(2, 50, 9), table.opened(3, 60, 8)] == [1, 1, 2]
-    table.released(1)
-    table.released(4711)  # a handle that has nothing to do with it
+    first, second, third = chunks
+    assert table.opened(1, 50, first) == table.opened(2, 50, second) == 1
+    assert table.opened(3, 60, third) == 2
+    table.released(1, is_kept=False)
+    table.released(4711, is_kept=False)  # a handle that has nothing to do with it
     assert device.live == {1, 2} and len(table) == 2
-    table.released(2)
+    table.released(2, is_kept=False)
     assert device.live == {2}
-    assert table.opened(4, 50, 8) == 3
-    table.released(3)
-    table.released(4)
+    assert table.opened(4, 50, first) == 3
+    table.released(3, is_kept=False)
+    table.released(4, is_kept=False)
     assert not device.live and not len(table)
 
 
+def test_an_id_is_kept_as_long_as_its_descriptor(chunks: list[int]) -> None:
+    table, device = backings()
+    for handle in range(5):
+        assert table.opened(handle, 50, chunks[0]) == 1
+        table.released(handle, is_kept=True)
+    assert device.live == {1} and not len(table)
+    table.let_go(50)
+    table.let_go(50)
+    assert not device.live
+    assert table.opened(5, 50, chunks[0]) == 2
+    table.let_go(50)  # of a descriptor that was at hand and is not the one in use
+    assert device.live == {2}
+
+
+def test_an_id_is_not_taken_for_another_file(chunks: list[int]) -> None:
+    table, device = backings()
+    table.opened(1, 50, chunks[0])
+    table.released(1, is_kept=True)
+    assert table.opened(2, 50, chunks[1]) == 2
+    assert device.live == {2}
+
+
 @pytest.mark.parametrize("refusal", [errno.EPERM, errno.ELOOP, errno.ENOTTY])
-def test_what_was_opened_through_the_cache_stays_so(refusal: int) -> None:
+def test_what_was_opened_through_the_cache_stays_so(refusal: int, chunks: list[int]) -> None:
     table, device = backings(refusal)
-    assert table.opened(1, 50, 8) == NO_BACKING
+    assert table.opened(1, 50, chunks[0]) == NO_BACKING
     device.refusal = None
-    assert table.opened(2, 50, 8) == NO_BACKING
-    assert table.opened(3, 60, 8) != NO_BACKING
-    table.released(1)
-    table.released(2)
-    assert table.opened(4, 50, 8) != NO_BACKING
+    assert table.opened(2, 50, chunks[0]) == NO_BACKING
+    assert table.opened(3, 60, chunks[0]) != NO_BACKING
+    table.released(1, is_kept=True)
+    table.released(2, is_kept=True)
+    assert table.opened(4, 50, chunks[0]) != NO_BACKING

@@ -26,6 +26,7 @@ from kvfs.mount.idle import Idle
 from kvfs_base.errors import (
     BehindTheEnd,
     ChunkNotFound,
+    EntryNotFound,
     InodeStale,
     IntegrityError,
     KvfsError,
@@ -42,10 +43,10 @@ from kvfs_base.limits import (
     TRANSFER_BYTES,
 )
 from kvfs_base.seams import Buffer
-from kvfs_base.types import Attr, BlockInfo, ChunkId, Layout
+from kvfs_base.types import Attr, ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.client.chunk_client import ChunkRead
-from kvfs_metadata.messages import GetAttr, LookupBlocks, RemoveBlocks
+from kvfs_metadata.messages import GetAttr, Lookup, LookupBlocks, RemoveBlocks
 
 log = logging.getLogger(__name__)
 
@@ -158,12 +159,7 @@ class Blocks:
         """The same in any case. Raises IntegrityError or ChunkNotFound for a damaged block,
         InodeStale for one that was removed, ServiceError else."""
         if namespace and self._backend.names.attr(attr.inode) is None:
-            found: tuple[BlockInfo | None, ...] = await self._backend.call(
-                LookupBlocks(namespace, attr.key)
-            )
-            if found[0] is None or found[0].inode != attr.inode:
-                raise InodeStale(inode=attr.inode)
-            attr.layout = Layout(attr.size, (found[0].chain,))  # it may have moved
+            attr = await self._look_up(namespace, attr)
         known = self.open_now(attr.inode)
         if known is not None:
             return known
@@ -178,6 +174,17 @@ class Blocks:
             self._begin(block)
         block.handles += 1
         return block
+
+    async def _look_up(self, namespace: int, attr: Attr) -> Attr:
+        """As it is now: it may have moved. The answer is leased, so that whoever has listed blocks
+        opens each of them with one call, once."""
+        try:
+            found: Attr = await self._backend.call(Lookup(namespace, attr.key.hex().encode()))
+        except EntryNotFound:
+            raise InodeStale(inode=attr.inode) from None
+        if found.inode != attr.inode:
+            raise InodeStale(inode=attr.inode)
+        return found
 
     def release(self, block: OpenBlock) -> None:
         """Gives back one handle."""
@@ -329,8 +336,10 @@ class Blocks:
             if self._memory_bytes + size <= MOUNT_BLOCK_BUFFER_BYTES:
                 return
             if block.backing == NO_DESCRIPTOR and not block.readers:
-                self.idle.take(block.inode)
-                self._close(block)
+                if block.handles:
+                    self._close(block)
+                else:
+                    self.idle.drop((block.inode,))
 
     async def _damaged(self, block: OpenBlock, error: KvfsError) -> None:
         """Counts it, and removes the block from its namespace: the next look-up is a miss."""

@@ -54,6 +54,10 @@ have a say. OPENDIR is answered, as positions in a listing belong to its handle.
 carry attributes (no READDIRPLUS_AUTO): the service sends them anyway, and ``ls -l`` lists first
 and asks for each name afterwards, when it would be too late for the kernel to adapt."""
 
+KEEP_CACHE, PASSTHROUGH = int(OpenFlag.KEEP_CACHE), int(OpenFlag.PASSTHROUGH)
+DIRECT_IO, NOFLUSH = int(OpenFlag.DIRECT_IO), int(OpenFlag.NOFLUSH)
+"""As numbers: to put flags together takes a microsecond each time."""
+
 LOCKING = Feature.POSIX_LOCKS | Feature.FLOCK_LOCKS
 """Without these the kernel keeps locks by itself, and they hold within this mount."""
 
@@ -129,7 +133,7 @@ class Handlers:
         if os.geteuid() == 0 and init.features & Feature.PASSTHROUGH:
             features |= Feature.PASSTHROUGH
             self._backings = Backings(self._device)
-            self._fs.pass_files_through()
+            self._fs.pass_files_through(self._backings.let_go)
         return (wire.init_out(init, features, init.max_readahead),)
 
     def _lookup_now(self, request: Request) -> Answer | None:
@@ -162,11 +166,16 @@ class Handlers:
 
     def _release_now(self, request: Request) -> Answer | None:
         handle = request.arguments.handle
-        if self._backings is not None:
-            self._backings.released(handle)
         if self._locks.ends_with_release(request.inode, handle):
             return None
-        return () if self._fs.release_now(handle) else None
+        if not self._fs.release_now(handle):
+            return None
+        self._released(request.inode, handle)
+        return ()
+
+    def _released(self, inode: int, handle: int) -> None:
+        if self._backings is not None:
+            self._backings.released(handle, is_kept=self._fs.keeps_backing(inode))
 
     def _flush_now(self, request: Request) -> Answer | None:
         handle, owner = request.arguments
@@ -376,16 +385,16 @@ class Handlers:
             backing_id = self._backings.opened(opened.handle, inode, opened.backing)
             if backing_id == NO_BACKING and opened.passes_writes:
                 self._fs.refuse_backing(opened.handle)
-        flags = OpenFlag.KEEP_CACHE if opened.keep_cache else OpenFlag(0)
+        flags = KEEP_CACHE if opened.keep_cache else 0
         if not opened.keep_cache:
             # Open drops the pages; the size that the kernel has is as old as they are.
             self._device.notify(wire.inval_attributes(inode))
         if backing_id != NO_BACKING:
             # No pages to keep. Who writes goes through us: the file may outgrow its chunk.
             through_us = opened.writable and not opened.passes_writes
-            flags = OpenFlag.PASSTHROUGH | (OpenFlag.DIRECT_IO if through_us else 0)
+            flags = PASSTHROUGH | DIRECT_IO if through_us else PASSTHROUGH
         if not opened.writable and (opened.is_block or not self._locking):
-            flags |= OpenFlag.NOFLUSH  # elsewhere a close may end locks
+            flags |= NOFLUSH  # elsewhere a close may end locks
         return (wire.open_out(opened.handle, flags, backing_id),)
 
     async def _open(self, request: Request) -> Answer:
@@ -402,11 +411,11 @@ class Handlers:
         )
 
     def _created(self, attr: Attr, opened: Opened) -> Answer:
-        flags, backing_id = OpenFlag.KEEP_CACHE, NO_BACKING
+        flags, backing_id = KEEP_CACHE, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
             backing_id = self._backings.opened(opened.handle, attr.inode, opened.backing)
             if backing_id != NO_BACKING:
-                flags = OpenFlag.PASSTHROUGH
+                flags = PASSTHROUGH
             else:
                 self._fs.refuse_backing(opened.handle)
         return (*self._entry(attr), wire.open_out(opened.handle, flags, backing_id))
@@ -433,7 +442,10 @@ class Handlers:
     async def _release(self, request: Request) -> Answer:
         handle = request.arguments.handle
         await self._locks.released(request.inode, handle)
-        await self._fs.release(handle)
+        try:
+            await self._fs.release(handle)
+        finally:
+            self._released(request.inode, handle)
         return ()
 
     # --- ranges

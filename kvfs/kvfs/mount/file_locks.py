@@ -79,14 +79,16 @@ class FileLocks:
 
     def ends_with_flush(self, inode: int, owner: bytes) -> bool:
         """Whether a close by this owner has to be told."""
-        return _Owner(owner, False) in self._used.get(inode, ())
+        owners = self._used.get(inode)
+        return owners is not None and _Owner(owner, False) in owners
 
     async def flushed(self, inode: int, owner: bytes) -> None:
         """A process closed the file, maybe not all that it has of it."""
         await self._drop(inode, _Owner(owner, False))
 
     def ends_with_release(self, inode: int, handle: int) -> bool:
-        return any(handle in handles for handles in self._used.get(inode, {}).values())
+        owners = self._used.get(inode)
+        return owners is not None and any(handle in handles for handles in owners.values())
 
     async def released(self, inode: int, handle: int) -> None:
         """An open file is gone."""

@@ -13,13 +13,12 @@ reply to a request that was sent before the file's last change is not used.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import trio
@@ -62,8 +61,7 @@ FALLOC_FL_ZERO_RANGE = 16
 ALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Backing:
+class Backing(NamedTuple):
     """A descriptor that the kernel may read by itself, and the state of the file that it is of."""
 
     descriptor: int

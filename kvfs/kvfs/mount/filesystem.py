@@ -120,9 +120,15 @@ class Filesystem:
 
         self._backend.names.tell_kernel = changed
 
-    def pass_files_through(self) -> None:
-        """The kernel reads by itself what Opened has as ``backing``: ordinary files, too."""
+    def pass_files_through(self, let_go: Callable[[int], None]) -> None:
+        """The kernel reads by itself what Opened has as ``backing``: ordinary files, too.
+        ``let_go`` is told each inode for which ``keeps_backing`` ends without an open."""
         self._files.pass_through = True
+        self._files.idle_backings.when_closed = self._blocks.idle.when_closed = let_go
+
+    def keeps_backing(self, inode: int) -> bool:
+        """What it had as ``backing`` stays at hand though nobody has it open."""
+        return inode in self._blocks.idle or inode in self._files.idle_backings
 
     # --- look-ups
 

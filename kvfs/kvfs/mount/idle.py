@@ -10,9 +10,10 @@ T = TypeVar("T")
 
 class Idle(Generic[T]):
     """By inode number; a bounded number, the longest go first. ``close`` is called with each that
-    is not taken."""
+    is not taken, and ``when_closed`` with its number then."""
 
     def __init__(self, entries_max: int, close: Callable[[T], None]) -> None:
+        self.when_closed: Callable[[int], None] = lambda _: None
         self._entries_max = entries_max
         self._close = close
         self._values: dict[int, T] = {}
@@ -20,7 +21,8 @@ class Idle(Generic[T]):
         """Those that were here in the last turn, and since."""
 
     def keep(self, inode: int, value: T) -> None:
-        self.drop((inode,))
+        if inode in self._values:
+            self.drop((inode,))
         self._values[inode] = value
         if len(self._values) > self._entries_max:
             self.drop((next(iter(self._values)),))
@@ -33,7 +35,12 @@ class Idle(Generic[T]):
         for inode in inodes:
             value = self.take(inode)
             if value is not None:
-                self._close(value)
+                self.close(inode, value)
+
+    def close(self, inode: int, value: T) -> None:
+        """Of one that was taken and is not wanted after all."""
+        self._close(value)
+        self.when_closed(inode)
 
     def turn(self) -> None:
         """What is here since before the last turn goes."""

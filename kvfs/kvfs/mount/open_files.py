@@ -124,7 +124,7 @@ class OpenFiles:
         self._stage_blank(file, flags)
         is_decided = not self.pass_through or file.decide_now(reads_only=not writable, known=known)
         if known is not None and file.backing != known.descriptor:
-            known.close()
+            self.idle_backings.close(file.inode, known)
         may_write = file.backing == NO_DESCRIPTOR or file.passes_writes
         if is_decided and (may_write or not writable):
             return True

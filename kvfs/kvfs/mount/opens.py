@@ -102,10 +102,10 @@ class Opens:
 
     def give_back(self, inode: int, *, wanted: bool = True) -> None:
         """``wanted`` is False for one that will not be opened again."""
-        self._users[inode] -= 1
-        if self._users[inode] > 0:
+        left = self._users.pop(inode) - 1
+        if left > 0:
+            self._users[inode] = left
             return
-        del self._users[inode]
         if inode not in self._counted:
             return
         self._idle[inode] = None

@@ -5,13 +5,15 @@ open an inode both through its page cache and through a backing file. So the fir
 decides, and every further one gets the same until the last is released.
 
 The kernel looks an id up when it carries an open out, which is after our answer; so an id is kept
-until the release, though open files hold the backing file themselves.
+until the release, though open files hold the backing file themselves. If the descriptor stays at
+hand after that, the next open gets the same id.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 
 from kvfs.mount.device import Device
 
@@ -24,6 +26,8 @@ NO_BACKING = 0
 class _Inode:
     backing_id: int
     """NO_BACKING: through the page cache."""
+    file: tuple[int, int]
+    """Device and inode of what the kernel reads. An id holds it: nothing else is called that."""
     handles: int = 0
 
 
@@ -33,6 +37,8 @@ class Backings:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._inodes: dict[int, _Inode] = {}
+        self._idle: dict[int, _Inode] = {}
+        """Those that nobody has open, and whose descriptors are at hand."""
         self._handles: dict[int, int] = {}
         self._refusals: set[int | None] = set()
 
@@ -41,21 +47,41 @@ class Backings:
         read; only the first one of an inode counts."""
         known = self._inodes.get(inode)
         if known is None:
-            known = self._inodes[inode] = _Inode(self._register(descriptor))
+            known = self._inodes[inode] = self._first(inode, descriptor)
         known.handles += 1
         self._handles[handle] = inode
         return known.backing_id
 
-    def released(self, handle: int) -> None:
+    def _first(self, inode: int, descriptor: int) -> _Inode:
+        status = os.fstat(descriptor)
+        file = status.st_dev, status.st_ino
+        idle = self._idle.pop(inode, None)
+        if idle is not None and idle.file == file:
+            return idle
+        if idle is not None:
+            self._device.close_backing(idle.backing_id)
+        return _Inode(self._register(descriptor), file)
+
+    def released(self, handle: int, *, is_kept: bool) -> None:
+        """``is_kept``: if nobody else has it open, its descriptor is at hand until ``let_go``."""
         inode = self._handles.pop(handle, None)
         if inode is None:
             return
         known = self._inodes[inode]
         known.handles -= 1
-        if not known.handles:
-            del self._inodes[inode]
-            if known.backing_id != NO_BACKING:
-                self._device.close_backing(known.backing_id)
+        if known.handles:
+            return
+        del self._inodes[inode]
+        if known.backing_id != NO_BACKING:
+            self._idle[inode] = known
+            if not is_kept:
+                self.let_go(inode)
+
+    def let_go(self, inode: int) -> None:
+        """The descriptor is not at hand any more: what the file takes is free once the id is."""
+        idle = self._idle.pop(inode, None)
+        if idle is not None:
+            self._device.close_backing(idle.backing_id)
 
     def _register(self, descriptor: int) -> int:
         try:
