@@ -139,8 +139,7 @@ def decode_header(data: bytes | bytearray | memoryview, offset: int = 0) -> Fram
     kind = _KINDS.get(number)
     if kind is None:
         raise ProtocolError(detail=f"bad frame kind {number}")
-    with memoryview(data) as view:
-        begun = crc32c(view[offset : offset + FIELDS.size])
+    begun = crc32c(data[offset : offset + FIELDS.size])
     return FrameHeader(kind, body_bytes, request_id, payload_bytes, checksum, begun)
 
 
@@ -164,8 +163,7 @@ class FrameDecoder:
                 end = start + HEADER_BYTES + header.body_bytes
                 if len(data) < end:
                     break
-                with memoryview(data) as view:
-                    body = bytes(view[start + HEADER_BYTES : end])
+                body = bytes(data[start + HEADER_BYTES : end])
                 start = end
                 header.check(body)
                 if header.payload_bytes:
@@ -174,5 +172,5 @@ class FrameDecoder:
         finally:
             if data is self._buffer:
                 del self._buffer[:start]
-            else:
+            elif start < len(data):
                 self._buffer += data[start:]

@@ -82,10 +82,12 @@ class OsStream(trio.abc.HalfCloseableStream):
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
+        self._descriptor = stream.socket.fileno()
+        """-1 once it is closed: the number may then be another file's."""
 
     def send_now(self, data: bytes) -> int:
         try:
-            return os.write(self._stream.socket.fileno(), data)
+            return os.write(self._descriptor, data)
         except BlockingIOError:
             return 0
         except OSError as exc:
@@ -103,19 +105,19 @@ class OsStream(trio.abc.HalfCloseableStream):
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         # Requests and replies are seldom there before somebody waits for them: looking first, as
         # trio's stream does, costs a call and an exception more.
-        sock = self._stream.socket
         while True:
-            if sock.fileno() < 0:
+            if self._descriptor < 0:
                 raise trio.ClosedResourceError
-            await trio.lowlevel.wait_readable(sock)
+            await trio.lowlevel.wait_readable(self._descriptor)
             try:
-                return os.read(sock.fileno(), max_bytes or SOCKET_BUFFER_BYTES)
+                return os.read(self._descriptor, max_bytes or SOCKET_BUFFER_BYTES)
             except BlockingIOError:
                 continue
             except OSError as exc:
                 raise trio.BrokenResourceError from exc
 
     async def aclose(self) -> None:
+        self._descriptor = -1
         await self._stream.aclose()
 
 

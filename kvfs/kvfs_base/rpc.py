@@ -114,12 +114,16 @@ class RpcServer:
         sender = _Sender(stream)
         while data := await stream.receive_some(READ_BYTES):
             batch = list(decoder.feed(data))
-            if batch:
-                answers, later = await self._answer(session_id, batch)
-                for request_id, wait in later:
-                    nursery.start_soon(self._answer_later, sender, request_id, wait)
-                if answers:
-                    await sender.send(b"".join(answers))
+            if not batch:
+                continue
+            answers: list[bytes] = []
+            for frame, result in zip(batch, await self._results(session_id, batch), strict=True):
+                if isinstance(result, Later):
+                    nursery.start_soon(self._answer_later, sender, frame.request_id, result.wait)
+                else:
+                    answers.append(_encode_answer(frame.request_id, result))
+            if answers:
+                await sender.send(b"".join(answers))
 
     async def _answer_later(
         self, sender: _Sender, request_id: int, wait: Callable[[], Awaitable[Any]]
@@ -132,33 +136,25 @@ class RpcServer:
             result = exc
         await sender.send(_encode_answer(request_id, result))
 
-    async def _answer(
-        self, session_id: int, batch: list[Frame]
-    ) -> tuple[list[bytes], list[tuple[int, Callable[[], Awaitable[Any]]]]]:
-        answers: list[bytes] = [b""] * len(batch)
-        later: list[tuple[int, Callable[[], Awaitable[Any]]]] = []
+    async def _results(self, session_id: int, batch: Sequence[Frame]) -> Sequence[Any]:
+        """For each frame what the handler answers, or why it is no request."""
         requests: list[Any] = []
-        places: list[int] = []
+        problems: list[tuple[int, ProtocolError]] = []
         for place, frame in enumerate(batch):
             try:
                 requests.append(self._decoder.decode(frame.body))
-                places.append(place)
             except frames.UNDECODABLE as exc:
-                answers[place] = frames.encode_error(
-                    frame.request_id, ProtocolError(detail=str(exc))
-                )
+                problems.append((place, ProtocolError(detail=str(exc))))
         try:
             results = await self._handler.handle(session_id, requests)
         except Exception as exc:
             log.exception("a handler failed")
             results = [exc] * len(requests)
-        for place, result in zip(places, results, strict=True):
-            request_id = batch[place].request_id
-            if isinstance(result, Later):
-                later.append((request_id, result.wait))
-            else:
-                answers[place] = _encode_answer(request_id, result)
-        return [answer for answer in answers if answer], later
+        if problems:
+            results = list(results)
+            for place, problem in problems:  # from the first on, so each comes to its own place
+                results.insert(place, problem)
+        return results
 
 
 class _Sender:

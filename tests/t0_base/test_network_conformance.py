@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import trio
 
 from kvfs_base.errors import ConnectionLost, NotLoopback
 from kvfs_base.handshake import Secret
-from kvfs_base.os_network import OsNetwork
+from kvfs_base.os_network import OsNetwork, OsStream
 from kvfs_base.seams import Network, SendsNow
 from kvfs_base.testing import MemoryNetwork
 from kvfs_base.types import Address
@@ -114,6 +115,26 @@ def test_a_closed_peer_is_an_end_of_stream(world: World) -> None:
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_a_closed_stream_touches_no_file_that_has_its_number_now() -> None:
+    async def test() -> None:
+        near, far = trio.socket.socketpair()
+        number = near.fileno()
+        stream = OsStream(trio.SocketStream(near))
+        await stream.aclose()
+        other = os.open("/dev/null", os.O_RDWR)
+        os.dup2(other, number)
+        try:
+            with far, pytest.raises(trio.ClosedResourceError):
+                await stream.receive_some(1)
+            with pytest.raises(trio.BrokenResourceError):
+                stream.send_now(b"x")
+        finally:
+            for descriptor in {other, number}:
+                os.close(descriptor)
+
+    trio.run(test)
 
 
 def test_nobody_listening_is_connection_lost(world: World) -> None:

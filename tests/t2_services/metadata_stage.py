@@ -76,16 +76,9 @@ class Scripted:
 class HangingUpServer(RpcServer):
     """Lets the handler's BrokenResourceError end the connection instead of answering it."""
 
-    async def _answer(self, session_id: int, batch: Any) -> tuple[list[bytes], list[Any]]:
+    async def _results(self, session_id: int, batch: Sequence[frames.Frame]) -> Sequence[Any]:
         requests = [self._decoder.decode(frame.body) for frame in batch]
-        results = await self._handler.handle(session_id, requests)
-        answers = [
-            frames.encode_error(frame.request_id, result)
-            if isinstance(result, BaseException)
-            else frames.encode(frames.Kind.REPLY, frame.request_id, result)
-            for frame, result in zip(batch, results, strict=True)
-        ]
-        return answers, []
+        return await self._handler.handle(session_id, requests)
 
 
 class Stage:
