@@ -241,6 +241,8 @@ class Touched(msgspec.Struct, array_like=True, frozen=True):
     """Inodes that a request changed, and that its author did not name."""
 
     inodes: tuple[U64, ...] = ()
+    at_ns: int = 0
+    """Their ctime now, and mtime and ctime of the directories."""
 
 
 class Rmdir(Request, tag="rmdir"):

@@ -366,7 +366,7 @@ class FileTree:
         touch(parent, tx.now_ns)
         save(tx, parent)
         self.delete_directory(tx, record, request.name)
-        return Touched((inode,))
+        return Touched((inode,), tx.now_ns)
 
     def delete_directory(self, tx: Tx, record: InodeRecord, name: bytes) -> None:
         """An empty directory that has no entry any more. Raises DirectoryNotEmpty."""

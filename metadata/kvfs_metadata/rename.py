@@ -73,7 +73,7 @@ def rename(tree: FileTree, tx: Tx, request: Rename) -> Touched:
         touch(parent, tx.now_ns)
         save(tx, parent)
     moved = (source, replaced) if replaced is not None else (source,)
-    return Touched(tuple(record.inode for record in moved))
+    return Touched(tuple(record.inode for record in moved), tx.now_ns)
 
 
 def _named(kv: KVRead, parent: InodeRecord, name: bytes) -> InodeRecord | None:

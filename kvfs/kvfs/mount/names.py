@@ -153,80 +153,92 @@ class Names:
             self._keep(attr, token)
 
     def _set(self, request: m.SetAttr, attr: Attr, token: int) -> None:
-        fresh = self._is_fresh(request.inode, token)
-        self._changed(request, attr, token)
-        if fresh:
-            self._keep(attr, self.token)
+        if request.inode in self._namespaces:  # its blocks have its owner
+            self._drop_all()
+        else:
+            self._settle_change(token, {}, {request.inode: attr})
 
     def _made(self, request: m.Make, attr: Attr, token: int) -> None:
-        self._named(request.parent, request.name, attr, token)
-        if attr.is_dir and self._is_fresh((attr.inode, b""), token):
+        whole = attr.is_dir and self._is_fresh((attr.inode, b""), token)
+        self._linked(request, attr, token)
+        if whole:
             if len(self._whole) >= MOUNT_WHOLE_MAX:
                 self._whole.pop()
             self._whole.add(attr.inode)
 
-    def _linked(self, request: m.Link, attr: Attr, token: int) -> None:
-        self._named(request.parent, request.name, attr, token)
-
-    def _named(self, parent: int, name: bytes, attr: Attr, token: int) -> None:
-        fresh = self._is_fresh(attr.inode, token)
-        entry, changed = (parent, name), (parent, attr.inode)
-        self._set_entry(
-            entry, attr.inode, token, changed, at_ns=attr.ctime_ns, links=int(attr.is_dir)
-        )
-        if fresh:
-            self._keep(attr, self.token)
-
-    def _set_entry(
-        self,
-        entry: Entry,
-        inode: int,
-        token: int,
-        changed: tuple[int, ...],
-        *,
-        at_ns: int = 0,
-        links: int = 0,
-    ) -> None:
-        """A change of ours had this outcome. Other names of the directory are what they were, and
-        so is the directory itself but for its times (``at_ns``, if known) and links: the kernel
-        asks for them after each change."""
-        parent, name = entry
-        fresh = self._is_fresh(entry, token)
-        whole = fresh and parent in self._whole
-        known = at_ns and self._is_fresh(parent, token)
-        directory = self._attrs.get(parent) if known else None
-        self._drop(changed, (entry,))
-        if directory is not None:
-            links += directory.nlink
-            self._keep(replace(directory, mtime_ns=at_ns, ctime_ns=at_ns, nlink=links), self.token)
-        if fresh:
-            self._keep_entry(parent, name, inode, self.token)
-        if whole:
-            self._whole.add(parent)
+    def _linked(self, request: m.Make | m.Link, attr: Attr, token: int) -> None:
+        parent = request.parent
+        directory = self._after(parent, attr.ctime_ns, links=int(attr.is_dir))
+        entries = {(parent, request.name): attr.inode}
+        self._settle_change(token, entries, {parent: directory, attr.inode: attr})
 
     def _unlinked(self, request: m.Unlink, attr: Attr, token: int) -> None:
-        entry, changed = (request.parent, request.name), (request.parent, attr.inode)
+        entry, inodes = (request.parent, request.name), (request.parent, attr.inode)
         if attr.is_block:
-            self._drop(changed, (entry,))
-        else:
-            self._set_entry(entry, MISSING, token, changed, at_ns=attr.ctime_ns)
+            self._drop(inodes, (entry,))
+            return
+        directory = self._after(request.parent, attr.ctime_ns)
+        self._settle_change(token, {entry: MISSING}, {request.parent: directory, attr.inode: None})
 
     def _removed(self, request: m.Rmdir, touched: m.Touched, token: int) -> None:
-        entry = request.parent, request.name
-        self._set_entry(entry, MISSING, token, (request.parent, *touched.inodes))
-        self._whole.difference_update(touched.inodes)
-        for inode in touched.inodes:
-            self.listings.drop(inode)
+        parent, (inode,) = request.parent, touched.inodes
+        directory = self._after(parent, touched.at_ns, links=-1)
+        entries = {(parent, request.name): MISSING}
+        self._settle_change(token, entries, {parent: directory, inode: None})
+        self._whole.discard(inode)
+        self.listings.drop(inode)
 
     def _renamed(self, request: m.Rename, touched: m.Touched, token: int) -> None:
         old, new = (request.parent, request.name), (request.new_parent, request.new_name)
-        changed = (request.parent, request.new_parent, *touched.inodes)
+        parents = request.parent, request.new_parent
         if request.flags & EXCHANGE or not touched.inodes:
-            self._drop(changed, (old, new))
+            self._drop((*parents, *touched.inodes), (old, new))
             return
-        # In this order: it may be one directory, and both names are changed.
-        self._set_entry(new, touched.inodes[0], token, changed)
-        self._set_entry(old, MISSING, token, ())
+        moved, at_ns = touched.inodes[0], touched.at_ns
+        attr = self._before(moved, at_ns)
+        inodes: dict[int, Attr | None] = dict.fromkeys((*parents, *touched.inodes))
+        if attr is not None and not attr.is_dir:  # else link counts may have changed
+            inodes |= {parent: self._after(parent, at_ns) for parent in parents}
+            inodes[moved] = replace(attr, ctime_ns=at_ns)
+        self._settle_change(token, {old: MISSING, new: moved}, inodes)
+
+    def _before(self, inode: int, at_ns: int) -> Attr | None:
+        """What is known of it and older than a change. An answer to a later question may have come
+        first: it has the change in it, and perhaps others."""
+        attr = self._attrs.get(inode)
+        return attr if attr is not None and attr.ctime_ns < at_ns else None
+
+    def _after(self, parent: int, at_ns: int, links: int = 0) -> Attr | None:
+        """A directory after one of its names was changed: the kernel asks for it after each change.
+        None if it is not known."""
+        known = self._before(parent, at_ns)
+        if known is None:
+            return None
+        return replace(known, mtime_ns=at_ns, ctime_ns=at_ns, nlink=known.nlink + links)
+
+    def _settle_change(
+        self, token: int, entries: dict[Entry, int], inodes: dict[int, Attr | None]
+    ) -> None:
+        """A change of ours had this outcome: so names lead now, and this is what inodes are, or
+        None if that is not known. Other names of the directories are what they were. Where
+        somebody else has changed something meanwhile, nothing is known any more."""
+        self.token += 1
+        dropped = self._dropped
+        for inode, attr in inodes.items():
+            if attr is not None and not attr.is_namespace and self._is_fresh(inode, token):
+                _add(self._attrs, inode, attr)
+            else:
+                self._attrs.pop(inode, None)
+            dropped[inode] = self.token
+        for entry, inode in entries.items():
+            if self._is_fresh(entry, token):
+                self._set_entry(entry, inode)
+            else:
+                self._entries.pop(entry, None)
+                self._whole.discard(entry[0])
+            self.listings.drop(entry[0])
+            dropped[entry] = dropped[entry[0], b""] = self.token
+        self._bound_dropped()
 
     def _changed(self, request: Any, reply: Any, token: int) -> None:
         if request.inode in self._namespaces:  # its blocks have its owner
@@ -265,12 +277,14 @@ class Names:
             _add(self._attrs, attr.inode, attr)
 
     def _keep_entry(self, parent: int, name: bytes, inode: int, token: int) -> None:
+        if self._is_fresh((parent, name), token):
+            self._set_entry((parent, name), inode)
+
+    def _set_entry(self, entry: Entry, inode: int) -> None:
         entries = self._entries
-        if not self._is_fresh((parent, name), token):
-            return
-        if len(entries) >= MOUNT_NAMES_MAX and (parent, name) not in entries:
+        if len(entries) >= MOUNT_NAMES_MAX and entry not in entries:
             self._whole.discard(next(iter(entries))[0])
-        _add(entries, (parent, name), inode)
+        _add(entries, entry, inode)
 
     def _drop(self, inodes: Iterable[int], entries: Iterable[Entry]) -> None:
         self.token += 1
@@ -283,6 +297,9 @@ class Names:
             self._whole.discard(parent)
             self.listings.drop(parent)
             self._dropped[entry] = self._dropped[parent, b""] = self.token
+        self._bound_dropped()
+
+    def _bound_dropped(self) -> None:
         if len(self._dropped) > MOUNT_DROPPED_MAX:
             self._dropped.clear()
             self._floor = self.token
