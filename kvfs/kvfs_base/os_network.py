@@ -78,7 +78,7 @@ def _listening_socket(address: Address, secret: Secret | None) -> tuple[socket.s
 
 
 class OsStream(trio.abc.HalfCloseableStream):
-    """A trio stream that can send without a task, too."""
+    """A trio stream that can send and receive without a task, too."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
@@ -90,6 +90,17 @@ class OsStream(trio.abc.HalfCloseableStream):
             return os.write(self._descriptor, data)
         except BlockingIOError:
             return 0
+        except OSError as exc:
+            raise trio.BrokenResourceError from exc
+
+    def fileno(self) -> int:
+        return self._stream.socket.fileno()
+
+    def receive_now(self, bytes_max: int) -> bytes | None:
+        try:
+            return os.read(self._stream.socket.fileno(), bytes_max)
+        except BlockingIOError:
+            return None
         except OSError as exc:
             raise trio.BrokenResourceError from exc
 

@@ -33,7 +33,7 @@ from kvfs_base.errors import (
 )
 from kvfs_base.frames import Frame, FrameDecoder, Kind
 from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS, CONNECTIONS_MAX, KIB
-from kvfs_base.seams import BlockingNetwork, Connection, Network, SendsNow
+from kvfs_base.seams import BlockingNetwork, Connection, Network, ReceivesNow, SendsNow
 from kvfs_base.types import Address
 
 log = logging.getLogger(__name__)
@@ -298,6 +298,10 @@ class RpcClient:
         self._stream: trio.abc.Stream | None = None
         self._send_now: Callable[[bytes], int] | None = None
         """Of the stream, if it can."""
+        self._receives: ReceivesNow | None = None
+        """The stream, if it can."""
+        self._decoder = FrameDecoder()
+        """Of what the stream brings."""
         self._waiting: dict[int, _Waiter | _Caller] = {}
         self._next_id = 1
         self._dialling = trio.Lock()
@@ -379,6 +383,38 @@ class RpcClient:
             self._sending = True
             self._nursery.start_soon(self._send_outbox)
 
+    @property
+    def descriptor(self) -> int:
+        """Readable when there may be something for ``receive_now``; -1 if there is none."""
+        return -1 if self._receives is None else self._receives.fileno()
+
+    def receive_now(self) -> bool:
+        """Tells what has arrived, without a turn of the event loop. False if it is not all for
+        ``call_soon``: the event loop has to go on."""
+        if self._receives is None:
+            return False
+        try:
+            data = self._receives.receive_now(READ_BYTES)
+        except trio.BrokenResourceError:
+            return False
+        if not data:
+            return data is None
+        try:
+            return self._take_in(data)
+        except KvfsError as exc:
+            self.leave(str(exc))
+            return False
+
+    def _take_in(self, data: bytes | bytearray) -> bool:
+        """False if a task was woken. Raises KvfsError: the stream is of no use any more."""
+        woken = False
+        for frame in self._decoder.feed(data):
+            waiter = self._waiting.pop(frame.request_id, None)
+            if waiter is not None:
+                waiter.deliver(frame)
+                woken = woken or isinstance(waiter, _Waiter)
+        return not woken
+
     def give_up(self, request_id: int) -> None:
         """Nothing will be told any more."""
         self._waiting.pop(request_id, None)
@@ -396,8 +432,9 @@ class RpcClient:
                 self._servers.advance()
                 raise
             assert self._nursery is not None
-            self._stream = stream
+            self._stream, self._decoder = stream, FrameDecoder()
             self._send_now = stream.send_now if isinstance(stream, SendsNow) else None
+            self._receives = stream if isinstance(stream, ReceivesNow) else None
             self._nursery.start_soon(self._receive, stream)
         # Calls may overtake the greeting: it only restores what the server forgot.
         if self._on_connect is not None:
@@ -429,14 +466,12 @@ class RpcClient:
             self._sending = False
 
     async def _receive(self, stream: trio.abc.Stream) -> None:
-        decoder = FrameDecoder()
         reason = "closed by peer"
         try:
             while data := await stream.receive_some(READ_BYTES):
-                for frame in decoder.feed(data):
-                    waiter = self._waiting.pop(frame.request_id, None)
-                    if waiter is not None:
-                        waiter.deliver(frame)
+                if stream is not self._stream:
+                    return
+                self._take_in(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             reason = "connection reset"
         except KvfsError as exc:
@@ -468,7 +503,7 @@ class RpcClient:
         return ConnectionLost(address=str(self._servers.current), detail=reason)
 
     def _drop(self, error: KvfsError) -> None:
-        self._stream = None
+        self._stream = self._receives = None
         self._outbox.clear()
         waiting, self._waiting = self._waiting, {}
         for waiter in waiting.values():

@@ -124,6 +124,18 @@ class SendsNow(Protocol):
         Raises trio.BrokenResourceError."""
 
 
+@runtime_checkable
+class ReceivesNow(Protocol):
+    """The same for what arrives: for those who wait for several descriptors by themselves."""
+
+    def fileno(self) -> int:
+        """Readable when something has arrived; -1 once it is closed."""
+
+    def receive_now(self, bytes_max: int) -> bytes | None:
+        """What has arrived, nothing at the stream's end; None if nothing has. A task may be waiting
+        in ``receive_some``: it goes on waiting. Raises trio.BrokenResourceError."""
+
+
 class Network(Protocol):
     """Streams for the control path (trio)."""
 

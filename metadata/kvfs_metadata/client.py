@@ -348,6 +348,16 @@ class MetadataClient:
         """What ``ask_soon`` and ``call_soon`` left behind leaves now, in one write."""
         self._rpc.send_soon()
 
+    @property
+    def descriptor(self) -> int:
+        """See ``receive_now``; -1 if nothing can be waited for but by the event loop."""
+        return self._rpc.descriptor
+
+    def receive_now(self) -> bool:
+        """For who has waited until ``descriptor`` is readable: tells what has been answered. False
+        if the event loop has to go on."""
+        return self._rpc.receive_now()
+
     def _told(self, call: _Soon, reply: Any, error: KvfsError | None) -> None:
         del self._soon[call.number]
         if isinstance(error, StoreUnavailable):

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from kvfs_base.errors import ConnectionLost, NotLoopback
 from kvfs_base.handshake import Secret
 from kvfs_base.os_network import OsNetwork, OsStream
-from kvfs_base.seams import Network, SendsNow
+from kvfs_base.seams import Network, ReceivesNow, SendsNow
 from kvfs_base.testing import MemoryNetwork
 from kvfs_base.types import Address
 
@@ -80,6 +81,35 @@ def test_what_can_be_sent_without_waiting_is_sent(world: World) -> None:
             assert await receive_exactly(stream, sent) == data[:sent]
         with pytest.raises(trio.BrokenResourceError):
             stream.send_now(b"closed")
+
+    run_with_server(world, body)
+
+
+def test_what_has_arrived_is_received_without_a_task(world: World) -> None:
+    async def body(network: Network, address: Address) -> None:
+        async with await network.connect(address) as stream, trio.open_nursery() as nursery:
+            if not isinstance(stream, ReceivesNow):
+                return
+            assert stream.receive_now(100) is None
+            await stream.send_all(b"first")
+            while (first := stream.receive_now(100)) is None:
+                await trio.lowlevel.checkpoint()
+            assert first == b"first"
+            received: list[bytes | bytearray] = []
+
+            async def wait() -> None:
+                received.append(await stream.receive_some(100))
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert stream.receive_now(100) is None
+            await stream.send_all(b"second")
+            while not received:
+                await trio.lowlevel.checkpoint()
+            assert received == [b"second"]
+        assert stream.fileno() < 0
+        with pytest.raises(trio.BrokenResourceError):
+            stream.receive_now(100)
 
     run_with_server(world, body)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -24,8 +25,8 @@ from kvfs_base.errors import (
 )
 from kvfs_base.frames import Kind
 from kvfs_base.os_network import OsBlockingNetwork, OsNetwork
-from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer
-from kvfs_base.seams import Connection, Network
+from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer, receive_frame
+from kvfs_base.seams import Connection, Listener, Network
 from kvfs_base.testing import MemoryNetwork
 from kvfs_base.types import Address
 
@@ -151,6 +152,56 @@ def test_calls_without_a_task_leave_together(tmp_path: Path) -> None:
     run(body)
     told.clear()
     run(body, network=OsNetwork(), address=Address.unix(str(tmp_path / "s")))
+
+
+def answer_doubles(listener: Listener, count: int) -> None:
+    """A server of one connection that answers ``count`` requests, in a thread: it needs no turn of
+    the event loop. Then it changes a byte of an answer."""
+    connection = listener.accept()
+    for number in range(count + 1):
+        frame = receive_frame(connection)
+        _, value = msgspec.msgpack.decode(frame.body)
+        answer = bytearray(frames.encode(Kind.REPLY, frame.request_id, 2 * value))
+        answer[-1] ^= number == count
+        connection.send([answer])
+    connection.close()
+
+
+def test_answers_are_told_without_a_turn_of_the_event_loop(tmp_path: Path) -> None:
+    address = Address.unix(str(tmp_path / "s"))
+    listener = OsBlockingNetwork().listen(address)
+    server = threading.Thread(target=answer_doubles, args=(listener, 3))
+    server.start()
+    told: list[Any] = []
+
+    def done(reply: Any, error: KvfsError | None) -> None:
+        told.append(reply if error is None else type(error))
+
+    def wait(client: RpcClient) -> bool:
+        assert select.select([client.descriptor], [], [], 60)[0]
+        return client.receive_now()
+
+    async def main() -> None:
+        async with RpcClient(OsNetwork(), address) as client:
+            assert client.descriptor < 0
+            assert not client.receive_now(), "there is no connection"
+            assert await client.call(Double(1)) == 2
+            assert client.receive_now(), "nothing is there, and nobody else is concerned"
+            for value in (2, 3):
+                client.call_soon(Double(value), done)
+            client.send_soon()
+            while len(told) < 2:
+                assert wait(client)
+            assert told == [4, 6]
+            client.call_soon(Double(4), done)
+            client.send_soon()
+            assert not wait(client), "the connection is of no use any more"
+            assert told == [4, 6, ConnectionLost]
+            assert client.descriptor < 0
+
+    trio.run(main)
+    server.join()
+    listener.close()
 
 
 def test_concurrent_calls_are_pipelined_and_batched() -> None:

@@ -42,6 +42,9 @@ class Names:
         self.asked: dict[int, Any] = {}
         self.given_up: list[int] = []
         self.missing: type[KvfsError] = EntryNotFound
+        self.arrived, self.service = socket.socketpair()
+        """What is sent by the service becomes readable here, and answers the last question."""
+        self.descriptor = -1
 
     async def call(self, request: Any) -> Any:
         if type(request).__name__ == "Lookup" and request.name == b"slow":
@@ -66,6 +69,14 @@ class Names:
 
     def send_soon(self) -> None:
         pass
+
+    def receive_now(self) -> bool:
+        self.asked[len(self.asked)](Attr(5, 0o100644), None)
+        return bool(self.arrived.recv(1))
+
+    def close(self) -> None:
+        self.arrived.close()
+        self.service.close()
 
 
 class Kernel:
@@ -115,6 +126,7 @@ async def served() -> AsyncIterator[tuple[Kernel, Names]]:
     finally:
         frontend.close()
         ours.close()
+        names.close()
 
 
 @pytest.mark.logs_warnings
@@ -209,6 +221,24 @@ def test_a_change_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
             answers = [(await kernel.answer())[:2] for _ in sent]
             assert answers == [(sent[1], errno.EIO), (sent[2], 0), (sent[0], 0)]
             assert names.given_up == []
+
+    trio.run(scenario)
+
+
+def test_the_service_answers_without_a_turn_of_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody else in this test waits for what the service sends."""
+    monkeypatch.setattr(direct_frontend, "LINGER_SECONDS_MAX", 60.0)
+
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            names.descriptor = names.arrived.fileno()
+            for _ in range(2):
+                names.service.send(b"x")
+                unique = await kernel.send(Opcode.LOOKUP, b"name\0")
+                assert (await kernel.answer())[:2] == (unique, 0)
 
     trio.run(scenario)
 

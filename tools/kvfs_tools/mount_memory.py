@@ -38,6 +38,8 @@ CONNECTION = 1 << 32
 class Calls:
     """As a MetadataClient, as far as the mount uses it."""
 
+    descriptor = -1
+
     def __init__(self, service: MetadataService, session: bytes) -> None:
         self._service = service
         self._core = service.core
@@ -73,6 +75,9 @@ class Calls:
 
     def give_up(self, number: int) -> None:
         raise AssertionError("what is asked here is answered in the same turn")
+
+    def receive_now(self) -> bool:
+        raise AssertionError("nothing is waited for")
 
     def call_soon(self, request: Request, done: Done) -> bool:
         self._queue.append((request, done))

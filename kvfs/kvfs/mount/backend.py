@@ -36,6 +36,11 @@ class MetadataCalls(Protocol):
 
     def send_soon(self) -> None: ...
 
+    @property
+    def descriptor(self) -> int: ...
+
+    def receive_now(self) -> bool: ...
+
 
 @dataclasses.dataclass
 class Backend:

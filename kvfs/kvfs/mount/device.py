@@ -62,12 +62,14 @@ class Device:
                 if exc.errno not in (errno.EINTR, errno.ENOENT):  # interrupted, us or the caller
                     raise
 
-    def wait(self, seconds: float) -> bool:
-        """Blocks until there is a request; False if there was none in time. Less than a millisecond
-        is what only select() can wait, which knows only the first descriptors of a process."""
-        if self.descriptor >= SELECT_DESCRIPTORS_MAX:
-            return False
-        return bool(select.select((self.descriptor,), (), (), seconds)[0])
+    def wait(self, seconds: float, *others: int) -> Sequence[int]:
+        """Blocks until there is a request, or something to read from ``others``: the descriptors of
+        which that is so, none if it took too long. Less than a millisecond is what only select()
+        can wait, which knows only the first descriptors of a process."""
+        descriptors = (self.descriptor, *others)
+        if max(descriptors) >= SELECT_DESCRIPTORS_MAX:
+            return ()
+        return select.select(descriptors, (), (), seconds)[0]
 
     def answer(self, unique: int, parts: Sequence[Buffer] = (), error: int = 0) -> bool:
         """False if nobody waits for it any more: the caller was killed, or all is unmounted."""

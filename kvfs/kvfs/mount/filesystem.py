@@ -82,6 +82,7 @@ class Filesystem:
 
     def __init__(self, backend: Backend, *, attribute_seconds: float = 1.0) -> None:
         self._backend = backend
+        self.clock = backend.env.clock
         self._attribute_seconds = attribute_seconds
         self._blocks = Blocks(backend)
         self._files = OpenFiles(backend)
@@ -156,6 +157,15 @@ class Filesystem:
     def send_soon(self) -> None:
         """Whoever has called methods in ``_soon`` calls this in the end: questions leave now."""
         self._backend.metadata.send_soon()
+
+    @property
+    def answers_descriptor(self) -> int:
+        """Readable when ``receive_now`` may have something to tell; -1 if there is none."""
+        return self._backend.metadata.descriptor
+
+    def receive_now(self) -> bool:
+        """Tells what was answered. False if the event loop has to go on."""
+        return self._backend.metadata.receive_now()
 
     def lookup_now(self, parent: int, name: bytes) -> Attr | None:
         """Raises EntryNotFound."""
