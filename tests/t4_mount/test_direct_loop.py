@@ -26,6 +26,7 @@ from kvfs_base.errors import ConnectionLost, EntryNotFound, InodeStale, KvfsErro
 from kvfs_base.limits import MOUNT_STALE_OPENS, MOUNT_TASKS
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, Attr
+from kvfs_metadata.messages import Touched
 from t4_mount.test_fuse_wire import REQUESTS
 
 INIT = REQUESTS[Opcode.INIT][0]
@@ -221,6 +222,40 @@ def test_a_change_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
             answers = [(await kernel.answer())[:2] for _ in sent]
             assert answers == [(sent[1], errno.EIO), (sent[2], 0), (sent[0], 0)]
             assert names.given_up == []
+
+    trio.run(scenario)
+
+
+SET_MODE = struct.pack("=II", wire.SetAttrValid.MODE, 0) + bytes(80)
+DIRECTORY = Attr(6, 0o040755)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "body", "reply", "size"),
+    [
+        (Opcode.SETATTR, SET_MODE, DIRECTORY, 104),
+        (Opcode.SYMLINK, b"name\0target\0", Attr(6, 0o120777), 128),
+        (Opcode.MKNOD, struct.pack("=IIII", 0o010644, 0, 0, 0) + b"name\0", DIRECTORY, 128),
+        (Opcode.MKDIR, struct.pack("=II", 0o755, 0) + b"name\0", DIRECTORY, 128),
+        (Opcode.LINK, struct.pack("=Q", 6) + b"name\0", Attr(6, 0o100644), 128),
+        (Opcode.UNLINK, b"name\0", Attr(6, 0o100644), 0),
+        (Opcode.RMDIR, b"name\0", Touched((6,)), 0),
+        (Opcode.RENAME, struct.pack("=Q", 1) + b"name\0new\0", Touched((6,)), 0),
+    ],
+)
+def test_changes_of_names_have_no_task(opcode: int, body: bytes, reply: Any, size: int) -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected = True
+            for error in (None, NotADirectory()):
+                names.asked.clear()
+                unique = await kernel.send(opcode, body)
+                while not names.asked:
+                    await trio.lowlevel.checkpoint()
+                names.asked[1](None if error else reply, error)
+                answer = await kernel.answer()
+                assert (answer[0], len(answer[2])) == (unique, 0 if error else size)
+                assert answer[1] == (errno.ENOTDIR if error else 0)
 
     trio.run(scenario)
 

@@ -23,6 +23,7 @@ from kvfs.mount.fuse_wire_statx import statx_out
 from kvfs.mount.passthrough import NO_BACKING, Backings
 from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError, ResultTooLarge
+from kvfs_base.rpc import Done
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
 
@@ -57,6 +58,7 @@ and asks for each name afterwards, when it would be too late for the kernel to a
 KEEP_CACHE, PASSTHROUGH = int(OpenFlag.KEEP_CACHE), int(OpenFlag.PASSTHROUGH)
 DIRECT_IO, NOFLUSH = int(OpenFlag.DIRECT_IO), int(OpenFlag.NOFLUSH)
 """As numbers: to put flags together takes a microsecond each time."""
+KILLS_PRIVILEGES = int(SetAttrValid.UID | SetAttrValid.GID | SetAttrValid.KILL_SUIDGID)
 
 LOCKING = Feature.POSIX_LOCKS | Feature.FLOCK_LOCKS
 """Without these the kernel keeps locks by itself, and they hold within this mount."""
@@ -198,10 +200,15 @@ class Handlers:
             Opcode.LOOKUP: self._lookup_soon,
             Opcode.GETATTR: self._getattr_soon,
             Opcode.STATX: self._getattr_soon,
+            Opcode.SETATTR: self._setattr_soon,
             Opcode.OPEN: self._open_soon,
             Opcode.CREATE: self._create_soon,
+            Opcode.SYMLINK: self._symlink_soon,
+            Opcode.MKNOD: self._mknod_soon,
             Opcode.MKDIR: self._mkdir_soon,
+            Opcode.LINK: self._link_soon,
             Opcode.UNLINK: self._unlink_soon,
+            Opcode.RMDIR: self._rmdir_soon,
             Opcode.RENAME: self._rename_soon,
             Opcode.RENAME2: self._rename_soon,
         }
@@ -221,6 +228,12 @@ class Handlers:
 
         return self._fs.getattr_soon(request.inode, done)
 
+    def _setattr_soon(self, request: Request, tell: Tell) -> int:
+        def done(attr: Attr | None, error: KvfsError | None) -> None:
+            tell(request, () if attr is None else self._attr(attr), error)
+
+        return self._fs.setattr_soon(request.inode, _changes(request.arguments), done)
+
     def _open_soon(self, request: Request, tell: Tell) -> int:
         flags, kill = request.arguments
 
@@ -239,28 +252,46 @@ class Handlers:
         entry = request.inode, name
         return self._fs.create_soon(entry, mode, flags, _caller(request), done)
 
+    def _symlink_soon(self, request: Request, tell: Tell) -> int:
+        name, target = request.arguments
+        done = self._made(request, tell)
+        return self._fs.symlink_soon(request.inode, name, target, _caller(request), done)
+
+    def _mknod_soon(self, request: Request, tell: Tell) -> int:
+        mode, rdev, name = request.arguments
+        done = self._made(request, tell)
+        entry = request.inode, name
+        return self._fs.mknod_soon(entry, mode, rdev, _caller(request), done)
+
     def _mkdir_soon(self, request: Request, tell: Tell) -> int:
         mode, _, name = request.arguments
+        done = self._made(request, tell)
+        return self._fs.mkdir_soon(request.inode, name, mode, _caller(request), done)
+
+    def _link_soon(self, request: Request, tell: Tell) -> int:
+        inode, name = request.arguments
+        return self._fs.link_soon(inode, request.inode, name, self._made(request, tell))
+
+    def _unlink_soon(self, request: Request, tell: Tell) -> int:
+        name = request.arguments.name
+        return self._fs.unlink_soon(request.inode, name, _changed(request, tell))
+
+    def _rmdir_soon(self, request: Request, tell: Tell) -> int:
+        name = request.arguments.name
+        return self._fs.rmdir_soon(request.inode, name, _changed(request, tell))
+
+    def _rename_soon(self, request: Request, tell: Tell) -> int:
+        new_parent, flags, name, new_name = request.arguments
+        old, new = (request.inode, name), (new_parent, new_name)
+        return self._fs.rename_soon(old, new, flags, _changed(request, tell))
+
+    def _made(self, request: Request, tell: Tell) -> Done:
+        """For what is answered with an entry."""
 
         def done(attr: Attr | None, error: KvfsError | None) -> None:
             tell(request, None if attr is None else self._entry(attr), error)
 
-        return self._fs.mkdir_soon(request.inode, name, mode, _caller(request), done)
-
-    def _unlink_soon(self, request: Request, tell: Tell) -> int:
-        def done(_: None, error: KvfsError | None) -> None:
-            tell(request, (), error)
-
-        return self._fs.unlink_soon(request.inode, request.arguments.name, done)
-
-    def _rename_soon(self, request: Request, tell: Tell) -> int:
-        new_parent, flags, name, new_name = request.arguments
-
-        def done(_: None, error: KvfsError | None) -> None:
-            tell(request, (), error)
-
-        old, new = (request.inode, name), (new_parent, new_name)
-        return self._fs.rename_soon(old, new, flags, done)
+        return done
 
     # --- names
 
@@ -328,20 +359,7 @@ class Handlers:
         return self._told(request, await self._fs.getattr(request.inode))
 
     async def _setattr(self, request: Request) -> Answer:
-        args: wire.SetAttrs = request.arguments
-        valid = args.valid
-        changes = AttrChanges(
-            mode=args.mode if valid & SetAttrValid.MODE else None,
-            uid=args.uid if valid & SetAttrValid.UID else None,
-            gid=args.gid if valid & SetAttrValid.GID else None,
-            size=args.size if valid & SetAttrValid.SIZE else None,
-            atime_ns=args.atime_ns if valid & SetAttrValid.ATIME else None,
-            mtime_ns=args.mtime_ns if valid & SetAttrValid.MTIME else None,
-            drop_privileges=bool(
-                valid & (SetAttrValid.UID | SetAttrValid.GID | SetAttrValid.KILL_SUIDGID)
-            ),
-        )
-        return self._attr(await self._fs.setattr(request.inode, changes))
+        return self._attr(await self._fs.setattr(request.inode, _changes(request.arguments)))
 
     async def _readlink(self, request: Request) -> Answer:
         return (await self._fs.readlink(request.inode),)
@@ -536,6 +554,28 @@ def _sized(value: bytes, size: int) -> Answer:
     if len(value) > size:
         raise ResultTooLarge(limit=size)
     return (value,)
+
+
+def _changed(request: Request, tell: Tell) -> Done:
+    """For what is answered with nothing but success."""
+
+    def done(_: None, error: KvfsError | None) -> None:
+        tell(request, (), error)
+
+    return done
+
+
+def _changes(args: wire.SetAttrs) -> AttrChanges:
+    valid = args.valid
+    return AttrChanges(
+        mode=args.mode if valid & SetAttrValid.MODE else None,
+        uid=args.uid if valid & SetAttrValid.UID else None,
+        gid=args.gid if valid & SetAttrValid.GID else None,
+        size=args.size if valid & SetAttrValid.SIZE else None,
+        atime_ns=args.atime_ns if valid & SetAttrValid.ATIME else None,
+        mtime_ns=args.mtime_ns if valid & SetAttrValid.MTIME else None,
+        drop_privileges=bool(valid & KILLS_PRIVILEGES),
+    )
 
 
 def _release_of(request: Request, answer: Answer) -> Request:

@@ -238,15 +238,7 @@ class Filesystem:
         mode = changes.mode
         if changes.drop_privileges and mode is None:
             mode = without_privileges(await self.getattr(inode))
-        request = SetAttr(
-            inode,
-            mode=None if mode is None else stat.S_IMODE(mode),
-            uid=changes.uid,
-            gid=changes.gid,
-            size=changes.size,
-            atime_ns=changes.atime_ns,
-            mtime_ns=changes.mtime_ns,
-        )
+        request = _attr_change(inode, changes, mode)
         if changes.size is None and inode not in self._files:
             epoch = self._backend.epoch
             return self._tell(await self._backend.call(request), epoch)
@@ -256,6 +248,23 @@ class Filesystem:
                 await file.flush()
             return file.view()
 
+    def setattr_soon(self, inode: int, changes: AttrChanges, done: Done) -> bool:
+        """As ``setattr`` of what concerns no chunks and no writes, without a task that waits."""
+        with_writes = changes.mtime_ns is not None and inode in self._files
+        if changes.size is not None or with_writes:
+            return False
+        mode = changes.mode
+        if changes.drop_privileges and mode is None:
+            attr = self.getattr_now(inode)
+            if attr is None:
+                return False
+            mode = without_privileges(attr)
+        return self._change_soon(_attr_change(inode, changes, mode), done)
+
+    def _change_soon(self, request: SetAttr | Make, done: Done, parent: int = 0) -> bool:
+        epoch = self._backend.epoch
+        return self._call_soon(request, lambda attr: self._tell(attr, epoch, parent), done)
+
     # --- names
 
     async def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Attr:
@@ -264,15 +273,26 @@ class Filesystem:
     def mkdir_soon(self, parent: int, name: bytes, mode: int, caller: Caller, done: Done) -> bool:
         """As ``mkdir``, without a task that waits."""
         request = _make(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), caller)
-        return self._call_soon(request, lambda attr: attr, done)
+        return self._change_soon(request, done, parent)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
         return await self._make(parent, name, mode, caller, rdev=rdev)
 
+    def mknod_soon(self, entry: Entry, mode: int, rdev: int, caller: Caller, done: Done) -> bool:
+        """As ``mknod``, in the same way."""
+        return self._change_soon(_make(*entry, mode, caller, rdev=rdev), done, entry[0])
+
     async def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Attr:
-        if len(target) > SYMLINK_BYTES_MAX:
-            raise NameTooLong(length=len(target))
+        _check_target(target)
         return await self._make(parent, name, stat.S_IFLNK | 0o777, caller, target=target)
+
+    def symlink_soon(
+        self, parent: int, name: bytes, target: bytes, caller: Caller, done: Done
+    ) -> bool:
+        """As ``symlink``, in the same way."""
+        _check_target(target)
+        request = _make(parent, name, stat.S_IFLNK | 0o777, caller, target=target)
+        return self._change_soon(request, done, parent)
 
     async def _make(
         self,
@@ -291,6 +311,11 @@ class Filesystem:
     async def link(self, inode: int, parent: int, name: bytes) -> Attr:
         _check_name(name)
         return self._changed_by_name(await self._backend.call(Link(inode, parent, name)))
+
+    def link_soon(self, inode: int, parent: int, name: bytes, done: Done) -> bool:
+        """As ``link``, in the same way."""
+        _check_name(name)
+        return self._call_soon(Link(inode, parent, name), self._changed_by_name, done)
 
     async def unlink(self, parent: int, name: bytes) -> None:
         _check_name(name)
@@ -319,6 +344,11 @@ class Filesystem:
     async def rmdir(self, parent: int, name: bytes) -> None:
         _check_name(name)
         await self._backend.call(Rmdir(parent, name))
+
+    def rmdir_soon(self, parent: int, name: bytes, done: Done) -> bool:
+        """As ``rmdir``, without a task that waits."""
+        _check_name(name)
+        return self._call_soon(Rmdir(parent, name), lambda _: None, done)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
@@ -625,6 +655,18 @@ def _make(
     return Make(parent, name, mode, caller.uid, caller.gid, rdev, target, open=open)
 
 
+def _attr_change(inode: int, changes: AttrChanges, mode: int | None) -> SetAttr:
+    return SetAttr(
+        inode,
+        mode=None if mode is None else stat.S_IMODE(mode),
+        uid=changes.uid,
+        gid=changes.gid,
+        size=changes.size,
+        atime_ns=changes.atime_ns,
+        mtime_ns=changes.mtime_ns,
+    )
+
+
 def _rename(parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Rename:
     _check_name(name)
     _check_name(new_name)
@@ -638,6 +680,11 @@ def _exists(flags: int) -> KvfsError:
 def _check_name(name: bytes) -> None:
     if len(name) > NAME_BYTES_MAX:
         raise NameTooLong(length=len(name))
+
+
+def _check_target(target: bytes) -> None:
+    if len(target) > SYMLINK_BYTES_MAX:
+        raise NameTooLong(length=len(target))
 
 
 def _check_read_only(flags: int) -> None:
