@@ -54,10 +54,10 @@ INTERRUPTIBLE = frozenset(
 
 LINGER_SECONDS = 0.0005
 LINGER_SECONDS_MAX = 0.002
-"""Whoever was answered asks again at once, mostly, or when he has read 2 MiB of what he opened, which
-takes 0.1 to 0.3 ms; and the service answers soon. Waiting for that here, and not in a turn of the
-event loop, takes 17 to 26 us of CPU for a ``stat``, instead of 32. Everything else waits meanwhile:
-it ends after a while, and is done only while no request has a task."""
+"""Whoever was answered asks again at once, mostly, or when he has read 2 MiB of what he opened,
+which takes 0.1 to 0.3 ms; and the service answers soon. Waiting for that here, and not in a turn of
+the event loop, takes 17 to 26 us of CPU for a ``stat``, instead of 32. Everything else waits
+meanwhile: it ends after a while, and is done only while no request has a task."""
 
 ASKED_SECONDS = 1.0
 """A question that is not answered by then gets a task, and is repeated."""
