@@ -282,7 +282,7 @@ from kvfs_base.errors import Conflict
 from kvfs_base.os_env import os_env
 from kvfs_metadata.engines.postgres_engine import PostgresEngine
 from kvfs_metadata.engines.postgres_link import Patience
-engine = PostgresEngine(os_env(), sys.argv[1], patience=Patience(idle_seconds=0.5))
+engine = PostgresEngine(os_env(), sys.argv[1], patience=Patience(idle_seconds=2))
 group = engine.run([lambda txn: txn.put(b"a", b"stopped")])
 os.kill(os.getpid(), signal.SIGSTOP)
 try:
@@ -317,18 +317,23 @@ def test_a_stopped_server_holds_nobody_up_for_long(
 
 
 def test_a_database_that_does_not_answer_is_given_up(
-    engines: Callable[..., PostgresEngine], postgres_server: PostgresServer
+    engines: Callable[..., PostgresEngine],
+    postgres_server: PostgresServer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    patience = Patience(answer_seconds=0.3, connect_seconds=2, patience_seconds=0.1)
-    engine = engines(patience=patience)
+    engine = engines(patience=Patience(connect_seconds=2))
     engine.update([increment])
     group = engine.run([increment])
     postgres_server.pause()
     try:
-        with pytest.raises(StoreUnavailable):
-            engine.commit(group)
-        with pytest.raises(StoreUnavailable):
-            engine.view(lambda read: None)
+        with monkeypatch.context() as impatient:
+            impatient.setattr(engine, "_patience_seconds", 0.1)
+            for link in (engine._writer, engine._reader):
+                impatient.setattr(link, "_patience", Patience(answer_seconds=0.3))
+            with pytest.raises(StoreUnavailable):
+                engine.commit(group)
+            with pytest.raises(StoreUnavailable):
+                engine.view(lambda read: None)
     finally:
         postgres_server.resume()
     engine.abandon(group)

@@ -19,10 +19,11 @@ from kvfs_base.errors import (
 from kvfs_base.limits import FENCE_SECONDS, MIB
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
+from kvfs_datapath.chains import views as views_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.tree import drafts
 from t2_services.chain_cluster import CHAIN, ChainCluster, chains, new_block, only, payload
-from t2_services.chunk_cluster import wait_until
+from t2_services.chunk_cluster import SECONDS, wait_until
 
 
 @pytest.fixture
@@ -136,7 +137,10 @@ def test_a_hop_that_knows_another_version_fails_the_block(cluster: ChainCluster)
         views.learn = learn  # type: ignore[method-assign]
 
 
-def test_a_newer_version_is_waited_for(cluster: ChainCluster) -> None:
+def test_a_newer_version_is_waited_for(
+    cluster: ChainCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views_module, "VIEW_WAIT_SECONDS", SECONDS)
     cluster.set_chain([1, 2, 3])
     chain = cluster.metadata.set_chain(CHAIN, [1, 2])
     assert cluster.put_blocks(1, [2], {50: b"x"}, version=chain.version) == [None]
