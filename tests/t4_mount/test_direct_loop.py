@@ -278,6 +278,24 @@ def test_the_service_answers_without_a_turn_of_the_event_loop(
     trio.run(scenario)
 
 
+def test_what_the_service_says_unasked_does_not_wait_for_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(direct_frontend, "LINGER_SECONDS", 5.0)
+
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            heard: list[Any] = []
+            names.asked[1] = lambda *told: heard.append(told)
+            names.descriptor = names.arrived.fileno()
+            names.service.close()  # readable, and the event loop has to go on
+            await kernel.send(Opcode.OPENDIR, REQUESTS[Opcode.OPENDIR][0])
+            await kernel.answer()
+            assert heard
+
+    trio.run(scenario)
+
+
 @pytest.mark.logs_warnings
 def test_an_answer_that_is_not_understood_is_an_error() -> None:
     async def scenario() -> None:

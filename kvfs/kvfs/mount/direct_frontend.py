@@ -151,10 +151,12 @@ class DirectFrontend:
         now = self._fs.clock.monotonic()
         until = now + LINGER_SECONDS_MAX
         while now < until and not self._running and self._room_left() > 0:
-            if not self._asked:
+            # Also if nothing was asked: others wait until we have dropped what they changed.
+            answers = self._fs.answers_descriptor
+            if answers >= 0:
+                ready = device.wait(until - now if self._asked else LINGER_SECONDS, answers)
+            elif not self._asked:
                 ready = device.wait(LINGER_SECONDS)
-            elif (answers := self._fs.answers_descriptor) >= 0:
-                ready = device.wait(until - now, answers)
             else:
                 return
             if not ready:
