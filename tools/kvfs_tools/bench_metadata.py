@@ -113,6 +113,7 @@ class Bench:
     ) -> None:
         """A round creates, stats, renames and unlinks the same names, each client its own."""
         pairs: dict[str, list[tuple[float, float]]] = {step: [] for step in STEPS}
+        cpu: dict[str, list[tuple[float, float]]] = {step: [] for step in STEPS}
         like: dict[str, Done] = {}
         for turn in range(-1, self.rounds):  # the first warms up and tells how many bytes travel
             before = 0.0
@@ -120,18 +121,27 @@ class Bench:
                 if turn >= 0:
                     before = before or self.echo_rate(cluster, clients, like[step], depth)
                 order = {"do": step, "parent": parent, "first": 0, "count": self.operations}
+                begun = cluster.cpu_seconds()
                 done = cluster.crew.do(
                     [{**order, "prefix": f"new-{n}-", "depth": depth} for n in range(clients)]
                 )
+                used = cluster.cpu_seconds() - begun
                 like[step] = done
                 if turn >= 0:
+                    begun = cluster.crew.echo_cpu_seconds()
                     after = self.echo_rate(cluster, clients, done, depth)
+                    echo = cluster.crew.echo_cpu_seconds() - begun
                     pairs[step].append((done.rate, max(before, after)))
+                    cpu[step].append((1e6 * used / done.count, 1e6 * echo / done.count))
                     before = after
         how = "one at a time" if depth == 1 else f"{depth} in one write"
         for step in STEPS:
             limit = "a bare socket round trip of the same bytes"
             self.add(entries, clients, Row.of(f"{step}, {how}", "/s", pairs[step], "", limit))
+        if clients == depth == 1:
+            for step in STEPS:
+                limit = "the echo's"
+                self.add(entries, clients, Row.of(f"{step}, CPU", "us", cpu[step], "", limit))
 
     def _readdir(self, cluster: MetadataCluster, parent: int, entries: int) -> None:
         def listing() -> Done:
