@@ -94,11 +94,11 @@ class OsStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError from exc
 
     def fileno(self) -> int:
-        return self._stream.socket.fileno()
+        return self._descriptor
 
     def receive_now(self, bytes_max: int) -> bytes | None:
         try:
-            return os.read(self._stream.socket.fileno(), bytes_max)
+            return os.read(self._descriptor, bytes_max)
         except BlockingIOError:
             return None
         except OSError as exc:

@@ -24,10 +24,11 @@ class Answers:
         self._decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
         self._collected_to = records.ANSWER
 
-    def find(self, tx: Tx, request: Once) -> Any:
-        """The answer or KvfsError that ``request`` got the first time, or None. Raises
-        InvalidRequest if the slot has answered a later request: nobody waits for this one."""
-        value = tx.kv.get(records.answer_key(request.client, request.slot))
+    def find(self, tx: Tx, slot: bytes, request: Once) -> Any:
+        """The answer or KvfsError that ``request`` got the first time, or None. ``slot`` is the key
+        of its slot. Raises InvalidRequest if that has answered a later request: nobody waits for
+        this one."""
+        value = tx.kv.get(slot)
         if value is None:
             return None
         record = records.decode_answer(value)
@@ -44,12 +45,13 @@ class Answers:
             decoder = self._decoders[reply_type] = msgspec.msgpack.Decoder(reply_type)
         return decoder.decode(record.reply)
 
-    def keep(self, tx: Tx, request: Once, reply: Any) -> None:
-        """``reply`` may be a KvfsError: of a request that was sent before."""
+    def keep(self, tx: Tx, slot: bytes, request: Once, reply: Any) -> None:
+        """``slot`` as for ``find``. ``reply`` may be a KvfsError: of a request that was sent
+        before."""
         failed = isinstance(reply, KvfsError)
         body = ErrorBody(reply.wire_code, reply.wire_data()) if failed else reply
         record = AnswerRecord(request.number, tx.now_ns, records.encode(body), failed)
-        tx.kv.put(records.answer_key(request.client, request.slot), records.encode(record))
+        tx.kv.put(slot, records.encode(record))
 
     def collect(self, tx: Tx) -> int:
         """Deletes what clients left that are gone, one transaction's worth; goes on where it

@@ -314,7 +314,7 @@ class BlocksByInode:
         return block
 
     def __contains__(self, inode: int) -> bool:
-        return inode in self._table.inodes
+        return self._table.inodes.get(inode) is not None
 
     def __len__(self) -> int:
         return len(self._table.inodes)

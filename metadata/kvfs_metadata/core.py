@@ -8,11 +8,12 @@ engine says so before each snapshot and each decision.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+
+import msgspec
 
 from kvfs_base.cluster import (
     ClusterMap,
@@ -23,7 +24,13 @@ from kvfs_base.cluster import (
     HeartbeatReply,
     TakeMoves,
 )
-from kvfs_base.errors import Conflict, InternalError, InvalidRequest, KvfsError
+from kvfs_base.errors import (
+    Conflict,
+    EntryNotFound,
+    InternalError,
+    InvalidRequest,
+    KvfsError,
+)
 from kvfs_base.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
@@ -32,6 +39,7 @@ from kvfs_metadata import records
 from kvfs_metadata.answers import Answers
 from kvfs_metadata.block_index import BlockIndex
 from kvfs_metadata.blocks import BlockCounts, Blocks
+from kvfs_metadata.capacity import Capacity
 from kvfs_metadata.check import fixes
 from kvfs_metadata.check.repair import Repairer, ServiceMemory, scan_records
 from kvfs_metadata.cluster.admin_messages import (
@@ -44,7 +52,7 @@ from kvfs_metadata.cluster.admin_messages import (
     SetDraining,
 )
 from kvfs_metadata.cluster.administration import Administration
-from kvfs_metadata.cluster.cluster_state import CAPACITY_FRACTION, ClusterState
+from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.cluster.draining import Drainer
 from kvfs_metadata.cluster.moving import Mover
 from kvfs_metadata.cluster.removals import Removals
@@ -56,7 +64,6 @@ from kvfs_metadata.engines.engine import (
     KVEngine,
     KVRead,
     KVTransaction,
-    Overlay,
     Writes,
 )
 from kvfs_metadata.engines.migrations import migrate
@@ -66,7 +73,7 @@ from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from kvfs_metadata.rename import rename
 from kvfs_metadata.sessions import Sessions
-from kvfs_metadata.transaction import ANY_CONNECTION, Counters, Tx, roll_back
+from kvfs_metadata.transaction import ANY_CONNECTION, Counters, Grant, Tx, roll_back
 from kvfs_metadata.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
@@ -76,13 +83,12 @@ COLLECT_BATCH = 256
 """Unlinked files one transaction deletes."""
 
 
-@dataclasses.dataclass
-class Decision:
+class Decision(msgspec.Struct):
     """A group that was decided and is not written yet."""
 
     group: Group[Any]
     undo: list[Callable[[], None]]
-    grants: list[tuple[int, bytes]]
+    grants: list[Grant]
 
 
 class MetadataCore:
@@ -138,6 +144,7 @@ class MetadataCore:
         self.cluster = ClusterState(
             read, self._clock, self._counters, self.removals, recorded=self._engine.shared
         )
+        self._capacity = Capacity(self._config, self.cluster)
         copies = Copies(self.cluster, self._config.default_copies)
         self.sessions.load(read)
         self.blocks = Blocks(
@@ -147,7 +154,7 @@ class MetadataCore:
             counters=self._counters,
             cluster=self.cluster,
             copies=copies,
-            capacity_bytes=self.capacity_bytes,
+            capacity_bytes=self._capacity.total_bytes,
             counts=self._counts,
             shared=self._engine.shared,
         )
@@ -167,6 +174,7 @@ class MetadataCore:
         self._load_administration()
         self._reads = self._read_table()
         self._writes = self._write_table()
+        self._read_kinds = self._find_read_kinds()
         self._orphans_from: int | None = 0
 
     def _load_administration(self) -> None:
@@ -243,7 +251,9 @@ class MetadataCore:
             m.SetLock: self._set_lock,
             m.Unlock: self.locks.unlock,
             m.GetLock: self.locks.get,
+            m.AwaitLock: _nothing,
             m.StopAwaiting: self.locks.stop_awaiting,
+            m.Sync: _nothing,
             m.SetAttr: tree.set_attr,
             m.Make: self._make,
             m.Link: tree.link,
@@ -270,24 +280,25 @@ class MetadataCore:
             ReplaceTarget: self._administration.replace,
         }
 
-    def only_reads(self, requests: Sequence[Any]) -> bool:
-        return all(
-            type(request) in self._reads and not self._takes_turn(request) for request in requests
-        )
+    def _find_read_kinds(self) -> set[type]:
+        """What need not wait for its turn among the writes. A map must not show members of chains
+        that are decided and not written yet: only ``StrictTurns`` answers reads meanwhile."""
+        kinds = set(self._reads)
+        if self._config.durability == "strict":
+            kinds.discard(GetClusterMap)
+        return kinds
 
-    def _takes_turn(self, request: Any) -> bool:
-        """A map must not show members of chains that are decided and not written yet. Only
-        ``StrictTurns`` answers reads meanwhile."""
-        return type(request) is GetClusterMap and self._config.durability == "strict"
+    def only_reads(self, requests: Sequence[Any]) -> bool:
+        """Whether a snapshot is enough to answer them."""
+        return self._read_kinds.issuperset(map(type, requests))
 
     def answer(self, requests: Sequence[Any], connection: int = ANY_CONNECTION) -> list[Any]:
-        """Answers requests that only read, on one snapshot."""
+        """Answers to requests that only read, on one snapshot."""
         self._requests += len(requests)
         answers = self._engine.view(lambda kv: [self._answer(kv, r) for r in requests])
         if self.leases.watches(connection):
             for request, answer in zip(requests, answers, strict=True):
-                for key in leased_keys(request, answer, self._namespace_of):
-                    self.leases.grant(connection, key)
+                self.leases.grant(connection, *leased_keys(request, answer, self._namespace_of))
         return answers
 
     def _namespace_of(self, inode: int) -> int | None:
@@ -306,61 +317,54 @@ class MetadataCore:
     def operation(self, connection: int, request: Any) -> Operation:
         """``request`` as part of a group. Reads among writes see those before them."""
         self._requests += 1
-        kind = type(request)
+        return partial(self._carry_out, connection, request)
 
-        def run(tx: Tx) -> Any:
-            tx.connection = connection
-            if not self.leases.watches(connection):
-                return decide(tx)
-            answer: Any = None
-            try:
-                answer = decide(tx)
-            except KvfsError as exc:
-                answer = exc
-                raise
-            finally:
-                keys = leased_keys(request, answer, self._namespace_of)
-                tx.grants.extend([(connection, key) for key in keys])
-            return answer
+    def _carry_out(self, connection: int, request: Any, tx: Tx) -> Any:
+        tx.connection = connection
+        # Looked up now and not before: memory may have been loaded anew.
+        write = self._writes.get(type(request))
+        if not self.leases.watches(connection):
+            return write(tx, request) if write else self._read_among_writes(tx, request)
+        try:
+            answer = write(tx, request) if write else self._read_among_writes(tx, request)
+        except EntryNotFound as exc:
+            tx.grants.append((connection, leased_keys(request, exc, self._namespace_of)))
+            raise
+        tx.grants.append((connection, leased_keys(request, answer, self._namespace_of)))
+        return answer
 
-        def decide(tx: Tx) -> Any:
-            # Looked up now and not before: memory may have been loaded anew.
-            write = self._writes.get(kind)
-            if write is not None:
-                return write(tx, request)
-            read = self._reads.get(kind)
-            if read is not None:
-                return read(tx.kv, request)
-            raise InvalidRequest(detail=f"unexpected {kind.__name__}")
-
-        return run
+    def _read_among_writes(self, tx: Tx, request: Any) -> Any:
+        read = self._reads.get(type(request))
+        if read is None:
+            raise InvalidRequest(detail=f"unexpected {type(request).__name__}")
+        return read(tx.kv, request)
 
     def _once(self, tx: Tx, request: m.Once) -> Any:
         inner = request.request
-        found = self.answers.find(tx, request)
-        if found is None:
-            return self._first_time(tx, request)
-        opened = isinstance(inner, m.Make) and inner.open and isinstance(found, Attr)
+        slot = records.answer_key(request.client, request.slot)
+        found = self.answers.find(tx, slot, request)
+        if found is not None:
+            return self._repeated(tx, inner, found)
+        write = self._writes[type(inner)]
+        reply = self._try(tx, write, inner) if request.again else write(tx, inner)
+        self.answers.keep(tx, slot, request, reply)
+        return reply
+
+    def _repeated(self, tx: Tx, request: Any, found: Any) -> Any:
+        opened = isinstance(request, m.Make) and request.open and isinstance(found, Attr)
         if opened and not self.sessions.has_open(tx, found.inode):
             # The client has attached again since the first time, not knowing of this file.
             self.sessions.open(tx, found.inode)
         return found
 
-    def _first_time(self, tx: Tx, request: m.Once) -> Any:
-        own, mark = Overlay(tx.kv), len(tx.undo)
-        reply: Any
+    def _try(self, tx: Tx, write: Callable[[Tx, Any], Any], request: Any) -> Any:
+        """Its reply, or the KvfsError that it raised, with what it did taken back."""
+        mark = tx.mark()
         try:
-            part = Tx(own, tx.now_ns, tx.connection, tx.undo, tx.grants)
-            reply = self._writes[type(request.request)](part, request.request)
+            return write(tx, request)
         except KvfsError as exc:
-            if not request.again:
-                raise
-            roll_back(tx.undo, mark)
-            reply = exc
-        else:
-            own.write_to(tx.kv)
-        self.answers.keep(tx, request, reply)
-        return reply
+            tx.roll_back(mark)
+            return exc
 
     # --- groups
 
@@ -368,7 +372,7 @@ class MetadataCore:
         """Runs each operation as a transaction of its own; nothing is written yet. No other group
         may be decided until this one is committed."""
         undo: list[Callable[[], None]] = []
-        grants: list[tuple[int, bytes]] = []
+        grants: list[Grant] = []
         now_ns = self._clock.time_ns()
         fns = [partial(_run, operation, now_ns, undo, grants) for operation in operations]
         self.cluster.map_version.urgent = False
@@ -395,8 +399,8 @@ class MetadataCore:
         """After each commit, before anything else is answered: tells who watches what was changed.
         What is returned is to be waited for before the group is answered."""
         # First: of several clients one may have been answered what the next one changed.
-        for connection, key in decision.grants:
-            self.leases.grant(connection, key)
+        for connection, keys in decision.grants:
+            self.leases.grant(connection, *keys)
         return self.leases.changed(decision.group.writes, author)
 
     def take_back(self, decision: Decision) -> None:
@@ -438,9 +442,6 @@ class MetadataCore:
 
     # --- sessions
 
-    def heard(self, connection: int) -> None:
-        self.sessions.heard(connection)
-
     def beat(self, tx: Tx) -> None:
         """To the other servers on the store."""
         self.sessions.beat(tx, self._addresses())
@@ -454,10 +455,9 @@ class MetadataCore:
 
     def _open_inode(self, tx: Tx, request: m.OpenInode) -> Attr:
         attr = self.tree.attr_of(tx.kv, request.inode)
-        block = self.index.by_inode.get(request.inode)
-        if block is not None:
+        if attr.is_block:
             # Readers of the mount bypass everybody once a block is open: this is its use.
-            self.index.use([block], tx.now_ns)
+            self.index.use([self.index.by_inode[request.inode]], tx.now_ns)
         else:
             self.sessions.open(tx, request.inode)
         return attr
@@ -499,45 +499,14 @@ class MetadataCore:
     def _cluster_map(self, kv: KVRead, request: GetClusterMap) -> ClusterMap:
         return self.cluster.map()
 
-    def capacity_bytes(self) -> int:
-        """0 while no target has told what it holds and nothing is configured."""
-        disks = self.cluster.targets.capacity_bytes()
-        if self._config.capacity_bytes == 0:
-            return int(disks * CAPACITY_FRACTION)
-        return min(self._config.capacity_bytes, disks or self._config.capacity_bytes)
-
     def _statfs(self, kv: KVRead, request: m.StatFs) -> m.FilesystemStats:
-        usage = records.unpack_usage(kv.get(records.USAGE_KEY))
-        used = self.blocks.used_bytes(kv)
-        capacity = self.capacity_bytes()
-        if self.cluster.targets.capacity_bytes():
-            # Somebody else may have filled the disks.
-            capacity = min(capacity, used + self.cluster.targets.free_bytes())
-        quota = self.blocks.quotas.find(kv, request.inode)
-        if quota is None:
-            inodes = usage.inodes + len(self.index.by_inode)
-            return m.FilesystemStats(capacity, used, inodes)
-        left = max(0, capacity - used)
-        if quota.bytes_max:
-            left = min(left, max(0, quota.bytes_max - quota.bytes_used))
-        return m.FilesystemStats(
-            capacity_bytes=quota.bytes_used + left,
-            used_bytes=quota.bytes_used,
-            inodes=quota.inodes,
-            inodes_max=quota.inodes_max,
-        )
+        return self._capacity.statfs(kv, request, self.blocks)
 
     # --- work in the background, as operations for the same queue as the requests
 
     def excess_bytes(self) -> int:
-        """What the cache is to evict now: above the high watermark down to the low one, or what
-        the fullest disk lacks of its reserve."""
-        capacity = self.capacity_bytes()
-        used = self._engine.view(self.blocks.used_bytes)
-        excess = 0
-        if capacity and used > capacity * self._config.high_watermark:
-            excess = int(used - capacity * self._config.low_watermark)
-        return max(excess, self.cluster.missing_bytes())
+        """What the cache is to evict now."""
+        return self._capacity.excess_bytes(self._engine.view(self.blocks.used_bytes))
 
     def blocks_size(self) -> int:
         """Bytes of blocks, prepared ones included."""
@@ -610,7 +579,7 @@ class MetadataCore:
         usage = records.unpack_usage(kv.get(records.USAGE_KEY))
         return {
             "requests": self._requests,
-            "capacity_bytes": self.capacity_bytes(),
+            "capacity_bytes": self._capacity.total_bytes(),
             "used_bytes": self.blocks.used_bytes(kv),
             "file_bytes": usage.file_bytes,
             "inodes": usage.inodes,
@@ -623,11 +592,15 @@ class MetadataCore:
         }
 
 
+def _nothing(tx: Tx, request: Any) -> None:
+    """Holds the place of a request that is no transaction: the service answers it."""
+
+
 def _run(
     operation: Operation,
     now_ns: int,
     undo: list[Callable[[], None]],
-    grants: list[tuple[int, bytes]],
+    grants: list[Grant],
     kv: KVTransaction,
 ) -> Any:
     """One operation of a group: whole or, in the store and in memory, not at all."""

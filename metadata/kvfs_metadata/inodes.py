@@ -47,6 +47,17 @@ def child(kv: KVRead, parent: int, name: bytes) -> int | None:
     return None if value is None else int.from_bytes(value, "big")
 
 
+def load_named(kv: KVRead, entry: bytes) -> InodeRecord | None:
+    """What the entry with this key leads to, None if there is no such entry. Raises InodeStale."""
+    inode = kv.get(entry)
+    if inode is None:
+        return None
+    value = kv.get(records.INODE + inode)
+    if value is None:
+        raise InodeStale(int.from_bytes(inode, "big"))
+    return records.decode_inode(value)
+
+
 def put_entry(tx: Tx, parent: int, name: bytes, inode: int) -> None:
     tx.kv.put(records.entry_key(parent, name), records.u64(inode))
 

@@ -241,15 +241,17 @@ class Leases:
 
     # --- giving
 
-    def grant(self, connection: int, key: bytes) -> None:
+    def grant(self, connection: int, *keys: bytes) -> None:
         watcher = self._watchers.get(connection)
-        if watcher is None or key in watcher.keys:
+        if watcher is None:
             return
-        watcher.keys[key] = None
-        self._holders[key] = (*self._holders.get(key, ()), connection)
         share = self._leases_max // len(self._watchers)
-        if len(watcher.keys) > share:
-            self._trim(connection, watcher, share)
+        for key in keys:
+            if key not in watcher.keys:
+                watcher.keys[key] = None
+                self._holders[key] = (*self._holders.get(key, ()), connection)
+                if len(watcher.keys) > share:
+                    self._trim(connection, watcher, share)
 
     def _trim(self, connection: int, watcher: _Watcher, share: int) -> None:
         if watcher.trimmed[1]:
@@ -281,7 +283,7 @@ class Leases:
     def changed(self, writes: Writes, author: int) -> Revocation | None:
         """A group was committed. What is returned, if anything, is to be over before the group is
         answered."""
-        if not self._watchers and self._start is None:
+        if self._start is None and (not self._watchers or self._watches_alone(author)):
             return None
         revocation = Revocation()
         told: dict[int, None] = {}
@@ -300,6 +302,11 @@ class Leases:
             revocation.left += 1
             self._start.then(revocation.one_less)
         return revocation if revocation.left else None
+
+    def _watches_alone(self, connection: int) -> bool:
+        """Whether nobody else watches, and it has nothing to drop: nobody is waited for then."""
+        watcher = self._watchers.get(connection)
+        return watcher is not None and len(self._watchers) == 1 and not watcher.waiting
 
     def _revoke(self, writes: Writes, author: int, told: dict[int, None]) -> None:
         holders = self._holders
@@ -355,43 +362,47 @@ def recorded_watchers(kv: KVRead) -> list[bytes]:
     return [key[len(records.WATCHER) :] for key, _ in scan(kv, records.WATCHER)]
 
 
-def _touched_names(request: m.Rename | m.Rmdir) -> tuple[bytes, ...]:
-    name = records.entry_key(request.parent, request.name)
-    if isinstance(request, m.Rmdir):
-        return (name,)
-    return name, records.entry_key(request.new_parent, request.new_name)
-
-
-_OF_ONE_NAME = (m.Lookup, m.Make, m.Link, m.Unlink)
+_OF_ONE_NAME = frozenset({m.Lookup, m.Make, m.Link, m.Unlink})
 
 
 def leased_keys(
     request: Any, answer: Any, namespace_of: Callable[[int], int | None]
 ) -> tuple[bytes, ...]:
     """What a watcher may keep of an answer. ``namespace_of`` knows the directory of a block."""
-    if isinstance(request, m.Once):
+    kind = type(request)
+    if kind is m.Once:
         request = request.request
+        kind = type(request)
+    if isinstance(answer, Attr):
+        return _of_attributes(request, kind, answer, namespace_of)
+    if isinstance(answer, EntryNotFound) and kind is m.Lookup:
+        return (records.entry_key(request.parent, request.name),)
     if isinstance(answer, m.Touched):
-        return _touched_names(request)
-    name: tuple[bytes, ...] = ()
-    if isinstance(request, _OF_ONE_NAME):
-        name = (records.entry_key(request.parent, request.name),)
-    if isinstance(answer, EntryNotFound) and isinstance(request, m.Lookup):
-        return name
-    if isinstance(answer, m.DirectoryPage):
-        if not request.is_kept(answer):
-            return ()
+        name = records.entry_key(request.parent, request.name)
+        if kind is m.Rename:
+            return name, records.entry_key(request.new_parent, request.new_name)
+        return (name,)
+    if isinstance(answer, m.DirectoryPage) and request.is_kept(answer):
         inodes = [records.inode_key(attr.inode) for _, attr in answer.entries]
         return records.entry_key(request.inode, b""), *inodes
-    if not isinstance(answer, Attr) or isinstance(request, m.Resolve):
+    return ()
+
+
+def _of_attributes(
+    request: Any, kind: type, attr: Attr, namespace_of: Callable[[int], int | None]
+) -> tuple[bytes, ...]:
+    if kind is m.Resolve:
         return ()
-    if not answer.is_block:
-        key = records.inode_key(answer.inode)
-        if answer.is_dir and isinstance(request, m.Make):
-            # It is empty: whoever made it knows all that is in it.
-            return (*name, key, records.entry_key(answer.inode, b""))
-        return (*name, key)
-    namespace = namespace_of(answer.inode)
-    if namespace is None:  # an unlinked block
-        return ()
-    return records.block_key(answer.inode), records.inode_key(namespace)
+    if attr.is_block:
+        namespace = namespace_of(attr.inode)
+        if namespace is None:  # an unlinked block
+            return ()
+        return records.block_key(attr.inode), records.inode_key(namespace)
+    key = records.inode_key(attr.inode)
+    if kind not in _OF_ONE_NAME:
+        return (key,)
+    name = records.entry_key(request.parent, request.name)
+    if kind is m.Make and attr.is_dir:
+        # It is empty: whoever made it knows all that is in it.
+        return name, key, records.entry_key(attr.inode, b"")
+    return name, key

@@ -14,6 +14,7 @@ class LockRequests:
         self._sessions = sessions
         self._engine = engine
         self._locks = Locks()
+        self.take_changed = self._locks.take_changed
         self._waits = Waits(self._locks)
         self._swept = False
         """What sessions of earlier processes left is gone."""
@@ -58,8 +59,8 @@ class LockRequests:
 
     def closed(self, tx: Tx, inode: int) -> None:
         """The connection's session closed a file, maybe not for the last time."""
-        session = self._sessions.speaker(tx)
-        if session is not None and not self._sessions.has_open(tx, inode):
+        session = self._sessions.speaker_without(tx, inode)
+        if session is not None:
             self._locks.close(tx, inode, session)
 
     def has_work(self) -> bool:
@@ -73,7 +74,3 @@ class LockRequests:
 
     def _not_swept(self) -> None:
         self._swept = False
-
-    def take_changed(self) -> set[int]:
-        """Inodes of which something was unlocked since this was asked last."""
-        return self._locks.take_changed()

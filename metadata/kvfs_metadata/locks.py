@@ -102,6 +102,7 @@ class Locks:
         self.changed.add(inode)
 
     def take_changed(self) -> set[int]:
+        """Inodes of which something was unlocked since this was asked last."""
         changed, self.changed = self.changed, set()
         return changed
 

@@ -16,6 +16,7 @@ from kvfs_base.errors import (
     DirectoryNotEmpty,
     EntryExists,
     EntryNotFound,
+    InodeStale,
     InvalidRequest,
     IsADirectory,
     LayoutMismatch,
@@ -32,7 +33,7 @@ from kvfs_metadata.block_table import Block
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.copies import Copies
-from kvfs_metadata.engines.engine import KVRead, scan
+from kvfs_metadata.engines.engine import KVRead
 from kvfs_metadata.inodes import (
     KV_INODE,
     charged_bytes,
@@ -42,6 +43,7 @@ from kvfs_metadata.inodes import (
     has_entries,
     load,
     load_directory,
+    load_named,
     put_entry,
     save,
     touch,
@@ -69,6 +71,8 @@ from kvfs_metadata.transaction import Counters, Tx, change_usage
 BLOCK_NAME = re.compile(rb"[0-9a-f]{64}")
 BLOCK_MODE = stat.S_IFREG | 0o444
 DIRECTORY_MODE = stat.S_IFDIR | 0o755
+XATTRS_PAGE = 256
+"""Attributes of an inode that are read at a time when it goes."""
 SPECIAL_TYPES = (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 
 
@@ -122,13 +126,13 @@ class FileTree:
         namespace = self._index.namespaces.get(parent)
         if namespace is not None:
             return block_attr(load(kv, parent), _block_named(namespace, name))
-        inode = child(kv, parent, name)
-        if inode is None:
+        record = load_named(kv, records.entry_key(parent, name))
+        if record is None:
             if parent in self._index.by_inode:
                 raise NotADirectory(name)
             load_directory(kv, parent)  # what is wrong may be the parent
             raise EntryNotFound(name)
-        return self.attr(load(kv, inode))
+        return self.attr(record)
 
     def get_attr(self, kv: KVRead, request: GetAttr) -> Attr:
         return self.attr_of(kv, request.inode)
@@ -211,15 +215,15 @@ class FileTree:
     def make(self, tx: Tx, request: Make) -> Attr:
         check_name(request.name)
         parent = self.load_parent(tx.kv, request.parent)
-        existing = child(tx.kv, parent.inode, request.name)
+        entry = records.entry_key(request.parent, request.name)
+        existing = load_named(tx.kv, entry)
         if existing is not None:
-            record = load(tx.kv, existing)
-            if request.exclusive or not (stat.S_ISREG(request.mode) and record.is_file):
+            if request.exclusive or not (stat.S_ISREG(request.mode) and existing.is_file):
                 raise EntryExists(request.name)
-            return self.attr(record)
+            return self.attr(existing)
         record = self._new_inode(tx, parent, request)
         save(tx, record)
-        put_entry(tx, parent.inode, request.name, record.inode)
+        tx.kv.put(entry, records.u64(record.inode))
         if record.is_dir:
             _add_link(parent)
         touch(parent, tx.now_ns)
@@ -292,13 +296,13 @@ class FileTree:
         if namespace is not None:
             return self._unlink_block(tx, namespace, request.name)
         parent = self.load_parent(tx.kv, request.parent)
-        inode = child(tx.kv, parent.inode, request.name)
-        if inode is None:
+        entry = records.entry_key(request.parent, request.name)
+        record = load_named(tx.kv, entry)
+        if record is None:
             raise EntryNotFound(request.name)
-        record = load(tx.kv, inode)
         if record.is_dir:
             raise IsADirectory(request.name)
-        tx.kv.delete(records.entry_key(parent.inode, request.name))
+        tx.kv.delete(entry)
         touch(parent, tx.now_ns)
         save(tx, parent)
         self.drop_link(tx, record)
@@ -337,8 +341,10 @@ class FileTree:
         tx.kv.delete(records.inode_key(record.inode))
         tx.kv.delete(records.orphan_key(record.inode))
         tx.kv.delete(records.lock_key(record.inode))
-        for key, _ in list(scan(tx.kv, records.xattr_key(record.inode, b""))):
-            tx.kv.delete(key)
+        xattrs = records.xattr_key(record.inode, b""), records.xattr_key(record.inode + 1, b"")
+        while found := tx.kv.range(*xattrs, XATTRS_PAGE):
+            for key, _ in found:
+                tx.kv.delete(key)
         charged = charged_bytes(record)
         change_usage(tx, inodes=-1, file_bytes=-charged)
         self._quotas.deleted(tx, record)
@@ -353,20 +359,20 @@ class FileTree:
             _block_named(self._index.namespaces[request.parent], request.name)
             raise NotADirectory(request.name)
         parent = self.load_parent(tx.kv, request.parent)
-        inode = child(tx.kv, parent.inode, request.name)
-        if inode is None:
+        entry = records.entry_key(request.parent, request.name)
+        record = load_named(tx.kv, entry)
+        if record is None:
             raise EntryNotFound(request.name)
-        record = load(tx.kv, inode)
         if not record.is_dir:
             raise NotADirectory(request.name)
-        if inode == KV_INODE:
+        if record.inode == KV_INODE:
             raise NotPermitted(reason="/kv stays")
-        tx.kv.delete(records.entry_key(parent.inode, request.name))
+        tx.kv.delete(entry)
         parent.nlink -= 1
         touch(parent, tx.now_ns)
         save(tx, parent)
         self.delete_directory(tx, record, request.name)
-        return Touched((inode,), tx.now_ns)
+        return Touched((record.inode,), tx.now_ns)
 
     def delete_directory(self, tx: Tx, record: InodeRecord, name: bytes) -> None:
         """An empty directory that has no entry any more. Raises DirectoryNotEmpty."""
@@ -437,9 +443,12 @@ class FileTree:
 
     def load_parent(self, kv: KVRead, inode: int) -> InodeRecord:
         """A directory whose entries may change. Raises NotPermitted for a namespace."""
-        if inode in self._index.by_inode:
-            raise NotADirectory()
-        record = load_directory(kv, inode)
+        try:
+            record = load_directory(kv, inode)
+        except InodeStale:
+            if inode in self._index.by_inode:
+                raise NotADirectory() from None
+            raise
         if record.is_namespace:
             raise NotPermitted(reason="a namespace holds blocks only")
         return record

@@ -516,10 +516,13 @@ class Usage(NamedTuple):
     file_bytes: int
 
 
+UsageFields = tuple[int, int]
+"""A Usage, or its fields."""
+
 _USAGE = struct.Struct("<QQ")
 
 
-def pack_usage(usage: Usage) -> bytes:
+def pack_usage(usage: UsageFields) -> bytes:
     return _USAGE.pack(*usage)
 
 

@@ -18,10 +18,8 @@ from kvfs_metadata.engines.engine import KVRead
 from kvfs_metadata.inodes import (
     KV_INODE,
     check_name,
-    child,
     is_below,
-    load,
-    put_entry,
+    load_named,
     save,
     touch,
 )
@@ -45,10 +43,12 @@ def rename(tree: FileTree, tx: Tx, request: Rename) -> Touched:
     new_parent = old_parent
     if request.new_parent != request.parent:
         new_parent = tree.load_parent(tx.kv, request.new_parent)
-    source = _named(tx.kv, old_parent, request.name)
+    old_entry = records.entry_key(request.parent, request.name)
+    new_entry = records.entry_key(request.new_parent, request.new_name)
+    source = load_named(tx.kv, old_entry)
     if source is None:
         raise EntryNotFound(request.name)
-    replaced = _named(tx.kv, new_parent, request.new_name)
+    replaced = load_named(tx.kv, new_entry)
     if replaced is not None and request.flags == NOREPLACE:
         raise EntryExists(request.new_name)
     if replaced is None and request.flags == EXCHANGE:
@@ -60,25 +60,20 @@ def rename(tree: FileTree, tx: Tx, request: Rename) -> Touched:
     if request.flags == EXCHANGE and replaced is not None:
         _check_move(tx.kv, replaced, old_parent, request.new_name)
         check_quota(replaced, old_parent)
-        put_entry(tx, old_parent.inode, request.name, replaced.inode)
+        tx.kv.put(old_entry, records.u64(replaced.inode))
         _moved(tx, replaced, new_parent, old_parent)
     else:
         # First: a directory that still has the source in it is not empty.
         if replaced is not None:
             _replace(tree, tx, source, replaced, parent=new_parent, name=request.new_name)
-        tx.kv.delete(records.entry_key(old_parent.inode, request.name))
-    put_entry(tx, new_parent.inode, request.new_name, source.inode)
+        tx.kv.delete(old_entry)
+    tx.kv.put(new_entry, records.u64(source.inode))
     _moved(tx, source, old_parent, new_parent)
-    for parent in (old_parent, new_parent):
+    for parent in (old_parent,) if old_parent is new_parent else (old_parent, new_parent):
         touch(parent, tx.now_ns)
         save(tx, parent)
     moved = (source, replaced) if replaced is not None else (source,)
     return Touched(tuple(record.inode for record in moved), tx.now_ns)
-
-
-def _named(kv: KVRead, parent: InodeRecord, name: bytes) -> InodeRecord | None:
-    inode = child(kv, parent.inode, name)
-    return None if inode is None else load(kv, inode)
 
 
 def _check_move(kv: KVRead, record: InodeRecord, into: InodeRecord, name: bytes) -> None:

@@ -35,6 +35,7 @@ from kvfs_metadata.watching import CHANGES, Watching
 log = logging.getLogger(__name__)
 
 SERVER_NUMBER_BYTES = 16
+NO_TRANSACTIONS: frozenset[type] = frozenset({Sync, AwaitLock})
 
 
 class MetadataService:
@@ -101,14 +102,14 @@ class MetadataService:
             self.core.disconnected(session_id)
 
     async def handle(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
-        if self._shared:
-            self._heard.add(session_id)
-        else:
-            self.core.heard(session_id)
+        self._heard.add(session_id)
+        if Watch in map(type, requests):
+            return await self._answer_watcher(session_id, requests)
+        return await self._answer(session_id, requests)
+
+    async def _answer_watcher(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
+        """Watches come first: what else arrived with one was asked by a watcher."""
         watches = [place for place, request in enumerate(requests) if type(request) is Watch]
-        if not watches:
-            return await self._answer(session_id, requests)
-        # They come first: what else arrived with one was asked by a watcher.
         late = {place: await self._watching.hear(session_id, requests[place]) for place in watches}
         rest = [request for place, request in enumerate(requests) if place not in late]
         answers = iter(await self._answer(session_id, rest) if rest else ())
@@ -117,37 +118,30 @@ class MetadataService:
     async def _answer(self, session_id: int, requests: Sequence[Any]) -> Sequence[Any]:
         if self.core.only_reads(requests):
             return await self._turns.read(session_id, requests)
-        special = [p for p, request in enumerate(requests) if type(request) in (Sync, AwaitLock)]
         results: list[Any] = []
         revocations: list[Revocation] = []
         for start in range(0, len(requests), WRITE_GROUP_REQUESTS):
             batch = requests[start : start + WRITE_GROUP_REQUESTS]
-            operations = [
-                _nothing
-                if type(request) in (Sync, AwaitLock)
-                else self.core.operation(session_id, request)
-                for request in batch
-            ]
+            operations = [self.core.operation(session_id, request) for request in batch]
             part, revocation = await self._turns.change(session_id, operations)
             results += part
             if revocation is not None:
                 revocations.append(revocation)
-        if special:
-            await self._answer_special(session_id, requests, special, results)
+        if not NO_TRANSACTIONS.isdisjoint(map(type, requests)):
+            await self._answer_special(session_id, requests, results)
         if revocations and not CHANGES.isdisjoint(map(type, requests)):
             return await self._watching.hold(session_id, results, revocations)
         return results
 
     async def _answer_special(
-        self, session_id: int, requests: Sequence[Any], places: Sequence[int], results: list[Any]
+        self, session_id: int, requests: Sequence[Any], results: list[Any]
     ) -> None:
         """What is no transaction."""
         synced: Done | KvfsError | None = None
-        for place in places:
-            request = requests[place]
+        for place, request in enumerate(requests):
             if isinstance(request, AwaitLock):
                 results[place] = Later(partial(self._lock_waiters.wait, session_id, request))
-            else:
+            elif isinstance(request, Sync):
                 synced = synced or await self._answer_sync()
                 results[place] = synced
 
@@ -264,13 +258,13 @@ class MetadataService:
             return False
 
     def _due(self) -> list[Operation]:
+        heard, self._heard = self._heard, set()
+        gone, self._gone = self._gone, set()
+        for connection in heard - gone:
+            self.core.sessions.heard(connection)
+        for connection in gone:
+            self.core.disconnected(connection)
         if self._shared:
-            heard, self._heard = self._heard, set()
-            gone, self._gone = self._gone, set()
-            for connection in heard - gone:
-                self.core.heard(connection)
-            for connection in gone:
-                self.core.disconnected(connection)
             self.core.catch_up()
         if self._stood_still > HEARTBEAT_SECONDS:
             self.core.stood_still(self._stood_still)
@@ -304,10 +298,6 @@ class MetadataService:
                 return
         if self._shared:
             _log_failures(update(self.core, [self.core.goodbye])[0])
-
-
-def _nothing(tx: Any) -> None:
-    """Holds the place of a request that is answered later."""
 
 
 def _log_failures(results: Sequence[Any]) -> None:

@@ -225,9 +225,9 @@ class Sessions:
         self._holders.update(opens.keys())
 
     def _forget_holder(self, inode: int) -> None:
-        self._holders[inode] -= 1
-        if self._holders[inode] <= 0:
-            del self._holders[inode]
+        left = self._holders.pop(inode, 0) - 1
+        if left > 0:
+            self._holders[inode] = left
 
     def heard(self, connection: int) -> None:
         """Something came over a connection."""
@@ -315,8 +315,14 @@ class Sessions:
         uuid, session = self._session_of(tx)
         return uuid if session.connection == tx.connection else None
 
+    def speaker_without(self, tx: Tx, inode: int) -> bytes | None:
+        """The same, if that session does not have ``inode`` open."""
+        uuid, session = self._session_of(tx)
+        speaks = session.connection == tx.connection and inode not in session.opens
+        return uuid if speaks else None
+
     def session_on(self, connection: int) -> bytes:
-        """The same without a transaction, for what changes nothing."""
+        """Its session without a transaction, for what changes nothing."""
         return self._by_connection.get(connection) or self._anonymous(connection)
 
     def is_known(self, uuid: bytes) -> bool:
@@ -333,15 +339,17 @@ class Sessions:
         return self._server + records.u64(connection)
 
     def _drop(self, session: _Session, inode: int) -> None:
-        session.opens[inode] -= 1
-        if session.opens[inode] <= 0:
-            del session.opens[inode]
+        left = session.opens.pop(inode, 0) - 1
+        if left > 0:
+            session.opens[inode] = left
+        else:
             self._forget_holder(inode)
 
     def _reopen(self, session: _Session, inode: int) -> None:
-        session.opens[inode] += 1
-        if session.opens[inode] == 1:
-            self._holders[inode] += 1
+        count = session.opens.get(inode, 0) + 1
+        session.opens[inode] = count
+        if count == 1:
+            self._holders[inode] = self._holders.get(inode, 0) + 1
 
     def may_be_open(self, inode: int) -> bool:
         return self.in_grace or inode in self._holders

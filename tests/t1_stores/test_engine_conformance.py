@@ -158,6 +158,26 @@ def test_a_refused_function_leaves_nothing_and_disturbs_nobody(engine: KVEngine)
     assert everything(engine) == {b"a": b"1", b"b": b"2", b"c": b"3"}
 
 
+def test_a_function_takes_back_what_it_wrote_since_a_mark(engine: KVEngine) -> None:
+    def fn(txn: KVTransaction) -> list[tuple[bytes, bytes]]:
+        putting(a=b"kept", b=b"kept")(txn)
+        mark = txn.mark()
+        putting(a=b"wrong", c=b"wrong", d=b"wrong")(txn)
+        inner = txn.mark()
+        txn.delete(b"d")
+        txn.roll_back(inner)
+        assert txn.get(b"d") == b"wrong"
+        for key in (b"b", b"c", b"stored"):
+            txn.delete(key)
+        txn.roll_back(mark)
+        return txn.range(b"", b"z", 10)
+
+    engine.update([putting(stored=b"before")])
+    expected = {b"a": b"kept", b"b": b"kept", b"stored": b"before"}
+    assert engine.update([fn]) == [list(expected.items())]
+    assert everything(engine) == expected
+
+
 def test_another_exception_ends_the_group_and_nothing_is_written(engine: KVEngine) -> None:
     def broken(txn: KVTransaction) -> None:
         raise RuntimeError("a bug")

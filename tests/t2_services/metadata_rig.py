@@ -76,7 +76,7 @@ class Rig:
         that is due then is done."""
         self.clock.advance(seconds)
         for connection in range(0 if silent else 10):
-            self.core.heard(connection)
+            self.core.sessions.heard(connection)
         for _ in range(3):
             for result in self.core.update(self.core.due()):
                 assert not isinstance(result, BaseException), result

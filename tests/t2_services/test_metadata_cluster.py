@@ -83,6 +83,21 @@ def test_leases(rig: Rig) -> None:
     assert {b.chain for b in rig.prepare(namespace, range(9, 17)).blocks if b} == {1, 2}
 
 
+def test_a_target_whose_removal_was_taken_back_is_as_late_as_before(rig: Rig) -> None:
+    targets = rig.core.cluster.targets
+    rig.heartbeat("a")
+    rig.heartbeat("b")
+    entry = targets.named("a")
+    assert entry is not None
+    targets.remove(entry)
+    rig.clock.advance(limits.TARGET_LEASE_SECONDS)
+    rig.heartbeat("b")
+    assert states(rig) == {2: TargetState.SERVING}
+    targets.add(entry)
+    rig.clock.advance(0.01)
+    assert states(rig) == {1: TargetState.OFFLINE, 2: TargetState.SERVING}
+
+
 def layout(rig: Rig, name: bytes) -> tuple[int, ...]:
     found = rig.make(ROOT, name).layout
     assert found is not None

@@ -1,8 +1,8 @@
 """Repairs, each of which looks again before it does anything.
 
 A check reads page by page while others write, so what it found may be true no longer, or never have
-been. Here, in one transaction, it is decided. A dry run carries a repair out on an overlay that is
-thrown away: what is confirmed and what is repaired are decided by the same lines.
+been. Here, in one transaction, it is decided. A dry run carries a repair out and takes it back:
+what is confirmed and what is repaired are decided by the same lines.
 
 Chunks that belong to nothing. A chunk is removed only if its inode number was given out before this
 transaction and nothing refers to it now: no block, no inode, no prepared batch. That is final: a
@@ -44,7 +44,7 @@ from kvfs_metadata.check.findings import DROPPABLE, record_problem
 from kvfs_metadata.check.fsck import Batches, is_file, leads_nowhere
 from kvfs_metadata.check.quota_usage import set_quota_usage
 from kvfs_metadata.cluster.removals import Removals
-from kvfs_metadata.engines.engine import KVRead, Overlay, scan
+from kvfs_metadata.engines.engine import KVRead, scan
 from kvfs_metadata.inodes import (
     KV_INODE,
     charged_bytes,
@@ -59,7 +59,7 @@ from kvfs_metadata.inodes import (
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.records import BlockValue, InodeRecord, RemovalValue
 from kvfs_metadata.sessions import Sessions
-from kvfs_metadata.transaction import Counters, Tx, change_usage, roll_back
+from kvfs_metadata.transaction import Counters, Tx, change_usage
 
 log = logging.getLogger(__name__)
 
@@ -189,11 +189,10 @@ class Repairer:
         return tuple(self._try(tx, fix, request.dry) for fix in request.fixes)
 
     def _try(self, tx: Tx, fix: f.Fix, dry: bool) -> f.Verdict:
-        own = Overlay(tx.kv)
-        undo: list[Callable[[], None]] = []
+        mark = tx.mark()
         verdict = f.Verdict.BLOCKED
         try:
-            wanted = self._actions[type(fix)](Tx(own, tx.now_ns, tx.connection, undo), fix)
+            wanted = self._actions[type(fix)](tx, fix)
             verdict = f.Verdict.DONE if wanted else f.Verdict.GONE
         except InodeStale:
             verdict = f.Verdict.GONE
@@ -201,14 +200,7 @@ class Repairer:
             log.info("%s is blocked: %s", fix, exc)
         finally:
             if dry or verdict is not f.Verdict.DONE:
-                roll_back(undo)
-        if verdict is f.Verdict.DONE and not dry:
-            for key, value in own.writes.items():
-                if value is None:
-                    tx.kv.delete(key)
-                else:
-                    tx.kv.put(key, value)
-            tx.undo.extend(undo)
+                tx.roll_back(mark)
         return verdict
 
     # --- inodes

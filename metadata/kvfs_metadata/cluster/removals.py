@@ -56,7 +56,10 @@ class Removals:
                 self._queue(target_id).state = records.unpack_removal_state(value)
 
     def _queue(self, target_id: int) -> _Queue:
-        return self._queues.setdefault(target_id, _Queue(RemovalState(1, 0, 0)))
+        queue = self._queues.get(target_id)
+        if queue is None:
+            queue = self._queues[target_id] = _Queue(RemovalState(1, 0, 0))
+        return queue
 
     def add(self, tx: Tx, target_ids: Sequence[int], removal: RemovalValue) -> None:
         """Queues ``removal`` for every one of the targets."""

@@ -67,6 +67,8 @@ class TargetTable:
         self.departures = 0
         self._by_uuid: dict[str, TargetEntry] = {}
         self._by_id: dict[int, TargetEntry] = {}
+        self._expires_from = 0.0
+        """Until then ``expire`` has nothing to do."""
 
     def enter(self, uuid: str, record: TargetRecord, free_bytes: int) -> TargetEntry:
         """One that was not known. It has a whole lease to be heard of."""
@@ -78,6 +80,7 @@ class TargetTable:
 
     def add(self, entry: TargetEntry) -> None:
         self._by_uuid[entry.uuid] = self._by_id[entry.target_id] = entry
+        self._expires_from = min(self._expires_from, entry.heard_at + TARGET_LEASE_SECONDS)
 
     def remove(self, entry: TargetEntry) -> None:
         del self._by_uuid[entry.uuid], self._by_id[entry.target_id]
@@ -151,12 +154,17 @@ class TargetTable:
 
     def expire(self) -> None:
         """Targets that are silent for too long go offline."""
-        oldest = self._clock.monotonic() - TARGET_LEASE_SECONDS
+        now = self._clock.monotonic()
+        if now < self._expires_from:
+            return  # asked for each new file, and there may be a thousand targets
+        oldest = now - TARGET_LEASE_SECONDS
         late = [e for e in self if e.heard_at < oldest and e.state is not TargetState.OFFLINE]
         for entry in late:
             entry.state = TargetState.OFFLINE
         if late:
             self._version.changed()
+        heard = [e.heard_at for e in self if e.state is not TargetState.OFFLINE]
+        self._expires_from = min(heard, default=now) + TARGET_LEASE_SECONDS
 
     def heard(self, entry: TargetEntry, beat: BeatValue) -> None:
         now = self._clock.monotonic()

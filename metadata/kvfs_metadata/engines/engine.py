@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from kvfs_base.errors import KvfsError
 
@@ -53,6 +53,12 @@ class KVTransaction(KVRead, Protocol):
 
     def delete(self, key: bytes) -> None:
         """Fine if the key is absent."""
+
+    def mark(self) -> int:
+        """How far it is now, for ``roll_back``."""
+
+    def roll_back(self, mark: int) -> None:
+        """Takes back what was written since then."""
 
 
 @dataclasses.dataclass
@@ -121,14 +127,19 @@ class KVEngine(Protocol):
     def close(self) -> None: ...
 
 
-class Overlay:
-    """A KVTransaction that keeps its writes to itself, over any other state. Overlays nest."""
+_NOTHING: Any = object()
 
-    __slots__ = ("_base", "writes")
+
+class Overlay:
+    """A KVTransaction that keeps its writes to itself, over a committed state."""
+
+    __slots__ = ("_base", "_replaced", "writes")
 
     def __init__(self, base: KVRead) -> None:
         self._base = base
         self.writes: dict[bytes, bytes | None] = {}
+        self._replaced: list[tuple[bytes, Any]] = []
+        """What each write found in ``writes``, in order."""
 
     def get(self, key: bytes) -> bytes | None:
         if key in self.writes:
@@ -151,17 +162,23 @@ class Overlay:
         return sorted(merged.items(), reverse=reverse)[:limit]
 
     def put(self, key: bytes, value: bytes) -> None:
+        self._replaced.append((key, self.writes.get(key, _NOTHING)))
         self.writes[key] = value
 
     def delete(self, key: bytes) -> None:
+        self._replaced.append((key, self.writes.get(key, _NOTHING)))
         self.writes[key] = None
 
-    def write_to(self, kv: KVTransaction) -> None:
-        for key, value in self.writes.items():
-            if value is None:
-                kv.delete(key)
+    def mark(self) -> int:
+        return len(self._replaced)
+
+    def roll_back(self, mark: int) -> None:
+        while len(self._replaced) > mark:
+            key, value = self._replaced.pop()
+            if value is _NOTHING:
+                del self.writes[key]
             else:
-                kv.put(key, value)
+                self.writes[key] = value
 
 
 def run_group(base: KVRead, fns: Sequence[Callable[[KVTransaction], T]]) -> Group[T]:
@@ -169,13 +186,12 @@ def run_group(base: KVRead, fns: Sequence[Callable[[KVTransaction], T]]) -> Grou
     state = Overlay(base)
     results: list[T | KvfsError] = []
     for fn in fns:
-        own = Overlay(state)
+        mark = state.mark()
         try:
-            results.append(fn(own))
+            results.append(fn(state))
         except KvfsError as exc:
+            state.roll_back(mark)
             results.append(exc)
-        else:
-            state.writes.update(own.writes)
     return Group(results, state.writes)
 
 
