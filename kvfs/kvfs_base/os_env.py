@@ -15,11 +15,8 @@ from kvfs_base.seams import Disk, Env
 
 
 class SystemClock:
-    def time_ns(self) -> int:
-        return time.time_ns()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
+    time_ns = staticmethod(time.time_ns)
+    monotonic = staticmethod(time.monotonic)
 
 
 # --- disk

@@ -27,7 +27,7 @@ def request(opcode: int, body: bytes = b"", *, length: int | None = None, extra:
 
 def arguments(opcode: int, body: bytes) -> Any:
     found = wire.parse(memoryview(request(opcode, body)))
-    assert found[:5] == (opcode, 7, 9, 1000, 100)
+    assert found == wire.Request(opcode, 7, 9, 1000, 100, found.arguments, thread=1)
     return found.arguments
 
 

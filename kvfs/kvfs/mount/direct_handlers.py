@@ -11,6 +11,8 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from fcntl import F_UNLCK
 
+from msgspec.structs import replace
+
 from kvfs.mount import fuse_wire as wire
 from kvfs.mount import fuse_wire_ranges as ranges
 from kvfs.mount.backend import NO_DESCRIPTOR
@@ -140,7 +142,7 @@ class Handlers:
 
     def _lookup_now(self, request: Request) -> Answer | None:
         try:
-            attr = self._fs.lookup_now(request.inode, request.arguments.name)
+            attr = self._fs.lookup_now(request.inode, *request.arguments)
         except EntryNotFound:
             if not self._config.negative_seconds:
                 raise
@@ -167,7 +169,7 @@ class Handlers:
         return (wire.size_out(len(data)),) if self._fs.write_now(handle, offset, data) else None
 
     def _release_now(self, request: Request) -> Answer | None:
-        handle = request.arguments.handle
+        (handle,) = request.arguments
         if self._locks.ends_with_release(request.inode, handle):
             return None
         if not self._fs.release_now(handle):
@@ -186,7 +188,7 @@ class Handlers:
         return () if self._fs.flush_now(handle) else None
 
     def _releasedir(self, request: Request) -> Answer:
-        self._fs.releasedir(request.arguments.handle)
+        self._fs.releasedir(*request.arguments)
         return ()
 
     def _getxattr_now(self, request: Request) -> Answer | None:
@@ -220,7 +222,8 @@ class Handlers:
             else:
                 tell(request, () if attr is None else self._entry(attr), error)
 
-        return self._fs.lookup_soon(request.inode, request.arguments.name, done)
+        (name,) = request.arguments
+        return self._fs.lookup_soon(request.inode, name, done)
 
     def _getattr_soon(self, request: Request, tell: Tell) -> int:
         def done(attr: Attr | None, error: KvfsError | None) -> None:
@@ -273,11 +276,11 @@ class Handlers:
         return self._fs.link_soon(inode, request.inode, name, self._made(request, tell))
 
     def _unlink_soon(self, request: Request, tell: Tell) -> int:
-        name = request.arguments.name
+        (name,) = request.arguments
         return self._fs.unlink_soon(request.inode, name, _changed(request, tell))
 
     def _rmdir_soon(self, request: Request, tell: Tell) -> int:
-        name = request.arguments.name
+        (name,) = request.arguments
         return self._fs.rmdir_soon(request.inode, name, _changed(request, tell))
 
     def _rename_soon(self, request: Request, tell: Tell) -> int:
@@ -349,7 +352,7 @@ class Handlers:
 
     async def _lookup(self, request: Request) -> Answer:
         try:
-            return self._entry(await self._fs.lookup(request.inode, request.arguments.name))
+            return self._entry(await self._fs.lookup(request.inode, *request.arguments))
         except EntryNotFound:
             if not self._config.negative_seconds:
                 raise
@@ -378,11 +381,11 @@ class Handlers:
         return self._entry(await self._fs.mkdir(request.inode, name, mode, _caller(request)))
 
     async def _unlink(self, request: Request) -> Answer:
-        await self._fs.unlink(request.inode, request.arguments.name)
+        await self._fs.unlink(request.inode, *request.arguments)
         return ()
 
     async def _rmdir(self, request: Request) -> Answer:
-        await self._fs.rmdir(request.inode, request.arguments.name)
+        await self._fs.rmdir(request.inode, *request.arguments)
         return ()
 
     async def _rename(self, request: Request) -> Answer:
@@ -454,11 +457,11 @@ class Handlers:
         return ()
 
     async def _fsync(self, request: Request) -> Answer:
-        await self._fs.fsync(request.arguments.handle)
+        await self._fs.fsync(*request.arguments)
         return ()
 
     async def _release(self, request: Request) -> Answer:
-        handle = request.arguments.handle
+        (handle,) = request.arguments
         await self._locks.released(request.inode, handle)
         try:
             await self._fs.release(handle)
@@ -522,7 +525,7 @@ class Handlers:
         return listing
 
     async def _fsyncdir(self, request: Request) -> Answer:
-        await self._fs.fsyncdir(request.arguments.handle)
+        await self._fs.fsyncdir(*request.arguments)
         return ()
 
     async def _statfs(self, request: Request) -> Answer:
@@ -543,7 +546,7 @@ class Handlers:
         return ()
 
     async def _removexattr(self, request: Request) -> Answer:
-        await self._fs.xattrs.remove(request.inode, request.arguments.name)
+        await self._fs.xattrs.remove(request.inode, *request.arguments)
         return ()
 
 
@@ -579,7 +582,7 @@ def _changes(args: wire.SetAttrs) -> AttrChanges:
 
 
 def _release_of(request: Request, answer: Answer) -> Request:
-    return request._replace(arguments=wire.OfHandle(wire.handle_of(answer[-1])))
+    return replace(request, arguments=(wire.handle_of(answer[-1]),))
 
 
 def _caller(request: Request) -> Caller:

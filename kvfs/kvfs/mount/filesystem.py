@@ -453,13 +453,7 @@ class Filesystem:
     def _opened(self, file: OpenFile, current: bool, flags: int) -> Opened:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
         handle = self._add(Handle(file, writable))
-        return Opened(
-            handle,
-            keep_cache=current,
-            writable=writable,
-            backing=file.backing,
-            passes_writes=file.passes_writes,
-        )
+        return Opened(handle, current, writable, file.backing, file.passes_writes)
 
     def refuse_backing(self, handle: int) -> None:
         """The kernel did not take what a file that was just made had as ``backing``."""

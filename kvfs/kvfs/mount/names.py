@@ -34,7 +34,7 @@ class Names:
     """A Watcher of the metadata client."""
 
     def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+        self._now = clock.monotonic
         self._until = 0.0
         self._attrs: dict[int, Attr] = {}
         self._entries: dict[Entry, int] = {}
@@ -73,15 +73,15 @@ class Names:
     @property
     def are_leased(self) -> bool:
         """Whether anything is."""
-        return self._clock.monotonic() < self._until
+        return self._now() < self._until
 
     def attr(self, inode: int) -> Attr | None:
         """None: the service has to be asked."""
-        return self._attrs.get(inode) if self.are_leased else None
+        return self._attrs.get(inode) if self._now() < self._until else None
 
     def entry(self, parent: int, name: bytes) -> int | None:
         """The inode that a name leads to, or MISSING; None: the service has to be asked."""
-        if not self.are_leased:
+        if self._now() >= self._until:
             return None
         inode = self._entries.get((parent, name))
         if inode is not None:
@@ -222,22 +222,24 @@ class Names:
         """A change of ours had this outcome: so names lead now, and this is what inodes are, or
         None if that is not known. Other names of the directories are what they were. Where
         somebody else has changed something meanwhile, nothing is known any more."""
-        self.token += 1
+        self.token = now = self.token + 1
         dropped = self._dropped
+        last = token if token >= self._floor else -1
         for inode, attr in inodes.items():
-            if attr is not None and not attr.is_namespace and self._is_fresh(inode, token):
+            if attr is not None and dropped.get(inode, 0) <= last and not attr.is_namespace:
                 _add(self._attrs, inode, attr)
             else:
                 self._attrs.pop(inode, None)
-            dropped[inode] = self.token
+            dropped[inode] = now
         for entry, inode in entries.items():
-            if self._is_fresh(entry, token):
+            parent = entry[0]
+            if dropped.get(entry, 0) <= last:
                 self._set_entry(entry, inode)
             else:
                 self._entries.pop(entry, None)
-                self._whole.discard(entry[0])
-            self.listings.drop(entry[0])
-            dropped[entry] = dropped[entry[0], b""] = self.token
+                self._whole.discard(parent)
+            self.listings.drop(parent)
+            dropped[entry] = dropped[parent, b""] = now
         self._bound_dropped()
 
     def _changed(self, request: Any, reply: Any, token: int) -> None:

@@ -7,7 +7,6 @@ costs a call anyway, and nobody could tell us to close what is idle: then it is 
 
 from __future__ import annotations
 
-import collections
 import itertools
 import logging
 from collections.abc import Iterable
@@ -32,9 +31,9 @@ log = logging.getLogger(__name__)
 class Opens:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._counted: collections.Counter[int] = collections.Counter()
+        self._counted: dict[int, int] = {}
         """How often the service counts an inode as open by us."""
-        self._users: collections.Counter[int] = collections.Counter()
+        self._users: dict[int, int] = {}
         """How often it was taken here and not given back."""
         self._idle: dict[int, None] = {}
         """Counted and not used, the longest first."""
@@ -71,7 +70,8 @@ class Opens:
         except BaseException:
             self.give_back(inode)
             raise
-        self._counted[inode] += not known
+        if not known:
+            self._count(inode)
         return attr
 
     def count_soon(self, inode: int, done: Done) -> bool:
@@ -82,7 +82,7 @@ class Opens:
 
         def tell(attr: Attr | None, error: KvfsError | None) -> None:
             if attr is not None:
-                self._counted[inode] += 1
+                self._count(inode)
                 if inode not in self._users:
                     self._idle[inode] = None
             done(None, error)
@@ -91,11 +91,14 @@ class Opens:
 
     def made(self, inode: int) -> None:
         """The service has counted it with its creation."""
-        self._counted[inode] += 1
+        self._count(inode)
         self._use(inode)
 
+    def _count(self, inode: int) -> None:
+        self._counted[inode] = self._counted.get(inode, 0) + 1
+
     def _use(self, inode: int) -> None:
-        self._users[inode] += 1
+        self._users[inode] = self._users.get(inode, 0) + 1
         self._idle.pop(inode, None)
         self._idle_before.discard(inode)
         self._unwanted.discard(inode)
@@ -103,7 +106,7 @@ class Opens:
     def give_back(self, inode: int, *, wanted: bool = True) -> None:
         """``wanted`` is False for one that will not be opened again."""
         left = self._users.pop(inode) - 1
-        if left > 0:
+        if left:
             self._users[inode] = left
             return
         if inode not in self._counted:

@@ -6,6 +6,8 @@ import dataclasses
 import stat
 from typing import NamedTuple
 
+import msgspec
+
 from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs_base.types import Attr
 
@@ -15,7 +17,7 @@ class Caller(NamedTuple):
     gid: int
 
 
-class Opened(NamedTuple):
+class Opened(msgspec.Struct, frozen=True, gc=False):
     handle: int
     keep_cache: bool
     """Pages that the kernel has of this file are current."""
