@@ -53,6 +53,10 @@ class DataConnection:
         self.broken = False
         self.given_up = False
 
+    def fileno(self) -> int:
+        """Readable once the answer begins to arrive."""
+        return self._connection.fileno()
+
     def set_timeout(self, seconds: float) -> None:
         """For each step of the calls that follow."""
         if seconds != self._timeout:

@@ -302,6 +302,10 @@ STAGED_AHEAD = 32
 """Empty files of a target that a mount has at hand for new files, a descriptor and 1 KiB of the
 server's each. One request asks for half of them: at 6,000 new files a second, 375 requests."""
 
+SEAL_TOGETHER_SECONDS = 0.01
+"""How long a staged file that was closed waits for others to be sealed with: at 1,000 a second, ten
+with one request."""
+
 STAGED_AHEAD_TARGETS_MAX = 64
 """Chains of one copy on this host that a mount asks empty files of: 2,048 descriptors at most."""
 

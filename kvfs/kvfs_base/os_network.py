@@ -338,6 +338,9 @@ class OsConnection:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             self._sock.setsockopt(socket.SOL_SOCKET, option, _timeval(seconds))
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def shutdown(self) -> None:
         try:
             self._sock.shutdown(socket.SHUT_RDWR)

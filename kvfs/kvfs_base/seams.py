@@ -182,6 +182,9 @@ class Connection(Protocol):
 
     def set_timeout(self, seconds: float | None) -> None: ...
 
+    def fileno(self) -> int:
+        """Readable once something has arrived, where descriptors can be passed."""
+
     def shutdown(self) -> None:
         """Wakes a thread that is blocked in this connection; callable from any thread."""
 

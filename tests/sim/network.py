@@ -387,6 +387,9 @@ class SimConnection:
             else:
                 self._wait(self._end.out.writers, self._deadline())
 
+    def fileno(self) -> int:
+        raise AssertionError("no descriptor passes to another host")
+
     def send_files(self, pieces: Sequence[tuple[DiskFile, int, int]]) -> None:
         for file, offset, count in pieces:
             data = memoryview(bytearray(count))

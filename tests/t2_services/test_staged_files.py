@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import select
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.client.files import StripedFile
+from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.staging import StagedFile
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import directory_of
@@ -85,6 +87,77 @@ def test_what_was_written_is_the_chunk(cluster: Cluster) -> None:
     assert (info.is_sealed, info.crc32c) == (True, crc32c(b"before and after"))
     file.sync()
     assert store.stat(ChunkId(7, 0)).durable
+
+
+def test_adopting_without_a_thread_that_waits(cluster: Cluster) -> None:
+    client = cluster.client()
+    file, other = new_file(client, 7), new_file(client, 10)
+    staged, another = taken(file), taken(other)
+    wait_until(lambda: not staged.lane.lock.locked())  # some are fetched ahead
+    os.write(staged.fd, b"bytes")
+    adoption = file.begin_adopt(staged)
+    assert adoption is not None
+    assert other.begin_adopt(another) is None  # one conversation at a time
+    assert select.select([adoption], [], [], 10)[0] == [adoption]
+    adoption.finish()
+    assert new_file(cluster.client(), 7).read(0, 5, 5, False) == b"bytes"
+    wait_until(lambda: not staged.lane.lock.locked())
+    again = file.begin_adopt(another)
+    assert again is not None
+    with pytest.raises(Conflict):
+        again.finish()
+    wait_until(lambda: not staged.lane.lock.locked())
+    third = taken(other)
+    given_up = other.begin_adopt(third)
+    assert given_up is not None
+    given_up.give_up()  # its answer would be taken for the next one's
+    with pytest.raises(ConnectionLost):
+        other.adopt(third)
+    for one in (staged, another, third):
+        os.close(one.fd)
+
+
+def test_what_is_closed_together_is_sealed_with_one_request(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = cluster.client()
+    begun: list[Callable[[], None]] = []
+    sealed: list[int] = []
+    seal_batch = client.staged._seal_batch
+
+    def noted(route: Route, chunks: Sequence[ChunkId]) -> None:
+        sealed.append(len(chunks))
+        seal_batch(route, chunks)
+
+    monkeypatch.setattr(client.staged, "_seal_batch", noted)
+    monkeypatch.setattr(client.staged._sealer, "submit", begun.append)
+    store = cluster.servers[1]._targets.stores[0]
+    for inode in range(7, 10):
+        file = new_file(client, inode)
+        staged = taken(file)
+        os.write(staged.fd, b"bytes")
+        file.adopt(staged)
+        assert file.close_soon(staged)
+        os.close(staged.fd)
+    assert not store.stat(ChunkId(7, 0)).is_sealed
+    (seal,) = begun
+    seal()
+    assert sealed == [3]
+    for inode in range(7, 10):
+        assert store.stat(ChunkId(inode, 0)).crc32c == crc32c(b"bytes")
+
+
+def test_a_file_of_more_chunks_is_not_closed_soon(cluster: Cluster) -> None:
+    file = new_file(cluster.client(), 7)
+    staged = taken(file)
+    os.write(staged.fd, b"x" * 1500)
+    file.adopt(staged)
+    file.copy_from(staged.fd, 1000, 1500, 1 << 20)
+    assert not file.close_soon(staged)
+    os.close(staged.fd)
+    file.close()
+    store = cluster.servers[1]._targets.stores[0]
+    assert store.stat(ChunkId(7, 0)).is_sealed
 
 
 def test_more_are_fetched_before_they_run_out(cluster: Cluster) -> None:

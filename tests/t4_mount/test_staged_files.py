@@ -6,7 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from kvfs.mount.passed_writes import PassedWrites
 from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, PAGE_BYTES
@@ -289,31 +290,73 @@ def test_the_mount_is_killed_before_the_close(own_cluster: Cluster) -> None:
             assert (again / "open").read_bytes() == LATE
 
 
+class Chunks:
+    """What PassedWrites asks of the data path: notes what was copied."""
+
+    def __init__(self) -> None:
+        self.copies: list[tuple[int, int]] = []
+
+    def begin_adopt(self, staged: Any) -> None: ...
+
+    def adopt(self, staged: Any) -> None: ...
+
+    def copy_from(self, fd: int, start: int, end: int, most: int, known_end: int) -> int:
+        self.copies.append((start, end))
+        return end
+
+
+async def record(size: int) -> None: ...
+
+
+@contextlib.contextmanager
+def passed_writes(
+    directory: Path, in_thread: Callable[..., Awaitable[Any]]
+) -> Iterator[tuple[PassedWrites, Chunks, int]]:
+    """Of a file of chunks of 1,000 bytes, with its descriptor."""
+    fd = os.open(directory / "staged", os.O_CREAT | os.O_RDWR)
+    backend: Any = SimpleNamespace(in_thread=in_thread, env=os_env())
+    chunks: Any = Chunks()
+    staged_file: Any = SimpleNamespace(fd=fd)
+    yield PassedWrites(backend, chunks, staged_file, 1000), chunks, fd
+    os.close(fd)
+
+
 def test_a_rest_is_copied_unasked_when_it_has_doubled(tmp_path: Path) -> None:
     """Whoever writes for hours without a sync would have it copied every few seconds."""
-    fd = os.open(tmp_path / "staged", os.O_CREAT | os.O_RDWR)
-    copies: list[tuple[int, int]] = []
-
-    class Data:
-        def adopt(self, staged: Any) -> None: ...
-
-        def copy_from(self, fd: int, start: int, end: int, most: int, known_end: int) -> int:
-            copies.append((start, end))
-            return end
 
     async def in_thread(function: Any, *arguments: Any) -> Any:
         return function(*arguments)
 
-    async def record(size: int) -> None: ...
+    with passed_writes(tmp_path, in_thread) as (passed, chunks, fd):
+        for size, worth in [(900, True), (1100, True), (1199, False), (1200, True), (1399, False)]:
+            os.ftruncate(fd, size)
+            assert passed.look() and passed.is_worth_storing == worth
+            if worth:
+                trio.run(passed.store, record)
+        assert chunks.copies == [(1000, 1100), (1000, 1200)]
 
-    backend: Any = SimpleNamespace(in_thread=in_thread, env=os_env())
-    data: Any = Data()
-    staged_file: Any = SimpleNamespace(fd=fd)
-    passed = PassedWrites(backend, data, staged_file, 1000)
-    for size, worth in [(900, True), (1100, True), (1199, False), (1200, True), (1399, False)]:
-        os.ftruncate(fd, size)
-        assert passed.look() and passed.is_worth_storing == worth
-        if worth:
-            trio.run(passed.store, record)
-    assert copies == [(1000, 1100), (1000, 1200)]
-    os.close(fd)
+
+def test_nobody_closes_what_is_being_stored(tmp_path: Path) -> None:
+    """Who opened it during the last flush and closes it right after, for instance."""
+
+    async def body() -> None:
+        goes_on = trio.Event()
+
+        async def in_thread(function: Any, *arguments: Any) -> Any:
+            await goes_on.wait()
+            return function(*arguments)
+
+        with passed_writes(tmp_path, in_thread) as (passed, chunks, fd):
+            os.ftruncate(fd, 1100)
+            os.utime(fd, (1, 1))  # long ago: nothing is doubtful
+            assert passed.look()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(passed.store, record)
+                await trio.testing.wait_all_tasks_blocked()
+                assert not passed.is_stored and not passed.close_now()
+                nursery.start_soon(passed.store, record)
+                await trio.testing.wait_all_tasks_blocked()
+                goes_on.set()
+            assert passed.is_stored and chunks.copies == [(1000, 1100)]
+
+    trio.run(body)

@@ -46,7 +46,7 @@ from kvfs_datapath.client.outcomes import raise_first, wrong_piece
 from kvfs_datapath.client.patience import Closed, Patience
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment, segments
-from kvfs_datapath.client.staging import StagedFile
+from kvfs_datapath.client.staging import Adoption, StagedFile
 from kvfs_datapath.client.transfers import descriptor_count, disk_error
 from kvfs_datapath.client.unsynced import Unsynced
 
@@ -363,6 +363,11 @@ class StripedFile:
         self._note_write(0)
         self._client.staged.adopt(staged, self._chunk(0))
 
+    def begin_adopt(self, staged: StagedFile) -> Adoption | None:
+        """``adopt``, as far as it does not wait: see there. None if ``adopt`` has to be used."""
+        self._note_write(0)
+        return self._client.staged.begin_adopt(staged, self._chunk(0))
+
     def unstage(self, staged: StagedFile) -> None:
         """Nobody has ``staged`` open any more, and what was written to it is not wanted."""
         if not self.unstage_now(staged):
@@ -373,6 +378,18 @@ class StripedFile:
         found = os.fstat(staged.fd)
         empty = not (found.st_size or found.st_blocks)
         return empty and self._client.staged.give_back(staged)
+
+    def close_soon(self, staged: StagedFile) -> bool:
+        """``close`` of a file whose only chunk was ``staged``, by one who closes its descriptor at
+        once: the chunk is sealed a moment later. Never waits. False, and nothing was done, if there
+        is more to seal."""
+        with self._lock:
+            if self._unsealed - {0}:
+                return False
+            self._unsealed.clear()
+        self._client.descriptors.drop(self._chunk(0))
+        self._client.staged.seal_soon(staged, self._chunk(0))
+        return True
 
     def is_first(self, fd: int) -> bool:
         """Whether ``fd`` is the first chunk's. Waits for its server."""

@@ -4,6 +4,10 @@ A new file that the kernel is to write by itself needs a descriptor in the momen
 So some are asked for ahead, of each target that files were made on lately. A staged file belongs to
 the connection that it was asked for on; if that ends, the server forgets it: what was written to it
 lies behind its descriptor only, and ``adopt`` fails.
+
+Chunks that were adopted are sealed when nobody writes to them any more: soon after, many with one
+request, which nobody waits for. One that stays open is sealed by its next reader or writer, or when
+the connection ends.
 """
 
 from __future__ import annotations
@@ -13,13 +17,15 @@ import contextlib
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import ConnectionLost, KvfsError
 from kvfs_base.limits import (
     CALL_SECONDS,
     CONNECT_SECONDS,
+    SEAL_CHUNKS_PER_REQUEST,
+    SEAL_TOGETHER_SECONDS,
     STAGED_AHEAD,
     STAGED_AHEAD_RETRY_SECONDS,
     STAGED_AHEAD_TARGETS_MAX,
@@ -74,9 +80,21 @@ class _Lane:
                 self.ready.append(StagedFile(descriptor, token, self))
 
     def adopt(self, staged: StagedFile, chunk: ChunkId) -> None:
-        item = m.Adopted(*chunk, staged.token)
         with self.lock, self._talking() as connection:
-            raise_first(connection.call(m.AdoptChunks(self.route.target_id, (item,))))
+            raise_first(connection.call(self._adoption(staged, chunk)))
+
+    def _adoption(self, staged: StagedFile, chunk: ChunkId) -> m.AdoptChunks:
+        return m.AdoptChunks(self.route.target_id, (m.Adopted(*chunk, staged.token),))
+
+    def begin_adopt(self, staged: StagedFile, chunk: ChunkId) -> Adoption | None:
+        if self._connection is None or not self.lock.acquire(blocking=False):
+            return None
+        with contextlib.ExitStack() as held:
+            held.callback(self.lock.release)
+            connection = held.enter_context(self._talking())
+            request = self._adoption(staged, chunk)
+            connection.begin(request, 0)
+            return Adoption(connection, request, held.pop_all())
 
     def discard(self, staged: StagedFile) -> None:
         request = m.PublishChunks(self.route.target_id, (), discard=(staged.token,))
@@ -103,6 +121,30 @@ class _Lane:
                 os.close(self.ready.popleft().fd)
 
 
+class Adoption:
+    """An ``adopt`` that was asked for. Nobody else talks to the server on that connection until
+    ``finish`` or ``give_up`` is called; with ``give_up`` the connection ends."""
+
+    def __init__(
+        self, connection: DataConnection, request: m.AdoptChunks, held: contextlib.ExitStack
+    ) -> None:
+        self._connection = connection
+        self._request = request
+        self._held = held
+
+    def fileno(self) -> int:
+        """Readable once ``finish`` need not wait."""
+        return self._connection.fileno()
+
+    def finish(self) -> None:
+        """Raises what ``adopt`` does."""
+        with self._held:
+            raise_first(self._connection.finish(self._request))
+
+    def give_up(self) -> None:
+        self._held.close()
+
+
 class StagedFiles:
     """Of one client; thread-safe."""
 
@@ -112,6 +154,9 @@ class StagedFiles:
         self._lanes: dict[int, _Lane | float] = {}
         """By chain of one copy: a lane, or when to look again whether there may be one."""
         self._pool = threads.pool(1, "kvfs-staging")
+        self._sealer = threads.pool(1, "kvfs-sealing")
+        self._unsealed: collections.deque[tuple[Route, ChunkId]] = collections.deque()
+        self._sealing = False
         self._closed = False
 
     def take(self, chain: int) -> StagedFile | None:
@@ -164,7 +209,8 @@ class StagedFiles:
         except KvfsError as exc:
             log.debug("nothing is staged ahead on chain %d: %s", chain, exc)
             if isinstance(lane, _Lane):
-                lane.close()
+                with lane.lock:
+                    lane.close()
             with self._lock:
                 self._look_again_later(chain)
         finally:
@@ -198,6 +244,42 @@ class StagedFiles:
         use it up, and InvalidRequest if it was used up."""
         staged.lane.adopt(staged, chunk)
 
+    def begin_adopt(self, staged: StagedFile, chunk: ChunkId) -> Adoption | None:
+        """``adopt``, for those who can wait for a descriptor: a thread would cost more than the
+        call. None, and nothing was done, if the server is being talked to. Raises
+        ConnectionLost."""
+        return staged.lane.begin_adopt(staged, chunk)
+
+    def seal_soon(self, staged: StagedFile, chunk: ChunkId) -> None:
+        """``staged``, which was adopted as ``chunk``, will not be written to any more. Never
+        waits."""
+        with self._lock:
+            self._unsealed.append((staged.lane.route, chunk))
+            begin, self._sealing = not self._sealing, True
+        if begin:
+            with contextlib.suppress(RuntimeError):  # the client is closed
+                self._sealer.submit(self._seal)
+
+    def _seal(self) -> None:
+        self._shared.closed.wait(SEAL_TOGETHER_SECONDS)
+        with self._lock:
+            self._sealing = False
+            waiting = list(self._unsealed)
+            self._unsealed.clear()
+        by_route: dict[Route, list[ChunkId]] = {}
+        for route, chunk in waiting:
+            by_route.setdefault(route, []).append(chunk)
+        for route, chunks in by_route.items():
+            for start in range(0, len(chunks), SEAL_CHUNKS_PER_REQUEST):
+                self._seal_batch(route, chunks[start : start + SEAL_CHUNKS_PER_REQUEST])
+
+    def _seal_batch(self, route: Route, chunks: Sequence[ChunkId]) -> None:
+        request = m.SealChunks(route.target_id, tuple(m.ChunkRef(*chunk) for chunk in chunks))
+        try:
+            self._shared.pool.run(route.address, lambda c: c.call(request))
+        except KvfsError as exc:
+            log.info("%d chunks stay open: %s", len(chunks), exc)
+
     def give_back(self, staged: StagedFile) -> bool:
         """Nothing was written to it, and nobody has it open any more: somebody else may have it.
         Its descriptor is taken over; False, and nothing was done, if there are enough."""
@@ -219,9 +301,10 @@ class StagedFiles:
             lanes = {lane for lane in self._lanes.values() if isinstance(lane, _Lane)}
             self._lanes.clear()
         self._pool.shutdown(wait=True)
+        self._sealer.shutdown(wait=True)
         for lane in lanes:
             with lane.lock:
                 lane.close()
 
 
-__all__ = ["StagedFile", "StagedFiles"]
+__all__ = ["Adoption", "StagedFile", "StagedFiles"]

@@ -574,7 +574,7 @@ class OpenFile:
     async def _store_passed(self) -> None:
         """No size is recorded before the chunks have what lies there."""
         self._look()
-        if self._passed is not None and self._passed.unstored and self.attr.nlink:
+        if self._passed is not None and not self._passed.is_stored and self.attr.nlink:
             await self._passed.store(self._record_growth)
             self._look()
 
@@ -585,7 +585,8 @@ class OpenFile:
     def flushed(self) -> bool:
         """``flush`` would do nothing."""
         self._look()
-        return not (self._unflushed or self._dirty or self.error is not None)
+        unflushed = self._unflushed if self._passed is None else not self._passed.is_stored
+        return not (unflushed or self._dirty or self.error is not None)
 
     async def flush(self) -> None:
         """Everything written is with the servers, size and times are recorded."""
@@ -631,12 +632,14 @@ class OpenFile:
 
     def close_now(self) -> bool:
         """Lets go of descriptors, if nothing need be waited for."""
-        if self._unflushed:
-            return False
         if self._passed is not None:
             if not self._passed.close_now():
                 return False
-            self._passed, self.backing = None, NO_DESCRIPTOR
+            self._tail_clean = not self._passed.has_chunks
+            self._passed, self._striped, self.backing = None, None, NO_DESCRIPTOR
+            self._unflushed = False
+        elif self._unflushed:
+            return False
         self._close_backing()
         if self._striped is not None:
             self._striped.close()
@@ -646,7 +649,8 @@ class OpenFile:
         """The same in any case."""
         if self._passed is not None:
             passed, self._passed, self.backing = self._passed, None, NO_DESCRIPTOR
-            self._unflushed = await self._backend.in_thread(passed.close)
+            async with passed.lock:
+                self._unflushed = await self._backend.in_thread(passed.close)
         if not self.close_now():
             self._close_backing()
             await self._backend.in_thread(self._data.close)

@@ -28,10 +28,10 @@ from kvfs_base.errors import (
     FileTooLarge,
     InvalidRequest,
 )
-from kvfs_base.limits import MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
+from kvfs_base.limits import CALL_SECONDS, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
 from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
-from kvfs_datapath.client.staging import StagedFile
+from kvfs_datapath.client.staging import Adoption, StagedFile
 from kvfs_datapath.client.transfers import disk_error
 
 log = logging.getLogger(__name__)
@@ -69,6 +69,11 @@ class PassedWrites:
         return changed
 
     @property
+    def is_stored(self) -> bool:
+        """The kernel wrote nothing that ``store`` has not seen, and no ``store`` is at work."""
+        return not (self.unstored or self.lock.locked())
+
+    @property
     def sparse(self) -> bool:
         """Whether chunks may be missing behind the first one."""
         found = os.fstat(self.descriptor)
@@ -90,6 +95,8 @@ class PassedWrites:
         """What was written so far is with the chunk servers. ``record``: the file is this long, at
         least; called every now and then while much is copied. Raises DiskFull."""
         async with self.lock:
+            if not self.unstored:
+                return
             self.unstored = False
             try:
                 if not (self._adopted or self._orphaned):
@@ -105,7 +112,11 @@ class PassedWrites:
 
     async def _adopt(self) -> None:
         try:
-            await self._backend.in_thread(self._data.adopt, self._staged)
+            adoption = self._data.begin_adopt(self._staged)
+            if adoption is None:
+                await self._backend.in_thread(self._data.adopt, self._staged)
+            else:
+                await _finish(adoption)
             self._adopted = True
         except (Conflict, ConnectionLost, InvalidRequest) as exc:
             # There is a chunk; or it is forgotten, or used up by a full disk. The answer alone may
@@ -163,9 +174,19 @@ class PassedWrites:
         if self._adopted:
             self._data.touched()
 
+    @property
+    def has_chunks(self) -> bool:
+        """Of what was written something is with the chunk servers."""
+        return self._adopted or self._orphaned
+
     def close_now(self) -> bool:
-        """``close``, if nothing was written and so nothing need be waited for; else nothing."""
-        untouched = not (self._adopted or self._orphaned or self.unstored or self.size)
+        """``close``, with what follows on it, if nothing need be waited for; else nothing."""
+        if not self.is_stored:
+            return False
+        if self._adopted and not self._copied_end and self._data.close_soon(self._staged):
+            os.close(self.descriptor)
+            return True
+        untouched = not (self.has_chunks or self.size)
         return untouched and self._data.unstage_now(self._staged)
 
     def close(self) -> bool:
@@ -176,4 +197,18 @@ class PassedWrites:
             os.close(self.descriptor)
         else:
             self._data.unstage(self._staged)
-        return self._adopted or self._orphaned
+        return self.has_chunks
+
+
+async def _finish(adoption: Adoption) -> None:
+    """A thread that waits costs the mount more than all else of it."""
+    try:
+        with trio.fail_after(CALL_SECONDS):
+            await trio.lowlevel.wait_readable(adoption.fileno())
+    except trio.TooSlowError:
+        adoption.give_up()
+        raise ConnectionLost(detail=f"no answer within {CALL_SECONDS} s") from None
+    except BaseException:
+        adoption.give_up()
+        raise
+    adoption.finish()
