@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING
 
 from kvfs.fsck import Fsck
 from kvfs.fsck.sources import RemoteStore, RemoteTargets
+from kvfs_base.limits import HEARTBEAT_SECONDS
 from kvfs_metadata.check.findings import Finding, Kind
 from kvfs_metadata.check.fsck import MetadataCheck
+from kvfs_metadata.cluster import removals
 from sim import bounds, replicas
 from sim.history import check_key, check_register
 from sim.leftovers import orphans, promised
-from sim.plan import NEVER
+from sim.plan import LIVENESS_SECONDS, NEVER
 from sim.workloads import FILE_PAGES, KEYS, BlockWorker, FileWorker
 
 if TYPE_CHECKING:
@@ -52,7 +54,14 @@ def after(world: World) -> None:
 
 def _check_leftovers(world: World) -> None:
     """What nobody needs any more goes: by itself, or as garbage."""
-    world.wait(lambda: not promised(world), "what is promised", lambda: "\n".join(promised(world)))
+    # Each heartbeat takes a bounded number of removals along, and there may be thousands.
+    beats = len(promised(world)) / removals.REMOVALS_PER_HEARTBEAT
+    world.wait(
+        lambda: not promised(world),
+        "what is promised",
+        lambda: "\n".join(promised(world)),
+        seconds=LIVENESS_SECONDS + 2 * HEARTBEAT_SECONDS * beats,
+    )
     if world.plan.garbage_seconds != NEVER:  # else fsck looks
         # Each chunk has to be found twice, and the first round may be nearly over.
         rounds = 3 * world.plan.garbage_seconds + GARBAGE_SECONDS

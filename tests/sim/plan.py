@@ -11,6 +11,8 @@ from sim.network import NetworkKnobs
 HARMLESS = ("kill metadata", "kill client", "pause", "clock")
 NETWORK = ("partition", "one way", "isolate", "estrange", "clog", "break")
 NEVER = 1e9
+LIVENESS_SECONDS = 120.0
+"""For what is to come by itself once all faults are healed."""
 
 
 @dataclasses.dataclass

@@ -30,7 +30,7 @@ from sim.keeper import Keeper
 from sim.nemesis import Nemesis
 from sim.network import SimNetwork
 from sim.observer import Observer
-from sim.plan import DRAINS, make_plan
+from sim.plan import DRAINS, LIVENESS_SECONDS, make_plan
 from sim.sim_threads import SimThreads
 from sim.trio_host import TrioHost
 from sim.workloads import (
@@ -45,7 +45,6 @@ from sim.workloads import (
     make_file,
 )
 
-LIVENESS_SECONDS = 120.0
 RUN_SECONDS_MAX = 1000.0
 
 
