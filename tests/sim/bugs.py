@@ -338,6 +338,19 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 """What is wrong, and the kind of world in which it shows."""
 
+FOUND_AT = {
+    "remove another generation": 17,
+    "no fence": 41,
+    "no memory of updates": 15,
+    "take silence for no": 45,
+    "keep pending at a rejoin": 108,
+    "move what is open": 21,
+    "serve what is lost": 48,
+    "remember every update": 9,
+}
+"""A seed that found it when this was written, where the first one that does is late. A search
+begins there, and goes on from there once a change of the code has made it miss."""
+
 
 @contextlib.contextmanager
 def planted(name: str) -> Iterator[None]:
