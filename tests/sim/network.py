@@ -227,6 +227,7 @@ class SimNetwork:
     def __init__(self, hub: Hub, knobs: NetworkKnobs) -> None:
         self.hub = hub
         self.knobs = knobs
+        self.may_damage = True
         self.hosts: dict[str, Host] = {}
         self.cut: set[tuple[str, str]] = set()
         self.clogged: dict[tuple[str, str], float] = {}
@@ -319,7 +320,8 @@ class SimNetwork:
     def damaged(self, data: bytes) -> bytes:
         """Perhaps with one wrong bit: in a payload, or, more seldom, in a frame without one."""
         is_payload = len(data) >= 4096
-        if self.chance(self.knobs.flip_chance / (1 if is_payload else FRAME_FLIPS)):
+        chance = self.knobs.flip_chance / (1 if is_payload else FRAME_FLIPS)
+        if self.chance(chance) and self.may_damage:
             self.hub.counts["wire flip" if is_payload else "frame flip"] += 1
             place = self.hub.rng.randrange(len(data))
             changed = bytearray(data)

@@ -207,7 +207,10 @@ class World:
     def _main(self) -> None:
         self.trio.start(self.hub.rng.getrandbits(32))
         self._build()
+        # A length that grows on its way is waited for as long as a call may take.
+        self.network.may_damage = False
         self._prepare()
+        self.network.may_damage = True
         for client in self.clients:
             self._set_to_work(client)
         self.observer.start()
