@@ -46,6 +46,14 @@ def no_unexpected_warnings(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail("logged: " + "; ".join(r.getMessage() for r in records))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def usual_umask() -> Iterator[None]:
+    """Of each module, whatever the one before has set."""
+    os.umask(0o022)
+    yield
+    os.umask(0o022)
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[PostgresServer]:
     """One real server for the whole run. Who kills it starts it again."""
