@@ -171,6 +171,13 @@ class Home:
             raise NotKvfsDirectory(path=str(path), detail="not a directory of ours alone")
         return path
 
+    def remove_sockets(self) -> None:
+        """The directory for them, if it is not one of ours and nobody has a socket there."""
+        path = self.sockets()
+        if path != self.run:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
     # --- endpoints
 
     def write_endpoints(self, endpoints: Endpoints) -> None:

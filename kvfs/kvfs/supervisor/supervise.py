@@ -263,6 +263,7 @@ class Supervisor:
             if self._roles.mount in group and MOUNT in self._keepers:
                 await trio.to_thread.run_sync(self._detach)
         self._home.remove_endpoints()
+        self._home.remove_sockets()
         log.info("stopped")
 
     def _detach(self) -> None:
