@@ -247,7 +247,7 @@ class OsConnection:
     def send_files(self, pieces: Sequence[tuple[DiskFile, int, int]]) -> None:
         sendfile, out = os.sendfile, self._sock.fileno()
         # Else the end of each piece would go on its way alone, in a segment of a few bytes.
-        corked = len(pieces) > 1 and not self.can_pass_descriptors
+        corked = len(pieces) > 1 and self._sock.family != socket.AF_UNIX
         try:
             if corked:
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
