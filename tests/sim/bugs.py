@@ -344,7 +344,7 @@ FOUND_AT = {
     "no memory of updates": 15,
     "take silence for no": 45,
     "keep pending at a rejoin": 108,
-    "move what is open": 21,
+    "move what is open": 242,
     "serve what is lost": 48,
     "remember every update": 9,
 }
