@@ -188,7 +188,7 @@ def test_a_directory_with_a_long_name(tmp_path: Path, depth: int) -> None:
         sockets = Path(own.endpoints()["agent"].removeprefix("unix:")).parent
         own.down()
         own.assert_gone()
-        assert list(sockets.iterdir()) == []
+        assert not sockets.exists()
         sockets.rmdir()
     finally:
         own.clean_up()
