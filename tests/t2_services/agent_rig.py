@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,20 @@ class RunningAgent:
             peer.close()
         for line in self.lines:
             line.close()
+
+
+@contextlib.contextmanager
+def agents(directory: Path) -> Iterator[Callable[..., RunningAgent]]:
+    """Starts them, with settings, and stops them all in the end."""
+    started: list[RunningAgent] = []
+
+    def start(**settings: Any) -> RunningAgent:
+        started.append(RunningAgent(directory, **settings))
+        return started[-1]
+
+    yield start
+    for agent in started:
+        agent.stop()
 
 
 def block(number: int, size: int = 5000) -> bytes:

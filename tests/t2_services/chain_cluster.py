@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -169,6 +169,11 @@ class ChainCluster(Cluster):
 
 def new_block(inode: int, data: bytes) -> m.WholeChunk:
     return m.WholeChunk(inode, 0, CHAIN, len(data), crc32c(data), inode.to_bytes(32, "big"))
+
+
+def quiet(cluster: ChainCluster, *members: int) -> Callable[[], bool]:
+    """Whether nothing is pending on any of these."""
+    return lambda: all(cluster.pending(n) is None for n in members)
 
 
 def only(outcomes: m.Outcomes) -> ChunkInfo:

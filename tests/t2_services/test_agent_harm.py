@@ -33,20 +33,13 @@ from kvfs_base.errors import (
 from kvfs_base.frames import Kind
 from kvfs_base.limits import MIB, PAGE_BYTES
 from kvfs_base.rpc import receive_frame
-from t2_services.agent_rig import KEYS, NAMESPACE, RunningAgent, block
+from t2_services.agent_rig import KEYS, NAMESPACE, RunningAgent, agents, block
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., RunningAgent]]:
-    started: list[RunningAgent] = []
-
-    def start(**settings: Any) -> RunningAgent:
-        started.append(RunningAgent(tmp_path, **settings))
-        return started[-1]
-
-    yield start
-    for agent in started:
-        agent.stop()
+    with agents(tmp_path) as start:
+        yield start
 
 
 @pytest.fixture

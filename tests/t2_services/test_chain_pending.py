@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ from kvfs_base.errors import ChunkPending, ConnectionLost
 from kvfs_base.limits import SUSPECT_SECONDS
 from kvfs_base.seams import Connection
 from kvfs_base.types import Address, ChunkId
-from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, answers_get_lost, chains
+from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, answers_get_lost, chains, quiet
 from t2_services.chunk_cluster import wait_until
 
 CHUNK = ChunkId(7, 0, CHAIN)
@@ -27,10 +27,6 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChainClu
 def lazy(tmp_path: Path) -> Iterator[ChainCluster]:
     with chains(tmp_path) as cluster:
         yield cluster
-
-
-def quiet(cluster: ChainCluster, *members: int) -> Callable[[], bool]:
-    return lambda: all(cluster.pending(n) is None for n in members)
 
 
 def everywhere(cluster: ChainCluster, *members: int) -> set[bytes]:

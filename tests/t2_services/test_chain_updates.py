@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from t2_services.chain_cluster import (
     chains,
     only,
     payload,
+    quiet,
 )
 from t2_services.chunk_cluster import wait_until
 
@@ -56,10 +57,6 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ChainClu
 def lazy(tmp_path: Path) -> Iterator[ChainCluster]:
     with chains(tmp_path) as cluster:
         yield cluster
-
-
-def quiet(cluster: ChainCluster, *members: int) -> Callable[[], bool]:
-    return lambda: all(cluster.pending(n) is None for n in members)
 
 
 def updated(chunk: int, sequence: int, data: bytes) -> m.Update:
