@@ -54,6 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ALL = 1 << 32
+"""More layers than anything has."""
+
 PREFETCH_BLOCKS = 64
 """Blocks of unknown size that one fetch brings."""
 
@@ -160,6 +163,8 @@ class Load:
         self._copies = 0
         """Steps that the lane has yet to take."""
         self._events: list[Event] = []
+        self._wanted = 0
+        """How many layers somebody needs soon."""
         self._waited: tuple[Any, Event] | None = None
         """The stream that was told last to wait for an event."""
         self._last_step: tuple[Event, Callable[[], None]] | None = None
@@ -182,6 +187,7 @@ class Load:
         if self._settled and not self.stopping:
             return  # everything has been copied
         with self._lock:
+            self._want(layer + 2)  # who waits for one computes it, and comes for the next
             self._lock.wait_for(lambda: len(self._events) > layer or self._issued or self._settled)
             if self._error is not None:
                 raise self._error
@@ -227,6 +233,7 @@ class Load:
     def wait(self) -> None:
         """Until nothing of this load is under way, however it ended."""
         with self._lock:
+            self._want(_ALL)
             self._lock.wait_for(lambda: self._last_step is not None or self._settled)
             last = self._last_step
         if last is not None and not self._settled:
@@ -240,6 +247,16 @@ class Load:
                 step()
         with self._lock:
             self._lock.wait_for(lambda: self._settled)
+
+    def _want(self, layers: int) -> None:
+        """So many layers should be queued by now."""
+        if layers > self._wanted:
+            self._wanted = layers
+            if layers > len(self._events):
+                self._lock.notify_all()
+
+    def _wants_more(self) -> bool:
+        return self._wanted > len(self._events)
 
     def cancel(self) -> bool:
         """Fetches and queues nothing more; what is queued already still happens (``wait``). False
@@ -264,7 +281,8 @@ class Load:
 
     def begin(self) -> None:
         self.fetch_more()
-        self.pump()
+        if not self.keys:
+            self.pump()
 
     def take_group(self) -> tuple[int, int] | None:
         """The blocks to be fetched next; ``group_done`` must follow, and somebody must go on with
@@ -318,15 +336,17 @@ class Load:
 
     def _group(self, places: Int64s, fetched: Fetched) -> _Group:
         extents = fetched.extents
-        there = np.array([extent is not None for extent in extents], dtype=bool)
-        offsets = np.array([e[0] for e in extents if e is not None], dtype=np.int64)
-        self._found[places[there]] = True
+        if None in extents:
+            places = places[[extent is not None for extent in extents]]
+        here = [extent for extent in extents if extent is not None]
+        self._found[places] = True
         if self._block_bytes:
-            wrong = {e[1] for e in extents if e is not None} - {self._block_bytes}
+            wrong = {size for _, size in here} - {self._block_bytes}
             if wrong:
                 detail = f"a block of {wrong.pop()} bytes for {self._block_bytes}"
                 raise InvalidRequest(detail=detail)
-        return _Group(fetched, fetched.memory, places[there], offsets, self._block_bytes)
+        offsets = np.array([offset for offset, _ in here], dtype=np.int64)
+        return _Group(fetched, fetched.memory, places, offsets, self._block_bytes)
 
     def group_done(self, first: int, end: int) -> None:
         """The fetch that ``take_group`` asked for is over, one way or the other."""
@@ -439,22 +459,20 @@ class Load:
                 if self._copies:
                     self._events = [self._device.record(stream)] * layers
             return
-        clock = self._loader.clock
-        quiet_until = clock.monotonic() + LOADER_QUIET_SECONDS
-        events: list[Event] = []
         first, run = 0, max(1, LOADER_FIRST_RUN_BYTES * layers // nbytes)
         while first < layers:
             end = min(layers, first + run)
             run = max(LOADER_RUN_LAYERS, LOADER_RUN_BYTES * layers // nbytes)
             for plan in plans:
                 self._device.copy(plan, first, end, stream, store=False)
-            events += [self._device.record(stream)] * (end - first)
+            events = [self._device.record(stream)] * (end - first)
             first = end
-            if end == layers or clock.monotonic() >= quiet_until:
-                with self._lock:
-                    self._events += events
-                    self._lock.notify_all()
-                events.clear()
+            with self._lock:
+                began = not self._events
+                self._events += events
+                self._lock.notify_all()
+                if began and end < layers:
+                    self._lock.wait_for(self._wants_more, LOADER_QUIET_SECONDS)
 
     def _plan(self, memory: HostMemory, offsets: Int64s, places: Int64s) -> Any:
         assert self._pages is not None

@@ -255,9 +255,9 @@ class Transfer:
         if self.pages.min() < 0 or self.pages.max() >= self.layout.num_pages:
             raise InvalidRequest(detail=f"page outside 0..{self.layout.num_pages - 1}")
         end = int(self.offsets.max()) + self.block_bytes
-        if self.offsets.min() < 0 or end > self.host.nbytes:
+        if int(self.offsets.min()) < 0 or end > self.host.nbytes:
             raise InvalidRequest(detail=f"block ends at {end} of {self.host.nbytes} bytes")
-        if (self.offsets % VECTOR_BYTES).any() or self.host.address % VECTOR_BYTES:
+        if (int(np.bitwise_or.reduce(self.offsets)) | self.host.address) % VECTOR_BYTES:
             raise InvalidRequest(detail=f"offsets must be multiples of {VECTOR_BYTES}")
 
     @property

@@ -43,6 +43,10 @@ class Registration:
         """As Registered.ensure."""
         if not len(transfer.offsets):
             return
+        lowest = int(transfer.offsets.min()) // REGISTER_SLICE_BYTES
+        highest = (int(transfer.offsets.max()) + transfer.block_bytes - 1) // REGISTER_SLICE_BYTES
+        if self._done[lowest : highest + 1].all():
+            return  # of an arena in use, nearly always
         first = transfer.offsets // REGISTER_SLICE_BYTES
         last = (transfer.offsets + transfer.block_bytes - 1) // REGISTER_SLICE_BYTES
         if (last - first).max() <= 1 and self._done[first].all() and self._done[last].all():

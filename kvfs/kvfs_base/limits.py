@@ -814,10 +814,10 @@ LOADER_MEMORY_GROUP_BYTES = 2 * GIB
 """What is asked for at once where blocks come from memory: 40 ms of the link, which is what a load
 loses if they come from a disk after all, since nothing is copied before the last one is there."""
 
-LOADER_QUIET_SECONDS = 0.0005
-"""Layers that are queued within this are shown together: the first ones. Who waits for them then
-computes, and takes turns with the thread that queues the others, which costs less than waiting for
-it: with 0.5, 2 and 10 ms, 1.9, 3.5 and 3.8 ms of a load of 13 ms were exposed (an H200)."""
+LOADER_QUIET_SECONDS = 0.003
+"""A load is quiet for this long behind its first layers, unless somebody waits for more: who queues
+a model is about to queue its first layer, which the device waits for, and would take turns with
+the thread that describes copies."""
 
 LOADER_FIRST_RUN_BYTES = 16 * MIB
 LOADER_RUN_BYTES = 128 * MIB

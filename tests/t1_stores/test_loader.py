@@ -171,6 +171,27 @@ def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) ->
         assert load.result() == [True] * 4
 
 
+def test_behind_the_first_layers_a_load_waits_until_somebody_comes_for_more(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_module, "LOADER_QUIET_SECONDS", WAIT_SECONDS)
+    firsts: list[int] = []
+    with Loader.open(rig.namespace, Device(firsts.append)) as loader:
+        for come in (lambda load: load.wait_layer(0), lambda load: load.result()):
+            firsts.clear()
+            load = loader.load(rig.keys[:4], rig.pages(range(4)))
+            wait_until(lambda load=load: load.layer_done(0))
+            assert firsts == [0]
+            come(load)
+            wait_until(lambda: firsts == [0, 1])
+            assert load.result() == [True] * 4
+
+
+def test_a_load_that_nobody_comes_for_is_soon_done(rig: Rig) -> None:
+    load = rig.loader.load(rig.keys[:4], rig.pages(range(4)))
+    wait_until(lambda: load.layer_done(LAYERS - 1))
+
+
 @pytest.mark.parametrize(
     ("first_bytes", "run_bytes", "wanted"),
     [(0, 0, [0, 1, 5, 9]), (2 * 8 * 32, 6 * 8 * 32, [0, 2, 8]), (1 << 20, 1 << 20, [0])],

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -100,8 +101,9 @@ class Bench:
         self.waiting: Any = None
         gc.collect()
         gc.freeze()  # as engines do: a collection takes longer than a short forward pass
-        for number, layer in enumerate(self.model.model.layers):
-            layer.register_forward_pre_hook(lambda *_, n=number: self._wait_layer(n))
+        # Where vLLM's connectors wait, too: at the attention, behind the projections.
+        for number, layer in enumerate(self.cache.layers):
+            layer.before_use = partial(self._wait_layer, number)
 
     def _wait_layer(self, number: int) -> None:
         if self.waiting is not None:
@@ -156,14 +158,14 @@ class Bench:
         before: Callable[[], object],
     ) -> dict[str, list[float]]:
         """Seconds of each body, which take turns, after one turn that is not counted: what drifts
-        meanwhile changes them all. The order changes, too."""
+        meanwhile changes them all. Each comes as often behind every other one, since a GPU is
+        slower for a while after it has computed."""
         taken: dict[str, list[float]] = {name: [] for name in bodies}
-        names = list(bodies)
-        for _ in range(rounds + 1):
+        orders = itertools.cycle(balanced(list(bodies)))
+        for names in itertools.islice(orders, rounds + 1):
             for name in names:
                 before()
                 taken[name].append(self._timed(bodies[name]))
-            names = names[1:] + names[:1]
         return {name: found[1:] for name, found in taken.items()}
 
     def _timed(self, body: Callable[[], object]) -> float:
@@ -325,6 +327,15 @@ class Bench:
             ids = self.device_ids.new_tensor(found[-1:])
             found.append(int(first_token(self.model, self.cache, ids).argmax()))
         return logits, found
+
+
+def balanced(names: Sequence[str]) -> list[list[str]]:
+    """Orders of ``names``, each of which follows every other one equally often (a Williams
+    square, two for an odd number)."""
+    count = len(names)
+    zigzag = [(n + 1) // 2 if n % 2 else -(n // 2) for n in range(count)]
+    rows = [[names[(place + row) % count] for place in zigzag] for row in range(count)]
+    return rows + [row[::-1] for row in rows] if count % 2 else rows
 
 
 def _overlap(taken: dict[str, list[float]]) -> dict[str, float]:

@@ -7,6 +7,7 @@ tokens are cached.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,6 +112,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.all_keys = keys
         self.all_values = values
+        self.before_use: Callable[[], None] | None = None
+        """Called before old tokens are looked at, and after what is computed without them."""
         self.crop_to(0)
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -124,6 +127,8 @@ class RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.before_use is not None:
+            self.before_use()
         start = self.seen
         end = start + key_states.shape[2]
         if end > self.all_keys.shape[2]:
