@@ -54,7 +54,6 @@ several descriptions where what is staged has one."""
 GRID_BLOCKS = 8
 GRID_THREADS = 512
 STREAMS_KEPT = 64
-EVENTS_KEPT = 64
 
 SCATTER_BLOCKS = 2
 """A multiprocessor, where the kernel reads memory of the GPU."""
@@ -98,27 +97,13 @@ class _Stream:
 
 
 class CudaEvent:
-    """Made without timing, and its waiters sleep: a waiting thread costs no core.
+    """Made without timing, and its waiters sleep: a waiting thread costs no core."""
 
-    What CUDA calls an event is taken from ``spare`` and put back when this one is no more: to make
-    and to destroy one takes the time of a thread that queues a model beside it. Streams that wait
-    for it wait for what was recorded when they were told to."""
-
-    def __init__(self, device: Any, stream: Any, spare: list[Any]) -> None:
+    def __init__(self, device: Any, stream: Any) -> None:
         with device:
-            try:
-                event = spare.pop()
-            except IndexError:
-                event = cupy.cuda.Event(block=True, disable_timing=True)
-            event.record(stream)
-        self._event = event
-        self._spare = spare
-        self.ptr = event.ptr
-
-    def __del__(self) -> None:
-        event = getattr(self, "_event", None)
-        if event is not None and len(self._spare) < EVENTS_KEPT:
-            self._spare.append(event)
+            self._event = cupy.cuda.Event(block=True, disable_timing=True)
+            self._event.record(stream)
+        self.ptr = self._event.ptr
 
     def done(self) -> bool:
         return bool(self._event.done)
@@ -140,8 +125,6 @@ class CudaDevice:
         self._threads = (threads,)
         self._upload_lock = threading.Lock()
         self._batch = MemcpyBatch.find()
-        self._events: list[Any] = []
-        """Of this device, for the next ones to record."""
         self._staging: Staging | None = None
         self._staging_failed = False
         self._layouts: dict[int, tuple[PagedLayout, Any]] = {}
@@ -403,7 +386,7 @@ class CudaDevice:
             raise InvalidRequest(detail=f"this GPU does not know fp8: {exc}") from exc
 
     def record(self, stream: Any) -> CudaEvent:
-        return CudaEvent(self.device, stream, self._events)
+        return CudaEvent(self.device, stream)
 
     def wait_for(self, stream: Any, event: Event) -> None:
         if isinstance(event, CudaEvent):
