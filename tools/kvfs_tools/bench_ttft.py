@@ -57,6 +57,9 @@ OVERLAP_ROUNDS = 9
 """Where half is stored: what is hidden is the difference of two forward passes. And of prompts that
 are short, whose times drift."""
 
+SHORT_OVERLAP_ROUNDS = 25
+"""Both: half is stored of a short prompt."""
+
 PAIRED_TOKENS_MAX = 8192
 """Up to this length each round of a row computes the prompt once more: short times drift."""
 
@@ -231,8 +234,9 @@ class Bench:
             # A GPU that has just computed for a second is slower than one that has not: each comes
             # behind the same load.
             before = partial(self.load_alone, place, stored)
-            if tokens <= PAIRED_TOKENS_MAX or fraction == FRACTIONS[0]:
-                rounds = max(rounds, OVERLAP_ROUNDS)
+            short, half = tokens <= PAIRED_TOKENS_MAX, fraction == FRACTIONS[0]
+            if short or half:
+                rounds = max(rounds, SHORT_OVERLAP_ROUNDS if short and half else OVERLAP_ROUNDS)
             bodies["alone"] = partial(self.load_alone, place, stored)
             bodies["rest"] = partial(self._suffix, place, tokens, stored)
         taken = self.seconds(rounds, bodies, before)
