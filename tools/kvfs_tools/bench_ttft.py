@@ -48,6 +48,9 @@ TAUGHT_ROUNDS = 5
 """Prefills of each length that the rule sees, in turns with those of a last token: how long kernels
 take to be queued drifts by a fifth."""
 
+LEARNT_ROUNDS = 3
+"""Prompts like the one in question that the rule has seen: one alone may have been late."""
+
 NEXT_TOKENS = 4
 
 FLUSHES = 3
@@ -259,14 +262,15 @@ class Bench:
         }
 
     def learn(self, place: Place, tokens: int, stored: int, sizes: tuple[int, int]) -> None:
-        """What the rule sees of a prompt before it decides about the next one like it: its load,
-        and from the arena its first token."""
-        place.before()
-        once = self._timed(partial(self.load_alone, place, stored))
-        self.rule.observe_load(sum(sizes), once, from_disk=place.name == "disk")
-        if place.name == "arena":
-            once = self._timed(partial(self.load, place, tokens, stored))
-            self.rule.observe_first_token(tokens, stored, *sizes, once)
+        """What the rule sees of prompts like this one before it decides: their loads, and from the
+        arena their first tokens. Loads from disk take seconds: of those one."""
+        for _ in range(1 if place.name == "disk" else LEARNT_ROUNDS):
+            place.before()
+            once = self._timed(partial(self.load_alone, place, stored))
+            self.rule.observe_load(sum(sizes), once, from_disk=place.name == "disk")
+            if place.name == "arena":
+                once = self._timed(partial(self.load, place, tokens, stored))
+                self.rule.observe_first_token(tokens, stored, *sizes, once)
 
     def _estimate(self, *prompt: int) -> dict[str, float]:
         """What the rule expected."""
