@@ -188,7 +188,7 @@ def test_a_time_of_birth_that_nobody_knows_is_not_told(born_ns: int, mask: int) 
 @pytest.mark.parametrize("plus", [False, True])
 def test_a_listing_fills_its_room(plus: bool) -> None:
     times = wire.Times.of(1)
-    listing = wire.Listing(0, 4096, plus=plus, entry=times, valid=times)
+    listing = wire.Listing(0, 4096, wire.PackedEntries(times, times) if plus else None)
     listing.add_dot(b".", 1)
     names = [b"n" * (1 + n % 17) for n in range(1000)]
     listing.fill((name, Attr(n + 2, 0o100644)) for n, name in enumerate(names))
@@ -204,6 +204,29 @@ def test_a_listing_fills_its_room(plus: bool) -> None:
         at += -(-(24 + length) // 8) * 8
     assert found[0] == (1, 1, b".", 4)
     assert found[1:] == [(n + 2, n + 2, names[n], 8) for n in range(count)]
+
+
+def test_entries_that_were_packed_before_are_those_of_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = wire.Times.of(1)
+    packed = wire.PackedEntries(times, times)
+    old = Attr(5, 0o100644, size=1)
+    changed = [
+        (b"name", old, 3),
+        (b"other", old, 3),
+        (b"name", old, 4),
+        (b"name", Attr(5, 0o100600, size=2), 3),
+        (b"name", old, 3),
+    ]
+    for name, attr, position in changed:
+        fresh = wire.PackedEntries(times, times).pack(name, attr, position)
+        assert packed.pack(name, attr, position) == fresh
+        assert packed.pack(name, attr, position) is packed.pack(name, attr, position)
+    monkeypatch.setattr(wire, "MOUNT_PACKED_ENTRIES_MAX", 8)
+    for inode in range(100, 120):
+        packed.pack(b"name", Attr(inode, 0o100644), 1)
+    assert len(packed._kept) <= 8
 
 
 def test_notices() -> None:

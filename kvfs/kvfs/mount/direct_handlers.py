@@ -80,6 +80,7 @@ class Handlers:
         """None where the kernel does not read by itself."""
         self._entry_times = wire.Times.of(config.entry_seconds)
         self._attr_times = wire.Times.of(config.attribute_seconds)
+        self._packed = wire.PackedEntries(self._entry_times, self._attr_times)
         self._negative_times = wire.Times.of(config.negative_seconds)
         self.now = self._now_handlers()
         self.soon = self._soon_handlers()
@@ -517,9 +518,8 @@ class Handlers:
     def _listing(self, request: Request) -> wire.Listing:
         """With the entries that are not the file system's."""
         handle, position, size = request.arguments
-        plus = request.opcode == Opcode.READDIRPLUS
-        times = self._entry_times, self._attr_times
-        listing = wire.Listing(position, size, plus=plus, entry=times[0], valid=times[1])
+        plus = self._packed if request.opcode == Opcode.READDIRPLUS else None
+        listing = wire.Listing(position, size, plus)
         for name, attr in self._fs.dots(handle)[position:]:
             listing.add_dot(name, attr.inode)
         return listing

@@ -18,7 +18,13 @@ import msgspec
 from kvfs.mount import fuse_wire_ranges as ranges
 from kvfs.mount.frontend import BLOCK_SIZE, Space, sectors
 from kvfs_base.errors import ProtocolError
-from kvfs_base.limits import MOUNT_BACKGROUND, MOUNT_IO_BYTES, NAME_BYTES_MAX, PAGE_BYTES
+from kvfs_base.limits import (
+    MOUNT_BACKGROUND,
+    MOUNT_IO_BYTES,
+    MOUNT_PACKED_ENTRIES_MAX,
+    NAME_BYTES_MAX,
+    PAGE_BYTES,
+)
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
 
@@ -502,49 +508,74 @@ def statfs_out(space: Space) -> bytes:
     )
 
 
-class Listing:
-    """Fills the answer of one READDIR, or READDIRPLUS (``plus``), of ``size`` bytes at most."""
+def _aligned(packed: bytes) -> bytes:
+    return packed + bytes(-len(packed) % DIRENT_ALIGN)
 
-    def __init__(self, position: int, size: int, *, plus: bool, entry: Times, valid: Times) -> None:
+
+def _dirent(name: bytes, inode: int, mode: int, position: int) -> bytes:
+    return _aligned(_DIRENT.pack(inode, position, len(name), mode >> 12) + name)
+
+
+class PackedEntries:
+    """Entries of READDIRPLUS as they were packed last, by inode: a directory that is listed again
+    is mostly what it was. All of them have the same times."""
+
+    def __init__(self, entry: Times, valid: Times) -> None:
+        self._times = entry.seconds, valid.seconds, entry.nanoseconds, valid.nanoseconds
+        self._kept: dict[int, tuple[Attr, int, bytes, bytes]] = {}
+        """Attributes, position, name, and what they come to."""
+
+    def pack(self, name: bytes, attr: Attr, position: int) -> bytes:
+        """``position`` is that of the next entry."""
+        kept = self._kept.get(attr.inode)
+        if kept is not None and kept[0] is attr and kept[1] == position and kept[2] == name:
+            return kept[3]
+        if len(self._kept) >= MOUNT_PACKED_ENTRIES_MAX:
+            self._kept.clear()
+        packed = _DIRENT_PLUS.pack(
+            attr.inode, 0, *self._times, *_attr_fields(attr),
+            attr.inode, position, len(name), attr.mode >> 12,
+        )  # fmt: skip
+        packed = _aligned(packed + name)
+        self._kept[attr.inode] = attr, position, name, packed
+        return packed
+
+
+class Listing:
+    """Fills the answer of one READDIR, or READDIRPLUS with ``plus``, of ``size`` bytes at most."""
+
+    def __init__(self, position: int, size: int, plus: PackedEntries | None) -> None:
         self.position = position
         """Where to go on: after the last entry that found room."""
         self.is_full = False
         self._parts: list[bytes] = []
         self._left = size
         self._plus = plus
-        self._times = entry.seconds, valid.seconds, entry.nanoseconds, valid.nanoseconds
 
     def fill(self, entries: Iterable[tuple[bytes, Attr]]) -> None:
         """With those that find room."""
-        head = _DIRENT_PLUS if self._plus else _DIRENT
+        plus = self._plus
         for name, attr in entries:
-            size = self._make_room(head.size + len(name))
-            if not size:
-                return
-            dirent = attr.inode, self.position, len(name), attr.mode >> 12
-            if self._plus:
-                packed = head.pack(attr.inode, 0, *self._times, *_attr_fields(attr), *dirent)
+            position = self.position + 1
+            if plus is None:
+                self._add(_dirent(name, attr.inode, attr.mode, position))
             else:
-                packed = head.pack(*dirent)
-            self._parts.append((packed + name).ljust(size, b"\0"))
+                self._add(plus.pack(name, attr, position))
+            if self.is_full:
+                return
 
     def add_dot(self, name: bytes, inode: int) -> None:
         """``.`` and ``..``, which are not looked up."""
-        entry = bytes(_ENTRY_OUT.size) if self._plus else b""
-        size = self._make_room(len(entry) + _DIRENT.size + len(name))
-        if size:
-            dirent = _DIRENT.pack(inode, self.position, len(name), stat.S_IFDIR >> 12)
-            self._parts.append((entry + dirent + name).ljust(size, b"\0"))
+        entry = b"" if self._plus is None else bytes(_ENTRY_OUT.size)
+        self._add(entry + _dirent(name, inode, stat.S_IFDIR, self.position + 1))
 
-    def _make_room(self, size: int) -> int:
-        """What one more entry takes; 0 if it does not fit."""
-        size = (size + DIRENT_ALIGN - 1) & -DIRENT_ALIGN
-        if size > self._left:
+    def _add(self, packed: bytes) -> None:
+        if len(packed) > self._left:
             self.is_full = True
-            return 0
-        self._left -= size
+            return
+        self._left -= len(packed)
         self.position += 1
-        return size
+        self._parts.append(packed)
 
     def answer(self) -> bytes:
         return b"".join(self._parts)

@@ -48,7 +48,7 @@ class OpenFiles:
 
     def any_of(self, inodes: Iterable[int]) -> bool:
         """Whether at least one is open."""
-        return not self._files.keys().isdisjoint(inodes)
+        return bool(self._files) and not self._files.keys().isdisjoint(inodes)
 
     def __iter__(self) -> Iterator[OpenFile]:
         return iter(list(self._files.values()))
