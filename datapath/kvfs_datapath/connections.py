@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from kvfs_base import frames, threads
-from kvfs_base.errors import ConnectionLost, ProtocolError
+from kvfs_base.errors import ConnectionLost, InternalError, ProtocolError
 from kvfs_base.frames import Kind
 from kvfs_base.limits import (
     CALL_SECONDS,
@@ -52,6 +52,8 @@ class DataConnection:
         self._next_id = 1
         self.broken = False
         self.given_up = False
+        self.ahead: Request | None = None
+        """Was asked for while the answer before it came in; must be called for next."""
 
     def fileno(self) -> int:
         """Readable once the answer begins to arrive."""
@@ -82,24 +84,46 @@ class DataConnection:
         return reply
 
     def call_summed(
-        self, request: Request, into: Callable[[Any], Sequence[memoryview]]
+        self,
+        request: Request,
+        into: Callable[[Any], Sequence[memoryview]],
+        ahead: Ahead | None = None,
     ) -> tuple[Any, list[int]]:
         """As ``call``, and the CRC32C of what came into each view. It is computed piece by piece,
-        as they come in: later they would have to be fetched from memory again."""
-        self._ask(request, ())
+        as they come in: later they would have to be fetched from memory again. What is to be asked
+        for next, if ``ahead`` knows of anything, is on its way before the last piece is here: the
+        server always has something to send."""
+        if self.ahead is None:
+            self._ask(request, ())
+        elif self.ahead is not request:
+            raise InternalError(detail="something else was asked for ahead")
+        self.ahead = None
         header = receive_reply_header(self._connection)
         reply = self._reply(header, request)
         views = into(reply)
         self._expect_payload(header, views)
         sums = [0] * len(views)
         groups, owners = _groups(views)
+        before_last = len(groups) - 2
+        following: Request | None = None
+
+        def ask_ahead() -> None:
+            nonlocal following
+            following = None if ahead is None else ahead.following()
+            if following is not None:
+                self._ask(following, ())
 
         def add(number: int) -> None:
+            if number == before_last:
+                ask_ahead()
             for index, piece in zip(owners[number], groups[number], strict=True):
                 sums[index] = crc32c(piece, sums[index])
 
+        if len(groups) == 1:
+            ask_ahead()
         self._connection.receive_groups(groups, add)
-        self.broken = False
+        self.ahead = following
+        self.broken = following is not None
         return reply, sums
 
     def _expect_payload(self, header: frames.FrameHeader, views: Sequence[memoryview]) -> None:
@@ -192,6 +216,20 @@ def _groups(views: Sequence[memoryview]) -> tuple[list[list[memoryview]], list[l
     return groups, owners
 
 
+class Ahead:
+    """What one thread asks of one server, one after the other: each request is under way while the
+    last bytes of the answer before it come in. Between two calls it keeps their connection."""
+
+    def __init__(self, following: Callable[[], Request | None]) -> None:
+        """``following`` chooses what will be called for next, for good; None: nothing."""
+        self.following = following
+        self.connection: DataConnection | None = None
+
+    def take(self) -> DataConnection | None:
+        connection, self.connection = self.connection, None
+        return connection
+
+
 class Attempt:
     """A try that another thread may break off: it then fails with ConnectionLost, at once where it
     waits for a server, and after the current call where it reads a disk."""
@@ -249,17 +287,23 @@ class ConnectionPool:
         attempt: Attempt | None = None,
         fresh: bool = False,
         watch: bool = False,
+        ahead: Ahead | None = None,
     ) -> _Result:
         """Does ``action`` on a connection, each step of which may take ``seconds`` (CALL_SECONDS).
         If one that was kept turns out to be dead (the server was restarted), does it once more on a
         fresh one: every request of the data path may be repeated. ``attempt``: who may break it
         off. ``fresh``: on a connection that is dialled for this. ``watch``: for what may take
-        long, so that one who cannot be reached any more is not waited for."""
-        connection = None if fresh else self._take(address)
+        long, so that one who cannot be reached any more is not waited for. ``ahead``: keeps the
+        connection if ``action`` has asked for more on it, for the next call, or ``leave``."""
+        connection = None if ahead is None else ahead.take()
+        if connection is None and not fresh:
+            connection = self._take(address)
         if connection is not None:
             try:
                 with self._watching(address, connection, watch):
-                    return self._use(address, connection, action, seconds, attempt)
+                    return self._use(
+                        address, connection, action, seconds=seconds, attempt=attempt, ahead=ahead
+                    )
             except ConnectionLost:
                 if connection.given_up:
                     raise
@@ -270,7 +314,17 @@ class ConnectionPool:
             connect_seconds = CHAIN_CONNECT_SECONDS  # dialling cannot be broken off
         dialled = DataConnection(self._network.connect(address, connect_seconds))
         with self._watching(address, dialled, watch):
-            return self._use(address, dialled, action, seconds, attempt)
+            return self._use(
+                address, dialled, action, seconds=seconds, attempt=attempt, ahead=ahead
+            )
+
+    def leave(self, ahead: Ahead) -> None:
+        """What was asked for ahead, if anything, is not wanted any more."""
+        connection = ahead.take()
+        if connection is not None:
+            with self._lock:
+                self._busy.pop(connection, None)
+            connection.close()
 
     @contextlib.contextmanager
     def lend(self, address: Address) -> Iterator[DataConnection]:
@@ -296,10 +350,12 @@ class ConnectionPool:
         address: Address,
         connection: DataConnection,
         action: Callable[[DataConnection], _Result],
+        *,
         seconds: float | None,
         attempt: Attempt | None,
+        ahead: Ahead | None,
     ) -> _Result:
-        with self._in_use(address, connection):
+        with self._in_use(address, connection, ahead):
             connection.set_timeout(CALL_SECONDS if seconds is None else seconds)
             if attempt is None:
                 return action(connection)
@@ -324,7 +380,9 @@ class ConnectionPool:
                 self._drop_idle(address)
 
     @contextlib.contextmanager
-    def _in_use(self, address: Address, connection: DataConnection) -> Iterator[None]:
+    def _in_use(
+        self, address: Address, connection: DataConnection, ahead: Ahead | None = None
+    ) -> Iterator[None]:
         with self._lock:
             closed = self._closed
             if not closed:
@@ -334,19 +392,25 @@ class ConnectionPool:
             raise ConnectionLost(address=str(address), detail="the client is closed")
         try:
             yield
-        finally:
-            with self._lock:
-                self._busy.pop(connection, None)
-                idle = self._idle.setdefault(address, [])
-                keep = (
-                    not connection.broken
-                    and not self._closed
-                    and len(idle) < CLIENT_IDLE_CONNECTIONS
-                )
-                if keep:
-                    idle.append(connection)
-            if not keep:
-                connection.close()
+        except BaseException:
+            self._give_back(address, connection)
+            raise
+        if ahead is not None and connection.ahead is not None:
+            ahead.connection = connection  # and busy: close() breaks it off
+        else:
+            self._give_back(address, connection)
+
+    def _give_back(self, address: Address, connection: DataConnection) -> None:
+        with self._lock:
+            self._busy.pop(connection, None)
+            idle = self._idle.setdefault(address, [])
+            keep = (
+                not connection.broken and not self._closed and len(idle) < CLIENT_IDLE_CONNECTIONS
+            )
+            if keep:
+                idle.append(connection)
+        if not keep:
+            connection.close()
 
     def _drop_idle(self, address: Address) -> None:
         with self._lock:

@@ -41,7 +41,7 @@ from kvfs_datapath.client.patience import Patience
 from kvfs_datapath.client.repairs import Repairs
 from kvfs_datapath.client.routes import ChainRoutes, Route
 from kvfs_datapath.client.shared import Shared
-from kvfs_datapath.client.transfers import ChunkRead, Results, read_portion
+from kvfs_datapath.client.transfers import ChunkRead, ReadShare, Results, read_portion
 from kvfs_datapath.client.workers import cut, portion_bytes
 from kvfs_datapath.connections import Attempt
 
@@ -185,17 +185,21 @@ class ChainReader:
 
     def _drive(self, lane: _Lane, route: Route, batch: _Batch) -> None:
         """One thread's share of a lane."""
-        while True:
-            try:
-                indexes = lane.portions.popleft()
-            except IndexError:
-                return
+        mine = ReadShare(self._shared.pool, route, lane.portions, batch.reads)
+        try:
+            self._drive_portions(lane, mine, route, batch)
+        finally:
+            mine.leave()
+
+    def _drive_portions(self, lane: _Lane, mine: ReadShare, route: Route, batch: _Batch) -> None:
+        while (indexes := mine.take()) is not None:
             answers: Results
             if lane.failure is not None:
+                mine.leave()
                 answers = [lane.failure] * len(indexes)
             else:
                 try:
-                    answers = self._portion(route, batch, indexes)
+                    answers = self._portion(route, batch, indexes, mine)
                 except KvfsError as exc:
                     answers = [exc] * len(indexes)
                     if isinstance(exc, _OF_TARGET):
@@ -219,7 +223,9 @@ class ChainReader:
         for bad in tries.bad.values():
             self._repairs.ask(bad, chunk)
 
-    def _portion(self, route: Route, batch: _Batch, indexes: list[int]) -> Results:
+    def _portion(
+        self, route: Route, batch: _Batch, indexes: list[int], share: ReadShare
+    ) -> Results:
         portion = [batch.reads[i] for i in indexes]
         others = [batch.others[i] for i in indexes]
         size = sum(round_up(read.size) for read in portion)
@@ -227,7 +233,7 @@ class ChainReader:
         def ask(asked: Route, attempt: Attempt, buffer: memoryview | None) -> Results:
             if buffer is not None:
                 return self._elsewhere(_moved(portion, buffer), others, attempt)
-            answers = read_portion(self._shared.pool, asked, portion, attempt)
+            answers = share.transfer(portion, attempt)
             wrong = [answer for answer in answers if answer is not None]
             if len(wrong) == len(answers) and all(isinstance(e, _OF_TARGET) for e in wrong):
                 raise wrong[0]

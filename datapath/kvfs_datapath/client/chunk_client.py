@@ -14,7 +14,6 @@ import functools
 import resource
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
 
 from kvfs_base import threads
 from kvfs_base.counters import Counters
@@ -39,20 +38,21 @@ from kvfs_datapath.client.routes import ChainRoutes, ClusterSource, Route, Route
 from kvfs_datapath.client.shared import Shared
 from kvfs_datapath.client.staging import StagedFiles
 from kvfs_datapath.client.transfers import (
+    Chunk,
     ChunkRead,
     ChunkWrite,
+    ReadShare,
     Results,
+    Share,
+    WriteShare,
     descriptor_count,
-    read_portion,
-    write_portion,
 )
 from kvfs_datapath.client.updates import Updater
 from kvfs_datapath.client.workers import Workers, cut, portion_bytes
 from kvfs_datapath.connections import ConnectionPool
 from kvfs_datapath.wire import close_all
 
-_Chunk = TypeVar("_Chunk", ChunkRead, ChunkWrite)
-_Transfer = Callable[[ConnectionPool, Route, Sequence[_Chunk]], Results]
+_Sharing = Callable[[ConnectionPool, Route, deque[list[int]], Sequence[Chunk]], Share[Chunk]]
 
 
 COUNTERS = (
@@ -115,7 +115,7 @@ class ChunkClient:
         ConnectionLost, DeadlineExceeded, TargetFailed, InvalidRequest. Of chains of several copies
         any replica will do: a chunk is ChunkNotFound, ChunkCorrupt or ChunkMismatch only if all
         that serve were asked and none has it."""
-        results = self._transfer(reads, read_portion, self.chain_reader.read_chunks)
+        results = self._transfer(reads, ReadShare, self.chain_reader.read_chunks)
         self._count_reads(reads, results)
         return results
 
@@ -126,7 +126,7 @@ class ChunkClient:
         remote ones check it, readers always do. Also DiskFull, Conflict. On a chain of several
         copies all members have a chunk whose result is None, under the chain's version that the
         item then names; StaleChain and TargetFenced are further failures."""
-        results = self._transfer(writes, write_portion, self._chain_writer.write_chunks)
+        results = self._transfer(writes, WriteShare, self._chain_writer.write_chunks)
         good = [w for w, error in zip(writes, results, strict=True) if error is None]
         self._counters.add(
             chunks_written=len(good),
@@ -186,9 +186,9 @@ class ChunkClient:
 
     def _transfer(
         self,
-        chunks: Sequence[_Chunk],
-        transfer: _Transfer[_Chunk],
-        replicated: Callable[[Sequence[_Chunk]], Results],
+        chunks: Sequence[Chunk],
+        sharing: _Sharing[Chunk],
+        replicated: Callable[[Sequence[Chunk]], Results],
     ) -> Results:
         results: Results = [chunk.problem() for chunk in chunks]
         by_chain: defaultdict[int, list[int]] = defaultdict(list)
@@ -199,7 +199,7 @@ class ChunkClient:
         lanes = self._lanes(chunks, by_chain, routes, results)
         self.parallel(
             [
-                functools.partial(self._drive, lane, chunks, results, transfer)
+                functools.partial(self._drive, lane, chunks, results, sharing)
                 for lane in lanes
                 for _ in range(min(len(lane.portions), CLIENT_THREADS_PER_TARGET))
             ]
@@ -213,7 +213,7 @@ class ChunkClient:
 
     def _lanes(
         self,
-        chunks: Sequence[_Chunk],
+        chunks: Sequence[Chunk],
         by_chain: dict[int, list[int]],
         routes: dict[int, ChainRoutes],
         results: Results,
@@ -231,30 +231,31 @@ class ChunkClient:
     def _drive(
         self,
         lane: _Lane,
-        chunks: Sequence[_Chunk],
+        chunks: Sequence[Chunk],
         results: Results,
-        transfer: _Transfer[_Chunk],
+        sharing: _Sharing[Chunk],
     ) -> None:
         """One thread's share of a lane."""
-        while True:
-            try:
-                indexes = lane.portions.popleft()
-            except IndexError:
-                return
-            portion = [chunks[i] for i in indexes]
-            answers: Results
-            if lane.failure is not None:
-                answers = [lane.failure] * len(portion)
-            else:
-                try:
-                    answers = transfer(self.pool, lane.route, portion)
-                except KvfsError as exc:
-                    if isinstance(exc, UNREACHABLE):
-                        lane.failure = exc
-                        self.router.doubt()
-                    answers = [exc] * len(portion)
-            for index, answer in zip(indexes, answers, strict=True):
-                results[index] = answer
+        share = sharing(self.pool, lane.route, lane.portions, chunks)
+        try:
+            while (indexes := share.take()) is not None:
+                answers = self._portion(lane, share, [chunks[i] for i in indexes])
+                for index, answer in zip(indexes, answers, strict=True):
+                    results[index] = answer
+        finally:
+            share.leave()
+
+    def _portion(self, lane: _Lane, share: Share[Chunk], portion: list[Chunk]) -> Results:
+        if lane.failure is not None:
+            share.leave()
+            return [lane.failure] * len(portion)
+        try:
+            return share.transfer(portion)
+        except KvfsError as exc:
+            if isinstance(exc, UNREACHABLE):
+                lane.failure = exc
+                self.router.doubt()
+            return [exc] * len(portion)
 
     def _count_reads(self, reads: Sequence[ChunkRead], results: Results) -> None:
         good = [r.size for r, error in zip(reads, results, strict=True) if error is None]

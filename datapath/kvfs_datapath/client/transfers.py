@@ -9,10 +9,13 @@ checksum), then the bytes against the checksum.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
+import functools
 import os
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 from kvfs_base.errors import (
     ChunkCorrupt,
@@ -37,7 +40,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.routes import Route
-from kvfs_datapath.connections import Attempt, ConnectionPool, DataConnection, seconds_for
+from kvfs_datapath.connections import Ahead, Attempt, ConnectionPool, DataConnection, seconds_for
 from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.wire import close_all
 
@@ -83,6 +86,7 @@ class ChunkWrite(_WholeChunk):
     one copy."""
 
 
+Chunk = TypeVar("Chunk", ChunkRead, ChunkWrite)
 Results = list[KvfsError | None]
 
 
@@ -91,10 +95,14 @@ def read_portion(
     route: Route,
     reads: Sequence[ChunkRead],
     attempt: Attempt | None = None,
+    share: ReadShare | None = None,
 ) -> Results:
     """One result a chunk. Raises if the server could not be asked, or if ``attempt`` was broken
-    off. Nothing is written to the views afterwards."""
-    return (_read_local if route.local else _read_remote)(pool, route, reads, attempt)
+    off. Nothing is written to the views afterwards. ``share``: of which these are the portion that
+    was taken last."""
+    if route.local:
+        return _read_local(pool, route, reads, attempt)
+    return _RemoteRead(pool, route, reads, attempt, share).run()
 
 
 def write_portion(
@@ -115,6 +123,77 @@ def write_portion(
         connect_seconds=PASS_CONNECT_SECONDS if passing is None else CHAIN_CONNECT_SECONDS,
         watch=True,
     )
+
+
+class Share(Generic[Chunk]):
+    """What one thread moves from or to one target, out of the portions that its threads share."""
+
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        route: Route,
+        portions: collections.deque[list[int]],
+        chunks: Sequence[Chunk],
+    ) -> None:
+        self._pool = pool
+        self._route = route
+        self._portions = portions
+        self._chunks: Sequence[Chunk] = chunks
+
+    def take(self) -> list[int] | None:
+        """Indexes of the next portion; None if there are no more."""
+        try:
+            return self._portions.popleft()
+        except IndexError:
+            return None
+
+    def transfer(self, portion: Sequence[Chunk]) -> Results:
+        """The portion that was taken last. Raises as ``read_portion`` and ``write_portion``."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Nothing more of it is wanted."""
+
+
+class WriteShare(Share[ChunkWrite]):
+    def transfer(self, portion: Sequence[ChunkWrite]) -> Results:
+        return write_portion(self._pool, self._route, portion)
+
+
+class ReadShare(Share[ChunkRead]):
+    """Over TCP the next portion is taken, and asked for, when the last bytes of the one before are
+    on their way: no sooner, since another thread may have nothing to do by then."""
+
+    _taken: list[int] | None = None
+    _request: m.ReadChunks | None = None
+    """Of what is taken ahead."""
+
+    @functools.cached_property
+    def ahead(self) -> Ahead:
+        return Ahead(self._following)
+
+    def take(self) -> list[int] | None:
+        taken, self._taken = self._taken, None
+        return super().take() if taken is None else taken
+
+    def _following(self) -> m.ReadChunks | None:
+        if self._taken is None:  # else it was chosen, and then the connection was lost
+            self._taken = super().take()
+            if self._taken is not None:
+                self._request = _request(self._route, [self._chunks[i] for i in self._taken])
+        return self._request
+
+    def request(self, reads: Sequence[ChunkRead]) -> m.ReadChunks:
+        """For the portion that was taken last: the one that it was asked for with, if it was."""
+        request, self._request = self._request, None
+        return _request(self._route, reads) if request is None else request
+
+    def transfer(self, portion: Sequence[ChunkRead], attempt: Attempt | None = None) -> Results:
+        return read_portion(self._pool, self._route, portion, attempt, self)
+
+    def leave(self) -> None:
+        self._request = None
+        self._pool.leave(self.ahead)
 
 
 def _corrupt(read: ChunkRead, found: int) -> ChunkCorrupt:
@@ -246,10 +325,8 @@ def _fill_descriptor(fd: int, write: ChunkWrite, route: Route) -> KvfsError | No
 # --- remote
 
 
-def _read_remote(
-    pool: ConnectionPool, route: Route, reads: Sequence[ChunkRead], attempt: Attempt | None
-) -> Results:
-    return _RemoteRead(pool, route, reads, attempt).run()
+def _request(route: Route, reads: Sequence[ChunkRead]) -> m.ReadChunks:
+    return m.ReadChunks(route.target_id, tuple([read.message() for read in reads]))
 
 
 class _RemoteRead:
@@ -262,11 +339,13 @@ class _RemoteRead:
         route: Route,
         reads: Sequence[ChunkRead],
         attempt: Attempt | None,
+        share: ReadShare | None,
     ) -> None:
         self._pool = pool
         self._route = route
         self._reads = reads
         self._attempt = attempt
+        self._share = share
         self._results: Results = [None] * len(reads)
 
     def run(self) -> Results:
@@ -302,7 +381,9 @@ class _RemoteRead:
     def _fetch(self, indexes: Sequence[int], *, fresh: bool = False) -> list[int]:
         """Results of some of the reads; answers which of them this side found wrong."""
         wanted = [self._reads[i] for i in indexes]
-        request = m.ReadChunks(self._route.target_id, tuple([read.message() for read in wanted]))
+        share = None if fresh else self._share
+        request = _request(self._route, wanted) if share is None else share.request(wanted)
+        ahead = None if share is None else share.ahead
 
         def into(outcomes: m.Outcomes) -> list[memoryview]:
             return [
@@ -313,10 +394,11 @@ class _RemoteRead:
 
         outcomes, sums = self._pool.run(
             self._route.address,
-            lambda c: c.call_summed(request, into),
+            lambda c: c.call_summed(request, into, ahead),
             seconds=seconds_for(0),
             attempt=self._attempt,
             fresh=fresh,
+            ahead=ahead,
         )
         doubtful: list[int] = []
         found = iter(sums)
