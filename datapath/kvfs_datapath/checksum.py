@@ -9,6 +9,7 @@ the processor has them, and gets 30 GB/s (measured together, blocks of 2 MiB tha
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import crc32c as _portable
@@ -23,6 +24,11 @@ with contextlib.suppress(ImportError):
 
 
 def crc32c(data: Buffer, value: int = 0) -> int:
-    """CRC32C of ``data``, continuing from ``value``. Releases the GIL for all but small pieces (5
-    or 32 KiB): there, giving it up costs more than computing."""
+    """CRC32C of ``data``, continuing from ``value``. Releases the GIL for all but small pieces (32
+    KiB, or 5 where ``awscrt`` computes it): there, giving it up costs more than computing."""
     return _compute(data, value)
+
+
+crc32c_held = functools.partial(_portable.crc32c, gil_release_mode=0)
+"""The same, and the GIL stays here: for one of many small pieces. A thread that finds the GIL taken
+when it comes back sleeps for longer than the sum takes. ``awscrt`` gives it up in any case."""
