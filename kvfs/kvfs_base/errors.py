@@ -57,6 +57,7 @@
         ├── NoTarget               EIO        temporary (no chunk server is serving)
         ├── TargetFailed           EIO        (its disk failed; it is out of service)
         ├── ServerBusy             EBUSY      temporary (a bound of the server is reached)
+        ├── TailBusy               EBUSY      temporary (what lies behind a file's end is being cut)
         ├── StaleChain             EIO        temporary (asker and server know other chain versions)
         ├── TargetFenced           EIO        temporary (it lost its lease, or is not in step)
         ├── ChunkPending           EAGAIN     temporary (a write is on its way: ask the tail)
@@ -564,6 +565,16 @@ class ServerBusy(ServiceError):
     detail: str = ""
     posix_errno = errno.EBUSY
     wire_code = "server_busy"
+    temporary = True
+
+
+@dataclasses.dataclass(eq=False)
+class TailBusy(ServiceError):
+    """Until that is over nobody else begins to write to the file (docs/design/0009)."""
+
+    inode: int = 0
+    posix_errno = errno.EBUSY
+    wire_code = "tail_busy"
     temporary = True
 
 

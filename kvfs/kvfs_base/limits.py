@@ -434,6 +434,16 @@ SESSION_GRACE_SECONDS = 30.0
 """A session whose connection broke keeps its files open this long: three times as long as clients
 try to reconnect."""
 
+SESSION_SILENT_SECONDS = SESSION_GRACE_SECONDS / 3
+"""One that was not heard of for so long may be dead. Mounts say something every five seconds."""
+
+TAIL_POLL_SECONDS = 0.1
+"""How often a mount asks again whether what lies behind the end of a file may be cut, or is cut by
+now: each is one request, and seldom."""
+
+TAIL_WAIT_SECONDS = 60.0
+"""How long it goes on: longer than a session of a server that is gone too can take to end."""
+
 INODE_LOCKS_MAX = 4096
 """Locked ranges of one file: they are one record of the store, of 40 bytes a range."""
 

@@ -62,7 +62,9 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.Watch,
         m.OpenInode,  # Attach has just said how often each file is open
         m.CloseInode,
-        m.SetLock,  # late copies come over connections that the session has left
+        m.BeginCut,
+        m.EndCut,  # late copies come over connections that the session has left
+        m.SetLock,  # the same
         m.Unlock,
         m.GetLock,
         m.AwaitLock,
@@ -201,6 +203,8 @@ class MetadataClient:
         self._watch_ended = trio.Event()
         self._retry_seconds = retry_seconds
         self._open: Counter[int] = Counter()
+        self._written: set[int] = set()
+        """Those that the session may write to."""
         self._connections = 0
         self._numbers = _Numbers(env.rng.randbytes(CLIENT_BYTES))
         # The slot given back last is used next: few in use are few answers kept by the service.
@@ -245,7 +249,8 @@ class MetadataClient:
         self._connections += 1
         self._begin_watch()
         opens = tuple(self._open.elements())
-        await rpc.call(m.Attach(self._session, opens, self._connections, self._name))
+        written = tuple(self._written)
+        await rpc.call(m.Attach(self._session, opens, self._connections, self._name, written))
 
     # --- watching
 
@@ -310,9 +315,11 @@ class MetadataClient:
     def _answered(self, request: Request, reply: Any) -> None:
         """Nothing waits between the arrival of a reply and this, so an Attach on a new connection
         finds counted what was opened."""
-        opens = isinstance(request, m.OpenInode) or (isinstance(request, m.Make) and request.open)
-        if opens and self._session is not None:
+        makes = isinstance(request, m.Make) and request.open
+        if (makes or isinstance(request, m.OpenInode)) and self._session is not None:
             self._open[reply.inode] += 1
+            if makes or request.writes:  # type: ignore[attr-defined]
+                self._written.add(reply.inode)
 
     def ask_soon(self, request: Request, done: Done) -> int:
         """One attempt at a request of REPEATABLE that opens and closes nothing: see
@@ -415,6 +422,7 @@ class MetadataClient:
                 self._open[inode] -= 1
                 if self._open[inode] <= 0:
                     del self._open[inode]
+                    self._written.discard(inode)
 
     async def _call_once(self, request: Request, timeout: float) -> Any:
         async with self._slots_free:

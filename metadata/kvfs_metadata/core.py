@@ -248,6 +248,8 @@ class MetadataCore:
             m.Attach: self._attach,
             m.OpenInode: self._open_inode,
             m.CloseInode: self._close_inode,
+            m.BeginCut: self._begin_cut,
+            m.EndCut: self._end_cut,
             m.SetLock: self._set_lock,
             m.Unlock: self.locks.unlock,
             m.GetLock: self.locks.get,
@@ -354,7 +356,7 @@ class MetadataCore:
         opened = isinstance(request, m.Make) and request.open and isinstance(found, Attr)
         if opened and not self.sessions.has_open(tx, found.inode):
             # The client has attached again since the first time, not knowing of this file.
-            self.sessions.open(tx, found.inode)
+            self.sessions.open(tx, found.inode, writes=True)
         return found
 
     def _try(self, tx: Tx, write: Callable[[Tx, Any], Any], request: Any) -> Any:
@@ -450,7 +452,7 @@ class MetadataCore:
         self.sessions.goodbye(tx)
 
     def _attach(self, tx: Tx, request: m.Attach) -> m.Done:
-        self.sessions.attach(tx, request.session, request.open_inodes, request.number, request.name)
+        self.sessions.attach(tx, request)
         return m.Done()
 
     def _open_inode(self, tx: Tx, request: m.OpenInode) -> Attr:
@@ -459,7 +461,7 @@ class MetadataCore:
             # Readers of the mount bypass everybody once a block is open: this is its use.
             self.index.use([self.index.by_inode[request.inode]], tx.now_ns)
         else:
-            self.sessions.open(tx, request.inode)
+            self.sessions.open(tx, request.inode, writes=request.writes)
         return attr
 
     def _opened(self, tx: Tx, inode: int) -> None:
@@ -468,7 +470,7 @@ class MetadataCore:
     def _make(self, tx: Tx, request: m.Make) -> Attr:
         attr = self.tree.make(tx, request)
         if request.open:
-            self.sessions.open(tx, attr.inode)
+            self.sessions.open(tx, attr.inode, writes=True)
         return attr
 
     def _close_inode(self, tx: Tx, request: m.CloseInode) -> m.Done:
@@ -477,6 +479,15 @@ class MetadataCore:
             self.locks.closed(tx, inode)
             if was_last:
                 self.tree.collect(tx, inode)
+        return m.Done()
+
+    def _begin_cut(self, tx: Tx, request: m.BeginCut) -> m.Tail:
+        size = self.tree.attr_of(tx.kv, request.inode).size
+        may_cut, is_open = self.sessions.begin_cut(tx, request.inode)
+        return m.Tail(size, may_cut, is_open)
+
+    def _end_cut(self, tx: Tx, request: m.EndCut) -> m.Done:
+        self.sessions.end_cut(tx, request.inode)
         return m.Done()
 
     def _set_lock(self, tx: Tx, request: m.SetLock) -> m.FileLock | None:

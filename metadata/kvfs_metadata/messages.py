@@ -63,6 +63,8 @@ class Attach(Request, tag="attach"):
     number: U64 = 0
     name: ShortText = ""
     """Who it is, for people."""
+    written_inodes: Annotated[tuple[U64, ...], msgspec.Meta(max_length=100_000)] = ()
+    """Those of the open ones that it may write to."""
 
 
 class Revoked(msgspec.Struct, array_like=True, frozen=True):
@@ -88,10 +90,12 @@ class Watch(Request, tag="watch"):
 
 class OpenInode(Request, tag="open"):
     """Counts one open of a file for this connection's session: while it lasts, an unlinked file
-    keeps its data. Answers with fresh attributes. Raises InodeStale."""
+    keeps its data. Answers with fresh attributes. ``writes``: the session may write to it until it
+    has taken back all of its opens (docs/design/0009). Raises InodeStale, and TailBusy."""
 
     Reply: ClassVar = Attr
     inode: U64
+    writes: bool = False
 
 
 class CloseInode(Request, tag="close"):
@@ -100,6 +104,33 @@ class CloseInode(Request, tag="close"):
     Reply: ClassVar = Done
     inode: U64
     others: Annotated[tuple[U64, ...], msgspec.Meta(max_length=CLOSED_TOGETHER_MAX)] = ()
+
+
+class Tail(msgspec.Struct, array_like=True, frozen=True):
+    """What the service knows of what lies behind the end of a file, where a writer that died may
+    have left something."""
+
+    size: U64
+    """The recorded end."""
+    may_cut: bool = False
+    """Nobody else writes there, and nobody else begins to until EndCut."""
+    is_open: bool = False
+    """Otherwise: whether it may be cut is not known yet, as somebody who may write there is not
+    heard of. It is, once he is, or his session is over."""
+
+
+class BeginCut(Request, tag="begin_cut"):
+    """May this connection's session, which may write to the file, cut what lies behind its end?"""
+
+    Reply: ClassVar = Tail
+    inode: U64
+
+
+class EndCut(Request, tag="end_cut"):
+    """It is over."""
+
+    Reply: ClassVar = Done
+    inode: U64
 
 
 # --- locks
@@ -207,7 +238,8 @@ class SetAttr(Request, tag="setattr"):
 class Make(Request, tag="make"):
     """Creates a file, directory, symbolic link or special file by the type bits of ``mode``.
     Raises EntryExists; with ``exclusive`` false an existing regular file is returned as it is.
-    ``open`` counts one open as well, as OpenInode would: one call less for each new file."""
+    ``open`` counts one open as well, as OpenInode that ``writes`` would: one call less for each new
+    file."""
 
     Reply: ClassVar = Attr
     parent: U64
@@ -524,6 +556,8 @@ MetadataRequest = (
     | Watch
     | OpenInode
     | CloseInode
+    | BeginCut
+    | EndCut
     | SetLock
     | Unlock
     | GetLock

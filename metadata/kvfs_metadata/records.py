@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import stat
 import struct
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -50,12 +51,15 @@ COUNTER = b"CNTR"
 SESSION = b"SESS"
 OPEN = b"OPEN"
 WATCHER = b"WTCH"
+WRITER = b"WRIT"
 SERVER = b"SRVR"
 BEAT = b"BEAT"
 GONE = b"GONE"
 ANSWER = b"RSLT"
 LOCK = b"LOCK"
 QUOTA = b"QUOT"
+OPEN_WRITES = b"w"
+OPEN_CUTS = b"c"
 USAGE_KEY = b"STATusage"
 SWEEP_KEY = b"STATsweep"
 """There, with an empty value, while something may refer to a target that was removed."""
@@ -138,7 +142,23 @@ def watcher_key(session: bytes) -> bytes:
     return WATCHER + session
 
 
+def writer_key(session: bytes) -> bytes:
+    """On a store of its own: there while the session may write to files, with the numbers of those
+    of which it cuts what lies behind the end (0009)."""
+    return WRITER + session
+
+
+def pack_cuts(inodes: Iterable[int]) -> bytes:
+    return b"".join(map(u64, sorted(inodes)))
+
+
+def unpack_cuts(value: bytes) -> list[int]:
+    return [number_at(value, offset) for offset in range(0, len(value), 8)]
+
+
 def open_key(inode: int, uuid: bytes) -> bytes:
+    """With OPEN_WRITES if the session may write there, OPEN_CUTS if it cuts what lies behind the
+    end, else empty."""
     return OPEN + inode.to_bytes(8, "big") + uuid
 
 

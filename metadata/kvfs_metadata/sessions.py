@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 from kvfs_base.errors import LimitExceeded, ServerBusy
@@ -25,13 +25,16 @@ from kvfs_base.limits import (
     OPEN_INODES_MAX,
     SERVER_LEASE_SECONDS,
     SESSION_GRACE_SECONDS,
+    SESSION_SILENT_SECONDS,
     SESSIONS_MAX,
 )
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
 from kvfs_metadata.engines.engine import KVRead, Writes, scan
+from kvfs_metadata.messages import Attach
 from kvfs_metadata.records import ServerRecord
 from kvfs_metadata.transaction import Tx
+from kvfs_metadata.writers import Writers
 
 
 @dataclasses.dataclass(slots=True)
@@ -67,6 +70,7 @@ class Sessions:
         self._started_at = clock.monotonic()
         self._sessions: dict[bytes, _Session] = {}
         self._by_connection: dict[int, bytes] = {}
+        self._writers = Writers(shared=recorded)
         self._holders: Counter[int] = Counter()
         """How many sessions have an inode open."""
         self._servers: dict[bytes, float] = {}
@@ -79,7 +83,9 @@ class Sessions:
     def load(self, read: KVRead) -> None:
         """What other servers recorded. Connections of this server stay what they are."""
         if not self._recorded:
+            self._writers.load(read)
             return
+        self._writers.clear()
         connections = {uuid: s for uuid, s in self._sessions.items() if s.connection is not None}
         self._sessions.clear()
         self._holders.clear()
@@ -105,8 +111,9 @@ class Sessions:
                 self._servers[key[4:]] = now if value is not None else now - SERVER_LEASE_SECONDS
         for key, value in writes.items():
             if key.startswith(records.OPEN):
-                self._opened_elsewhere(records.number_at(key), key[12:], value is not None)
+                self._opened_elsewhere(records.number_at(key), key[12:], value)
         for uuid in gone:
+            self._writers.forget(uuid)
             session = self._sessions.pop(uuid, None)
             if session is not None:
                 self._swap_opens(session, Counter())
@@ -122,11 +129,14 @@ class Sessions:
                 session.connection = None
         session.server, session.number = server, number
 
-    def _opened_elsewhere(self, inode: int, uuid: bytes, is_open: bool) -> None:
+    def _opened_elsewhere(self, inode: int, uuid: bytes, value: bytes | None) -> None:
         session = self._sessions.get(uuid)
-        if session is None or (inode in session.opens) == is_open:
+        if session is None:
             return
-        if is_open:
+        self._writers.told(inode, uuid, value)
+        if (inode in session.opens) == (value is not None):
+            return
+        if value is not None:
             session.opens[inode] = 1
             self._holders[inode] += 1
         else:
@@ -146,12 +156,12 @@ class Sessions:
 
     # --- connections
 
-    def attach(
-        self, tx: Tx, uuid: bytes, open_inodes: Iterable[int], number: int, name: str = ""
-    ) -> None:
-        """Connection ``tx.connection``, the session's ``number``-th, speaks for session ``uuid``
-        from now on, and exactly ``open_inodes`` are open. Nothing happens if the session has gone
+    def attach(self, tx: Tx, request: Attach) -> None:
+        """Connection ``tx.connection``, the session's ``number``-th, speaks for the session from
+        now on, exactly ``open_inodes`` are open, and it may write to ``written_inodes`` of them.
+        Nothing happens if the session has gone
         on to a later connection: this request lay in a queue."""
+        uuid, number = request.session, request.number
         session = self._sessions.get(uuid)
         if session is None:
             session = self._new(tx, uuid)
@@ -163,12 +173,14 @@ class Sessions:
         tx.undo.append(partial(self._restore, session, dataclasses.replace(session)))
         session.connection = tx.connection
         session.heard_at = self._clock.monotonic()
-        session.name = name
+        session.name = request.name
         self._by_connection[tx.connection] = uuid
         if (session.server, session.number) != (self._server, number):
             session.server, session.number = self._server, number
             self._record(tx, uuid, session)
-        self._set_opens(tx, uuid, session, Counter(open_inodes))
+        opens = Counter(request.open_inodes)
+        self._set_opens(tx, uuid, session, opens)
+        self._writers.replace(tx, uuid, opens.keys() & set(request.written_inodes))
         released = [inode for inode in before if inode not in self._holders]
         if released:
             self._hold(tx, released)
@@ -260,12 +272,15 @@ class Sessions:
         ]
 
     def has_late(self) -> bool:
-        return bool(self._late())
+        return bool(self._late()) or (bool(self._writers.expected) and not self.in_grace)
 
     def expire(self, tx: Tx) -> list[int]:
         """Drops sessions whose grace is over; answers with the inodes nobody has open now."""
         released: set[int] = set()
+        if not self.in_grace:
+            self._writers.expect_no_more(tx)
         for uuid in self._late():
+            self._writers.gone(tx, uuid)
             session = self._sessions.pop(uuid)
             opens = session.opens
             released.update(opens)
@@ -280,19 +295,22 @@ class Sessions:
 
     # --- files
 
-    def open(self, tx: Tx, inode: int) -> None:
+    def open(self, tx: Tx, inode: int, *, writes: bool = False) -> None:
         """Counts one open for the connection's session; a connection that never attached has a
-        session of its own that nobody can come back to."""
+        session of its own that nobody can come back to. ``writes``: it may write to the file.
+        Raises TailBusy."""
         uuid, session = self._session_of(tx)
         if session.connection != tx.connection:
             return  # nobody reads the answer: the session went on to another connection
         if len(session.opens) >= OPEN_INODES_MAX:
             raise LimitExceeded(detail="open files", limit=OPEN_INODES_MAX)
+        if self._recorded and inode not in session.opens:
+            tx.kv.put(records.open_key(inode, uuid), b"")
+        if writes:
+            self._writers.begin(tx, uuid, inode)
         self._reopen(session, inode)
         tx.undo.append(partial(self._drop, session, inode))
         self._opened(tx, inode)
-        if self._recorded and session.opens[inode] == 1:
-            tx.kv.put(records.open_key(inode, uuid), b"")
 
     def close(self, tx: Tx, inode: int) -> bool:
         """Whether that was the last open of ``inode`` by anybody."""
@@ -301,9 +319,37 @@ class Sessions:
             return False
         self._drop(session, inode)
         tx.undo.append(partial(self._reopen, session, inode))
-        if self._recorded and inode not in session.opens:
-            tx.kv.delete(records.open_key(inode, uuid))
+        if inode not in session.opens:
+            self._writers.end(tx, uuid, inode)
+            if self._recorded:
+                tx.kv.delete(records.open_key(inode, uuid))
         return inode not in self._holders
+
+    def begin_cut(self, tx: Tx, inode: int) -> tuple[bool, bool]:
+        """``may_cut`` and ``is_open`` of Tail, for the connection's session."""
+        uuid, session = self._session_of(tx)
+        if session.connection != tx.connection or not self._writers.may_write(uuid, inode):
+            return False, False
+        others = self._writers.others(uuid, inode)
+        if any(self._is_living(self._sessions[other]) for other in others):
+            return False, False
+        if others or self._writers.expected:
+            return False, True
+        self._writers.begin_cut(tx, uuid, inode)
+        return True, False
+
+    def end_cut(self, tx: Tx, inode: int) -> None:
+        uuid, session = self._session_of(tx)
+        if session.connection == tx.connection:
+            self._writers.end_cut(tx, uuid, inode)
+
+    def _is_living(self, session: _Session) -> bool:
+        """It was heard of lately. Of one at another server this is not known: so as long as that
+        server is there."""
+        if session.server != self._server:
+            return self.is_alive(session.server)
+        oldest = self._clock.monotonic() - SESSION_SILENT_SECONDS
+        return session.connection is not None and session.heard_at > oldest
 
     def has_open(self, tx: Tx, inode: int) -> bool:
         """Whether the connection's session has it open."""

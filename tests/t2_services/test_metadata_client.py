@@ -159,6 +159,15 @@ def test_a_session_says_what_it_has_open(stage: Stage) -> None:
             attach = stage.handler.seen[1]
             assert isinstance(attach, m.Attach)
             assert attach.session == SESSION and attach.open_inodes == (one, one, made.inode)
+            assert attach.written_inodes == (made.inode,)
+            await client.call(m.OpenInode(one, writes=True))
+            await client.call(m.CloseInode(one, (made.inode,)))
+            stage.handler.seen.clear()
+            stage.handler.hang_up.append("before")
+            await client.call(m.GetAttr(ROOT))
+            attach = stage.handler.seen[1]
+            assert isinstance(attach, m.Attach)
+            assert attach.open_inodes == (one, one) and attach.written_inodes == (one,)
             stage.rig.call(m.Unlink(ROOT, b"1"))
             for expected in (0, 0):
                 assert (await client.call(m.GetAttr(one))).nlink == expected

@@ -16,6 +16,9 @@ import pytest
 
 from t4_mount.harness import Cluster, detach
 
+HASTY_SECONDS = 6.0
+"""Mounts say something every second, and the service counts that every two."""
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -70,10 +73,22 @@ def own_cluster(tmp_path: Path, frontend: str) -> Iterator[Cluster]:
         cluster.stop()
 
 
+@pytest.fixture
+def hasty_cluster(tmp_path: Path, frontend: str) -> Iterator[Cluster]:
+    """The same; a mount that was killed is given up after some seconds."""
+    cluster = Cluster(tmp_path, session_seconds=HASTY_SECONDS)
+    cluster.mount_options = (f"--frontend={frontend}",)
+    try:
+        yield cluster
+    finally:
+        detach(tmp_path / "mnt")
+        cluster.stop()
+
+
 @pytest.fixture(autouse=True)
 def no_complaints(request: pytest.FixtureRequest) -> Iterator[None]:
     """What the shared processes log at WARNING or above is a failure of the test that ran."""
-    names = {"cluster", "own_cluster"} & set(request.fixturenames)
+    names = {"cluster", "own_cluster", "hasty_cluster"} & set(request.fixturenames)
     clusters = [request.getfixturevalue(name) for name in names]
     before = [len(c.complaints()) for c in clusters]
     yield

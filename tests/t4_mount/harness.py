@@ -99,16 +99,18 @@ class Role:
 
 class Cluster:
     """With ``hosts`` each chunk server believes to be on a host of its own, the first one on that
-    of the mounts."""
+    of the mounts. ``session_seconds``: how long sessions of mounts that were killed last, if not
+    30 s."""
 
-    def __init__(self, directory: Path, *, hosts: bool = False) -> None:
+    def __init__(self, directory: Path, *, hosts: bool = False, session_seconds: float = 0) -> None:
         self.directory = directory
         self.mount_options: tuple[str, ...] = ()
         """Of every mount."""
         for name in ("metadata", "targets", "run"):
             (directory / name).mkdir(mode=0o700)
         self.roles: list[Role] = []
-        self.metadata = self._role("metadata").start()
+        short = (str(session_seconds),) if session_seconds else ()
+        self.metadata = self._role("metadata", *short).start()
         self.chunks = self._role("chunks", "3", *["--hosts"] * hosts).start()
         self._wait_for_targets(3)
 

@@ -1,6 +1,6 @@
 """Runs one role of a kvfs for the mount's tests, as a process of its own so that it can be killed:
 
-    python roles.py metadata DIR
+    python roles.py metadata DIR [SESSION_SECONDS]
     python roles.py chunks DIR COUNT [--hosts]
     python roles.py mount DIR MOUNTPOINT [--allow-other] [--SETTING=...]
 
@@ -43,9 +43,15 @@ async def until_signal(serve: Any, *args: Any) -> None:
             print("ready", flush=True)
 
 
-def run_metadata(directory: str) -> None:
+def run_metadata(directory: str, session_seconds: str = "") -> None:
+    """``session_seconds``: sessions of mounts that were killed end after this, not after 30 s."""
+    from kvfs_metadata import sessions
     from kvfs_metadata.config import MetadataConfig
     from kvfs_metadata.service import serve_metadata
+
+    if session_seconds:
+        sessions.SESSION_GRACE_SECONDS = float(session_seconds)
+        sessions.SESSION_SILENT_SECONDS = float(session_seconds) / 3
 
     async def serve(*, task_status: Any) -> None:
         config = MetadataConfig(directory=f"{directory}/metadata", unix=metadata_address(directory))
@@ -111,7 +117,7 @@ def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     role, directory, *rest = argv
     if role == "metadata":
-        run_metadata(directory)
+        run_metadata(directory, *rest)
     elif role == "chunks":
         run_chunks(directory, int(rest[0]), hosts="--hosts" in rest)
     else:

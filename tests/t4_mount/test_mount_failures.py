@@ -31,9 +31,9 @@ def is_dead(mountpoint: Path) -> bool:
 
 
 @pytest.mark.both_frontends
-def test_mounting_over_a_killed_mount(own_cluster: Cluster) -> None:
-    mountpoint = own_cluster.directory / "mnt"
-    role = own_cluster.mount(mountpoint)
+def test_mounting_over_a_killed_mount(hasty_cluster: Cluster) -> None:
+    mountpoint = hasty_cluster.directory / "mnt"
+    role = hasty_cluster.mount(mountpoint)
     closed = os.urandom(3_000_000)
     (mountpoint / "closed").write_bytes(closed)
     (mountpoint / "synced").write_bytes(b"old")  # the kernel goes on with a new one by itself
@@ -48,7 +48,7 @@ def test_mounting_over_a_killed_mount(own_cluster: Cluster) -> None:
     with pytest.raises(OSError):
         synced.close()
 
-    with own_cluster.mounted(mountpoint):
+    with hasty_cluster.mounted(mountpoint):
         mounts = Path("/proc/self/mountinfo").read_text().count(f" {mountpoint} ")
         assert mounts == 1  # the dead one was removed, not covered
         assert (mountpoint / "closed").read_bytes() == closed
@@ -58,9 +58,9 @@ def test_mounting_over_a_killed_mount(own_cluster: Cluster) -> None:
         assert (mountpoint / "synced").read_bytes()[6:] == bytes(94)
 
 
-def test_hole_over_what_a_killed_mount_left(own_cluster: Cluster) -> None:
-    mountpoint = own_cluster.directory / "mnt"
-    role = own_cluster.mount(mountpoint)
+def test_hole_over_what_a_killed_mount_left(hasty_cluster: Cluster) -> None:
+    mountpoint = hasty_cluster.directory / "mnt"
+    role = hasty_cluster.mount(mountpoint)
     file = (mountpoint / "file").open("wb", buffering=0)
     file.write(b"begin")
     os.fsync(file.fileno())
@@ -68,7 +68,7 @@ def test_hole_over_what_a_killed_mount_left(own_cluster: Cluster) -> None:
     role.kill()
     with pytest.raises(OSError):
         file.close()
-    with own_cluster.mounted(mountpoint):
+    with hasty_cluster.mounted(mountpoint):
         with (mountpoint / "file").open("r+b", buffering=0) as again:
             os.pwrite(again.fileno(), b"end", 2_000_000)
             data = os.pread(again.fileno(), 3_000_000, 0)

@@ -16,7 +16,7 @@ import pytest
 
 from kvfs_base.limits import KIB, MIB
 from kvfs_metadata.messages import GetQuota, SetQuota
-from t4_mount.harness import Cluster
+from t4_mount.harness import Cluster, wait_until
 from t4_mount.test_passthrough import require_passthrough
 
 pytestmark = pytest.mark.both_frontends
@@ -186,3 +186,22 @@ def test_the_kernel_writes_no_file_that_counts(work: Path, cluster: Cluster, fro
             assert 0 < file.write(bytes(2 * MIB)) <= MIB
             refused(lambda file=file: file.write(bytes(2 * MIB)))
             os.ftruncate(file.fileno(), 0)
+
+
+def test_what_is_refused_does_not_cut_what_another_mount_wrote(
+    work: Path, cluster: Cluster, mounted: Path, tmp_path: Path, frontend: str
+) -> None:
+    set_quota(cluster, work, MIB)
+    with cluster.mounted(tmp_path / "other", f"--frontend={frontend}") as mountpoint:
+        mine = os.open(work / "file", os.O_CREAT | os.O_WRONLY)
+        theirs = os.open(mountpoint / work.relative_to(mounted) / "file", os.O_WRONLY)
+        data = os.urandom(500_000)
+        assert os.pwrite(theirs, data, 0) == len(data)
+        refused(lambda: os.pwrite(mine, data, MIB))
+        os.close(theirs)
+        os.close(mine)
+    wait_until(lambda: (work / "file").stat().st_size == len(data))
+    assert (work / "file").read_bytes() == data
+    set_quota(cluster, work, 2 * MIB)
+    os.truncate(work / "file", 2 * MIB)  # and what was refused does not show
+    assert (work / "file").read_bytes() == data.ljust(2 * MIB, b"\0")

@@ -6,11 +6,13 @@ from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import trio
 import trio.testing
 
 from kvfs.mount.opens import Opens
-from kvfs_base.limits import MOUNT_CLOSE_SECONDS, MOUNT_IDLE_SECONDS
+from kvfs_base.errors import TailBusy
+from kvfs_base.limits import MOUNT_CLOSE_SECONDS, MOUNT_IDLE_SECONDS, TAIL_WAIT_SECONDS
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import CloseInode, OpenInode
 
@@ -23,6 +25,9 @@ class Service:
     def __init__(self) -> None:
         self.leased = True
         self.open: list[int] = []
+        self.written: list[bool] = []
+        self.cutting = 0
+        """So often somebody is told to wait."""
         self.calls = 0
         self.asked: list[Any] = []
 
@@ -42,7 +47,11 @@ class Service:
     async def call(self, request: Any) -> Any:
         self.calls += 1
         if isinstance(request, OpenInode):
+            if self.cutting:
+                self.cutting -= 1
+                raise TailBusy(inode=request.inode)
             self.open.append(request.inode)
+            self.written.append(request.writes)
         if isinstance(request, CloseInode):
             for inode in (request.inode, *request.others):
                 self.open.remove(inode)
@@ -72,6 +81,44 @@ def test_the_next_open_costs_no_call() -> None:
         assert (service.calls, service.open) == (1, [FILE])
         await trio.sleep(3 * MOUNT_IDLE_SECONDS)
         assert service.open == []
+
+    run(test)
+
+
+def test_who_writes_asks_once_more_if_it_was_open_for_reading_only() -> None:
+    async def test(opens: Opens, service: Service) -> None:
+        await opens.take(FILE)
+        assert opens.take_now(FILE, writes=True) is None
+        await opens.take(FILE, writes=True)
+        assert service.written == [False, True]
+        assert opens.take_now(FILE, writes=True) is not None
+        for _ in range(3):
+            opens.give_back(FILE)
+        await trio.sleep(3 * MOUNT_IDLE_SECONDS)
+        assert service.open == []
+        assert opens.take_now(FILE, writes=True) is None
+        opens.made(FILE)
+        assert opens.take_now(FILE, writes=True) is not None
+
+    run(test)
+
+
+def test_who_writes_waits_while_somebody_cuts() -> None:
+    async def test(opens: Opens, service: Service) -> None:
+        service.cutting = 5
+        await opens.take(FILE, writes=True)
+        assert (service.cutting, service.open) == (0, [FILE])
+        service.cutting = 1 << 20
+        begin = trio.current_time()
+        with pytest.raises(TailBusy):
+            await opens.take(FILE + 1, writes=True)
+        assert TAIL_WAIT_SECONDS <= trio.current_time() - begin < TAIL_WAIT_SECONDS + 1
+        # Without a task: who asked goes on with one.
+        told: list[Any] = []
+        opens.count_soon(FILE + 1, lambda *answer: told.append(answer), writes=True)
+        service.asked[-1](None, TailBusy(inode=FILE + 1))
+        assert told == [(None, None)]
+        assert opens.take_now(FILE + 1) is None
 
     run(test)
 

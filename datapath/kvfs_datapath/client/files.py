@@ -47,7 +47,7 @@ from kvfs_datapath.client.patience import Closed, Patience
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.segments import Segment, segments
 from kvfs_datapath.client.staging import Adoption, StagedFile
-from kvfs_datapath.client.transfers import descriptor_count, disk_error
+from kvfs_datapath.client.transfers import descriptor_count, disk_error, lengthen
 from kvfs_datapath.client.unsynced import Unsynced
 
 STAT_CHUNKS_MAX = 64
@@ -328,11 +328,18 @@ class StripedFile:
         self.truncate(old_size, max(new_size, chunk_bytes))
         self._patiently(0, self._fit, min(new_size, chunk_bytes))
 
-    def _fit(self, route: Route, length: int) -> None:
+    def grow_in_place(self, size: int) -> None:
+        """Such a file's first chunk is long enough for ``size`` bytes of the file, and open for
+        writing. What is longer stays as it is."""
+        self._patiently(0, self._fit, min(size, self._layout.chunk_bytes), lengthen)
+
+    def _fit(
+        self, route: Route, length: int, fit: Callable[[int, int], None] = os.ftruncate
+    ) -> None:
         descriptor = self._descriptor(route, 0, writable=True)
         self._note_write(0)
         try:
-            os.ftruncate(descriptor.fd, length)
+            fit(descriptor.fd, length)
         except OSError as exc:
             raise disk_error(exc, route.target_id) from exc
         finally:

@@ -454,3 +454,17 @@ def _write_remote(
     request = m.WriteChunks(route.target_id, messages, passing)
     outcomes = connection.call(request, [write.view[: write.size] for write in writes])
     return [outcomes.error(index) for index in range(len(writes))]
+
+
+def lengthen(descriptor: int, size: int) -> None:
+    """The file is at least ``size`` bytes long, and what it has stays as it is, whoever else writes
+    to it meanwhile: ftruncate could make it shorter. Takes at most a block of the disk. Raises
+    OSError."""
+    if os.fstat(descriptor).st_size >= size:
+        return
+    try:
+        os.posix_fallocate(descriptor, size - 1, 1)
+    except OSError as exc:
+        if exc.errno != errno.EOPNOTSUPP:
+            raise
+        os.ftruncate(descriptor, size)

@@ -27,6 +27,7 @@ from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.locks import SharedLock
 from kvfs.mount.passed_writes import PassedWrites
 from kvfs.mount.requests import without_privileges
+from kvfs.mount.tails import asked_to_cut
 from kvfs_base.errors import (
     BehindTheEnd,
     CacheFull,
@@ -273,7 +274,16 @@ class OpenFile:
         if self._passed is not None:
             return
         async with self.lock.exclusive():
-            await self._truncate(self.size, self.size)
+            await self._grow(self.size)
+
+    async def _grow(self, size: int) -> None:
+        """Who reads the chunk itself finds it long enough for ``size`` bytes of the file. It never
+        gets shorter: another mount may have written behind that. Holds the lock exclusive."""
+        self._unflushed = True
+        if self._passed is not None:
+            await self._backend.in_thread(self._passed.grow, size)
+        else:
+            await self._backend.in_thread(self._data.grow_in_place, size)
 
     async def _truncate(self, end: int, size: int) -> None:
         """Nothing lies behind ``size`` afterwards. Holds the lock exclusive."""
@@ -359,8 +369,7 @@ class OpenFile:
         except QuotaExceeded:
             # The chunks have it already.
             async with self.lock.exclusive():
-                if end > self.size:
-                    await self._truncate(end, self.size)
+                await self._cut_refused()
             raise
         if self.size - self.recorded[0] >= MOUNT_UNPUSHED_BYTES:
             await self.push()
@@ -422,18 +431,32 @@ class OpenFile:
         if offset <= self.size:
             return
         await self._cut_tail()
+        if offset <= self.size:
+            return
         self.sparse = True
         if self.backing != NO_DESCRIPTOR:
             # Who reads the chunk itself sees zeros there only if the chunk has them.
-            await self._truncate(self.size, offset)
+            await self._grow(offset)
 
-    async def _cut_tail(self) -> None:
+    async def _cut_tail(self, *, wait: bool = True) -> None:
         """A mount that was killed may have written behind the recorded end: once for each open,
-        before a hole would show those bytes."""
-        if not self._tail_clean:
-            unrecorded = MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
-            await self._truncate(self.size + unrecorded, self.size)
-            self._tail_clean = True
+        before a hole would show those bytes. Not while a living one may be writing there."""
+        if self._tail_clean:
+            return
+        async with asked_to_cut(self._backend, self.inode, wait=wait) as tail:
+            # It may be longer by now. Nobody makes it shorter while we may cut.
+            self.size = max(self.size, tail.size)
+            if tail.may_cut:
+                unrecorded = MOUNT_UNPUSHED_BYTES + MOUNT_IO_BYTES
+                await self._truncate(self.size + unrecorded, self.size)
+                self._tail_clean = True
+
+    async def _cut_refused(self) -> None:
+        """A quota does not let the file grow, and something lies behind its end already. If it is
+        not to be cut now, it is what a killed mount might have left there. Holds the lock
+        exclusive."""
+        self._tail_clean = False
+        await self._cut_tail(wait=False)
 
     def is_new(self) -> None:
         """The inode was just made, or nobody has written to it since: nothing can lie behind its
@@ -476,13 +499,16 @@ class OpenFile:
         """Sends ``request`` with the new size. Holds the lock exclusive."""
         if size > FILE_BYTES_MAX:
             raise FileTooLarge(limit=FILE_BYTES_MAX)
-        before, request.size = self.size, size
         await self._open_hole(size)
+        if self._cut:
+            request.size = size
+        else:  # another mount may just have made it longer than that
+            request.size, request.grow_to = None, size
         try:
             await self._record(request)
         except QuotaExceeded:
             if self.backing != NO_DESCRIPTOR:  # whose length is what the kernel's readers see
-                await self._truncate(size, before)
+                await self._cut_refused()
             raise
 
     async def allocate(self, offset: int, length: int, mode: int) -> None:

@@ -242,7 +242,7 @@ class Filesystem:
         if changes.size is None and inode not in self._files:
             epoch = self._backend.epoch
             return self._tell(await self._backend.call(request), epoch)
-        async with self._files.held(inode) as file:
+        async with self._files.held(inode, writes=changes.size is not None) as file:
             await file.change(request)
             if changes.size is not None:
                 await file.flush()
@@ -423,7 +423,8 @@ class Filesystem:
         def tell(_: None, error: KvfsError | None) -> None:
             done(self.open_now(inode, flags) if error is None else None, error)
 
-        return self._files.opens.count_soon(inode, tell)
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        return self._files.opens.count_soon(inode, tell, writes=writable)
 
     async def open(self, inode: int, flags: int) -> Opened:
         """``flags`` as in open(2), O_TRUNC included. Answers from fresh attributes."""

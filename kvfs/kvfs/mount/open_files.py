@@ -107,7 +107,8 @@ class OpenFiles:
 
     def open_now(self, inode: int, flags: int) -> tuple[OpenFile, bool] | None:
         """``flags`` as in open(2). True if the pages that the kernel has of it are current."""
-        attr = None if flags & os.O_TRUNC else self.opens.take_now(inode)
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        attr = None if flags & os.O_TRUNC else self.opens.take_now(inode, writes=writable)
         if attr is None:
             return None
         file = self._files.get(inode) or (OpenFile(self._backend, attr) if attr.is_file else None)
@@ -148,9 +149,9 @@ class OpenFiles:
 
     async def open(self, inode: int, flags: int) -> tuple[OpenFile, bool]:
         """The same in any case, O_TRUNC included."""
-        file, attr = await self._hold(inode)
-        current = _is_current(file, attr)
         writable = flags & os.O_ACCMODE != os.O_RDONLY
+        file, attr = await self._hold(inode, writes=writable or bool(flags & os.O_TRUNC))
+        current = _is_current(file, attr)
         try:
             if flags & os.O_TRUNC:
                 current = False
@@ -168,20 +169,21 @@ class OpenFiles:
         return file, current
 
     @contextlib.asynccontextmanager
-    async def held(self, inode: int) -> AsyncIterator[OpenFile]:
-        """Open for a change of ours; the kernel's pages are what they were."""
-        file, _ = await self._hold(inode)
+    async def held(self, inode: int, *, writes: bool) -> AsyncIterator[OpenFile]:
+        """Open for a change of ours, of its chunks if it ``writes``; the kernel's pages are what
+        they were."""
+        file, _ = await self._hold(inode, writes=writes)
         try:
             yield file
         finally:
             await self.let_go(file)
 
-    async def _hold(self, inode: int) -> tuple[OpenFile, Attr]:
+    async def _hold(self, inode: int, *, writes: bool) -> tuple[OpenFile, Attr]:
         """Counts one open, and the attributes as they are now."""
-        attr = self.opens.take_now(inode)
+        attr = self.opens.take_now(inode, writes=writes)
         asked_at = None if attr is not None else self._backend.epoch
         if attr is None:
-            attr = await self.opens.take(inode)
+            attr = await self.opens.take(inode, writes=writes)
         if attr.is_block or not attr.is_file:
             self.opens.give_back(inode, wanted=False)
             raise NotPermitted(reason="not an ordinary file")

@@ -14,7 +14,8 @@ from collections.abc import Iterable
 import trio
 
 from kvfs.mount.backend import Backend
-from kvfs_base.errors import KvfsError
+from kvfs.mount.tails import when_cut
+from kvfs_base.errors import KvfsError, TailBusy
 from kvfs_base.limits import (
     CLOSED_TOGETHER_MAX,
     MOUNT_CLOSE_SECONDS,
@@ -33,6 +34,8 @@ class Opens:
         self._backend = backend
         self._counted: dict[int, int] = {}
         """How often the service counts an inode as open by us."""
+        self._written: set[int] = set()
+        """Counted ones that the service knows we may write to."""
         self._users: dict[int, int] = {}
         """How often it was taken here and not given back."""
         self._idle: dict[int, None] = {}
@@ -49,32 +52,34 @@ class Opens:
         self._closing = False
         """``close_idle`` runs."""
 
-    def take_now(self, inode: int) -> Attr | None:
+    def take_now(self, inode: int, *, writes: bool = False) -> Attr | None:
         """Its attributes; None if the service has to be asked, and nothing was taken."""
-        if inode not in self._counted:
+        if inode not in (self._written if writes else self._counted):
             return None
         attr = self._backend.names.attr(inode)
         if attr is not None:
             self._use(inode)
         return attr
 
-    async def take(self, inode: int) -> Attr:
-        """Fresh attributes of an inode that stays open until it is given back."""
-        leased = self.take_now(inode)
+    async def take(self, inode: int, *, writes: bool = False) -> Attr:
+        """Fresh attributes of an inode that stays open until it is given back. ``writes``: chunks
+        of it may be changed until then. Raises TailBusy."""
+        leased = self.take_now(inode, writes=writes)
         if leased is not None:
             return leased
-        known = inode in self._counted
+        known = inode in (self._written if writes else self._counted)
         self._use(inode)  # so that nobody closes it meanwhile
         try:
-            attr: Attr = await self._backend.call(GetAttr(inode) if known else OpenInode(inode))
+            request = GetAttr(inode) if known else OpenInode(inode, writes)
+            attr: Attr = await when_cut(lambda: self._backend.call(request))
         except BaseException:
             self.give_back(inode)
             raise
         if not known:
-            self._count(inode)
+            self._count(inode, writes=writes)
         return attr
 
-    def count_soon(self, inode: int, done: Done) -> bool:
+    def count_soon(self, inode: int, done: Done, *, writes: bool = False) -> bool:
         """The service counts it, for who takes it in ``done``: see Backend.call_soon. Otherwise it
         is idle. False if ``take`` has to be used."""
         if inode in self._counted or not self._may_be_idle(inode):
@@ -82,20 +87,22 @@ class Opens:
 
         def tell(attr: Attr | None, error: KvfsError | None) -> None:
             if attr is not None:
-                self._count(inode)
+                self._count(inode, writes=writes)
                 if inode not in self._users:
                     self._idle[inode] = None
-            done(None, error)
+            done(None, None if isinstance(error, TailBusy) else error)
 
-        return self._backend.call_soon(OpenInode(inode), tell)
+        return self._backend.call_soon(OpenInode(inode, writes), tell)
 
     def made(self, inode: int) -> None:
-        """The service has counted it with its creation."""
-        self._count(inode)
+        """The service has counted it with its creation, as one that we write to."""
+        self._count(inode, writes=True)
         self._use(inode)
 
-    def _count(self, inode: int) -> None:
+    def _count(self, inode: int, *, writes: bool) -> None:
         self._counted[inode] = self._counted.get(inode, 0) + 1
+        if writes:
+            self._written.add(inode)
 
     def _use(self, inode: int) -> None:
         self._users[inode] = self._users.get(inode, 0) + 1
@@ -172,6 +179,7 @@ class Opens:
                 self._idle.pop(inode, None)
                 # From here on it counts as not open: who opens it asks the service, after this.
                 opens += [inode] * self._counted.pop(inode, 0)
+                self._written.discard(inode)
             for start in range(0, len(opens), CLOSED_TOGETHER_MAX):
                 first, *others = opens[start : start + CLOSED_TOGETHER_MAX]
                 try:

@@ -32,7 +32,7 @@ from kvfs_base.limits import CALL_SECONDS, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_
 from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.client.staging import Adoption, StagedFile
-from kvfs_datapath.client.transfers import disk_error
+from kvfs_datapath.client.transfers import disk_error, lengthen
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +152,15 @@ class PassedWrites:
         if self._copied_end:
             self._data.truncate(end, max(size, self._own_bytes))
             self._copied_end = min(self._copied_end, size)
+
+    def grow(self, size: int) -> None:
+        """Blocking. The file is at least ``size`` bytes long. Raises as ``truncate``."""
+        try:
+            lengthen(self.descriptor, size)
+        except OSError as exc:
+            if exc.errno == errno.EFBIG:
+                raise FileTooLarge(limit=self.size) from exc
+            raise disk_error(exc, 0) from exc
 
     def zero(self, start: int, end: int) -> None:
         """Blocking. The bytes ``start <= x < end`` of the file, which is recorded as sparse, are
