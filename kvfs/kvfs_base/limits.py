@@ -29,6 +29,10 @@ FILE_CHUNK_BYTES = 16 * MIB
 """Chunk size of ordinary files: a 4 MiB write stays in one file (one backing file for the kernel),
 a 1 GiB file spreads over 64 chunks, and a checksum of a whole chunk costs about 3 ms."""
 
+FILE_WIDE_CHUNK_BYTES = BLOCK_BYTES_MAX
+"""The same of a file that grew longer than FILE_CHUNK_BYTES in one staged chunk file: what the
+kernel has written there stays there (docs/design/0010)."""
+
 STRIPE_MAX = 16
 """Chains one file is striped over; the list is stored in the inode (2-5 bytes each)."""
 

@@ -63,6 +63,7 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.OpenInode,  # Attach has just said how often each file is open
         m.CloseInode,
         m.BeginCut,
+        m.WidenChunks,
         m.EndCut,  # late copies come over connections that the session has left
         m.SetLock,  # the same
         m.Unlock,

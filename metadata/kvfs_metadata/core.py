@@ -250,6 +250,7 @@ class MetadataCore:
             m.CloseInode: self._close_inode,
             m.BeginCut: self._begin_cut,
             m.EndCut: self._end_cut,
+            m.WidenChunks: self._widen,
             m.SetLock: self._set_lock,
             m.Unlock: self.locks.unlock,
             m.GetLock: self.locks.get,
@@ -489,6 +490,11 @@ class MetadataCore:
     def _end_cut(self, tx: Tx, request: m.EndCut) -> m.Done:
         self.sessions.end_cut(tx, request.inode)
         return m.Done()
+
+    def _widen(self, tx: Tx, request: m.WidenChunks) -> Attr:
+        if not self.sessions.writes_alone(tx, request.inode):
+            raise InvalidRequest(detail=f"others may write to inode {request.inode}")
+        return self.tree.widen(tx, request.inode)
 
     def _set_lock(self, tx: Tx, request: m.SetLock) -> m.FileLock | None:
         self.tree.attr_of(tx.kv, request.inode)

@@ -133,6 +133,16 @@ class EndCut(Request, tag="end_cut"):
     inode: U64
 
 
+class WidenChunks(Request, tag="widen"):
+    """The chunks of a file become FILE_WIDE_CHUNK_BYTES long: all that it has is in the first one,
+    of one copy (docs/design/0010). For the session that alone may write to it; raises
+    InvalidRequest where that is not certain, or where something lies behind the first chunk.
+    Repeated it changes nothing."""
+
+    Reply: ClassVar = Attr
+    inode: U64
+
+
 # --- locks
 
 
@@ -558,6 +568,7 @@ MetadataRequest = (
     | CloseInode
     | BeginCut
     | EndCut
+    | WidenChunks
     | SetLock
     | Unlock
     | GetLock

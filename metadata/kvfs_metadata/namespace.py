@@ -25,7 +25,13 @@ from kvfs_base.errors import (
     ServerBusy,
     TooManyLinks,
 )
-from kvfs_base.limits import LINKS_MAX, NAMESPACE_DEPTH_MAX, NAMESPACES_MAX
+from kvfs_base.limits import (
+    FILE_CHUNK_BYTES,
+    FILE_WIDE_CHUNK_BYTES,
+    LINKS_MAX,
+    NAMESPACE_DEPTH_MAX,
+    NAMESPACES_MAX,
+)
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE, Attr, KVLayout, Layout
 from kvfs_metadata import records
 from kvfs_metadata.block_index import KVNamespace
@@ -208,6 +214,21 @@ class FileTree:
         if quota_bytes(record) != counted:
             grown = quota_bytes(record) - counted
             self._quotas.charge(tx, record.quota, inodes=0, file_bytes=grown)
+        return self.attr(record)
+
+    def widen(self, tx: Tx, inode: int) -> Attr:
+        """All that the file has is in its first chunk, and more of it will be. Raises
+        InvalidRequest."""
+        record = load(tx.kv, inode)
+        layout = record.layout
+        if layout is None or layout.chunk_bytes == FILE_WIDE_CHUNK_BYTES:
+            return self.attr(record)
+        if layout.chunk_bytes != FILE_CHUNK_BYTES:
+            raise InvalidRequest(detail=f"the chunks of inode {inode} have several copies")
+        if record.size_max > FILE_CHUNK_BYTES:
+            raise InvalidRequest(detail=f"inode {inode} has had more than one chunk")
+        record.layout = Layout(FILE_WIDE_CHUNK_BYTES, layout.chains)
+        save(tx, record)
         return self.attr(record)
 
     # --- making

@@ -338,6 +338,12 @@ class Sessions:
         self._writers.begin_cut(tx, uuid, inode)
         return True, False
 
+    def writes_alone(self, tx: Tx, inode: int) -> bool:
+        """Whether the connection's session may write to the file, and nobody else for certain."""
+        uuid, session = self._session_of(tx)
+        writes = session.connection == tx.connection and self._writers.may_write(uuid, inode)
+        return writes and not (self._writers.expected or self._writers.others(uuid, inode))
+
     def end_cut(self, tx: Tx, inode: int) -> None:
         uuid, session = self._session_of(tx)
         if session.connection == tx.connection:

@@ -6,6 +6,7 @@ import pytest
 
 from kvfs_base import errors as e
 from kvfs_base import limits
+from kvfs_base.types import Layout
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from t2_services.metadata_rig import FILE, ROOT, Rig
@@ -250,3 +251,46 @@ def test_a_server_that_loads_everything_anew_knows_who_cuts() -> None:
         servers.live(GRACE / 2, [b])  # the server that has the session dies
     b.call(m.OpenInode(inode, writes=True), 2)
     assert ask(b, inode, 2) == MAY_CUT
+
+
+# --- wide chunks
+
+
+def test_who_writes_alone_may_widen_the_chunks(rig: Rig) -> None:
+    inode = make(rig)
+    before = rig.call(m.GetAttr(inode)).layout
+    with pytest.raises(e.InvalidRequest):  # it does not write
+        rig.call(m.WidenChunks(inode), 2)
+    rig.call(m.OpenInode(inode), 2)  # a reader does not matter
+    widened = rig.call(m.WidenChunks(inode), 1)
+    assert widened.layout == Layout(limits.FILE_WIDE_CHUNK_BYTES, before.chains)
+    assert rig.call(m.GetAttr(inode)) == widened
+    assert rig.call(m.WidenChunks(inode), 1) == widened
+
+
+def test_chunks_are_not_widened_while_others_may_write(rig: Rig) -> None:
+    inode = make(rig)
+    rig.call(m.OpenInode(inode, writes=True), 2)
+    with pytest.raises(e.InvalidRequest):
+        rig.call(m.WidenChunks(inode), 1)
+    rig.call(m.CloseInode(inode), 2)
+    rig.call(m.WidenChunks(inode), 1)
+
+
+def test_chunks_are_not_widened_where_there_have_been_several(rig: Rig) -> None:
+    inode = make(rig)
+    rig.call(m.SetAttr(inode, size=limits.FILE_CHUNK_BYTES + 1))
+    rig.call(m.SetAttr(inode, size=10))
+    with pytest.raises(e.InvalidRequest):
+        rig.call(m.WidenChunks(inode), 1)
+
+
+def test_chunks_are_not_widened_before_all_who_wrote_are_back(rig: Rig) -> None:
+    inode = make(rig)
+    rig.call(m.OpenInode(inode, writes=True), 2)
+    rig.restart()
+    rig.call(m.Attach(ONE, (inode,), 1, "", (inode,)), 1)
+    with pytest.raises(e.InvalidRequest):
+        rig.call(m.WidenChunks(inode), 1)
+    rig.work(GRACE + 0.01)
+    rig.call(m.WidenChunks(inode), 1)

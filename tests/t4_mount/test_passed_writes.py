@@ -142,12 +142,16 @@ def test_random_writes_agree_with_a_model(
     wait_until(lambda: (other / path.name).read_bytes() == model)
 
 
-def test_a_file_of_several_chunks(work: Path, cluster: Cluster, other: Path) -> None:
-    """With a hole, synced once before it is whole."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_file_longer_than_a_chunk(work: Path, cluster: Cluster, other: Path, alone: bool) -> None:
+    """With a hole, synced once before it is whole. It stays one chunk file, unless another mount
+    may write to it."""
     head, tail = os.urandom(FILE_CHUNK_BYTES + MIB), os.urandom(3 * MIB)
     hole = 2 * FILE_CHUNK_BYTES
-    with new_file(cluster, work / "file") as descriptor:
+    with new_file(cluster, work / "file") as descriptor, contextlib.ExitStack() as stack:
         os.pwrite(descriptor, head[:-5], 0)
+        if not alone:
+            stack.enter_context((other / "file").open("r+b"))
         os.fsync(descriptor)
         assert (other / "file").read_bytes() == head[:-5]
         os.pwrite(descriptor, head[-5:], len(head) - 5)
@@ -157,11 +161,39 @@ def test_a_file_of_several_chunks(work: Path, cluster: Cluster, other: Path) -> 
     wait_until(lambda: (other / "file").stat().st_size == len(expected))
     assert (other / "file").read_bytes() == expected
     inode = (work / "file").stat().st_ino
-    # The kernel tells of the last close a moment later.
-    wait_until(
-        lambda: all(p.stat().st_size <= FILE_CHUNK_BYTES for p in cluster.chunk_files(inode))
-    )
+    if alone:
+        (chunk,) = cluster.chunk_files(inode)
+        assert chunk.stat().st_size == len(expected)
+    else:
+        # The kernel tells of the last close a moment later.
+        wait_until(
+            lambda: all(p.stat().st_size <= FILE_CHUNK_BYTES for p in cluster.chunk_files(inode))
+        )
     assert (work / "file").read_bytes() == expected
+
+
+def test_one_long_chunk_is_changed_as_any_file(work: Path, cluster: Cluster, other: Path) -> None:
+    """After its close: by both mounts, over what would be ends of chunks elsewhere."""
+    path, far = work / "file", other / "file"
+    model = bytearray(os.urandom(2 * FILE_CHUNK_BYTES + MIB))
+    with new_file(cluster, path) as descriptor:
+        os.pwrite(descriptor, model, 0)
+    wait_until(lambda: far.stat().st_size == len(model))
+    for mine, theirs, at in ((path, far, FILE_CHUNK_BYTES - 2), (far, path, len(model) - 3)):
+        with mine.open("r+b", buffering=0) as file:
+            file.seek(at)
+            file.write(b"change")
+        model[at : at + 6] = b"change"
+        assert theirs.read_bytes() == mine.read_bytes() == model
+    for size in (FILE_CHUNK_BYTES + 7, 3 * FILE_CHUNK_BYTES):
+        os.truncate(far, size)
+        model[size:] = b""
+        model.extend(bytes(size - len(model)))
+        assert path.read_bytes() == far.read_bytes() == model
+    inode = path.stat().st_ino
+    assert len(cluster.chunk_files(inode)) == 1
+    path.unlink()
+    wait_until(lambda: not cluster.chunk_files(inode), COLLECTED_SECONDS)
 
 
 def test_a_file_without_a_name_leaves_nothing(work: Path, cluster: Cluster) -> None:

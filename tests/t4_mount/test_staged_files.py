@@ -17,6 +17,7 @@ import trio
 import trio.testing
 
 from kvfs.mount.passed_writes import PassedWrites
+from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, PAGE_BYTES
 from kvfs_base.os_env import os_env
 from t4_mount.file_checker import KEEP_SIZE, PUNCH_HOLE, fallocate
@@ -249,8 +250,12 @@ def test_holes_are_those_of_the_file_below(work: Path, cluster: Cluster, other: 
 
 
 @contextlib.contextmanager
-def three_chunks(cluster: Cluster, path: Path) -> Iterator[tuple[int, bytearray]]:
-    with new_file(cluster, path, WAYS["plainly"]) as descriptor:
+def three_chunks(cluster: Cluster, path: Path, other: Path) -> Iterator[tuple[int, bytearray]]:
+    """Since another mount may write to it: else it would stay one chunk."""
+    with (
+        new_file(cluster, path, WAYS["plainly"]) as descriptor,
+        (other / path.name).open("r+b"),
+    ):
         data = bytearray(os.urandom(2 * FILE_CHUNK_BYTES + 64 * KIB))
         assert os.pwrite(descriptor, data, 0) == len(data)
         yield descriptor, data
@@ -258,7 +263,7 @@ def three_chunks(cluster: Cluster, path: Path) -> Iterator[tuple[int, bytearray]
 
 def test_a_sync_writes_only_what_differs(work: Path, cluster: Cluster, other: Path) -> None:
     """As a data base does that was made in this session."""
-    with three_chunks(cluster, work / "file") as (descriptor, data):
+    with three_chunks(cluster, work / "file", other) as (descriptor, data):
         os.fsync(descriptor)
         inode = os.fstat(descriptor).st_ino
         _, second, third = sorted(cluster.chunk_files(inode), key=lambda path: path.name)
@@ -293,6 +298,8 @@ def test_the_mount_is_killed_before_the_close(own_cluster: Cluster) -> None:
 class Chunks:
     """What PassedWrites asks of the data path: notes what was copied."""
 
+    chunk_bytes = 1000
+
     def __init__(self) -> None:
         self.copies: list[tuple[int, int]] = []
 
@@ -308,6 +315,10 @@ class Chunks:
 async def record(size: int) -> None: ...
 
 
+async def refuse() -> None:
+    raise InvalidRequest(detail="others may write")
+
+
 @contextlib.contextmanager
 def passed_writes(
     directory: Path, in_thread: Callable[..., Awaitable[Any]]
@@ -317,7 +328,7 @@ def passed_writes(
     backend: Any = SimpleNamespace(in_thread=in_thread, env=os_env())
     chunks: Any = Chunks()
     staged_file: Any = SimpleNamespace(fd=fd)
-    yield PassedWrites(backend, chunks, staged_file, 1000), chunks, fd
+    yield PassedWrites(backend, chunks, staged_file, refuse), chunks, fd
     os.close(fd)
 
 

@@ -88,6 +88,10 @@ class StripedFile:
     def chunk_bytes(self) -> int:
         return self._layout.chunk_bytes
 
+    def widen(self, layout: Layout) -> None:
+        """Chunks are longer now, and nothing was ever behind the first one, which has one copy."""
+        self._layout = layout
+
     # --- reading
 
     def read(self, offset: int, length: int, size: int, sparse: bool) -> bytes:

@@ -50,7 +50,7 @@ from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
 from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
-from kvfs_metadata.messages import GetAttr, SetAttr, StatFs
+from kvfs_metadata.messages import GetAttr, SetAttr, StatFs, WidenChunks
 
 log = logging.getLogger(__name__)
 
@@ -157,14 +157,22 @@ class OpenFile:
             self.size, self.mtime_ns = attr.size, attr.mtime_ns
 
     def _follow(self, attr: Attr) -> None:
-        """The layout of a file that somebody has open does not change, unless the service has given
-        our session up: then what was written meanwhile may be in chunks that nobody looks at."""
-        if attr.layout is None or attr.layout == self._layout:
+        """A file that somebody has open stays where it is, unless the service has given our session
+        up: then what was written meanwhile may be in chunks that nobody looks at. Its chunks may
+        get longer, while all that there is is in the first one."""
+        layout, before = attr.layout, self._layout
+        if layout is None or layout == before:
             return
+        if layout.chains == before.chains:
+            if layout.chunk_bytes > before.chunk_bytes:  # else an older answer
+                self._layout = layout
+                if self._striped is not None:
+                    self._striped.widen(layout)
+            return
+        self._layout = layout
         log.warning("inode %d has moved: this mount was not heard of for too long", self.inode)
         if self._dirty or self._unflushed:
             self.error = WriteUncertain(inode=self.inode)
-        self._layout = attr.layout
         if self.backing == NO_DESCRIPTOR:  # else the kernel goes on with the chunk that it has
             self._backend.chunks.descriptors.drop_inode(self.inode)
             self._striped = None
@@ -246,11 +254,17 @@ class OpenFile:
         through_us = self.attr.quota or without_privileges(self.attr) is not None
         staged = self._data.stage() if is_first and not (has_chunks or through_us) else None
         if staged is not None:
-            assert self.attr.layout is not None
-            chunk_bytes = self.attr.layout.chunk_bytes
-            self._passed = PassedWrites(self._backend, self._data, staged, chunk_bytes)
+            self._passed = PassedWrites(self._backend, self._data, staged, self._widen)
             self.backing = staged.fd
             self._is_decided = True
+
+    async def _widen(self) -> None:
+        """What the kernel writes by itself may all lie in the first chunk. Raises InvalidRequest if
+        others may write to the file."""
+        epoch = self._backend.epoch
+        attr: Attr = await self._backend.call(WidenChunks(self.inode))
+        self._follow(attr)
+        self.absorb(attr, epoch)
 
     @property
     def passes_writes(self) -> bool:

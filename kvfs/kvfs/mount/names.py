@@ -56,6 +56,7 @@ class Names:
             m.GetAttr: self._got,
             m.OpenInode: self._got,
             m.SetAttr: self._set,
+            m.WidenChunks: self._set,
             m.Make: self._made,
             m.Link: self._linked,
             m.Unlink: self._unlinked,
@@ -152,7 +153,7 @@ class Names:
         if not attr.is_block:  # else its directory is not known here
             self._keep(attr, token)
 
-    def _set(self, request: m.SetAttr, attr: Attr, token: int) -> None:
+    def _set(self, request: m.SetAttr | m.WidenChunks, attr: Attr, token: int) -> None:
         if request.inode in self._namespaces:  # its blocks have its owner
             self._drop_all()
         else:

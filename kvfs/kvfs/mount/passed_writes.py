@@ -1,5 +1,8 @@
 """New files that the kernel writes by itself, into a staged chunk file.
 
+Where it gets longer than a chunk, the file's chunks are made longer (docs/design/0010), if nobody
+else may write to it: then all of it stays where it is, up to FILE_WIDE_CHUNK_BYTES.
+
 The chunk gets its name when the file is flushed: other mounts see the file's bytes from then on,
 as close-to-open promises. Until the last handle is gone the kernel may write on, which nobody tells
 us: size and mtime are the chunk file's. What lies behind the end of the first chunk (the *rest*) is
@@ -41,8 +44,13 @@ class PassedWrites:
     """Of one open inode. ``lock`` is held by whoever stores what the kernel wrote."""
 
     def __init__(
-        self, backend: Backend, data: StripedFile, staged: StagedFile, chunk_bytes: int
+        self,
+        backend: Backend,
+        data: StripedFile,
+        staged: StagedFile,
+        widen: Callable[[], Awaitable[None]],
     ) -> None:
+        """``widen`` makes the chunks of the file longer; raises InvalidRequest if it may not."""
         self.descriptor = staged.fd
         self.size = 0
         self.mtime_ns = 0
@@ -52,7 +60,8 @@ class PassedWrites:
         self._backend = backend
         self._data = data
         self._staged = staged
-        self._chunk_bytes = chunk_bytes
+        self._widen = widen
+        self._may_widen = True
         self._adopted = False
         self._orphaned = False
         self._copied_end = 0
@@ -82,7 +91,7 @@ class PassedWrites:
     @property
     def _own_bytes(self) -> int:
         """What the first chunk holds of the file."""
-        return 0 if self._orphaned else self._chunk_bytes
+        return 0 if self._orphaned else self._data.chunk_bytes
 
     @property
     def is_worth_storing(self) -> bool:
@@ -104,6 +113,8 @@ class PassedWrites:
                 elif self._adopted and not os.fstat(self.descriptor).st_nlink:
                     log.info("a new file is copied: somebody has removed its chunk")
                     self._adopted, self._orphaned, self._copied_end = False, True, 0
+                if self.size > self._own_bytes and self._adopted and not self._copied_end:
+                    await self._widen_chunks()
                 if self.size > self._own_bytes:
                     await self._copy(record)
             except BaseException:
@@ -125,6 +136,14 @@ class PassedWrites:
             self._orphaned = not self._adopted
             if self._orphaned:
                 log.info("a new file is copied: its chunk server does not have it (%s)", exc)
+
+    async def _widen_chunks(self) -> None:
+        if self._may_widen:
+            self._may_widen = False
+            try:
+                await self._widen()
+            except InvalidRequest as exc:
+                log.info("what is behind the first chunk of a new file is copied: %s", exc)
 
     async def _copy(self, record: Callable[[int], Awaitable[None]]) -> None:
         # Writes after this may leave the clock's tick, and so the mtime, as it was: unless the last
@@ -201,8 +220,8 @@ class PassedWrites:
     def close(self) -> bool:
         """Blocking: nobody has the file open any more. True if its chunks are to be sealed."""
         if self._adopted:
-            if os.fstat(self.descriptor).st_size > self._chunk_bytes:
-                os.ftruncate(self.descriptor, self._chunk_bytes)
+            if os.fstat(self.descriptor).st_size > self._data.chunk_bytes:
+                os.ftruncate(self.descriptor, self._data.chunk_bytes)
             os.close(self.descriptor)
         else:
             self._data.unstage(self._staged)
