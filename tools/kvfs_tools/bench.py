@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 import kvfs
 from kvfs import KVLayout
 from kvfs_base.limits import GIB, MIB, PAGE_BYTES
 from kvfs_tools.cluster import LocalCluster
+from kvfs_tools.tables import show
 
 BATCH = 32
 MATCH_KEYS = 1000
@@ -422,7 +422,6 @@ def bench(
     directory: str | None, block_mib: float, total_mib: int, rounds: int, json_path: str | None
 ) -> None:
     """Measure kvfs on this machine against its limits."""
-    console = Console()
     if shutil.which("fio") is None:
         raise click.ClickException("fio is not installed (apt-get install fio)")
     with tempfile.TemporaryDirectory(prefix="kvfs-bench-", dir=directory) as folder:
@@ -433,6 +432,6 @@ def bench(
             rounds,
             lambda text: print(text, file=sys.stderr, flush=True),
         )
-    console.print(table(rows))
+    show(table(rows))
     if json_path:
         Path(json_path).write_text(json.dumps([dataclasses.asdict(r) for r in rows], indent=1))

@@ -29,7 +29,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from kvfs.settings import format_size, parse_size
@@ -41,6 +40,7 @@ from kvfs_tools.chunk_pair import Pair, host_paces
 from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table
 from kvfs_tools.chunk_rig import ChunkRig, check, write_json
 from kvfs_tools.chunk_updates import UpdateBench, Updates, updates_table
+from kvfs_tools.tables import show
 
 FIO_JOBS = (1, 8, 32)
 FIO_DEPTH = 32
@@ -416,11 +416,11 @@ def bench_chunks(
                     bench = Bench(rig, number, replicas, size, count, rounds, folder, _tell)
                     figures += bench.run()
     if rebuild:
-        Console().print(rebuild_table(rebuilds))
+        show(rebuild_table(rebuilds))
     elif updates:
-        Console().print(updates_table(updated))
+        show(updates_table(updated))
     else:
-        Console().print(table(figures))
+        show(table(figures))
     if json_path:
         rows: list[Figure | Rebuild | Updates] = [*figures, *rebuilds, *updated]
         write_json(json_path, [dataclasses.asdict(row) for row in rows])

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from kvfs_base.limits import GIB, MIB
@@ -29,6 +28,7 @@ from kvfs_metadata import messages as m
 from kvfs_tools.bench import Row, interleave
 from kvfs_tools.metadata_cluster import Done, MetadataCluster, MetadataProcess
 from kvfs_tools.metadata_worker import keys_of
+from kvfs_tools.tables import show
 
 CLIENTS = 4
 DEPTH = 32
@@ -427,7 +427,7 @@ def bench_metadata(
         for entries in scale:
             bench.files(entries)
             bench.blocks(entries)
-    Console().print(table(bench.figures))
+    show(table(bench.figures))
     if json_path:
         Path(json_path).write_text(as_json(bench.figures))
 

@@ -35,6 +35,7 @@ from kvfs_tools.mount_systems import (
     kvfs_mount,
     plain,
 )
+from kvfs_tools.tables import show
 
 PARTS = ("names", "blocks", "files", "fio")
 SETTLED_SECONDS = 10.5
@@ -183,7 +184,7 @@ def bench_mount(
             rows = measure(Path(root), plan, console)
         except (ClusterFailed, PeerMissing) as exc:
             raise click.ClickException(str(exc)) from exc
-    Console().print(table(rows))
+    show(table(rows))
     found = [dataclasses.asdict(row) for row in rows]
     if json_path:
         Path(json_path).write_text(json.dumps(found, indent=1))
