@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import errno
+import functools
 import os
 import socket
 import stat
@@ -23,6 +24,7 @@ from kvfs_base.types import Address
 
 SOCKET_BUFFER_BYTES = 4 * MIB
 """Asked for on data connections: half a data request, so that sender and receiver overlap."""
+_BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 WAKE_BYTES = 256 * KIB
 """Who waits for more than this is woken once for so much, not for each packet: to wake a thread
 costs the sender's side more than half of what sending takes."""
@@ -204,6 +206,22 @@ def _send_unpaced(sock: socket.socket) -> None:
             pass
 
 
+def set_buffers(sock: socket.socket) -> None:
+    """Large ones. Many hosts allow 208 KiB (``net.core.rmem_max``, ``wmem_max``) to those who ask,
+    and several MiB to TCP itself, which makes them as large as they need be: there nobody asks."""
+    for option in _BUFFERS:
+        if sock.family == socket.AF_UNIX or _is_granted(option, SOCKET_BUFFER_BYTES):
+            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+
+
+@functools.cache
+def _is_granted(option: int, count: int) -> bool:
+    """Tried on another socket: one that has asked is not looked after by TCP any more."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, option, count)
+        return sock.getsockopt(socket.SOL_SOCKET, option) >= count
+
+
 class OsConnection:
     """A blocking socket. Timeouts are the kernel's (SO_RCVTIMEO, SO_SNDTIMEO): Python's own would
     make the socket non-blocking and add a poll to every call."""
@@ -215,8 +233,7 @@ class OsConnection:
         self._wakes_from = 1
         self.can_pass_descriptors = sock.family == socket.AF_UNIX
         sock.setblocking(True)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+        set_buffers(sock)
         if not self.can_pass_descriptors:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _send_unpaced(sock)
@@ -425,4 +442,4 @@ def _dialled(address: Address, timeout: float) -> socket.socket:
     return sock
 
 
-__all__ = ["OsBlockingNetwork", "OsConnection", "OsNetwork"]
+__all__ = ["OsBlockingNetwork", "OsConnection", "OsNetwork", "set_buffers"]

@@ -17,7 +17,7 @@ from kvfs_base import os_network
 from kvfs_base.errors import ConnectionLost, DeadlineExceeded, NotLoopback
 from kvfs_base.handshake import Secret
 from kvfs_base.limits import FDS_PER_MESSAGE_MAX
-from kvfs_base.os_network import OsBlockingNetwork
+from kvfs_base.os_network import OsBlockingNetwork, OsConnection
 from kvfs_base.seams import BlockingNetwork, Connection, Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import Address
@@ -365,3 +365,27 @@ def test_data_is_not_sent_by_a_timer(
         assert name.rstrip(b"\0") == taken.encode()
     finally:
         pair.close()
+
+
+@pytest.mark.parametrize("option", [socket.SO_SNDBUF, socket.SO_RCVBUF])
+def test_buffers_are_left_to_tcp_where_the_host_allows_only_small_ones(
+    monkeypatch: pytest.MonkeyPatch, option: int
+) -> None:
+    """Whoever has asked, and got a twentieth, is given no more."""
+
+    def found() -> int:
+        with contextlib.closing(Pair(OsBlockingNetwork(), Address.tcp("127.0.0.1", 0))) as pair:
+            assert isinstance(pair.near, OsConnection)
+            return pair.near._sock.getsockopt(socket.SOL_SOCKET, option)
+
+    asked = 300_000
+    monkeypatch.setattr(os_network, "SOCKET_BUFFER_BYTES", asked)
+    monkeypatch.setattr(os_network, "_is_granted", lambda *_: True)
+    with_asking = found()
+    monkeypatch.undo()
+    monkeypatch.setattr(os_network, "SOCKET_BUFFER_BYTES", 2**31 - 1)  # more than there can be
+    assert not os_network._is_granted(option, 2**31 - 1)
+    assert os_network._is_granted(option, 4096)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as plain:
+        plain.connect(listener.getsockname())
+        assert found() == plain.getsockopt(socket.SOL_SOCKET, option) != with_asking

@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from kvfs_base.limits import MIB, TRANSFER_BYTES
+from kvfs_base.limits import TRANSFER_BYTES
+from kvfs_base.os_network import set_buffers
 from kvfs_tools.cluster import cpu_clock
 
 REQUEST = struct.Struct("<cQQ")
-SOCKET_BUFFER_BYTES = 4 * MIB
 
 
 def host_paces() -> bool:
@@ -33,8 +33,7 @@ def host_paces() -> bool:
 
 
 def _tuned(sock: socket.socket, *, unpaced: bool) -> socket.socket:
-    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-        sock.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
+    set_buffers(sock)  # as kvfs does
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if unpaced:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
