@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import crc32c as portable
 import pytest
 from awscrt.checksums import crc32c as folding
 
-from kvfs_datapath.checksum import crc32c, crc32c_held
+from kvfs_datapath import checksum
+from kvfs_datapath.checksum import crc32c, crc32c_held, have_sums
 
 
 def test_the_check_value_of_castagnoli() -> None:
@@ -65,3 +68,33 @@ def test_with_the_lock_held_nobody_else_runs() -> None:
         stop = True
         sys.setswitchinterval(before)
         thread.join()
+
+
+def _cut(memory: memoryview, sizes: Sequence[int]) -> list[memoryview]:
+    ends = list(itertools.accumulate(sizes))
+    return [memory[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+@pytest.mark.parametrize("sizes", [[1], [65536] * 4, [1, 4095, 70_000, 3]])
+def test_sums_of_neighbours(sizes: list[int]) -> None:
+    memory = memoryview(bytearray(os.urandom(sum(sizes))))
+    views = _cut(memory, sizes)
+    sums = [crc32c(view) for view in views]
+    assert have_sums(views, sums)
+    for place in range(len(memory)) if len(memory) < 9 else (0, sizes[0] - 1, len(memory) - 1):
+        memory[place] ^= 1
+        assert not have_sums(views, sums)
+        memory[place] ^= 1
+    for place in range(len(sums)):
+        assert not have_sums(views, [*sums[:place], sums[place] ^ 1, *sums[place + 1 :]])
+    assert have_sums(views, sums)
+
+
+def test_sums_of_what_does_not_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = memoryview(bytearray(os.urandom(400)))
+    one, two, three, _ = _cut(memory, [100] * 4)
+    assert have_sums([one, two, three], [crc32c(one), crc32c(two), crc32c(three)])
+    for views in ([one, three], [two, one], [one, one], [one, memoryview(bytearray(two))]):
+        assert not have_sums(views, [crc32c(view) for view in views])
+    monkeypatch.setattr(checksum, "_combine", None)
+    assert not have_sums([one, two], [crc32c(one), crc32c(two)])

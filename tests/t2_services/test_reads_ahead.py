@@ -20,11 +20,11 @@ from kvfs_base.limits import KIB
 from kvfs_base.seams import Connection
 from kvfs_base.testing import ManualClock, MemoryBlockingNetwork
 from kvfs_base.types import Address, ChunkId
-from kvfs_datapath import connections
+from kvfs_datapath import checksum, connections
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.routes import Route
-from kvfs_datapath.client.transfers import ChunkRead, ReadShare, Results
+from kvfs_datapath.client.transfers import ChunkRead, ReadShare, Results, read_portion
 from kvfs_datapath.connections import Attempt, ConnectionPool
 from kvfs_datapath.wire import receive_body, receive_header
 
@@ -311,3 +311,33 @@ def test_closing_breaks_off_what_was_asked_for_ahead(world: World) -> None:
     assert stopped.wait(SECONDS)
     with pytest.raises(ConnectionLost):
         world.read()
+
+
+def test_small_chunks_that_lie_together_are_told_apart(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sums are looked at together; one that is wrong is found among them."""
+    size, count = PIECE // 4, 10
+    memory = memoryview(bytearray(count * size))
+    chunks = {ChunkId(2000 + i, 0): os.urandom(size) for i in range(count)}
+    reads = [
+        ChunkRead(chunk, 1, size, crc32c(data), b"", memory[i * size : (i + 1) * size])
+        for i, (chunk, data) in enumerate(chunks.items())
+    ]
+    together: list[bool] = []
+
+    def have_sums(views: list[memoryview], sums: list[int]) -> bool:
+        together.append(checksum.have_sums(views, sums))
+        return together[-1]
+
+    monkeypatch.setattr(connections, "have_sums", have_sums)
+    world.server.chunks = chunks
+    assert read_portion(world.pool, world.route, reads) == [None] * count
+    assert bytes(memory) == b"".join(chunks.values())
+    assert together == [True] * 3
+    together.clear()
+    world.server.chunks = {**chunks, reads[5].chunk: bytes(size)}
+    results = read_portion(world.pool, world.route, reads)
+    assert [i for i, result in enumerate(results) if result is not None] == [5]
+    assert isinstance(results[5], ChunkCorrupt)
+    assert together[:3] == [True, False, True]

@@ -391,15 +391,16 @@ class _RemoteRead:
                 there = [r for place, r in enumerate(wanted) if place not in outcomes.errors]
             return [r.view if len(r.view) == r.size else r.view[: r.size] for r in there]
 
+        expected = [read.crc32c for read in wanted]
         outcomes, sums = self._pool.run(
             self._route.address,
-            lambda c: c.call_summed(request, into, ahead),
+            lambda c: c.call_summed(request, into, ahead, expected),
             seconds=seconds_for(0),
             attempt=self._attempt,
             fresh=fresh,
             ahead=ahead,
         )
-        if not outcomes.errors and sums == [read.crc32c for read in wanted]:
+        if not outcomes.errors and sums == expected:
             for index in indexes:
                 self._results[index] = None
             return []
