@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import mmap
+import os
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import trio
 
@@ -21,6 +22,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NO_DESCRIPTOR = -1
+
+
+class Backing(NamedTuple):
+    """A descriptor that the kernel may read by itself, and the state of the file that it is of."""
+
+    descriptor: int
+    size: int
+    mtime_ns: int
+
+    def close(self) -> None:
+        os.close(self.descriptor)
 
 
 class MetadataCalls(Protocol):

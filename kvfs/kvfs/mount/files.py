@@ -18,12 +18,12 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import trio
 
-from kvfs.mount.backend import NO_DESCRIPTOR, Backend
+from kvfs.mount.backend import NO_DESCRIPTOR, Backend, Backing
 from kvfs.mount.locks import SharedLock
 from kvfs.mount.passed_writes import PassedWrites
 from kvfs.mount.requests import without_privileges
@@ -60,17 +60,6 @@ FALLOC_FL_KEEP_SIZE = 1
 FALLOC_FL_PUNCH_HOLE = 2
 FALLOC_FL_ZERO_RANGE = 16
 ALLOCATE_MODES = FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE
-
-
-class Backing(NamedTuple):
-    """A descriptor that the kernel may read by itself, and the state of the file that it is of."""
-
-    descriptor: int
-    size: int
-    mtime_ns: int
-
-    def close(self) -> None:
-        os.close(self.descriptor)
 
 
 class OpenFile:
@@ -270,6 +259,13 @@ class OpenFile:
     def passes_writes(self) -> bool:
         return self._passed is not None
 
+    def passes_writes_of(self, flags: int) -> bool:
+        """The kernel writes by itself for who opens it with ``flags`` as in open(2). It would not
+        tell us of a write that is to be recorded before it returns, nor take set-ID bits away that
+        the file has got since it was made."""
+        through_us = flags & os.O_DSYNC or without_privileges(self.attr) is not None
+        return self._passed is not None and not through_us
+
     @property
     def is_blank(self) -> bool:
         """Empty, without chunks, as far as this mount knows."""
@@ -321,6 +317,9 @@ class OpenFile:
             self.lock.release_shared()
 
     def _read_now(self, offset: int, length: int) -> Buffer | None:
+        if self._passed is not None:
+            view = self._backend.scratch[: min(length, MOUNT_IO_BYTES)]
+            return view[: self._passed.read_into(offset, view)]
         length = min(length, self.size - offset)
         if length <= 0:
             return b""
@@ -360,6 +359,8 @@ class OpenFile:
 
     def write_now(self, offset: int, data: Buffer) -> bool:
         """Does what ``write`` would, if nothing need be waited for; else nothing."""
+        if self._passed is not None:
+            return False
         end = offset + len(data)
         if offset > self.size or end - self.recorded[0] >= self._unpushed_max:
             return False
@@ -378,6 +379,11 @@ class OpenFile:
         end = offset + len(data)
         if end > FILE_BYTES_MAX:
             raise FileTooLarge(limit=FILE_BYTES_MAX)
+        if self._passed is not None:
+            async with self.lock.shared():
+                await self._backend.in_thread(self._passed.write, offset, data)
+            self._look()
+            return
         try:
             await self._write_anywhere(offset, data)
         except QuotaExceeded:

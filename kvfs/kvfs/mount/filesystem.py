@@ -22,7 +22,7 @@ from typing import Any
 
 import trio
 
-from kvfs.mount.backend import Backend
+from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.blocks import Blocks, OpenBlock
 from kvfs.mount.directory import OpenDirectory
 from kvfs.mount.file_locks import FileLocks
@@ -75,6 +75,8 @@ log = logging.getLogger(__name__)
 class Handle:
     file: OpenFile
     writable: bool
+    synced: bool = False
+    """Each write is to be on stable storage, and the kernel does not ask for that by itself."""
 
 
 class Filesystem:
@@ -453,8 +455,9 @@ class Filesystem:
 
     def _opened(self, file: OpenFile, current: bool, flags: int) -> Opened:
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        handle = self._add(Handle(file, writable))
-        return Opened(handle, current, writable, file.backing, file.passes_writes)
+        synced = writable and bool(flags & os.O_DSYNC) and file.backing != NO_DESCRIPTOR
+        handle = self._add(Handle(file, writable, synced))
+        return Opened(handle, current, writable, file.backing, file.passes_writes_of(flags))
 
     def refuse_backing(self, handle: int) -> None:
         """The kernel did not take what a file that was just made had as ``backing``."""
@@ -495,10 +498,14 @@ class Filesystem:
         return await self._blocks.read(opened, offset, length)
 
     def write_now(self, handle: int, offset: int, data: Buffer) -> bool:
-        return self._handle(handle).file.write_now(offset, data)
+        opened = self._handle(handle)
+        return not opened.synced and opened.file.write_now(offset, data)
 
     async def write(self, handle: int, offset: int, data: Buffer) -> int:
-        await self._handle(handle).file.write(offset, data)
+        opened = self._handle(handle)
+        await opened.file.write(offset, data)
+        if opened.synced:
+            await self.fsync(handle)
         return len(data)
 
     # As fallocate(2), and SEEK_DATA and SEEK_HOLE of lseek(2).

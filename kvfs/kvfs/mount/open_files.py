@@ -11,8 +11,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
 
-from kvfs.mount.backend import NO_DESCRIPTOR, Backend
-from kvfs.mount.files import Backing, OpenFile
+from kvfs.mount.backend import NO_DESCRIPTOR, Backend, Backing
+from kvfs.mount.files import OpenFile
 from kvfs.mount.idle import Idle
 from kvfs.mount.opens import Opens
 from kvfs.mount.remembered import Remembered

@@ -30,8 +30,10 @@ from kvfs_base.errors import (
     ConnectionLost,
     FileTooLarge,
     InvalidRequest,
+    KvfsError,
 )
 from kvfs_base.limits import CALL_SECONDS, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
+from kvfs_base.seams import Buffer
 from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.client.staging import Adoption, StagedFile
@@ -165,21 +167,41 @@ class PassedWrites:
         try:
             os.ftruncate(self.descriptor, size)
         except OSError as exc:
-            if exc.errno == errno.EFBIG:
-                raise FileTooLarge(limit=self.size) from exc
-            raise disk_error(exc, 0) from exc
+            raise self._refused(exc) from exc
         if self._copied_end:
             self._data.truncate(end, max(size, self._own_bytes))
             self._copied_end = min(self._copied_end, size)
+
+    def read_into(self, offset: int, view: memoryview) -> int:
+        """How many bytes there were. What was just written is in the page cache. Raises
+        TargetFailed."""
+        try:
+            return os.preadv(self.descriptor, [view], offset)
+        except OSError as exc:
+            raise disk_error(exc, 0) from exc
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Blocking. For those whose writes come to us although the kernel could do them. Raises as
+        ``truncate``."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while done < len(view):
+                done += os.pwrite(self.descriptor, view[done:], offset + done)
+        except OSError as exc:
+            raise self._refused(exc) from exc
+        finally:  # a ``store`` that comes between may not have seen all of it
+            self.unstored = True
 
     def grow(self, size: int) -> None:
         """Blocking. The file is at least ``size`` bytes long. Raises as ``truncate``."""
         try:
             lengthen(self.descriptor, size)
         except OSError as exc:
-            if exc.errno == errno.EFBIG:
-                raise FileTooLarge(limit=self.size) from exc
-            raise disk_error(exc, 0) from exc
+            raise self._refused(exc) from exc
+
+    def _refused(self, exc: OSError) -> KvfsError:
+        return FileTooLarge(limit=self.size) if exc.errno == errno.EFBIG else disk_error(exc, 0)
 
     def zero(self, start: int, end: int) -> None:
         """Blocking. The bytes ``start <= x < end`` of the file, which is recorded as sparse, are
