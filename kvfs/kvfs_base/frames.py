@@ -1,22 +1,24 @@
 """Frames: how every kvfs connection is cut into messages. Sans-I/O.
 
-A frame is a 28-byte little-endian header, a msgpack body and, on the data path, a payload that no
+A frame is a 32-byte little-endian header, a msgpack body and, on the data path, a payload that no
 Python code looks into:
 
     offset  size  field
     0       2     magic          0x564B ("KV")
-    2       1     version        2
+    2       1     version        3
     3       1     kind           1 request, 2 reply, 3 error, 4 notification
     4       4     body_bytes     <= limits.FRAME_BODY_BYTES_MAX
     8       8     request_id     chosen by the caller, echoed in the reply
     16      8     payload_bytes  <= limits.FRAME_PAYLOAD_BYTES_MAX
-    24      4     crc32c         of the 24 bytes before it and of the body
+    24      4     header_crc32c  of the 24 bytes before it
+    28      4     crc32c         of those 24 bytes and of the body
 
 The body is one msgspec struct: a member of the service's request union, the reply type that belongs
 to it, or ErrorBody. One wrong bit in it may name another chunk, another length, another answer, and
 TCP's 16-bit sum, which network cards often compute, does not rule that out. Whoever finds a frame
-changed ends the connection, as if it had been lost: the request is asked again. Payload bytes are
-covered by the CRC32C of their chunk or piece.
+changed ends the connection, as if it had been lost: the request is asked again. The header has a
+sum of its own, on the way to the other one, so that nobody waits for a body that is not as long.
+Payload bytes are covered by the CRC32C of their chunk or piece.
 """
 
 from __future__ import annotations
@@ -40,10 +42,10 @@ from kvfs_base.errors import (
 from kvfs_base.limits import FRAME_BODY_BYTES_MAX, FRAME_PAYLOAD_BYTES_MAX
 
 MAGIC = 0x564B
-VERSION = 2
+VERSION = 3
 FIELDS = struct.Struct("<HBBIQQ")
-_HEADER = struct.Struct("<HBBIQQI")
-_CHECKSUM = struct.Struct("<I")
+_HEADER = struct.Struct("<HBBIQQII")
+_CHECKSUMS = struct.Struct("<II")
 HEADER_BYTES = _HEADER.size
 
 
@@ -72,8 +74,7 @@ class FrameHeader(msgspec.Struct, frozen=True):
     """CRC32C of the fields, from which that of the body goes on."""
 
     def check(self, body: bytes | bytearray | memoryview) -> None:
-        """Raises ConnectionLost if this header or its body changed on their way. Until then nothing
-        that the header says may be acted on, but for how long the body is."""
+        """Raises ConnectionLost if the body changed on its way, or is not this header's."""
         if crc32c(body, self.begun) != self.crc32c:
             raise ConnectionLost(detail="a frame changed on its way")
 
@@ -106,7 +107,8 @@ def encode(kind: Kind, request_id: int, message: Any, payload_bytes: int = 0) ->
 def frame(kind: int, request_id: int, body: bytes, payload_bytes: int = 0) -> bytes:
     """As ``encode``, for a body that is encoded: two sums of 0.1 us."""
     fields = FIELDS.pack(MAGIC, VERSION, kind, len(body), request_id, payload_bytes)
-    return fields + _CHECKSUM.pack(crc32c(body, crc32c(fields))) + body
+    begun = crc32c(fields)
+    return fields + _CHECKSUMS.pack(begun, crc32c(body, begun)) + body
 
 
 def encode_error(request_id: int, error: BaseException) -> bytes:
@@ -125,21 +127,22 @@ def decode_error(body: bytes) -> KvfsError:
 
 
 def decode_header(data: bytes | bytearray | memoryview, offset: int = 0) -> FrameHeader:
-    """Raises ProtocolError or VersionMismatch; nothing after such a header can be trusted. The
-    caller checks the body (``FrameHeader.check``)."""
-    magic, version, number, body_bytes, request_id, payload_bytes, checksum = _HEADER.unpack_from(
-        data, offset
-    )
+    """Raises ProtocolError or VersionMismatch, after which nothing can be trusted, and
+    ConnectionLost if the header changed on its way. The caller checks the body
+    (``FrameHeader.check``)."""
+    fields = _HEADER.unpack_from(data, offset)
+    magic, version, number, body_bytes, request_id, payload_bytes, begun, checksum = fields
     if magic != MAGIC:
         raise ProtocolError(detail=f"bad magic 0x{magic:04x}")
     if version != VERSION:
         raise VersionMismatch(detail="frame version", found=str(version), expected=str(VERSION))
+    if crc32c(data[offset : offset + FIELDS.size]) != begun:
+        raise ConnectionLost(detail="a frame's header changed on its way")
     if body_bytes > FRAME_BODY_BYTES_MAX or payload_bytes > FRAME_PAYLOAD_BYTES_MAX:
         raise ProtocolError(detail=f"frame of {body_bytes} + {payload_bytes} bytes")
     kind = _KINDS.get(number)
     if kind is None:
         raise ProtocolError(detail=f"bad frame kind {number}")
-    begun = crc32c(data[offset : offset + FIELDS.size])
     return FrameHeader(kind, body_bytes, request_id, payload_bytes, checksum, begun)
 
 

@@ -289,7 +289,7 @@ def _publish_before_the_bytes() -> Any:
 
 def _believe_every_frame() -> Any:
     """Nobody looks at the checksum of a request or an answer."""
-    return mock.patch.object(frames.FrameHeader, "check", lambda self, body: None)
+    return mock.patch.object(frames, "crc32c", lambda data, begun=0: 0)
 
 
 def _keep_the_incarnation() -> Any:

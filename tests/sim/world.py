@@ -207,7 +207,7 @@ class World:
     def _main(self) -> None:
         self.trio.start(self.hub.rng.getrandbits(32))
         self._build()
-        # A length that grows on its way is waited for as long as a call may take.
+        # Who prepares does not ask again; faults begin with the work.
         self.network.may_damage = False
         self._prepare()
         self.network.may_damage = True

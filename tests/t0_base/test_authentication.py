@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import trio
 
+from kvfs_base import frames
 from kvfs_base.errors import (
     AuthenticationFailed,
     ConnectionLost,
@@ -23,6 +24,7 @@ from kvfs_base.errors import (
     SecretUnusable,
     VersionMismatch,
 )
+from kvfs_base.frames import Kind
 from kvfs_base.handshake import CLIENT, HEAD, MAGIC, SERVER, VERSION, Secret
 from kvfs_base.limits import HANDSHAKES_MAX
 from kvfs_base.os_env import os_env
@@ -181,7 +183,8 @@ def test_others_are_told_why_not(served: Served, calling: Any, secret: Secret | 
 
 def test_a_large_request_without_a_secret_is_answered_too(served: Served) -> None:
     """The server reads some of it: closing with bytes unread would take the answer back."""
-    with stranger(served.address, b"KV\x02\x01" + bytes(20) + bytes(LINGER_BYTES // 2)) as sock:
+    request = frames.frame(Kind.REQUEST, 0, bytes(LINGER_BYTES // 2))
+    with stranger(served.address, request) as sock:
         sock.shutdown(socket.SHUT_WR)
         assert b"authentication_failed" in answer_of(sock)
     assert served.met == 0

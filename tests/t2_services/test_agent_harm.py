@@ -34,6 +34,7 @@ from kvfs_base.frames import Kind
 from kvfs_base.limits import MIB, PAGE_BYTES
 from kvfs_base.rpc import receive_frame
 from t2_services.agent_rig import KEYS, NAMESPACE, RunningAgent, agents, block
+from t2_services.chunk_noise import with_sums
 
 
 @pytest.fixture
@@ -138,14 +139,24 @@ def test_nothing_before_hello(agent: RunningAgent) -> None:
     "data",
     [
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 0xFFFF_FFFF, 1, 0) + bytes(4),
+        with_sums(frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 0xFFFF_FFFF, 1, 0)),
+        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 1000, 1, 0) + bytes(8),
         frames.frame(9, 1, b""),
         frames.encode(Kind.REPLY, 1, None),
         frames.encode(Kind.REQUEST, 1, None, payload_bytes=10),
         frames.encode(Kind.NOTIFICATION, 0, AgentStatistics()),
         frames.encode(Kind.NOTIFICATION, 0, [1, 2]),
     ],
-    ids=["http", "endless", "kind", "reply", "payload", "notification", "garbage notification"],
+    ids=[
+        "http",
+        "endless",
+        "flipped",
+        "kind",
+        "reply",
+        "payload",
+        "notification",
+        "garbage notification",
+    ],
 )
 def test_a_connection_that_speaks_nonsense_is_closed(agent: RunningAgent, data: bytes) -> None:
     connection = agent.env.blocking_network.connect(agent.address, 5.0)

@@ -36,6 +36,7 @@ from t2_services.chunk_cluster import (
     running,
     wait_until,
 )
+from t2_services.chunk_noise import with_sums
 from t2_services.test_chunk_transfers import stored
 
 
@@ -132,13 +133,23 @@ def changed(frame: bytes, place: int) -> bytes:
     [
         bytes(frames.HEADER_BYTES),
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-        frames.FIELDS.pack(frames.MAGIC, 9, 1, 0, 1, 0) + bytes(4),
-        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 1 << 31, 1, 0) + bytes(4),
-        frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 10, 1, 1 << 62) + bytes(4),
+        with_sums(frames.FIELDS.pack(frames.MAGIC, 9, 1, 0, 1, 0)),
+        with_sums(frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 1 << 31, 1, 0)),
+        with_sums(frames.FIELDS.pack(frames.MAGIC, frames.VERSION, 1, 10, 1, 1 << 62)),
+        changed(frames.encode(Kind.REQUEST, 1, m.StatChunks(1, (m.ChunkRef(1, 0, 0),))), 5),
         changed(frames.encode(Kind.REQUEST, 1, m.StatChunks(1, (m.ChunkRef(1, 0, 0),))), -3),
         changed(frames.encode(Kind.REQUEST, 1, m.StatChunks(1, (m.ChunkRef(1, 0, 0),))), 9),
     ],
-    ids=["zeros", "http", "version", "long body", "long payload", "other body", "other number"],
+    ids=[
+        "zeros",
+        "http",
+        "version",
+        "long body",
+        "long payload",
+        "longer body",
+        "other body",
+        "other number",
+    ],
 )
 def test_noise_ends_a_connection(cluster: Cluster, data: bytes) -> None:
     assert send_raw(cluster, data) == b""
