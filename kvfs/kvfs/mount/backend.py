@@ -12,11 +12,12 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import trio
 
 from kvfs.mount.names import Names
-from kvfs_base.errors import InternalError, KvfsError
+from kvfs_base.errors import CacheFull, InternalError, KvfsError
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Env
 from kvfs_datapath.client.chunk_client import ChunkClient
+from kvfs_metadata.messages import StatFs
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -120,6 +121,13 @@ class Backend:
                 done(None, InternalError(detail=type(exc).__name__))
 
         return tell
+
+    async def check_space(self, needed: int) -> None:
+        """Raises CacheFull."""
+        space = await self.call(StatFs())
+        free = max(0, space.capacity_bytes - space.used_bytes)
+        if needed > free:
+            raise CacheFull(needed_bytes=needed, capacity_bytes=space.capacity_bytes)
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """A hop costs about 190 us of CPU: callers first try what does not wait."""

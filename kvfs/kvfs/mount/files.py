@@ -30,7 +30,6 @@ from kvfs.mount.requests import without_privileges
 from kvfs.mount.tails import asked_to_cut
 from kvfs_base.errors import (
     BehindTheEnd,
-    CacheFull,
     FileTooLarge,
     InodeStale,
     InternalError,
@@ -50,7 +49,7 @@ from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
 from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile
-from kvfs_metadata.messages import GetAttr, SetAttr, StatFs, WidenChunks
+from kvfs_metadata.messages import GetAttr, SetAttr, WidenChunks
 
 log = logging.getLogger(__name__)
 
@@ -472,9 +471,8 @@ class OpenFile:
                 self._tail_clean = True
 
     async def _cut_refused(self) -> None:
-        """A quota does not let the file grow, and something lies behind its end already. If it is
-        not to be cut now, it is what a killed mount might have left there. Holds the lock
-        exclusive."""
+        """What a quota refused lies behind the end already. If it is not to be cut now, it is as
+        what a killed mount left there. Holds the lock exclusive."""
         self._tail_clean = False
         await self._cut_tail(wait=False)
 
@@ -545,7 +543,7 @@ class OpenFile:
             if mode & (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_ZERO_RANGE):
                 await self._zero(offset, min(end, self.size), request)
             if end > self.size and not mode & FALLOC_FL_KEEP_SIZE:
-                await self._check_space(end - self.size)
+                await self._backend.check_space(end - self.size)
                 await self._lengthen(request, end)
             else:
                 await self._record(request)
@@ -564,12 +562,6 @@ class OpenFile:
         passed = self.backing != NO_DESCRIPTOR
         zero = functools.partial(holes.zero, self._data, start, end, keep_first=passed)
         await self._backend.in_thread(zero)
-
-    async def _check_space(self, needed: int) -> None:
-        space = await self._backend.call(StatFs())
-        free = max(0, space.capacity_bytes - space.used_bytes)
-        if needed > free:
-            raise CacheFull(needed_bytes=needed, capacity_bytes=space.capacity_bytes)
 
     async def seek(self, offset: int, whence: int) -> int:
         """SEEK_DATA or SEEK_HOLE, as lseek(2). Raises BehindTheEnd."""
