@@ -3,7 +3,6 @@ by hand says how far a client may be, and when its connections break."""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import threading
@@ -23,8 +22,10 @@ from kvfs_base.types import Address, ChunkId
 from kvfs_datapath import checksum, connections
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
+from kvfs_datapath.client import workers
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.transfers import ChunkRead, ReadShare, Results, read_portion
+from kvfs_datapath.client.workers import Portions
 from kvfs_datapath.connections import Attempt, ConnectionPool
 from kvfs_datapath.wire import receive_body, receive_header
 
@@ -122,7 +123,7 @@ def honest(server: Server, connection: Connection) -> None:
 class World:
     """Portions of two chunks each, one piece and two long."""
 
-    def __init__(self, portions: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, portions: int, threads: int = 1) -> None:
         self.network = MemoryBlockingNetwork()
         self.chunks = {
             ChunkId(1000 + i, 0): os.urandom((1 + i % 2) * PIECE) for i in range(2 * portions)
@@ -134,7 +135,8 @@ class World:
             ChunkRead(chunk, 1, len(d), crc32c(d), b"", memoryview(bytearray(len(d))))
             for chunk, d in self.chunks.items()
         ]
-        self.portions = collections.deque([2 * i, 2 * i + 1] for i in range(portions))
+        monkeypatch.setattr(workers, "CLIENT_THREADS_PER_TARGET", threads)
+        self.portions = Portions([[2 * i, 2 * i + 1] for i in range(portions)])
         self.share = ReadShare(self.pool, self.route, self.portions, self.reads)
 
     def portion(self) -> list[int]:
@@ -160,7 +162,7 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(connections, "SUM_BYTES", PIECE)
     with contextlib.ExitStack() as stack:
-        world = World(4)
+        world = World(monkeypatch, 4)
         stack.callback(world.server.stop)
         stack.callback(world.pool.close)
         yield world
@@ -206,12 +208,11 @@ def test_a_portion_is_taken_late(world: World) -> None:
     reading = threading.Thread(target=world.read_all)
     reading.start()
     assert is_half.wait(SECONDS)
-    other = ReadShare(world.pool, world.route, world.portions, world.reads)
-    for _ in range(3):
-        taken = other.take()
-        assert taken is not None
-        assert other.transfer([world.reads[i] for i in taken]) == [None, None]
-    assert other.take() is None
+    for left in (1, 2, 3):
+        taken = world.portions.take()
+        assert taken == [2 * left, 2 * left + 1]
+        assert read_portion(world.pool, world.route, [world.reads[i] for i in taken]) == [None] * 2
+    assert world.portions.take() is None
     go_on.set()
     reading.join(SECONDS)
     world.assert_read()
@@ -341,3 +342,22 @@ def test_small_chunks_that_lie_together_are_told_apart(
     assert [i for i, result in enumerate(results) if result is not None] == [5]
     assert isinstance(results[5], ChunkCorrupt)
     assert together[:3] == [True, False, True]
+
+
+def test_threads_that_have_not_begun_get_one_portion_each(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many portions as threads: the first to run must not take another one's."""
+    monkeypatch.setattr(workers, "CLIENT_THREADS_PER_TARGET", 2)
+    portions = Portions([[0, 1], [2, 3], [4, 5]])
+    assert portions.threads == 2
+    shares = [ReadShare(world.pool, world.route, portions, world.reads)]
+    assert shares[0].take() == [0, 1]
+    assert shares[0].transfer(world.reads[:2]) == [None] * 2  # and the second one, ahead
+    assert shares[0].take() == [2, 3]
+    assert shares[0].transfer(world.reads[2:4]) == [None] * 2
+    shares.append(ReadShare(world.pool, world.route, portions, world.reads))
+    assert shares[1].take() == [4, 5]
+    assert shares[1].transfer(world.reads[4:6]) == [None] * 2
+    assert [share.take() for share in shares] == [None, None]
+    assert len(world.server.asked) == 3

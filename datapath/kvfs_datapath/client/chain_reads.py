@@ -9,7 +9,6 @@ before some rounds with pauses.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -31,7 +30,6 @@ from kvfs_base.errors import (
 from kvfs_base.limits import (
     CHAIN_CONNECT_SECONDS,
     CHAIN_READ_SECONDS,
-    CLIENT_THREADS_PER_TARGET,
 )
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -42,7 +40,7 @@ from kvfs_datapath.client.repairs import Repairs
 from kvfs_datapath.client.routes import ChainRoutes, Route
 from kvfs_datapath.client.shared import Shared
 from kvfs_datapath.client.transfers import ChunkRead, ReadShare, Results, read_portion
-from kvfs_datapath.client.workers import cut, portion_bytes
+from kvfs_datapath.client.workers import Portions, cut, portion_bytes
 from kvfs_datapath.connections import Attempt
 
 _Result = TypeVar("_Result")
@@ -90,7 +88,7 @@ class _Lane:
     """What a round wants from one target: portions of item indexes, or the failure that ended
     it."""
 
-    portions: collections.deque[list[int]]
+    portions: Portions
     failure: KvfsError | None = None
 
 
@@ -170,10 +168,9 @@ class ChainReader:
             jobs: list[Callable[[], None]] = []
             for route, wanted in lanes.items():
                 sizes = [batch.reads[i].size for i in wanted]
-                portions = cut(wanted, sizes, portion_bytes(sum(sizes)))
-                lane = _Lane(collections.deque(portions))
+                lane = _Lane(Portions(cut(wanted, sizes, portion_bytes(sum(sizes)))))
                 drive = functools.partial(self._drive, lane, route, batch)
-                jobs += [drive] * min(len(portions), CLIENT_THREADS_PER_TARGET)
+                jobs += [drive] * lane.portions.threads
             self._shared.workers.parallel(jobs)
             asked = [index for wanted in lanes.values() for index in wanted]
             indexes = [i for i in asked if isinstance(batch.results[i], _ELSEWHERE)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import resource
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from kvfs_base import threads
@@ -26,7 +26,7 @@ from kvfs_base.errors import (
     KvfsError,
     NoTarget,
 )
-from kvfs_base.limits import CLIENT_THREADS_PER_TARGET, FILE_DESCRIPTORS_MAX
+from kvfs_base.limits import FILE_DESCRIPTORS_MAX
 from kvfs_base.seams import Env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -48,11 +48,11 @@ from kvfs_datapath.client.transfers import (
     descriptor_count,
 )
 from kvfs_datapath.client.updates import Updater
-from kvfs_datapath.client.workers import Workers, cut, portion_bytes
+from kvfs_datapath.client.workers import Portions, Workers, cut, portion_bytes
 from kvfs_datapath.connections import ConnectionPool
 from kvfs_datapath.wire import close_all
 
-_Sharing = Callable[[ConnectionPool, Route, deque[list[int]], Sequence[Chunk]], Share[Chunk]]
+_Sharing = Callable[[ConnectionPool, Route, Portions, Sequence[Chunk]], Share[Chunk]]
 
 
 COUNTERS = (
@@ -75,7 +75,7 @@ class _Lane:
     """What a batch wants from one target: portions of item indexes, or the failure that ended
     it."""
 
-    def __init__(self, route: Route, portions: deque[list[int]]) -> None:
+    def __init__(self, route: Route, portions: Portions) -> None:
         self.route = route
         self.portions = portions
         self.failure: KvfsError | None = None
@@ -201,7 +201,7 @@ class ChunkClient:
             [
                 functools.partial(self._drive, lane, chunks, results, sharing)
                 for lane in lanes
-                for _ in range(min(len(lane.portions), CLIENT_THREADS_PER_TARGET))
+                for _ in range(lane.portions.threads)
             ]
         )
         several = [i for c, found in routes.items() if found.is_replicated for i in by_chain[c]]
@@ -271,9 +271,9 @@ class ChunkClient:
 
 def _portions(
     chunks: Sequence[ChunkRead] | Sequence[ChunkWrite], indexes: Sequence[int]
-) -> deque[list[int]]:
+) -> Portions:
     sizes = [chunks[i].size for i in indexes]
-    return deque(cut(indexes, sizes, portion_bytes(sum(sizes))))
+    return Portions(cut(indexes, sizes, portion_bytes(sum(sizes))))
 
 
 __all__ = ["ChunkClient", "ChunkRead", "ChunkWrite", "ClusterSource"]

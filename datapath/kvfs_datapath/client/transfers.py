@@ -9,7 +9,6 @@ checksum), then the bytes against the checksum.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import errno
 import functools
@@ -40,6 +39,7 @@ from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.routes import Route
+from kvfs_datapath.client.workers import Portions
 from kvfs_datapath.connections import Ahead, Attempt, ConnectionPool, DataConnection, seconds_for
 from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.wire import close_all
@@ -126,26 +126,25 @@ def write_portion(
 
 
 class Share(Generic[Chunk]):
-    """What one thread moves from or to one target, out of the portions that its threads share."""
+    """What one thread moves from or to one target, out of the portions that its threads share. It
+    is made by the thread, when it begins."""
 
     def __init__(
         self,
         pool: ConnectionPool,
         route: Route,
-        portions: collections.deque[list[int]],
+        portions: Portions,
         chunks: Sequence[Chunk],
     ) -> None:
         self._pool = pool
         self._route = route
         self._portions = portions
+        portions.begin()
         self._chunks: Sequence[Chunk] = chunks
 
     def take(self) -> list[int] | None:
         """Indexes of the next portion; None if there are no more."""
-        try:
-            return self._portions.popleft()
-        except IndexError:
-            return None
+        return self._portions.take()
 
     def transfer(self, portion: Sequence[Chunk]) -> Results:
         """The portion that was taken last. Raises as ``read_portion`` and ``write_portion``."""
@@ -178,7 +177,7 @@ class ReadShare(Share[ChunkRead]):
 
     def _following(self) -> m.ReadChunks | None:
         if self._taken is None:  # else it was chosen, and then the connection was lost
-            self._taken = super().take()
+            self._taken = self._portions.take_ahead()
             if self._taken is not None:
                 self._request = _request(self._route, [self._chunks[i] for i in self._taken])
         return self._request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 
 from kvfs_base import threads
@@ -63,4 +64,29 @@ def cut(indexes: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[i
     return portions
 
 
-__all__ = ["Workers", "cut", "portion_bytes"]
+class Portions:
+    """Portions of a batch for one target, and the threads that take them until there are no
+    more."""
+
+    def __init__(self, portions: Sequence[list[int]]) -> None:
+        self.threads = min(len(portions), CLIENT_THREADS_PER_TARGET)
+        self._left = collections.deque(portions)
+        self._to_begin = collections.deque([None] * self.threads)
+
+    def begin(self) -> None:
+        """Once for each thread."""
+        self._to_begin.pop()
+
+    def take(self) -> list[int] | None:
+        """The next one."""
+        try:
+            return self._left.popleft()
+        except IndexError:
+            return None
+
+    def take_ahead(self) -> list[int] | None:
+        """The same, for who has one yet: those that are about to begin are left one each."""
+        return self.take() if len(self._left) > len(self._to_begin) else None
+
+
+__all__ = ["Portions", "Workers", "cut", "portion_bytes"]
