@@ -172,6 +172,20 @@ def test_more_are_fetched_before_they_run_out(cluster: Cluster) -> None:
     assert sum(is_open(one.fd) for one in (first, *rest)) <= STAGED_AHEAD
 
 
+def test_more_are_fetched_after_an_adoption(cluster: Cluster) -> None:
+    """Not before it: who makes files one after the other would wait for them."""
+    file = new_file(cluster.client(), 7)
+    staged = taken(file)
+    lane = staged.lane
+    wait_until(lambda: not lane.filling and len(lane.ready) >= STAGED_AHEAD - 1)
+    others = [taken(file) for _ in range(len(lane.ready) - STAGED_AHEAD // 4)]
+    assert not lane.filling and len(lane.ready) == STAGED_AHEAD // 4
+    file.adopt(staged)
+    wait_until(lambda: len(lane.ready) == STAGED_AHEAD)
+    for one in (staged, *others):
+        os.close(one.fd)
+
+
 def test_only_what_stayed_empty_is_used_again(cluster: Cluster) -> None:
     file = new_file(cluster.client(), 7)
     written, reserved, cut, clean = (taken(file) for _ in range(4))

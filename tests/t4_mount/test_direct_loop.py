@@ -16,6 +16,7 @@ import trio
 
 from kvfs.mount import direct_frontend
 from kvfs.mount import fuse_wire as wire
+from kvfs.mount.adoptions import Adoptions
 from kvfs.mount.backend import Backend
 from kvfs.mount.config import MountConfig
 from kvfs.mount.device import Device
@@ -46,6 +47,7 @@ class Names:
         self.arrived, self.service = socket.socketpair()
         """What is sent by the service becomes readable here, and answers the last question."""
         self.descriptor = -1
+        self.adoptions = Adoptions()
 
     async def call(self, request: Any) -> Any:
         if type(request).__name__ == "Lookup" and request.name == b"slow":
@@ -111,7 +113,9 @@ async def served() -> AsyncIterator[tuple[Kernel, Names]]:
     env, _ = memory_env()
     chunks: Any = None
     config = MountConfig("/nowhere", (Address.unix("/nowhere.sock"),))
-    frontend = DirectFrontend(Filesystem(Backend(env, names, chunks)), config)
+    filesystem = Filesystem(Backend(env, names, chunks))
+    names.adoptions = filesystem.adoptions
+    frontend = DirectFrontend(filesystem, config)
     frontend.attach(Device(theirs.detach()))
     ours.setblocking(False)
     try:
@@ -274,6 +278,69 @@ def test_the_service_answers_without_a_turn_of_the_event_loop(
                 names.service.send(b"x")
                 unique = await kernel.send(Opcode.LOOKUP, b"name\0")
                 assert (await kernel.answer())[:2] == (unique, 0)
+
+    trio.run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left", "answer", "told"),
+    [
+        ({"COLLECT_SECONDS": 60.0}, False, b"x", True),
+        ({"LINGER_SECONDS_MAX": 0.0, "COLLECT_SECONDS": 60.0}, False, b"x", True),
+        ({"COLLECT_SECONDS": 0.01, "CALL_SECONDS": 60.0}, True, b"x", True),
+        ({"COLLECT_SECONDS": 0.01, "CALL_SECONDS": 0.01}, True, b"", False),
+        ({"CALL_SECONDS": 0.01}, False, b"", False),
+    ],
+)
+def test_what_chunk_servers_answer(
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: dict[str, float],
+    left: bool,
+    answer: bytes,
+    told: bool,
+) -> None:
+    """By the loop or by a task; what nobody waits for is taken in as well, and some time it is
+    enough."""
+    for name, value in seconds.items():
+        monkeypatch.setattr(direct_frontend, name, value)
+
+    async def scenario() -> None:
+        ours, server = socket.socketpair()
+        heard: list[bool] = []
+        with ours, server:
+            async with served() as (kernel, names):
+                names.descriptor = names.arrived.fileno()
+                server.send(answer)
+
+                def answered(readable: bool) -> None:
+                    ours.setblocking(False)
+                    assert not readable or ours.recv(1) == answer
+                    heard.append(readable)
+
+                begin = names.adoptions.leave if left else names.adoptions.wait
+                begin(ours.fileno(), answered)
+                await kernel.send(Opcode.OPENDIR, REQUESTS[Opcode.OPENDIR][0])
+                await kernel.answer()
+                while not heard:
+                    await trio.sleep(0.001)
+        assert heard == [told]
+
+    trio.run(scenario)
+
+
+def test_an_end_does_not_leave_answers_behind() -> None:
+    """Whoever closes the files afterwards would wait for them."""
+
+    async def scenario() -> None:
+        ours, server = socket.socketpair()
+        heard: list[bool] = []
+        with ours, server:
+            async with served() as (kernel, names):
+                names.adoptions.leave(ours.fileno(), heard.append)
+                await kernel.send(Opcode.OPENDIR, REQUESTS[Opcode.OPENDIR][0])
+                await kernel.answer()
+                server.send(b"x")
+        assert heard == [True]
 
     trio.run(scenario)
 

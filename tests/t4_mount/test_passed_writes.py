@@ -6,7 +6,7 @@ import contextlib
 import mmap
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,26 +30,47 @@ def staged(cluster: Cluster) -> set[Path]:
     return found
 
 
+def staged_ahead(cluster: Cluster) -> set[int]:
+    """Inode numbers, in the file system below, of all staging files."""
+    return numbers_of(cluster.directory.glob("targets/*/staging/**/*"))
+
+
+def numbers_of(paths: Iterable[Path]) -> set[int]:
+    """Some may have gone meanwhile."""
+    found = set()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            found.add(path.stat().st_ino)
+    return found
+
+
+def is_passed(cluster: Cluster, ahead: set[int], descriptor: int) -> bool:
+    """Whether a file that was written to has one of those that were staged ``ahead``."""
+    used = numbers_of(staged(cluster))  # first: they become chunks
+    used |= numbers_of(cluster.chunk_files(os.fstat(descriptor).st_ino))
+    return bool(used & ahead)
+
+
 @contextlib.contextmanager
 def new_file(
     cluster: Cluster, path: Path, make: Callable[[Path], int] = lambda path: os.open(path, NEW)
 ) -> Iterator[int]:
     """Its descriptor; the file holds SEED, written by the kernel. The first files of a target are
     made before it has staged any."""
-    before = staged(cluster)
     descriptor = -1
 
-    def is_passed() -> bool:
+    def make_one() -> bool:
         nonlocal descriptor
         if descriptor >= 0:
             os.close(descriptor)
             path.unlink()
+        ahead = staged_ahead(cluster)
         descriptor = make(path)
         os.write(descriptor, SEED)
         require_passthrough(cluster)
-        return bool(staged(cluster) - before)
+        return is_passed(cluster, ahead, descriptor)
 
-    wait_until(is_passed)
+    wait_until(make_one)
     try:
         yield descriptor
     finally:
@@ -205,6 +226,32 @@ def test_a_file_without_a_name_leaves_nothing(work: Path, cluster: Cluster) -> N
         assert os.pread(descriptor, 100, 0) == b"nobody will know"
     wait_until(lambda: staged(cluster) <= before)
     wait_until(lambda: not cluster.chunk_files(inode), COLLECTED_SECONDS)
+
+
+def test_a_chunk_has_its_name_before_the_file_is_closed(work: Path, cluster: Cluster) -> None:
+    """While the kernel writes; nobody else sees a byte of it yet."""
+    with new_file(cluster, work / "file") as descriptor:
+        inode = os.fstat(descriptor).st_ino
+        wait_until(lambda: bool(cluster.chunk_files(inode)), 3)  # earlier than it is written back
+        os.pwrite(descriptor, b"more", 0)
+    assert (work / "file").read_bytes() == b"more" + SEED[4:]
+
+
+def test_many_at_once_are_there_when_they_are_closed(
+    work: Path, cluster: Cluster, other: Path
+) -> None:
+    """Several on one connection, whose answers nobody waits for while they are written."""
+    with new_file(cluster, work / "warm"):
+        pass
+    data = {f"{number}": os.urandom(40 * KIB + number) for number in range(24)}
+    descriptors = {name: os.open(work / name, NEW) for name in data}
+    for name, descriptor in descriptors.items():
+        os.write(descriptor, data[name])
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(os.close, descriptors.values()))
+    for name, expected in data.items():
+        wait_until(lambda name=name: (other / name).stat().st_size == len(data[name]))
+        assert (other / name).read_bytes() == expected
 
 
 def test_a_file_that_stays_empty_has_no_chunk(work: Path, cluster: Cluster) -> None:

@@ -13,6 +13,26 @@ def run(test) -> None:
     trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_an_exclusive_holder_need_not_be_a_task() -> None:
+    async def test() -> None:
+        lock = SharedLock()
+        assert lock.is_free and lock.try_exclusive()
+        assert not (lock.is_free or lock.try_exclusive() or lock.try_shared())
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                async with lock.exclusive():
+                    assert not lock.is_free
+
+            nursery.start_soon(wait)
+            await trio.testing.wait_all_tasks_blocked()
+            lock.release_exclusive()
+            assert not lock.is_free  # it is the other's already
+        assert lock.is_free
+
+    run(test)
+
+
 def test_shared_holders_share_and_exclusive_ones_wait() -> None:
     async def test() -> None:
         lock, order = SharedLock(), []

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +17,21 @@ import pytest
 import trio
 import trio.testing
 
+from kvfs.mount.adoptions import Adoptions
 from kvfs.mount.passed_writes import PassedWrites
-from kvfs_base.errors import InvalidRequest
+from kvfs_base.errors import Conflict, InvalidRequest, KvfsError
 from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, PAGE_BYTES
 from kvfs_base.os_env import os_env
 from t4_mount.file_checker import KEEP_SIZE, PUNCH_HOLE, fallocate
 from t4_mount.harness import COLLECTED_SECONDS, Cluster, as_user, wait_until
-from t4_mount.test_passed_writes import SEED, new_file, other, staged
+from t4_mount.test_passed_writes import (
+    SEED,
+    is_passed,
+    new_file,
+    other,
+    staged,
+    staged_ahead,
+)
 
 __all__ = ["other"]
 PLAIN = os.O_CREAT | os.O_RDWR
@@ -68,16 +77,16 @@ def test_what_is_not(work: Path, cluster: Cluster, flags: int) -> None:
     with new_file(cluster, work / "warm"):
         pass
     for number in range(10):
-        before = staged(cluster)
+        ahead = staged_ahead(cluster)
         descriptor = os.open(work / str(number), PLAIN | flags)
         os.write(descriptor, SEED)
-        assert staged(cluster) <= before
+        assert not is_passed(cluster, ahead, descriptor)
         os.close(descriptor)
     (work / "old").write_bytes(SEED)
-    before = staged(cluster)
+    ahead = staged_ahead(cluster)
     with (work / "old").open("r+b", buffering=0) as old:
         old.write(LATE)
-        assert staged(cluster) <= before
+        assert not is_passed(cluster, ahead, old.fileno())
 
 
 def test_openers_of_one_mount_share_the_file(work: Path, cluster: Cluster, other: Path) -> None:
@@ -302,14 +311,40 @@ class Chunks:
 
     def __init__(self) -> None:
         self.copies: list[tuple[int, int]] = []
+        self.adoption: Adoption | None = None
 
-    def begin_adopt(self, staged: Any) -> None: ...
+    def begin_adopt(self, staged: Any) -> Adoption | None:
+        return self.adoption
 
     def adopt(self, staged: Any) -> None: ...
 
     def copy_from(self, fd: int, start: int, end: int, most: int, known_end: int) -> int:
         self.copies.append((start, end))
         return end
+
+
+class Adoption:
+    """Is answered when a test says so."""
+
+    def __init__(self) -> None:
+        self.ours, self.server = socket.socketpair()
+        self.error: KvfsError | None = None
+        self.given_up = False
+
+    def fileno(self) -> int:
+        return self.ours.fileno()
+
+    def finish(self) -> None:
+        self.ours.recv(1)
+        if self.error is not None:
+            raise self.error
+
+    def give_up(self) -> None:
+        self.given_up = True
+
+    def close(self) -> None:
+        self.ours.close()
+        self.server.close()
 
 
 async def record(size: int) -> None: ...
@@ -325,11 +360,83 @@ def passed_writes(
 ) -> Iterator[tuple[PassedWrites, Chunks, int]]:
     """Of a file of chunks of 1,000 bytes, with its descriptor."""
     fd = os.open(directory / "staged", os.O_CREAT | os.O_RDWR)
-    backend: Any = SimpleNamespace(in_thread=in_thread, env=os_env())
+    backend: Any = SimpleNamespace(in_thread=in_thread, env=os_env(), adoptions=Adoptions())
     chunks: Any = Chunks()
     staged_file: Any = SimpleNamespace(fd=fd)
     yield PassedWrites(backend, chunks, staged_file, refuse), chunks, fd
     os.close(fd)
+
+
+@contextlib.contextmanager
+def asked_soon(directory: Path) -> Iterator[tuple[PassedWrites, Adoptions, Adoption, int]]:
+    """As ``passed_writes``, with a chunk server whose answers nobody waits for in a thread."""
+
+    async def in_thread(function: Any, *arguments: Any) -> Any:
+        raise AssertionError("a thread")
+
+    with (
+        passed_writes(directory, in_thread) as (passed, chunks, fd),
+        contextlib.closing(Adoption()) as adoption,
+    ):
+        chunks.adoption = adoption
+        yield passed, passed._backend.adoptions, adoption, fd
+
+
+def test_a_chunk_that_was_asked_for_while_the_kernel_wrote(tmp_path: Path) -> None:
+    """What it has written until the flush is stored with it: nothing is left for the release."""
+    with asked_soon(tmp_path) as (passed, adoptions, adoption, fd):
+        done: list[bool] = []
+        passed.write_begins()
+        passed.write_begins()
+        assert list(adoptions.left) == [adoption.fileno()] and not adoptions.awaited
+        os.ftruncate(fd, 900)
+        assert passed.look() and not passed.is_stored
+        assert passed.store_soon(lambda: done.append(passed.is_stored))
+        assert list(adoptions.awaited) == [adoption.fileno()] and not adoptions.left
+        adoption.server.send(b"x")
+        adoptions.awaited.popitem()[1](True)
+        assert done == [True] and passed.has_chunks
+        os.ftruncate(fd, 950)
+        assert passed.look() and not passed.is_stored
+        assert passed.store_soon(lambda: done.append(passed.is_stored))
+        assert done == [True, True]
+        os.unlink(tmp_path / "staged")  # somebody has removed the chunk: all of it is copied
+        os.ftruncate(fd, 960)
+        assert passed.look() and not passed.store_soon(lambda: done.append(False))
+        assert not passed.is_stored and done == [True, True]
+
+
+def test_an_answer_that_has_come_is_not_waited_for(tmp_path: Path) -> None:
+    with asked_soon(tmp_path) as (passed, adoptions, adoption, fd):
+        done: list[bool] = []
+        os.ftruncate(fd, 900)
+        assert passed.look()
+        passed.write_begins()
+        adoption.server.send(b"x")
+        assert passed.store_soon(lambda: done.append(passed.is_stored))
+        assert done == [True] and not (adoptions.left or adoptions.awaited)
+
+
+@pytest.mark.parametrize("how", ["refused", "silent"])
+def test_a_chunk_that_is_not_given_is_left_to_a_task(tmp_path: Path, how: str) -> None:
+    with asked_soon(tmp_path) as (passed, adoptions, adoption, fd):
+        done: list[bool] = []
+        os.ftruncate(fd, 900)
+        assert passed.look()
+        assert passed.store_soon(lambda: done.append(passed.has_chunks))
+        assert not (passed.is_stored or passed.close_now())
+        adoption.error = Conflict()
+        adoption.server.send(b"x")
+        adoptions.awaited.popitem()[1](how == "refused")
+        assert done == [False] and passed.unstored and passed.lock.is_free
+        assert adoption.given_up == (how == "silent")
+
+
+def test_more_than_a_chunk_is_not_stored_soon(tmp_path: Path) -> None:
+    with asked_soon(tmp_path) as (passed, adoptions, _, fd):
+        os.ftruncate(fd, 1001)
+        assert passed.look() and not passed.store_soon(lambda: None)
+        assert not (adoptions.left or adoptions.awaited)
 
 
 def test_a_rest_is_copied_unasked_when_it_has_doubled(tmp_path: Path) -> None:

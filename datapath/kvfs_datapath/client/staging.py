@@ -15,9 +15,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
+import functools
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import ConnectionLost, KvfsError
@@ -52,10 +53,15 @@ class StagedFile:
 
 
 class _Lane:
-    """One connection to one target. ``lock`` is for the conversation; ``ready`` needs none."""
+    """One connection to one target. ``lock`` is for the conversation; ``ready`` needs none.
+    ``refill`` is called after each adoption: who makes files one after the other does not wait
+    for more to be fetched when it wants one adopted."""
 
-    def __init__(self, route: Route, connection: DataConnection) -> None:
+    def __init__(
+        self, route: Route, connection: DataConnection, refill: Callable[[_Lane], None]
+    ) -> None:
         self.route = route
+        self.refill = refill
         self.lock = threads.lock()
         self.ready: collections.deque[StagedFile] = collections.deque()
         self.filling = False
@@ -75,13 +81,15 @@ class _Lane:
                 m.StageChunks(self.route.target_id, count), lambda reply: len(reply.tokens)
             )
             for token, descriptor in zip(reply.tokens, descriptors, strict=True):
-                flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-                fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+                fcntl.fcntl(descriptor, fcntl.F_SETFL, 0)  # without O_DIRECT
                 self.ready.append(StagedFile(descriptor, token, self))
 
     def adopt(self, staged: StagedFile, chunk: ChunkId) -> None:
-        with self.lock, self._talking() as connection:
-            raise_first(connection.call(self._adoption(staged, chunk)))
+        try:
+            with self.lock, self._talking() as connection:
+                raise_first(connection.call(self._adoption(staged, chunk)))
+        finally:
+            self.refill(self)
 
     def _adoption(self, staged: StagedFile, chunk: ChunkId) -> m.AdoptChunks:
         return m.AdoptChunks(self.route.target_id, (m.Adopted(*chunk, staged.token),))
@@ -90,6 +98,7 @@ class _Lane:
         if self._connection is None or not self.lock.acquire(blocking=False):
             return None
         with contextlib.ExitStack() as held:
+            held.callback(self.refill, self)
             held.callback(self.lock.release)
             connection = held.enter_context(self._talking())
             request = self._adoption(staged, chunk)
@@ -176,10 +185,14 @@ class StagedFiles:
             taken = lane.ready.popleft()
         except IndexError:
             taken = None
-        if len(lane.ready) < STAGED_AHEAD // 2 and not lane.filling:
+        # Many are made, and none is flushed.
+        self._fill_soon(chain, lane, STAGED_AHEAD // 4)
+        return taken
+
+    def _fill_soon(self, chain: int, lane: _Lane, fewer_than: int = STAGED_AHEAD // 2) -> None:
+        if len(lane.ready) < fewer_than and lane.usable and not lane.filling:
             lane.filling = True
             self._submit(chain)
-        return taken
 
     def _begin(self, chain: int) -> None:
         with self._lock:
@@ -229,7 +242,7 @@ class StagedFiles:
         network = self._shared.env.blocking_network
         connection = DataConnection(network.connect(route.address, CONNECT_SECONDS))
         connection.set_timeout(CALL_SECONDS)
-        return _Lane(route, connection)
+        return _Lane(route, connection, functools.partial(self._fill_soon, chain))
 
     def _keep(self, chain: int, lane: _Lane) -> None:
         with self._lock:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import trio
 
+from kvfs.mount.adoptions import Adoptions
 from kvfs.mount.names import Names
 from kvfs_base.errors import CacheFull, InternalError, KvfsError
 from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
@@ -69,6 +70,7 @@ class Backend:
     """Told parent, inode and name of what disappears without the kernel's having asked for it."""
     names: Names = dataclasses.field(init=False)
     """Every question and every change goes by it."""
+    adoptions: Adoptions = dataclasses.field(default_factory=Adoptions)
     epoch: int = 0
     """Counts changes that were made here and that a reply on its way cannot know of."""
     scratch: memoryview = dataclasses.field(
@@ -128,6 +130,14 @@ class Backend:
         free = max(0, space.capacity_bytes - space.used_bytes)
         if needed > free:
             raise CacheFull(needed_bytes=needed, capacity_bytes=space.capacity_bytes)
+
+    def guard(self, action: Callable[[Done], None], done: Done) -> None:
+        """``action`` of something that no task waits for."""
+        try:
+            action(done)
+        except Exception as exc:  # a bug: who asked is told
+            log.exception("what was answered was not taken in")
+            done(None, InternalError(detail=type(exc).__name__))
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """A hop costs about 190 us of CPU: callers first try what does not wait."""

@@ -62,6 +62,9 @@ DIRECT_IO, NOFLUSH = int(OpenFlag.DIRECT_IO), int(OpenFlag.NOFLUSH)
 """As numbers: to put flags together takes a microsecond each time."""
 KILLS_PRIVILEGES = int(SetAttrValid.UID | SetAttrValid.GID | SetAttrValid.KILL_SUIDGID)
 
+CAPABILITIES = b"security.capability"
+"""The kernel asks for them once before the first write to a file that it has just met."""
+
 LOCKING = Feature.POSIX_LOCKS | Feature.FLOCK_LOCKS
 """Without these the kernel keeps locks by itself, and they hold within this mount."""
 
@@ -193,6 +196,8 @@ class Handlers:
         return ()
 
     def _getxattr_now(self, request: Request) -> Answer | None:
+        if request.arguments.name == CAPABILITIES:
+            self._fs.write_begins.append(request.inode)
         self._fs.xattrs.check(request.arguments.name)
         return None
 
@@ -206,6 +211,7 @@ class Handlers:
             Opcode.SETATTR: self._setattr_soon,
             Opcode.OPEN: self._open_soon,
             Opcode.CREATE: self._create_soon,
+            Opcode.FLUSH: self._flush_soon,
             Opcode.SYMLINK: self._symlink_soon,
             Opcode.MKNOD: self._mknod_soon,
             Opcode.MKDIR: self._mkdir_soon,
@@ -255,6 +261,16 @@ class Handlers:
 
         entry = request.inode, name
         return self._fs.create_soon(entry, mode, flags, _caller(request), done)
+
+    def _flush_soon(self, request: Request, tell: Tell) -> int:
+        handle, owner = request.arguments
+
+        def done(flushed: bool | None, error: KvfsError | None) -> None:
+            tell(request, () if flushed else None, error)
+
+        return not self._locks.ends_with_flush(request.inode, owner) and self._fs.flush_soon(
+            handle, done
+        )
 
     def _symlink_soon(self, request: Request, tell: Tell) -> int:
         name, target = request.arguments

@@ -45,6 +45,7 @@ from kvfs_base.limits import (
     MOUNT_PASSED_SETTLED_SECONDS,
     MOUNT_UNPUSHED_BYTES,
 )
+from kvfs_base.rpc import Done
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
 from kvfs_datapath.client import holes
@@ -588,14 +589,20 @@ class OpenFile:
 
     async def _record(self, request: SetAttr) -> None:
         """Sends ``request`` along with what is not recorded yet."""
+        self._add_unrecorded(request)
+        epoch = self._backend.epoch
+        self._recorded(await self._backend.call(request), epoch)
+
+    def _add_unrecorded(self, request: SetAttr) -> None:
         if request.size is None and self._dirty:
             if self._cut:
                 request.size = self.size
             else:
                 request.grow_to = max(self.size, request.grow_to or 0)
         request.sparse = self.sparse
-        epoch = self._backend.epoch
-        attr: Attr = await self._backend.call(request)
+
+    def _recorded(self, attr: Attr, epoch: int) -> None:
+        """The answer to what was sent at ``epoch``."""
         self._follow(attr)
         # If others have made it longer, what the kernel has of it is not that.
         follows = self.pages == self.recorded and attr.size <= self.size
@@ -640,6 +647,46 @@ class OpenFile:
             self._unflushed = self._unflushed or self.backing != NO_DESCRIPTOR
         await self.push()
         self._tell_error()
+
+    def write_begins(self) -> None:
+        """The kernel is about to write."""
+        if self._passed is not None and self.attr.nlink:
+            self._passed.write_begins()
+
+    def flush_soon(self, done: Done) -> bool:
+        """As ``flush`` of what the kernel has written by itself, without a task that waits; what
+        it has to wait for is the backend's. ``done`` is told None, and no error, if ``flush`` has
+        to be used after all. False if it has to be at once."""
+        self._look()
+        if self._passed is None or self.error is not None or not self.attr.nlink:
+            return False
+        return self._passed.store_soon(
+            functools.partial(self._backend.guard, self._push_soon, done)
+        )
+
+    def _push_soon(self, done: Done) -> None:
+        self._look()
+        passed = self._passed
+        if passed is None or not (passed.has_chunks and self._dirty and self.lock.try_shared()):
+            done(None, None)
+            return
+        request = SetAttr(self.inode, mtime_ns=self.mtime_ns)
+        self._add_unrecorded(request)
+        epoch = self._backend.epoch
+
+        def tell(attr: Attr | None, error: KvfsError | None) -> None:
+            try:
+                if attr is not None:
+                    self._recorded(attr, epoch)
+            finally:
+                self.lock.release_shared()
+            if error is None:
+                error, self.error = self.error, None
+            done(True, error)
+
+        if not self._backend.call_soon(request, tell):
+            self.lock.release_shared()
+            done(None, None)
 
     async def sync(self) -> None:
         """Data on stable storage at the chunk servers; size and times are recorded."""
@@ -687,7 +734,7 @@ class OpenFile:
         """The same in any case."""
         if self._passed is not None:
             passed, self._passed, self.backing = self._passed, None, NO_DESCRIPTOR
-            async with passed.lock:
+            async with passed.lock.exclusive():
                 self._unflushed = await self._backend.in_thread(passed.close)
         if not self.close_now():
             self._close_backing()

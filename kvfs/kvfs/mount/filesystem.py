@@ -88,6 +88,9 @@ class Filesystem:
         self._attribute_seconds = attribute_seconds
         self._blocks = Blocks(backend)
         self._files = OpenFiles(backend)
+        self.write_begins: list[int] = []
+        """Inodes that the kernel is about to write to; ``send_soon`` sees to them."""
+        self.adoptions = backend.adoptions
         self._handles: dict[int, Handle | OpenBlock | OpenDirectory] = {}
         self._next_handle = 1
         self._seen_blocks: Remembered[tuple[int, Attr]] = Remembered(MOUNT_REMEMBERED_INODES)
@@ -159,6 +162,9 @@ class Filesystem:
     def send_soon(self) -> None:
         """Whoever has called methods in ``_soon`` calls this in the end: questions leave now."""
         self._backend.metadata.send_soon()
+        if self.write_begins:
+            self._files.write_begins(self.write_begins)
+            self.write_begins.clear()
 
     @property
     def answers_descriptor(self) -> int:
@@ -531,6 +537,11 @@ class Filesystem:
     def flush_now(self, handle: int) -> bool:
         opened = self._handles[handle]
         return not (isinstance(opened, Handle) and opened.writable) or opened.file.flushed
+
+    def flush_soon(self, handle: int, done: Done) -> bool:
+        """As ``flush`` of a new file that the kernel writes: see OpenFile.flush_soon."""
+        opened = self._handles[handle]
+        return isinstance(opened, Handle) and opened.writable and opened.file.flush_soon(done)
 
     async def flush(self, handle: int) -> None:
         """One close(2) of the handle. Raises what a write-back nobody waited for met."""

@@ -37,17 +37,29 @@ class SharedLock:
         finally:
             self.release_shared()
 
+    @property
+    def is_free(self) -> bool:
+        return not (self._exclusive or self._shared or self._waiting)
+
+    def try_exclusive(self) -> bool:
+        if not self.is_free:
+            return False
+        self._exclusive = True
+        return True
+
+    def release_exclusive(self) -> None:
+        """By whoever: it need not be the task that took it."""
+        self._exclusive = False
+        self._admit()
+
     @contextlib.asynccontextmanager
     async def exclusive(self) -> AsyncIterator[None]:
-        if self._exclusive or self._shared or self._waiting:
+        if not self.try_exclusive():
             await self._wait(exclusive=True)
-        else:
-            self._exclusive = True
         try:
             yield
         finally:
-            self._exclusive = False
-            self._admit()
+            self.release_exclusive()
 
     async def _wait(self, *, exclusive: bool) -> None:
         place = (exclusive, trio.Event())

@@ -202,6 +202,13 @@ class OpenFiles:
         elif attr is not file.attr and not file.dirty:
             file.absorb(attr, self._backend.epoch)
 
+    def write_begins(self, inodes: Iterable[int]) -> None:
+        """The kernel is about to write to them."""
+        for inode in inodes:
+            file = self._files.get(inode)
+            if file is not None:
+                file.write_begins()
+
     # --- closing
 
     def let_go_now(self, file: OpenFile) -> bool:

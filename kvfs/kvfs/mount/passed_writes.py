@@ -23,7 +23,9 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from kvfs.mount.backend import Backend
+from kvfs.mount.adoptions import Answered
+from kvfs.mount.backend import NO_DESCRIPTOR, Backend
+from kvfs.mount.locks import SharedLock
 from kvfs_base.errors import (
     BehindTheEnd,
     Conflict,
@@ -56,7 +58,7 @@ class PassedWrites:
         self.descriptor = staged.fd
         self.size = 0
         self.mtime_ns = 0
-        self.lock = trio.Lock()
+        self.lock = SharedLock()
         self.unstored = False
         """The kernel wrote what ``store`` has not seen."""
         self._backend = backend
@@ -65,6 +67,11 @@ class PassedWrites:
         self._widen = widen
         self._may_widen = True
         self._adopted = False
+        self._adopting: list[Callable[[], None]] = []
+        """Who is told when the chunk server has answered ``store_soon``; empty if it was not
+        asked."""
+        self._asked = NO_DESCRIPTOR
+        """What its answer comes from."""
         self._orphaned = False
         self._copied_end = 0
         """Up to where the rest was copied: there may be chunks besides the first one."""
@@ -82,7 +89,7 @@ class PassedWrites:
     @property
     def is_stored(self) -> bool:
         """The kernel wrote nothing that ``store`` has not seen, and no ``store`` is at work."""
-        return not (self.unstored or self.lock.locked())
+        return self.lock.is_free and not self.unstored
 
     @property
     def sparse(self) -> bool:
@@ -105,7 +112,7 @@ class PassedWrites:
     async def store(self, record: Callable[[int], Awaitable[None]]) -> None:
         """What was written so far is with the chunk servers. ``record``: the file is this long, at
         least; called every now and then while much is copied. Raises DiskFull."""
-        async with self.lock:
+        async with self.lock.exclusive():
             if not self.unstored:
                 return
             self.unstored = False
@@ -123,7 +130,69 @@ class PassedWrites:
                 self.unstored = True
                 raise
 
+    def store_soon(self, done: Callable[[], None]) -> bool:
+        """``store`` of what one chunk holds, without a task that waits: see Backend.adoptions. It
+        went well if the file then ``has_chunks``; else ``store`` has to be used. False, and nothing
+        was done, if it has to be at once."""
+        if self._orphaned or self.size > self._own_bytes:
+            return False
+        if self._adopting:
+            self._backend.adoptions.collect()
+        if self._adopting:
+            self.unstored = False
+            self._adopting.append(done)
+            self._backend.adoptions.need(self._asked)
+            return True
+        if not self.lock.is_free:
+            return False
+        if self._adopted:
+            if not os.fstat(self.descriptor).st_nlink:
+                return False
+            self.unstored = False
+            done()
+            return True
+        return self._begin_adopt(done, self._backend.adoptions.wait)
+
+    def write_begins(self) -> None:
+        """The kernel is about to write for the first time: the chunk gets its name meanwhile, as
+        sooner or later it has to."""
+        if not (self.has_chunks or self._adopting) and self.lock.is_free:
+            self._begin_adopt(lambda: None, self._backend.adoptions.leave)
+
+    def _begin_adopt(self, done: Callable[[], None], then: Callable[[int, Answered], None]) -> bool:
+        # Somebody else's answer may be all that keeps the connection.
+        self._backend.adoptions.collect()
+        try:
+            adoption = self._data.begin_adopt(self._staged)
+        except ConnectionLost:
+            return False
+        if adoption is None:
+            return False
+        self.lock.try_exclusive()
+        self.unstored = False
+        self._adopting.append(done)
+        self._asked = adoption.fileno()
+
+        def answered(readable: bool) -> None:
+            try:
+                if readable:
+                    adoption.finish()
+                    self._adopted = True
+                else:
+                    adoption.give_up()
+            except KvfsError as exc:  # ``store`` finds out
+                log.debug("a new file was not adopted at once: %s", exc)
+            self.unstored |= not self._adopted
+            self.lock.release_exclusive()
+            waiting, self._adopting = self._adopting, []
+            for tell in waiting:
+                tell()
+
+        then(self._asked, answered)
+        return True
+
     async def _adopt(self) -> None:
+        self._backend.adoptions.collect()
         try:
             adoption = self._data.begin_adopt(self._staged)
             if adoption is None:
