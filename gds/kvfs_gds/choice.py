@@ -146,10 +146,17 @@ class _Compute:
     b: float
     d: float
     floor: bool
+    longest: int = 0
+    longest_s: float = 0.0
+    """Tokens and seconds of the longest prefill that was seen. A longer one takes its share more at
+    least: all that were seen may have been as short as the floor."""
 
     def seconds(self, tokens: int, context: int) -> float:
         work = self.b * tokens + self.d * tokens * (context + tokens / 2)
-        return max(self.a, work) if self.floor else self.a + work
+        found = max(self.a, work) if self.floor else self.a + work
+        if tokens <= self.longest or not self.longest:
+            return found
+        return max(found, self.longest_s * tokens / self.longest)
 
     def error(self, taken: list[tuple[int, int, float]]) -> float:
         """The sum of the squared relative errors."""
@@ -166,7 +173,10 @@ def _fit_compute(taken: list[tuple[int, int, float]]) -> _Compute:
         if above:
             _, b, d = _least_squares(above, (1, 2))
             fits.append(_Compute(floor, b, d, floor=True))
-    return min(fits, key=lambda fit: fit.error(taken))
+    best = min(fits, key=lambda fit: fit.error(taken))
+    longest = max(n for n, _, _ in taken)
+    seconds = float(np.median([s for n, _, s in taken if n == longest]))
+    return dataclasses.replace(best, longest=longest, longest_s=seconds)
 
 
 def _least_squares(

@@ -65,6 +65,20 @@ def test_the_rule_never_loses_more_than_five_percent(disk: float) -> None:
     assert (True, disk > 6e9) in decisions
 
 
+def test_prompts_longer_than_any_seen_are_not_thought_to_be_free() -> None:
+    """All that was seen took as long as the kernels take to be queued."""
+    rule = LoadOrCompute(LAYERS)
+    for tokens, seconds in ((1024, 0.049), (4096, 0.055), (1, 0.048)):
+        for _ in range(3):
+            rule.observe_compute(tokens, 0, seconds)
+    for tokens in (1024, 4096):
+        rule.observe_load(tokens * TOKEN_BYTES, 0.002 + tokens * 1e-6, from_disk=False)
+    found = rule.estimate(8192, 4096, 4096 * TOKEN_BYTES, 0)
+    assert found is not None
+    assert found.compute >= 0.1
+    assert rule.should_load(8192, 4096, 4096 * TOKEN_BYTES, 0)
+
+
 class Bursting(Machine):
     """A disk whose first 256 MB come from a cache, at a rate that computing does not reach."""
 
