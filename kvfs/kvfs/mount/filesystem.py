@@ -24,6 +24,13 @@ import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.blocks import Blocks, OpenBlock
+from kvfs.mount.changes import (
+    attr_change,
+    check_name,
+    check_target,
+    make_request,
+    rename_request,
+)
 from kvfs.mount.directory import OpenDirectory
 from kvfs.mount.file_locks import FileLocks
 from kvfs.mount.files import OpenFile
@@ -38,7 +45,6 @@ from kvfs_base.errors import (
     InodeStale,
     KvfsError,
     LimitExceeded,
-    NameTooLong,
     NotPermitted,
 )
 from kvfs_base.limits import (
@@ -46,8 +52,6 @@ from kvfs_base.limits import (
     MOUNT_OPEN_FILES,
     MOUNT_REMEMBERED_INODES,
     MOUNT_WRITE_BACK_SECONDS,
-    NAME_BYTES_MAX,
-    SYMLINK_BYTES_MAX,
 )
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Buffer
@@ -59,7 +63,6 @@ from kvfs_metadata.messages import (
     Lookup,
     Make,
     ReadLink,
-    Rename,
     Rmdir,
     SetAttr,
     StatFs,
@@ -140,7 +143,7 @@ class Filesystem:
 
     def lookup_soon(self, parent: int, name: bytes, done: Done) -> int:
         """As ``lookup``, without a task that waits: see Backend.ask_soon."""
-        _check_name(name)
+        check_name(name)
         return self._ask_soon(Lookup(parent, name), done, parent)
 
     def getattr_soon(self, inode: int, done: Done) -> int:
@@ -177,7 +180,7 @@ class Filesystem:
 
     def lookup_now(self, parent: int, name: bytes) -> Attr | None:
         """Raises EntryNotFound."""
-        _check_name(name)
+        check_name(name)
         inode = self._backend.names.entry(parent, name)
         if inode is None:
             return None
@@ -246,7 +249,7 @@ class Filesystem:
         mode = changes.mode
         if changes.drop_privileges and mode is None:
             mode = without_privileges(await self.getattr(inode))
-        request = _attr_change(inode, changes, mode)
+        request = attr_change(inode, changes, mode)
         if changes.size is None and inode not in self._files:
             epoch = self._backend.epoch
             return self._tell(await self._backend.call(request), epoch)
@@ -267,7 +270,7 @@ class Filesystem:
             if attr is None:
                 return False
             mode = without_privileges(attr)
-        return self._change_soon(_attr_change(inode, changes, mode), done)
+        return self._change_soon(attr_change(inode, changes, mode), done)
 
     def _change_soon(self, request: SetAttr | Make, done: Done, parent: int = 0) -> bool:
         epoch = self._backend.epoch
@@ -280,7 +283,7 @@ class Filesystem:
 
     def mkdir_soon(self, parent: int, name: bytes, mode: int, caller: Caller, done: Done) -> bool:
         """As ``mkdir``, without a task that waits."""
-        request = _make(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), caller)
+        request = make_request(parent, name, stat.S_IFDIR | stat.S_IMODE(mode), caller)
         return self._change_soon(request, done, parent)
 
     async def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Attr:
@@ -288,18 +291,18 @@ class Filesystem:
 
     def mknod_soon(self, entry: Entry, mode: int, rdev: int, caller: Caller, done: Done) -> bool:
         """As ``mknod``, in the same way."""
-        return self._change_soon(_make(*entry, mode, caller, rdev=rdev), done, entry[0])
+        return self._change_soon(make_request(*entry, mode, caller, rdev=rdev), done, entry[0])
 
     async def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Attr:
-        _check_target(target)
+        check_target(target)
         return await self._make(parent, name, stat.S_IFLNK | 0o777, caller, target=target)
 
     def symlink_soon(
         self, parent: int, name: bytes, target: bytes, caller: Caller, done: Done
     ) -> bool:
         """As ``symlink``, in the same way."""
-        _check_target(target)
-        request = _make(parent, name, stat.S_IFLNK | 0o777, caller, target=target)
+        check_target(target)
+        request = make_request(parent, name, stat.S_IFLNK | 0o777, caller, target=target)
         return self._change_soon(request, done, parent)
 
     async def _make(
@@ -312,26 +315,26 @@ class Filesystem:
         rdev: int = 0,
         target: bytes = b"",
     ) -> Attr:
-        request = _make(parent, name, mode, caller, rdev=rdev, target=target)
+        request = make_request(parent, name, mode, caller, rdev=rdev, target=target)
         epoch = self._backend.epoch
         return self._tell(await self._backend.call(request), epoch, parent)
 
     async def link(self, inode: int, parent: int, name: bytes) -> Attr:
-        _check_name(name)
+        check_name(name)
         return self._changed_by_name(await self._backend.call(Link(inode, parent, name)))
 
     def link_soon(self, inode: int, parent: int, name: bytes, done: Done) -> bool:
         """As ``link``, in the same way."""
-        _check_name(name)
+        check_name(name)
         return self._call_soon(Link(inode, parent, name), self._changed_by_name, done)
 
     async def unlink(self, parent: int, name: bytes) -> None:
-        _check_name(name)
+        check_name(name)
         self._unlinked(await self._backend.call(Unlink(parent, name)))
 
     def unlink_soon(self, parent: int, name: bytes, done: Done) -> bool:
         """As ``unlink``, without a task that waits: see Backend.call_soon."""
-        _check_name(name)
+        check_name(name)
         return self._call_soon(Unlink(parent, name), self._unlinked, done)
 
     def _call_soon(self, request: Request, then: Callable[[Any], Any], done: Done) -> bool:
@@ -350,23 +353,25 @@ class Filesystem:
             self._files.gone((attr.inode,))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
-        _check_name(name)
+        check_name(name)
         await self._backend.call(Rmdir(parent, name))
 
     def rmdir_soon(self, parent: int, name: bytes, done: Done) -> bool:
         """As ``rmdir``, without a task that waits."""
-        _check_name(name)
+        check_name(name)
         return self._call_soon(Rmdir(parent, name), lambda _: None, done)
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
     ) -> None:
         """``flags`` as in renameat2."""
-        self._renamed(await self._backend.call(_rename(parent, name, new_parent, new_name, flags)))
+        self._renamed(
+            await self._backend.call(rename_request(parent, name, new_parent, new_name, flags))
+        )
 
     def rename_soon(self, old: Entry, new: Entry, flags: int, done: Done) -> bool:
         """As ``rename``, without a task that waits."""
-        return self._call_soon(_rename(*old, *new, flags), self._renamed, done)
+        return self._call_soon(rename_request(*old, *new, flags), self._renamed, done)
 
     def _renamed(self, touched: Touched) -> None:
         self._files.gone(touched.inodes[1:])  # what was replaced
@@ -409,7 +414,7 @@ class Filesystem:
 
     def _creation(self, parent: int, name: bytes, mode: int, caller: Caller) -> Make:
         self._check_room()
-        return _make(parent, name, stat.S_IFREG | stat.S_IMODE(mode), caller, open=True)
+        return make_request(parent, name, stat.S_IFREG | stat.S_IMODE(mode), caller, open=True)
 
     def _created(self, attr: Attr, flags: int) -> tuple[Attr, Opened]:
         file, is_first = self._files.made(attr, flags)
@@ -654,50 +659,8 @@ class Filesystem:
         await self._files.opens.close_all()
 
 
-def _make(
-    parent: int,
-    name: bytes,
-    mode: int,
-    caller: Caller,
-    *,
-    rdev: int = 0,
-    target: bytes = b"",
-    open: bool = False,
-) -> Make:
-    _check_name(name)
-    return Make(parent, name, mode, caller.uid, caller.gid, rdev, target, open=open)
-
-
-def _attr_change(inode: int, changes: AttrChanges, mode: int | None) -> SetAttr:
-    return SetAttr(
-        inode,
-        mode=None if mode is None else stat.S_IMODE(mode),
-        uid=changes.uid,
-        gid=changes.gid,
-        size=changes.size,
-        atime_ns=changes.atime_ns,
-        mtime_ns=changes.mtime_ns,
-    )
-
-
-def _rename(parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> Rename:
-    _check_name(name)
-    _check_name(new_name)
-    return Rename(parent, name, new_parent, new_name, flags)
-
-
 def _exists(flags: int) -> KvfsError:
     return EntryExists() if flags & os.O_EXCL else InodeStale()
-
-
-def _check_name(name: bytes) -> None:
-    if len(name) > NAME_BYTES_MAX:
-        raise NameTooLong(length=len(name))
-
-
-def _check_target(target: bytes) -> None:
-    if len(target) > SYMLINK_BYTES_MAX:
-        raise NameTooLong(length=len(target))
 
 
 def _check_read_only(flags: int) -> None:
