@@ -6,14 +6,14 @@ import dataclasses
 import math
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import (
+from kvfs_base.limits import TARGETS_PER_SERVER_MAX
+from kvfs_base.types import Address
+from kvfs_datapath.limits import (
     DOMAIN_CHARS_MAX,
     GARBAGE_SECONDS,
     SCRUB_BYTES_PER_SECOND,
     SCRUB_DAYS,
-    TARGETS_PER_SERVER_MAX,
 )
-from kvfs_base.types import Address
 
 
 @dataclasses.dataclass(frozen=True)

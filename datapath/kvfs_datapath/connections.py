@@ -9,21 +9,20 @@ from typing import Any, TypeVar
 from kvfs_base import frames, threads
 from kvfs_base.errors import ConnectionLost, InternalError, ProtocolError
 from kvfs_base.frames import Kind
-from kvfs_base.limits import (
-    CALL_SECONDS,
+from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS
+from kvfs_base.rpc import Request
+from kvfs_base.seams import BlockingNetwork, Buffer, Clock, Connection
+from kvfs_base.types import Address
+from kvfs_datapath.checksum import crc32c, crc32c_held, have_sums
+from kvfs_datapath.limits import (
     CHAIN_CONNECT_SECONDS,
     CLIENT_IDLE_CONNECTIONS,
-    CONNECT_SECONDS,
     DATA_BYTES_PER_SECOND,
     DATA_SECONDS,
     PASS_CONNECT_SECONDS,
     SMALL_SUM_BYTES,
     SUM_BYTES,
 )
-from kvfs_base.rpc import Request
-from kvfs_base.seams import BlockingNetwork, Buffer, Clock, Connection
-from kvfs_base.types import Address
-from kvfs_datapath.checksum import crc32c, crc32c_held, have_sums
 from kvfs_datapath.watchdog import Watchdog
 from kvfs_datapath.wire import (
     close_all,

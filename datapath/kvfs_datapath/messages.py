@@ -25,14 +25,13 @@ from kvfs_base.limits import (
     HOPS_MAX,
     ITEMS_PER_REQUEST_MAX,
     LIST_CHUNKS_MAX,
-    RELAY_SECONDS_MAX,
     STRIPE_MAX,
-    SYNC_PAGE_CHUNKS,
     TRANSFER_BYTES,
 )
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, ChunkId
 from kvfs_datapath.format import SEALED, BlockKey, ChunkInfo
+from kvfs_datapath.limits import RELAY_SECONDS_MAX, SYNC_PAGE_CHUNKS
 
 ChunkBytes = Annotated[int, msgspec.Meta(ge=0, le=BLOCK_BYTES_MAX)]
 TransferBytes = Annotated[int, msgspec.Meta(ge=0, le=TRANSFER_BYTES)]

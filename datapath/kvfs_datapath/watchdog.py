@@ -15,9 +15,13 @@ from collections.abc import Callable, Iterator
 
 from kvfs_base import threads
 from kvfs_base.errors import KvfsError
-from kvfs_base.limits import HELPER_IDLE_SECONDS, WATCHDOG_CONNECT_SECONDS, WATCHDOG_SECONDS
 from kvfs_base.seams import BlockingNetwork, Clock
 from kvfs_base.types import Address
+from kvfs_datapath.limits import (
+    HELPER_IDLE_SECONDS,
+    WATCHDOG_CONNECT_SECONDS,
+    WATCHDOG_SECONDS,
+)
 
 
 @dataclasses.dataclass(eq=False, slots=True)

@@ -25,10 +25,11 @@ import cupy
 import numpy as np
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import KIB, LAYOUTS_KEPT, MIB, STAGING_SLOT_BYTES
+from kvfs_base.limits import KIB, MIB
 from kvfs_gds.cuda_batch import MemcpyBatch
 from kvfs_gds.cuda_kernels import CONVERT_SOURCE, COPY_SOURCE, UNIT_BYTES
 from kvfs_gds.device import Event
+from kvfs_gds.limits import LAYOUTS_KEPT, STAGING_SLOT_BYTES
 from kvfs_gds.paged import HostMemory, PagedLayout, Transfer
 from kvfs_gds.registration import REGISTER_SLICE_BYTES, DeviceMemory, SharedRegistration
 from kvfs_gds.staging import LAYER_BYTES_MIN, Filled, Source, Staging

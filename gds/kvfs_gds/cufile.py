@@ -19,9 +19,13 @@ import kvikio.defaults
 import numpy as np
 
 from kvfs_base.errors import ArenaFull, TargetFailed
-from kvfs_base.limits import DIRECT_FILES_MAX, READ_BYTES, READ_THREADS
 from kvfs_gds.crc import PIECE_BYTES, combine, tables
 from kvfs_gds.device import Device
+from kvfs_gds.limits import (
+    DIRECT_FILES_MAX,
+    READ_BYTES,
+    READ_THREADS,
+)
 from kvfs_gds.paged import HostMemory
 from kvfs_gds.sources import FileExtent
 

@@ -14,8 +14,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from kvfs_base.errors import TargetFailed
-from kvfs_base.limits import CACHED_READ_BYTES, READ_BYTES
 from kvfs_datapath.checksum import crc32c
+from kvfs_gds.limits import CACHED_READ_BYTES, READ_BYTES
 
 
 class Block:

@@ -29,8 +29,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import (
-    BATCH_BLOCKS_MAX,
+from kvfs_base.limits import BATCH_BLOCKS_MAX
+from kvfs_gds.convert import Fp8
+from kvfs_gds.device import CpuEvent, Event
+from kvfs_gds.lanes import Lane
+from kvfs_gds.limits import (
     LOADER_ANSWER_BLOCKS,
     LOADER_FIRST_RUN_BYTES,
     LOADER_GROUP_BYTES,
@@ -43,9 +46,6 @@ from kvfs_base.limits import (
     LOADER_RUN_LAYERS,
     LOADER_WINDOW_GROUPS,
 )
-from kvfs_gds.convert import Fp8
-from kvfs_gds.device import CpuEvent, Event
-from kvfs_gds.lanes import Lane
 from kvfs_gds.paged import HostMemory, Int32s, Int64s, PagedLayout, Transfer
 from kvfs_gds.sources import Fetched
 

@@ -30,7 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
-from kvfs_base.limits import (
+from kvfs_base.os_env import os_env
+from kvfs_base.seams import Clock
+from kvfs_gds.device import Device, open_device
+from kvfs_gds.lanes import Lane
+from kvfs_gds.limits import (
     LOADER_FAST_BYTES_PER_SECOND,
     LOADER_FAST_SECONDS,
     LOADER_FETCH_THREADS,
@@ -39,10 +43,6 @@ from kvfs_base.limits import (
     LOADER_WINDOW_SHARE,
     RING_BYTES,
 )
-from kvfs_base.os_env import os_env
-from kvfs_base.seams import Clock
-from kvfs_gds.device import Device, open_device
-from kvfs_gds.lanes import Lane
 from kvfs_gds.load import Load, Pages, Priority
 from kvfs_gds.paged import HostMemory
 from kvfs_gds.ring import PinnedRing

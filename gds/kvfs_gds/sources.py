@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
-from kvfs_base.limits import CHECK_THREADS, READ_THREADS
 from kvfs_gds.arena import ArenaView
 from kvfs_gds.extents import pages_of
 from kvfs_gds.file_reads import Batch, Block
+from kvfs_gds.limits import CHECK_THREADS, READ_THREADS
 from kvfs_gds.paged import HostMemory
 from kvfs_gds.ring import PinnedRing, Slot
 

@@ -23,8 +23,9 @@ from typing import Any
 import cupy
 import numpy as np
 
-from kvfs_base.limits import KIB, STAGING_SLOT_BYTES, STAGING_SLOTS
+from kvfs_base.limits import KIB
 from kvfs_gds.cuda_batch import MemcpyBatch
+from kvfs_gds.limits import STAGING_SLOT_BYTES, STAGING_SLOTS
 from kvfs_gds.paged import Int64s, Transfer, cut
 
 LAYER_BYTES_MIN = 32 * KIB

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from kvfs_base.errors import InvalidRequest, LimitExceeded
-from kvfs_base.limits import BATCH_BLOCKS_MAX, LOADER_GROUP_BYTES, LOADER_JOBS_MAX
+from kvfs_base.limits import BATCH_BLOCKS_MAX
 from kvfs_gds.device import Device, Event
 from kvfs_gds.extents import pages_of
+from kvfs_gds.limits import LOADER_GROUP_BYTES, LOADER_JOBS_MAX
 from kvfs_gds.load import Pages
 from kvfs_gds.ring import PinnedRing, Slot
 from kvfs_gds.sources import BlockStore

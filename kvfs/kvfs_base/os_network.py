@@ -16,7 +16,13 @@ import trio
 
 from kvfs_base.errors import ConnectionLost, DeadlineExceeded, TargetFailed
 from kvfs_base.handshake import Secret
-from kvfs_base.limits import CONNECTIONS_MAX, FDS_PER_MESSAGE_MAX, HANDSHAKE_SECONDS, KIB, MIB
+from kvfs_base.limits import (
+    CONNECTIONS_MAX,
+    FDS_PER_MESSAGE_MAX,
+    HANDSHAKE_SECONDS,
+    KIB,
+    MIB,
+)
 from kvfs_base.os_disk import rest_of
 from kvfs_base.os_handshake import SocketGate, StreamGate, prove, prove_stream
 from kvfs_base.seams import Buffer, Connection, DiskFile, Listener

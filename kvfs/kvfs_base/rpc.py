@@ -32,7 +32,12 @@ from kvfs_base.errors import (
     StoreUnavailable,
 )
 from kvfs_base.frames import Frame, FrameDecoder, Kind
-from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS, CONNECTIONS_MAX, KIB
+from kvfs_base.limits import (
+    CALL_SECONDS,
+    CONNECT_SECONDS,
+    CONNECTIONS_MAX,
+    KIB,
+)
 from kvfs_base.seams import BlockingNetwork, Connection, Network, ReceivesNow, SendsNow
 from kvfs_base.types import Address
 

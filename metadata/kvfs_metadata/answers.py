@@ -8,8 +8,8 @@ import msgspec
 
 from kvfs_base.errors import InvalidRequest, KvfsError, from_wire
 from kvfs_base.frames import ErrorBody
-from kvfs_base.limits import ANSWERS_PER_COLLECTION, ONCE_SECONDS
 from kvfs_metadata import records
+from kvfs_metadata.limits import ANSWERS_PER_COLLECTION, ONCE_SECONDS
 from kvfs_metadata.messages import Once
 from kvfs_metadata.records import AnswerRecord
 from kvfs_metadata.transaction import Tx

@@ -28,12 +28,6 @@ from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
     BLOCK_BYTES_MAX,
     BLOCK_KEY_BYTES,
-    COMMITTED_BATCHES_MAX,
-    EVICT_BATCH_BLOCKS,
-    LAST_USE_BATCH_BLOCKS,
-    PREPARE_SECONDS_MAX,
-    PREPARED_BATCHES_MAX,
-    QUOTA_EVICTED_FRACTION,
 )
 from kvfs_base.seams import Clock
 from kvfs_base.types import BlockInfo
@@ -44,6 +38,14 @@ from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.copies import Copies
 from kvfs_metadata.engines.engine import KVRead, scan
 from kvfs_metadata.inodes import load
+from kvfs_metadata.limits import (
+    COMMITTED_BATCHES_MAX,
+    EVICT_BATCH_BLOCKS,
+    LAST_USE_BATCH_BLOCKS,
+    PREPARE_SECONDS_MAX,
+    PREPARED_BATCHES_MAX,
+    QUOTA_EVICTED_FRACTION,
+)
 from kvfs_metadata.messages import (
     AbortBlocks,
     CommitBlocks,

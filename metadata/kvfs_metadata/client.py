@@ -40,21 +40,20 @@ from kvfs_base.errors import (
     NotSupported,
     StoreUnavailable,
 )
-from kvfs_base.limits import (
-    CALL_SECONDS,
-    CONNECT_SECONDS,
-    ONCE_SLOTS,
-    RETRY_SECONDS,
-    SESSION_GRACE_SECONDS,
-    WATCH_MARGIN_SECONDS,
-    WATCH_SECONDS,
-)
+from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS
 from kvfs_base.rpc import BlockingRpcClient, Done, Request, RpcClient
 from kvfs_base.seams import Env
 from kvfs_base.types import ROOT_INODE, Address
 from kvfs_metadata import messages as m
 from kvfs_metadata.check import fixes
 from kvfs_metadata.cluster.admin_messages import CountChunks, DescribeCluster, FindOpenFiles
+from kvfs_metadata.limits import (
+    ONCE_SLOTS,
+    RETRY_SECONDS,
+    SESSION_GRACE_SECONDS,
+    WATCH_MARGIN_SECONDS,
+    WATCH_SECONDS,
+)
 
 REPEATABLE: frozenset[type[Request]] = frozenset(
     {

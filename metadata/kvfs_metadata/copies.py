@@ -7,7 +7,11 @@ anything the service's setting decides. What was stored before keeps the copies 
 from __future__ import annotations
 
 from kvfs_base.errors import InvalidRequest, NotADirectory
-from kvfs_base.limits import CHAIN_CHUNK_BYTES, COPIES_MAX, FILE_CHUNK_BYTES
+from kvfs_base.limits import (
+    CHAIN_CHUNK_BYTES,
+    COPIES_MAX,
+    FILE_CHUNK_BYTES,
+)
 from kvfs_base.types import Layout
 from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.records import InodeRecord

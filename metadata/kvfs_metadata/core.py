@@ -31,7 +31,6 @@ from kvfs_base.errors import (
     InvalidRequest,
     KvfsError,
 )
-from kvfs_base.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
@@ -68,6 +67,7 @@ from kvfs_metadata.engines.engine import (
 )
 from kvfs_metadata.engines.migrations import migrate
 from kvfs_metadata.leases import Leases, Revocation, leased_keys, recorded_watchers
+from kvfs_metadata.limits import CONFLICT_RETRIES, NUMBERS_SKIPPED
 from kvfs_metadata.lock_requests import LockRequests
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.policy import CachePolicy, LruPolicy

@@ -13,12 +13,16 @@ from functools import partial
 from typing import Any
 
 from kvfs_base.errors import EntryNotFound
-from kvfs_base.limits import LEASES_MAX, REVOKED_KEYS_MAX, WATCH_SECONDS
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.engines.engine import KVRead, Writes, scan
+from kvfs_metadata.limits import (
+    LEASES_MAX,
+    REVOKED_KEYS_MAX,
+    WATCH_SECONDS,
+)
 from kvfs_metadata.transaction import Tx
 
 MERGED = -1

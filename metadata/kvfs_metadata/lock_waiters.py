@@ -7,7 +7,11 @@ from functools import partial
 import trio
 
 from kvfs_base.errors import ServerBusy
-from kvfs_base.limits import LOCK_LOOK_SECONDS, LOCK_WAIT_SECONDS, LOCK_WAITS_MAX
+from kvfs_metadata.limits import (
+    LOCK_LOOK_SECONDS,
+    LOCK_WAIT_SECONDS,
+    LOCK_WAITS_MAX,
+)
 from kvfs_metadata.lock_requests import LockRequests
 from kvfs_metadata.locks import Holder
 from kvfs_metadata.messages import AwaitLock, Done

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import msgspec
 
 from kvfs_base.errors import LockDeadlock, TooManyLocks
-from kvfs_base.limits import INODE_LOCKS_MAX
 from kvfs_metadata import records
 from kvfs_metadata.engines.engine import KVRead, scan
+from kvfs_metadata.limits import INODE_LOCKS_MAX
 from kvfs_metadata.messages import FileLock
 from kvfs_metadata.records import HeldLock
 from kvfs_metadata.transaction import Tx

@@ -17,7 +17,6 @@ from kvfs_base.limits import (
     CLOSED_TOGETHER_MAX,
     COPIES_MAX,
     DIRECTORY_PAGE_ENTRIES,
-    ONCE_SLOTS,
     SYMLINK_BYTES_MAX,
     XATTR_NAME_BYTES_MAX,
     XATTR_VALUE_BYTES_MAX,
@@ -34,6 +33,7 @@ from kvfs_metadata.cluster.admin_messages import (
     ReplaceTarget,
     SetDraining,
 )
+from kvfs_metadata.limits import ONCE_SLOTS
 
 Keys = Annotated[bytes, msgspec.Meta(max_length=BATCH_BLOCKS_MAX * BLOCK_KEY_BYTES)]
 """Block keys, 32 bytes each, end to end: slicing a string costs less than a msgpack list."""

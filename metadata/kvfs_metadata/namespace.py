@@ -25,13 +25,7 @@ from kvfs_base.errors import (
     ServerBusy,
     TooManyLinks,
 )
-from kvfs_base.limits import (
-    FILE_CHUNK_BYTES,
-    FILE_WIDE_CHUNK_BYTES,
-    LINKS_MAX,
-    NAMESPACE_DEPTH_MAX,
-    NAMESPACES_MAX,
-)
+from kvfs_base.limits import FILE_CHUNK_BYTES
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE, Attr, KVLayout, Layout
 from kvfs_metadata import records
 from kvfs_metadata.block_index import KVNamespace
@@ -53,6 +47,12 @@ from kvfs_metadata.inodes import (
     put_entry,
     save,
     touch,
+)
+from kvfs_metadata.limits import (
+    FILE_WIDE_CHUNK_BYTES,
+    LINKS_MAX,
+    NAMESPACE_DEPTH_MAX,
+    NAMESPACES_MAX,
 )
 from kvfs_metadata.messages import (
     DirectoryPage,

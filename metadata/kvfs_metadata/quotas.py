@@ -22,11 +22,11 @@ from kvfs_base.errors import (
     NotADirectory,
     QuotaExceeded,
 )
-from kvfs_base.limits import QUOTA_INODES_MAX
 from kvfs_metadata import records
 from kvfs_metadata.block_index import BlockIndex, KVNamespace
 from kvfs_metadata.engines.engine import KVRead, scan
 from kvfs_metadata.inodes import load, save
+from kvfs_metadata.limits import QUOTA_INODES_MAX
 from kvfs_metadata.messages import GetQuota, QuotaInfo, SetQuota
 from kvfs_metadata.records import InodeRecord, QuotaRecord
 from kvfs_metadata.transaction import Tx

@@ -12,7 +12,6 @@ from kvfs_base.errors import (
     NotPermitted,
     TooManyLinks,
 )
-from kvfs_base.limits import LINKS_MAX
 from kvfs_metadata import records
 from kvfs_metadata.engines.engine import KVRead
 from kvfs_metadata.inodes import (
@@ -23,6 +22,7 @@ from kvfs_metadata.inodes import (
     save,
     touch,
 )
+from kvfs_metadata.limits import LINKS_MAX
 from kvfs_metadata.messages import Rename, Touched
 from kvfs_metadata.namespace import FileTree, check_quota
 from kvfs_metadata.records import InodeRecord

@@ -10,15 +10,7 @@ from typing import Any
 import trio
 
 from kvfs_base.errors import DiskFull, KvfsError
-from kvfs_base.limits import (
-    DRAIN_PAUSE,
-    EVICT_SECONDS,
-    HEARTBEAT_SECONDS,
-    LAST_USE_SECONDS,
-    SERVER_BEAT_SECONDS,
-    SYNC_SECONDS,
-    WRITE_GROUP_REQUESTS,
-)
+from kvfs_base.limits import HEARTBEAT_SECONDS
 from kvfs_base.rpc import Later, RpcServer
 from kvfs_base.seams import Env
 from kvfs_base.types import Address
@@ -27,6 +19,14 @@ from kvfs_metadata.core import MetadataCore, Operation
 from kvfs_metadata.engines.engine import KVEngine
 from kvfs_metadata.engines.stores import open_store
 from kvfs_metadata.leases import Revocation
+from kvfs_metadata.limits import (
+    DRAIN_PAUSE,
+    EVICT_SECONDS,
+    LAST_USE_SECONDS,
+    SERVER_BEAT_SECONDS,
+    SYNC_SECONDS,
+    WRITE_GROUP_REQUESTS,
+)
 from kvfs_metadata.lock_waiters import LockWaiters
 from kvfs_metadata.messages import AwaitLock, Done, MetadataRequest, Sync, Watch
 from kvfs_metadata.turns import CacheTurns, SharedTurns, StrictTurns, Turns, update

@@ -21,16 +21,16 @@ from collections.abc import Callable
 from functools import partial
 
 from kvfs_base.errors import LimitExceeded, ServerBusy
-from kvfs_base.limits import (
+from kvfs_base.seams import Clock
+from kvfs_metadata import records
+from kvfs_metadata.engines.engine import KVRead, Writes, scan
+from kvfs_metadata.limits import (
     OPEN_INODES_MAX,
     SERVER_LEASE_SECONDS,
     SESSION_GRACE_SECONDS,
     SESSION_SILENT_SECONDS,
     SESSIONS_MAX,
 )
-from kvfs_base.seams import Clock
-from kvfs_metadata import records
-from kvfs_metadata.engines.engine import KVRead, Writes, scan
 from kvfs_metadata.messages import Attach
 from kvfs_metadata.records import ServerRecord
 from kvfs_metadata.transaction import Tx

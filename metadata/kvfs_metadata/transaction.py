@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from kvfs_base.limits import INODE_RANGE
 from kvfs_metadata import records
 from kvfs_metadata.engines.engine import KVTransaction
+from kvfs_metadata.limits import INODE_RANGE
 
 ANY_CONNECTION = 0
 """Connection id of the service's own transactions."""

@@ -19,9 +19,9 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from kvfs_base.errors import InternalError, KvfsError
-from kvfs_base.limits import WRITE_GROUP_REQUESTS
 from kvfs_metadata.core import MetadataCore, Operation
 from kvfs_metadata.leases import MERGED, Revocation
+from kvfs_metadata.limits import WRITE_GROUP_REQUESTS
 from kvfs_metadata.transaction import ANY_CONNECTION
 
 T = TypeVar("T")

@@ -9,13 +9,13 @@ from typing import Any
 import trio
 
 from kvfs_base.errors import KvfsError, NotSupported
-from kvfs_base.limits import WATCH_POLL_SECONDS
 from kvfs_base.rpc import Later
 from kvfs_base.seams import Clock
 from kvfs_metadata import messages as m
 from kvfs_metadata.check.fixes import RepairRecords
 from kvfs_metadata.core import MetadataCore
 from kvfs_metadata.leases import Revocation
+from kvfs_metadata.limits import WATCH_POLL_SECONDS
 from kvfs_metadata.turns import SharedTurns, Turns
 
 CHANGES: frozenset[type] = frozenset({m.Once, m.CommitBlocks, m.OpenNamespace, RepairRecords})

@@ -14,7 +14,6 @@ import msgspec
 
 from kvfs_base import frames
 from kvfs_base.errors import KvfsError, ServerBusy, StaleChain, TargetFenced
-from kvfs_base.limits import PASS_SECONDS
 from kvfs_datapath import rules
 from kvfs_datapath.chains import replication, views
 from kvfs_datapath.chains import requests as chain_session
@@ -28,6 +27,7 @@ from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.chunks.versions import Versions
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.format import ChunkState
+from kvfs_datapath.limits import PASS_SECONDS
 from kvfs_datapath.server import chunk_server
 from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_metadata.blocks import Blocks

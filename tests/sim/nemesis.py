@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvfs_base.errors import KvfsError
-from kvfs_base.limits import SUSPECT_SECONDS, TARGET_LEASE_SECONDS
+from kvfs_base.limits import TARGET_LEASE_SECONDS
+from kvfs_datapath.limits import SUSPECT_SECONDS
 from kvfs_metadata.cluster.admin_messages import SetDraining
 from sim.cluster import ChunkHost, MetadataHost
 from sim.disk import Node

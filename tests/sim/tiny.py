@@ -1,4 +1,4 @@
-"""Bounds made tiny, so that a short run meets them: those of ``kvfs_base.limits`` (and a few of
+"""Bounds made tiny, so that a short run meets them: those of the packages' ``limits`` (and a few of
 modules' own) wherever they are used."""
 
 from __future__ import annotations

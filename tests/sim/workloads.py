@@ -19,12 +19,13 @@ from kvfs_base.errors import (
     PrepareExpired,
     StaleChain,
 )
-from kvfs_base.limits import COMMIT_ATTEMPTS_MAX, FILE_RETRY_SECONDS, PAGE_BYTES
+from kvfs_base.limits import COMMIT_ATTEMPTS_MAX, PAGE_BYTES
 from kvfs_base.types import ROOT_INODE, Attr, BlockInfo, ChunkId, KVLayout
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.chunk_client import ChunkRead, ChunkWrite
 from kvfs_datapath.client.files import StripedFile
+from kvfs_datapath.limits import FILE_RETRY_SECONDS
 from kvfs_metadata import messages as m
 from sim.history import Entry, WrongBytes, page, read_page
 

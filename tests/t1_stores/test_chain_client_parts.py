@@ -8,17 +8,7 @@ import pytest
 from kvfs_base import threads
 from kvfs_base.cluster import Chain, ClusterMap, Target, TargetState
 from kvfs_base.errors import ConnectionLost, NoTarget, StaleChain, TargetFailed
-from kvfs_base.limits import (
-    AVOID_SECONDS,
-    AVOID_SECONDS_MAX,
-    HEDGE_FACTOR,
-    HEDGE_SECONDS_FIRST,
-    HEDGE_SECONDS_MAX,
-    HEDGE_SECONDS_MIN,
-    HEDGE_UNIT_BYTES,
-    LATENCIES_NEEDED,
-    MIB,
-)
+from kvfs_base.limits import MIB
 from kvfs_base.testing import ManualClock, memory_env
 from kvfs_base.types import Address, ChunkId
 from kvfs_datapath.client.health import Health
@@ -27,6 +17,16 @@ from kvfs_datapath.client.routes import Router
 from kvfs_datapath.client.segments import segments
 from kvfs_datapath.client.workers import cut
 from kvfs_datapath.connections import Attempt
+from kvfs_datapath.limits import (
+    AVOID_SECONDS,
+    AVOID_SECONDS_MAX,
+    HEDGE_FACTOR,
+    HEDGE_SECONDS_FIRST,
+    HEDGE_SECONDS_MAX,
+    HEDGE_SECONDS_MIN,
+    HEDGE_UNIT_BYTES,
+    LATENCIES_NEEDED,
+)
 
 # --- health
 

@@ -20,7 +20,6 @@ from kvfs_base.errors import (
     KvfsError,
     TargetFailed,
 )
-from kvfs_base.limits import REMOVE_BY_NAME_MAX
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_base.types import ChunkId
@@ -30,6 +29,7 @@ from kvfs_datapath.chunks.listing import ChunkListing
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
+from kvfs_datapath.limits import REMOVE_BY_NAME_MAX
 from t1_stores.chain_chunks import Faults, open_store, pending, prepare, read, update, write
 
 

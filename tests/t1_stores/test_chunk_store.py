@@ -26,7 +26,6 @@ from kvfs_base.errors import (
     TargetFailed,
     VersionMismatch,
 )
-from kvfs_base.limits import REMOVE_BY_NAME_MAX, STAGED_CHUNKS_MAX
 from kvfs_base.os_disk import OsDisk
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
@@ -45,6 +44,7 @@ from kvfs_datapath.format import (
     pack,
     path_of,
 )
+from kvfs_datapath.limits import REMOVE_BY_NAME_MAX, STAGED_CHUNKS_MAX
 
 KEY = bytes(range(32))
 CHUNK = ChunkId(77, 0)

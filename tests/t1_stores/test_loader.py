@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from kvfs_base.errors import ArenaFull, CacheFull, ConnectionLost, InvalidRequest
-from kvfs_base.limits import LOADER_FETCH_THREADS
 from kvfs_base.os_env import os_env
 from kvfs_gds import load as load_module
 from kvfs_gds import loader as loader_module
 from kvfs_gds.device import CpuDevice, CpuEvent, CpuStream, open_device
+from kvfs_gds.limits import LOADER_FETCH_THREADS
 from kvfs_gds.load import Pages, Priority
 from kvfs_gds.loader import Loader
 from kvfs_gds.paged import PagedLayout

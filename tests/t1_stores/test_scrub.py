@@ -13,7 +13,7 @@ import pytest
 
 from kvfs_base.counters import Counters
 from kvfs_base.errors import Conflict, DiskFull, KvfsError, TargetFailed
-from kvfs_base.limits import MIB, SCRUB_CHUNK_BYTES, SCRUB_SAVE_SECONDS, SCRUB_START_SECONDS
+from kvfs_base.limits import MIB
 from kvfs_base.os_disk import OsDisk
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk, DiskFile, Env
@@ -23,6 +23,11 @@ from kvfs_datapath.buffers import BufferPool, round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
+from kvfs_datapath.limits import (
+    SCRUB_CHUNK_BYTES,
+    SCRUB_SAVE_SECONDS,
+    SCRUB_START_SECONDS,
+)
 from kvfs_datapath.server import scrub
 from kvfs_datapath.server.scrub import Repair, Scrubber
 from t1_stores.chain_chunks import Faults, update

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvfs_base.limits import GARBAGE_SECONDS
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Connection, Disk, Env
 from kvfs_base.testing import memory_env
@@ -19,6 +18,7 @@ from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite
 from kvfs_datapath.config import ChunkServerConfig
+from kvfs_datapath.limits import GARBAGE_SECONDS
 from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_datapath.testing import FakeMetadata
 

@@ -42,7 +42,11 @@ from kvfs_base.errors import (
     PrepareExpired,
     TargetFailed,
 )
-from kvfs_base.limits import MIB, PAGE_BYTES, PUTS_PER_CLIENT_MAX
+from kvfs_base.limits import (
+    MIB,
+    PAGE_BYTES,
+    PUTS_PER_CLIENT_MAX,
+)
 from kvfs_base.rpc import Request
 from kvfs_base.types import Address, ChunkId
 from kvfs_metadata import messages as m

@@ -16,12 +16,13 @@ from kvfs_base.errors import (
     StaleChain,
     TargetFenced,
 )
-from kvfs_base.limits import FENCE_SECONDS, MIB
+from kvfs_base.limits import MIB
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains import views as views_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.tree import drafts
+from kvfs_datapath.limits import FENCE_SECONDS
 from t2_services.chain_cluster import CHAIN, ChainCluster, chains, new_block, only, payload
 from t2_services.chunk_cluster import SECONDS, wait_until
 

@@ -35,10 +35,11 @@ from kvfs_base.errors import (
     TargetFailed,
     TargetFenced,
 )
-from kvfs_base.limits import HEDGES_AT_ONCE, MIB, TRANSFER_BYTES
+from kvfs_base.limits import MIB, TRANSFER_BYTES
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
+from kvfs_datapath.limits import HEDGES_AT_ONCE
 from t2_services.chunk_cluster import assert_equal, make_writes, reads_of, wait_until
 
 CHAIN = 7

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvfs_base.errors import ChunkPending, ConnectionLost
-from kvfs_base.limits import SUSPECT_SECONDS
 from kvfs_base.seams import Connection
 from kvfs_base.types import Address, ChunkId
+from kvfs_datapath.limits import SUSPECT_SECONDS
 from t2_services.chain_cluster import CHAIN, ChainCluster, Cut, answers_get_lost, chains, quiet
 from t2_services.chunk_cluster import wait_until
 

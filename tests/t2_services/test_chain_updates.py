@@ -21,11 +21,7 @@ from kvfs_base.errors import (
     TargetFenced,
     WriteUncertain,
 )
-from kvfs_base.limits import (
-    FENCE_SECONDS,
-    RESOLVE_FULL_SECONDS,
-    TRANSFER_BYTES,
-)
+from kvfs_base.limits import TRANSFER_BYTES
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains import peers as peers_module
@@ -33,6 +29,7 @@ from kvfs_datapath.chains import service as chain_service_module
 from kvfs_datapath.chains.requests import side_by_side
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.format import ChunkInfo, path_of
+from kvfs_datapath.limits import FENCE_SECONDS, RESOLVE_FULL_SECONDS
 from t2_services.chain_cluster import (
     CHAIN,
     ChainCluster,

@@ -19,10 +19,7 @@ from kvfs_base.errors import (
     TargetFailed,
 )
 from kvfs_base.frames import Kind
-from kvfs_base.limits import (
-    MIB,
-    TRANSFER_BYTES,
-)
+from kvfs_base.limits import MIB, TRANSFER_BYTES
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_datapath import messages as m
 from kvfs_datapath.chunks.tree import drafts

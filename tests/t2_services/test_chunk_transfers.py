@@ -33,8 +33,6 @@ from kvfs_base.frames import Kind
 from kvfs_base.limits import (
     ITEMS_PER_REQUEST_MAX,
     MIB,
-    PUBLISH_TOGETHER_MAX,
-    SUM_BYTES,
     TRANSFER_BYTES,
 )
 from kvfs_base.seams import Listener
@@ -46,6 +44,7 @@ from kvfs_datapath.chunks.tree import drafts
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite, ClusterSource
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import directory_of, path_of
+from kvfs_datapath.limits import PUBLISH_TOGETHER_MAX, SUM_BYTES
 from kvfs_datapath.server import chunk_server as server_module
 from t2_services.chunk_cluster import (
     SECONDS,

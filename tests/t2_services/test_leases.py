@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from kvfs_base.limits import REVOKED_KEYS_MAX, WATCH_SECONDS
 from kvfs_base.testing import ManualClock
 from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.leases import MERGED, Leases, Revocation, leased_keys
+from kvfs_metadata.limits import REVOKED_KEYS_MAX, WATCH_SECONDS
 
 A, B, OTHER = 1, 2, 9
 SESSIONS = {A: b"a" * 16, B: b"b" * 16}

@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.types import BlockInfo, KVLayout
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from t2_services.metadata_rig import LAYOUT, Rig, all_removals, evict, key, keys
@@ -275,7 +276,7 @@ def test_abort(rig: Rig, namespace: int) -> None:
 
 def test_a_dead_writers_batch_expires(rig: Rig, namespace: int) -> None:
     batch = rig.prepare(namespace, [1, 2])
-    rig.work(limits.PREPARE_SECONDS_MAX - 0.001)
+    rig.work(metadata_limits.PREPARE_SECONDS_MAX - 0.001)
     assert rig.statistics()["prepared_batches"] == 1
     rig.work(0.002)
     assert rig.statistics()["prepared_batches"] == 0
@@ -292,7 +293,7 @@ def test_prepared_batches_survive_a_restart(rig: Rig, namespace: int) -> None:
     assert rig.statistics()["prepared_bytes"] == 1100
     rig.commit(first)
     assert rig.match(namespace, [1]) == 1
-    rig.work(limits.PREPARE_SECONDS_MAX + 1)
+    rig.work(metadata_limits.PREPARE_SECONDS_MAX + 1)
     assert rig.dump(records.PREPARED) == {}
     assert all_removals(rig) == inodes_of(second)
 
@@ -301,7 +302,7 @@ def test_a_clock_set_back_does_not_keep_batches(rig: Rig, namespace: int) -> Non
     rig.prepare(namespace, [1])
     rig.clock._start_ns -= 10**15
     rig.restart()
-    rig.work(limits.PREPARE_SECONDS_MAX + 1)
+    rig.work(metadata_limits.PREPARE_SECONDS_MAX + 1)
     assert rig.statistics()["prepared_batches"] == 0
 
 
@@ -309,7 +310,7 @@ def test_many_expire_in_turns(rig: Rig, namespace: int, monkeypatch: pytest.Monk
     monkeypatch.setattr("kvfs_metadata.blocks.BATCH_BLOCKS_MAX", 4)
     for n in range(5):
         rig.prepare(namespace, [10 * n + i for i in range(3)])
-    rig.clock.advance(limits.PREPARE_SECONDS_MAX + 1)
+    rig.clock.advance(metadata_limits.PREPARE_SECONDS_MAX + 1)
     rig.core.update(rig.core.due())
     assert rig.statistics()["prepared_batches"] == 3
     rig.work()
@@ -414,7 +415,7 @@ class Cache(RuleBasedStateMachine):
 
     @rule()
     def expire(self) -> None:
-        self.rig.work(limits.PREPARE_SECONDS_MAX + 1)
+        self.rig.work(metadata_limits.PREPARE_SECONDS_MAX + 1)
         self.rig.advance(0)
         self.batches.clear()
 

@@ -21,6 +21,7 @@ from kvfs_base import limits
 from kvfs_base.os_env import os_env
 from kvfs_base.rpc import Request
 from kvfs_base.types import Address
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata.client import REPEATABLE, BlockingMetadataClient, ClusterView, MetadataClient
 from t2_services.metadata_rig import FILE, LAYOUT, ROOT, keys
@@ -120,7 +121,7 @@ def test_calls_without_a_task_are_told_of_in_any_case(stage: Stage) -> None:
                 stage.handler.silent = True
                 begun = trio.current_time()
                 async with trio.open_nursery() as nursery:
-                    for _ in range(limits.ONCE_SLOTS):
+                    for _ in range(metadata_limits.ONCE_SLOTS):
                         nursery.start_soon(call_late, client, make)
                     await trio.testing.wait_all_tasks_blocked(0.001)
                     assert not client.call_soon(make, lambda *_: None), "too many"
@@ -235,7 +236,7 @@ def test_another_server_of_the_store_takes_over(stage: Stage) -> None:
                 made = await client.call(m.Lookup(ROOT, b"new"))
                 await answered.wait()
                 assert answers == [made]
-                stage.rig.work(limits.SESSION_GRACE_SECONDS + 1)
+                stage.rig.work(metadata_limits.SESSION_GRACE_SECONDS + 1)
                 assert (await client.call(m.GetAttr(kept))).nlink == 0
                 stage.rig.call(m.Unlink(ROOT, b"new"))
                 for inode in (kept, made.inode):

@@ -13,6 +13,7 @@ from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.cluster import EndMoves, GetClusterMap, TakeMoves, TargetState
 from kvfs_base.types import Layout
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.cluster.admin_messages import (
@@ -254,7 +255,7 @@ def test_after_a_restart_files_may_be_open(rig: Rig) -> None:
     rig.restart()
     drain(rig, 2)
     assert chains(rig, inode) == old
-    rig.advance(limits.SESSION_GRACE_SECONDS + 1)
+    rig.advance(metadata_limits.SESSION_GRACE_SECONDS + 1)
     work(rig)
     assert target(rig, 2).drained
 
@@ -473,7 +474,7 @@ def test_a_restart_in_the_middle_of_a_sweep_goes_on(rig: Rig) -> None:
     rig.put(namespace, range(9))
     rig.call(RemoveTarget((2,), force=True))
     rig.restart()
-    rig.advance(limits.SESSION_GRACE_SECONDS + 1)
+    rig.advance(metadata_limits.SESSION_GRACE_SECONDS + 1)
     work(rig)
     assert rig.statistics()["blocks"] == 6
     assert rig.dump(records.SWEEP_KEY) == {}
@@ -544,7 +545,7 @@ def test_servers_on_one_store_know_of_each_other() -> None:
         b.server: (True, False),
     }
     assert found[b.server].beats > 0
-    servers.live(limits.SERVER_LEASE_SECONDS + 1, [a])
+    servers.live(metadata_limits.SERVER_LEASE_SECONDS + 1, [a])
     assert {s.number: s.alive for s in details(a).servers} == {a.server: True, b.server: False}
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from kvfs_base import errors as e
-from kvfs_base import limits
+from kvfs_metadata import limits, records
 from kvfs_metadata import messages as m
-from kvfs_metadata import records
 from kvfs_metadata.engines.memory_engine import MemoryEngine
 from kvfs_metadata.policy import CachePolicy, LruPolicy
 from t2_services.metadata_rig import ROOT, Rig, all_removals, evict, key, keys

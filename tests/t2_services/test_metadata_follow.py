@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 
 from kvfs_base import errors as e
-from kvfs_base import limits
+from kvfs_metadata import limits, records
 from kvfs_metadata import messages as m
-from kvfs_metadata import records
 from kvfs_metadata.core import MetadataCore
 from t2_services.metadata_rig import Rig, key, keys
 

@@ -12,10 +12,10 @@ import trio
 import trio.testing
 
 from kvfs_base import errors as e
-from kvfs_base import limits
 from kvfs_base.rpc import Later
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address
+from kvfs_metadata import limits
 from kvfs_metadata import messages as m
 from kvfs_metadata.client import MetadataClient
 from kvfs_metadata.config import MetadataConfig

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from kvfs_base import errors as e
-from kvfs_base import limits
+from kvfs_metadata import limits, records
 from kvfs_metadata import messages as m
-from kvfs_metadata import records
 from t2_services.metadata_rig import ROOT, Rig
 
 ONE, TWO = b"session-one-....", b"session-two-...."

@@ -11,6 +11,7 @@ from kvfs_base.cluster import (
     FindUnwanted,
     Synced,
 )
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.cluster.admin_messages import (
@@ -226,7 +227,7 @@ def test_a_suspect_stops_before_it_is_taken_out(world: World) -> None:
     assert not world.beat(disk).targets[0].fence
     assert all(c.offline == (suspect,) for c in world.of(suspect))
     disk.fenced = False
-    world.live(limits.REJOIN_SECONDS - 2 * BEAT)
+    world.live(metadata_limits.REJOIN_SECONDS - 2 * BEAT)
     assert all(c.offline == (suspect,) for c in world.of(suspect))
     world.live(3 * BEAT)
     assert all(c.syncing == (suspect,) for c in world.of(suspect))
@@ -310,7 +311,7 @@ def test_who_is_away_for_long_is_replaced() -> None:
     world = World(disks=4)
     world.file()
     world.disks[3].silent = True
-    world.live(limits.REPLACE_SECONDS - 1)
+    world.live(metadata_limits.REPLACE_SECONDS - 1)
     waiting = world.of(4)
     assert waiting and all(c.offline == (4,) for c in waiting)
     world.live(LEASE + 2)
@@ -326,7 +327,7 @@ def test_there_may_be_no_place_for_another_copy() -> None:
     world = World(disks=2)
     world.file()
     world.disks[1].silent = True
-    world.live(limits.REPLACE_SECONDS + 2 * LEASE)
+    world.live(metadata_limits.REPLACE_SECONDS + 2 * LEASE)
     assert all(c.offline == (2,) for c in world.chains().values())
     assert world.rig.statistics()["chains_short"] == len(world.chains())
     world.disks[1].silent = False

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from kvfs_base import limits
 from kvfs_base.cluster import (
     Chain,
     ClusterMap,
@@ -18,6 +17,7 @@ from kvfs_base.cluster import (
     HeartbeatReply,
     Synced,
 )
+from kvfs_datapath import limits
 from kvfs_metadata.cluster.admin_messages import (
     SetDraining,
 )

@@ -13,6 +13,7 @@ import pytest
 from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.cluster import EndMoves, FindUnwanted, Move, Moves, TakeMoves
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.cluster.admin_messages import DescribeCluster, RemoveTarget, SetDraining
@@ -290,7 +291,7 @@ def test_every_way_to_open_spoils_the_ticket(rig: Rig, way: str) -> None:
     rig.call(request, connection=7)
     if way == "attach":
         rig.call(m.Attach(bytes(16), (), 2), connection=7)
-        rig.advance(2 * limits.SESSION_GRACE_SECONDS)
+        rig.advance(2 * metadata_limits.SESSION_GRACE_SECONDS)
         rig.work()
     else:
         rig.call(m.CloseInode(inode), connection=7)
@@ -304,7 +305,7 @@ def test_after_a_restart_files_may_be_open(rig: Rig) -> None:
     rig.restart()
     assert end(rig, taken) == ()
     assert take(rig).moves == ()
-    rig.advance(limits.SESSION_GRACE_SECONDS + 1)
+    rig.advance(metadata_limits.SESSION_GRACE_SECONDS + 1)
     assert end(rig, take(rig)) == (inode,)
 
 

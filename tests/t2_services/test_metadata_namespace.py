@@ -9,11 +9,12 @@ import msgspec
 import pytest
 
 from kvfs_base import errors as e
-from kvfs_base.limits import FILE_CHUNK_BYTES, LINKS_MAX, STRIPE_MAX
+from kvfs_base.limits import FILE_CHUNK_BYTES, STRIPE_MAX
 from kvfs_base.types import Attr
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.cluster.placement import splitmix64
+from kvfs_metadata.limits import LINKS_MAX
 from t2_services.metadata_rig import DIRECTORY, FILE, ROOT, Rig, key, keys
 
 

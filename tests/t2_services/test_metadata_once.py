@@ -12,8 +12,8 @@ import trio
 import trio.testing
 
 from kvfs_base import errors as e
-from kvfs_base import limits
 from kvfs_base.rpc import Request
+from kvfs_metadata import limits
 from kvfs_metadata import messages as m
 from kvfs_metadata.client import BlockingMetadataClient, MetadataClient
 from kvfs_metadata.cluster.admin_messages import (

@@ -21,6 +21,7 @@ from kvfs_base.rpc import Request, RpcClient
 from kvfs_base.seams import Env
 from kvfs_base.testing import ManualClock, memory_env
 from kvfs_base.types import Address
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.client import BlockingMetadataClient, MetadataClient
@@ -321,7 +322,7 @@ async def renew(world: World, client: MetadataClient, seconds: float) -> None:
     assert world.clock is not None
     world.clock.advance(seconds)
     await client.call(HEARTBEAT)
-    await trio.sleep(2 * limits.EVICT_SECONDS)
+    await trio.sleep(2 * metadata_limits.EVICT_SECONDS)
 
 
 @pytest.mark.parametrize("durability", ["cache", "strict"])
@@ -360,20 +361,20 @@ def test_batches_sessions_and_leases_expire_by_themselves(durability: str) -> No
             MetadataClient(world.env, addresses[0]) as client,
         ):
             await client.call(HEARTBEAT)
-            await renew(world, client, limits.SESSION_GRACE_SECONDS + 1)
+            await renew(world, client, metadata_limits.SESSION_GRACE_SECONDS + 1)
             info = await client.call(m.OpenNamespace("a/b", LAYOUT, create=True))
             await client.call(m.PrepareBlocks(info.inode, keys([1]), (10,)))
             async with MetadataClient(world.env, addresses[0], session=b"s" * 16) as other:
                 file = await other.call(m.Make(ROOT, b"f", FILE))
                 await other.call(m.OpenInode(file.inode))
                 await client.call(m.Unlink(ROOT, b"f"))
-            await renew(world, client, limits.SESSION_GRACE_SECONDS - 1)
+            await renew(world, client, metadata_limits.SESSION_GRACE_SECONDS - 1)
             assert (await client.call(m.GetAttr(file.inode))).nlink == 0
             await renew(world, client, 2)
             with pytest.raises(e.InodeStale):
                 await client.call(m.GetAttr(file.inode))
             assert (await client.call(m.Statistics()))["prepared_batches"] == 1
-            await renew(world, client, limits.PREPARE_SECONDS_MAX)
+            await renew(world, client, metadata_limits.PREPARE_SECONDS_MAX)
             assert (await client.call(m.Statistics()))["prepared_batches"] == 0
             assert world.clock is not None
             version = (await client.call(GetClusterMap())).version
@@ -407,7 +408,7 @@ def test_uses_are_recorded_now_and_then_and_at_the_end() -> None:
             now = world.clock.time_ns()
             await client.call(m.MatchBlocks(info.inode, keys([1, 2])))
             assert now not in recorded()
-            await trio.sleep(limits.LAST_USE_SECONDS * 1.1)
+            await trio.sleep(metadata_limits.LAST_USE_SECONDS * 1.1)
             assert recorded() == [now, now]
             world.clock.advance(1)
             await client.call(m.MatchBlocks(info.inode, keys([1, 2])))
@@ -438,13 +439,13 @@ def test_what_was_written_is_synced_within_a_second() -> None:
             MetadataClient(world.env, addresses[0]) as client,
         ):
             await client.call(HEARTBEAT)
-            await trio.sleep(limits.SYNC_SECONDS * 1.5)
+            await trio.sleep(metadata_limits.SYNC_SECONDS * 1.5)
             before = engine.syncs
             assert before >= 1
-            await trio.sleep(limits.SYNC_SECONDS * 5)
+            await trio.sleep(metadata_limits.SYNC_SECONDS * 5)
             assert engine.syncs == before, "nothing was written meanwhile"
             await client.call(m.Make(ROOT, b"f", FILE))
-            await trio.sleep(limits.SYNC_SECONDS * 1.5)
+            await trio.sleep(metadata_limits.SYNC_SECONDS * 1.5)
             assert engine.syncs == before + 1
 
     run_in_mock_time(test)
@@ -464,7 +465,7 @@ def test_a_sync_that_fails_is_told() -> None:
             with pytest.raises(e.TargetFailed):
                 await client.call(m.Sync())
             await client.call(HEARTBEAT)
-            await trio.sleep(limits.SYNC_SECONDS * 3)
+            await trio.sleep(metadata_limits.SYNC_SECONDS * 3)
             assert len((await client.call(m.ReadDir(ROOT))).entries) == 1
 
     run_in_mock_time(test)
@@ -514,10 +515,10 @@ def test_a_sync_that_may_go_well_later_is_repeated(error: e.KvfsError) -> None:
             engine.error = error
             begun = engine.syncs
             await client.call(HEARTBEAT)
-            await trio.sleep(limits.SYNC_SECONDS * 3.5)
+            await trio.sleep(metadata_limits.SYNC_SECONDS * 3.5)
             assert engine.syncs == begun + 3
             engine.error = None
-            await trio.sleep(limits.SYNC_SECONDS * 3)
+            await trio.sleep(metadata_limits.SYNC_SECONDS * 3)
             assert engine.syncs == begun + 4
 
     run_in_mock_time(test)

@@ -13,6 +13,7 @@ from kvfs_base import limits
 from kvfs_base.cluster import GetClusterMap
 from kvfs_base.rpc import Request
 from kvfs_base.testing import ManualClock
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from kvfs_metadata.core import MetadataCore
@@ -22,8 +23,8 @@ from t2_services.metadata_rig import FILE, ROOT, Rig, keys
 from t2_services.test_posix_model import model_of
 
 SESSION = b"one session.... "
-LEASE = limits.SERVER_LEASE_SECONDS
-GRACE = limits.SESSION_GRACE_SECONDS
+LEASE = metadata_limits.SERVER_LEASE_SECONDS
+GRACE = metadata_limits.SESSION_GRACE_SECONDS
 
 
 class Servers:
@@ -128,7 +129,7 @@ def test_what_one_server_did_the_other_one_shows(a: Rig, b: Rig) -> None:
 
 
 def test_numbers_are_never_given_twice(a: Rig, b: Rig) -> None:
-    count = 3 * limits.INODE_RANGE // 2
+    count = 3 * metadata_limits.INODE_RANGE // 2
     namespace = a.namespace()
     inodes = []
     for start in range(0, count, 512):
@@ -159,7 +160,7 @@ def test_a_batch_prepared_elsewhere_expires_by_this_servers_clock(a: Rig, b: Rig
     a.prepare(namespace, range(3))
     b.core.catch_up()
     b.work()
-    b.work(limits.PREPARE_SECONDS_MAX - 1)
+    b.work(metadata_limits.PREPARE_SECONDS_MAX - 1)
     assert a.statistics()["prepared_batches"] == 1
     b.work(1)
     assert a.statistics()["prepared_batches"] == 0
@@ -232,7 +233,7 @@ def test_a_group_that_lost_its_race_is_decided_anew(a: Rig, b: Rig) -> None:
     assert losses == [0]
     assert a.statistics()["prepared_batches"] == 0
     assert b.match(namespace, range(3)) == 3
-    losses[0] = limits.CONFLICT_RETRIES
+    losses[0] = metadata_limits.CONFLICT_RETRIES
     with pytest.raises(e.Conflict):
         a.call(m.RemoveBlocks(namespace, keys([0])))
     assert a.match(namespace, range(3)) == b.match(namespace, range(3)) == 3
@@ -448,7 +449,7 @@ def test_answers_of_clients_that_are_gone_are_collected(
     monkeypatch.setattr("kvfs_metadata.answers.ANSWERS_PER_COLLECTION", 2)
     for slot in range(5):
         a.call(once(m.Make(ROOT, b"%d" % slot, FILE), 1, slot))
-    a.advance(limits.ONCE_SECONDS + 1)
+    a.advance(metadata_limits.ONCE_SECONDS + 1)
     a.call(once(m.Make(ROOT, b"new", FILE), 1, 9))
     for _ in range(4):
         a.core.update([a.core.answers.collect])

@@ -7,13 +7,14 @@ import pytest
 from kvfs_base import errors as e
 from kvfs_base import limits
 from kvfs_base.types import Layout
+from kvfs_metadata import limits as metadata_limits
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
 from t2_services.metadata_rig import FILE, ROOT, Rig
 from t2_services.test_metadata_shared import Servers
 
 ONE, TWO, THREE = b"session-one-....", b"session-two-....", b"session-three..."
-GRACE = limits.SESSION_GRACE_SECONDS
+GRACE = metadata_limits.SESSION_GRACE_SECONDS
 MAY_CUT, OTHERS, OPEN = m.Tail(100, True), m.Tail(100), m.Tail(100, False, True)
 
 
@@ -111,7 +112,7 @@ def test_a_session_that_is_not_heard_of_may_come_back(rig: Rig) -> None:
 def test_a_host_that_lost_its_power_closes_no_connection(rig: Rig) -> None:
     inode = make(rig)
     rig.call(m.OpenInode(inode, writes=True), 2)
-    rig.work(limits.SESSION_SILENT_SECONDS - 1, silent=True)
+    rig.work(metadata_limits.SESSION_SILENT_SECONDS - 1, silent=True)
     rig.core.sessions.heard(2)
     assert ask(rig, inode, 2) == OTHERS
     rig.work(1, silent=True)
@@ -263,7 +264,7 @@ def test_who_writes_alone_may_widen_the_chunks(rig: Rig) -> None:
         rig.call(m.WidenChunks(inode), 2)
     rig.call(m.OpenInode(inode), 2)  # a reader does not matter
     widened = rig.call(m.WidenChunks(inode), 1)
-    assert widened.layout == Layout(limits.FILE_WIDE_CHUNK_BYTES, before.chains)
+    assert widened.layout == Layout(metadata_limits.FILE_WIDE_CHUNK_BYTES, before.chains)
     assert rig.call(m.GetAttr(inode)) == widened
     assert rig.call(m.WidenChunks(inode), 1) == widened
 

@@ -17,7 +17,6 @@ from kvfs_base.errors import (
     InvalidRequest,
     NotSupported,
 )
-from kvfs_base.limits import STAGED_AHEAD
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
@@ -28,6 +27,7 @@ from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.staging import StagedFile
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import directory_of
+from kvfs_datapath.limits import STAGED_AHEAD
 from t2_services.chunk_cluster import Cluster, running, wait_until
 
 LAYOUT = Layout(1000, (1, 2, 3))

@@ -17,10 +17,15 @@ import pytest
 
 from kvfs_base import frames
 from kvfs_base.frames import Kind
-from kvfs_base.limits import CONNECTIONS_MAX, KIB, MIB, SERVER_BUFFERS, STALL_SECONDS
+from kvfs_base.limits import (
+    CONNECTIONS_MAX,
+    KIB,
+    MIB,
+)
 from kvfs_base.types import Address
 from kvfs_datapath import messages as m
 from kvfs_datapath.client.chunk_client import ChunkWrite
+from kvfs_datapath.limits import SERVER_BUFFERS, STALL_SECONDS
 from t2_services.chunk_cluster import (
     SECONDS,
     Cluster,

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from kvfs_base.limits import WATCH_SECONDS
 from kvfs_metadata import messages as m
+from kvfs_metadata.limits import WATCH_SECONDS
 from t4_mount.harness import Cluster, detach, wait_until
 
 KERNEL_KEEPS_NOTHING = ("--attribute-seconds=0", "--entry-seconds=0")

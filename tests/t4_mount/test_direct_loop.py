@@ -23,8 +23,8 @@ from kvfs.mount.device import Device
 from kvfs.mount.direct_frontend import DirectFrontend
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.fuse_wire import Opcode
+from kvfs.mount.limits import MOUNT_STALE_OPENS, MOUNT_TASKS
 from kvfs_base.errors import ConnectionLost, EntryNotFound, InodeStale, KvfsError, NotADirectory
-from kvfs_base.limits import MOUNT_STALE_OPENS, MOUNT_TASKS
 from kvfs_base.testing import memory_env
 from kvfs_base.types import Address, Attr
 from kvfs_metadata.messages import Touched

@@ -23,7 +23,12 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, PAGE_BYTES
+from kvfs_base.limits import (
+    FILE_CHUNK_BYTES,
+    KIB,
+    MIB,
+    PAGE_BYTES,
+)
 from kvfs_metadata.messages import RemoveBlocks, Resolve
 from t4_mount.async_io import Transfer, async_io
 from t4_mount.harness import Cluster

@@ -15,8 +15,8 @@ import trio.testing
 from kvfs.mount import blocks as blocks_module
 from kvfs.mount.backend import NO_DESCRIPTOR
 from kvfs.mount.blocks import Blocks
+from kvfs.mount.limits import MOUNT_IDLE_SECONDS
 from kvfs_base.errors import EntryNotFound, InodeStale, NoTarget
-from kvfs_base.limits import MOUNT_IDLE_SECONDS
 from kvfs_base.types import Attr, ChunkId, Layout
 from kvfs_datapath.client.chunk_client import ChunkRead
 from kvfs_metadata.messages import Lookup

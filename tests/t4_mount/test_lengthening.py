@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, PAGE_BYTES
+from kvfs_base.limits import (
+    FILE_CHUNK_BYTES,
+    KIB,
+    MIB,
+    PAGE_BYTES,
+)
 from t4_mount.file_checker import fallocate
 from t4_mount.harness import Cluster, wait_until
 from t4_mount.test_passed_writes import SEED, new_file, other

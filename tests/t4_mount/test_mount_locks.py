@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.limits import LOCK_WAIT_SECONDS
+from kvfs_metadata.limits import LOCK_WAIT_SECONDS
 from t4_mount.harness import Cluster, Role, detach, wait_until
 
 F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW = 36, 37, 38

@@ -10,9 +10,13 @@ import pytest
 import trio
 import trio.testing
 
+from kvfs.mount.limits import (
+    MOUNT_CLOSE_SECONDS,
+    MOUNT_IDLE_SECONDS,
+    TAIL_WAIT_SECONDS,
+)
 from kvfs.mount.opens import Opens
 from kvfs_base.errors import TailBusy
-from kvfs_base.limits import MOUNT_CLOSE_SECONDS, MOUNT_IDLE_SECONDS, TAIL_WAIT_SECONDS
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import CloseInode, OpenInode
 

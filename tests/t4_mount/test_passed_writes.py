@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, PAGE_BYTES
+from kvfs_base.limits import (
+    FILE_CHUNK_BYTES,
+    KIB,
+    MIB,
+    PAGE_BYTES,
+)
 from t4_mount.harness import COLLECTED_SECONDS, Cluster, wait_until
 from t4_mount.test_passthrough import close, require_passthrough
 

@@ -17,8 +17,14 @@ from typing import Any
 import pytest
 
 from kvfs.mount.frontend import PASSTHROUGH_KERNEL
+from kvfs.mount.limits import MOUNT_IDLE_SECONDS
 from kvfs.mount.passthrough import NO_BACKING, Backings
-from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, MIB, MOUNT_IDLE_SECONDS, PAGE_BYTES
+from kvfs_base.limits import (
+    FILE_CHUNK_BYTES,
+    KIB,
+    MIB,
+    PAGE_BYTES,
+)
 from kvfs_metadata.messages import RemoveBlocks, Resolve
 from t4_mount.harness import COLLECTED_SECONDS, Cluster, wait_until
 from t4_mount.test_mount_blocks import make_blocks

@@ -20,7 +20,11 @@ import trio.testing
 from kvfs.mount.adoptions import Adoptions
 from kvfs.mount.passed_writes import PassedWrites
 from kvfs_base.errors import Conflict, InvalidRequest, KvfsError
-from kvfs_base.limits import FILE_CHUNK_BYTES, KIB, PAGE_BYTES
+from kvfs_base.limits import (
+    FILE_CHUNK_BYTES,
+    KIB,
+    PAGE_BYTES,
+)
 from kvfs_base.os_env import os_env
 from t4_mount.file_checker import KEEP_SIZE, PUNCH_HOLE, fallocate
 from t4_mount.harness import COLLECTED_SECONDS, Cluster, as_user, wait_until

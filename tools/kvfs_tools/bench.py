@@ -30,7 +30,11 @@ from rich.table import Table
 
 import kvfs
 from kvfs import KVLayout
-from kvfs_base.limits import GIB, MIB, PAGE_BYTES
+from kvfs_base.limits import (
+    GIB,
+    MIB,
+    PAGE_BYTES,
+)
 from kvfs_tools.cluster import LocalCluster
 from kvfs_tools.tables import show
 

@@ -33,8 +33,14 @@ from rich.table import Table
 
 from kvfs.settings import format_size, parse_size
 from kvfs_base.cluster import Chain
-from kvfs_base.limits import BLOCK_BYTES_MAX, CLIENT_THREADS_PER_TARGET, GIB, MIB, PAGE_BYTES
+from kvfs_base.limits import (
+    BLOCK_BYTES_MAX,
+    GIB,
+    MIB,
+    PAGE_BYTES,
+)
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
+from kvfs_datapath.limits import CLIENT_THREADS_PER_TARGET
 from kvfs_tools.bench import fio_read
 from kvfs_tools.chunk_pair import Pair, host_paces
 from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table

@@ -20,7 +20,12 @@ import click
 from rich.table import Table
 
 from kvfs.settings import format_size
-from kvfs_base.limits import CHAIN_CHUNK_BYTES, MIB, PAGE_BYTES, STRIPE_MAX
+from kvfs_base.limits import (
+    CHAIN_CHUNK_BYTES,
+    MIB,
+    PAGE_BYTES,
+    STRIPE_MAX,
+)
 from kvfs_base.types import Layout
 from kvfs_datapath.client.files import StripedFile
 from kvfs_tools.chunk_rig import ChunkRig, check

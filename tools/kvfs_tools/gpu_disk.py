@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from kvfs_base.limits import KIB, MIB, RING_BYTES
+from kvfs_base.limits import KIB, MIB
 from kvfs_datapath.checksum import crc32c
 from kvfs_gds.direct import DirectSource, file_source, open_reader
+from kvfs_gds.limits import RING_BYTES
 from kvfs_gds.loader import Loader
 from kvfs_gds.ring import PinnedRing
 from kvfs_gds.sources import FileExtent, FileSource

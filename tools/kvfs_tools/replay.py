@@ -20,7 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvfs_base.errors import CapacityError, InvalidRequest
-from kvfs_base.limits import BLOCK_BYTES_MAX, KIB, MIB, PAGE_BYTES
+from kvfs_base.limits import (
+    BLOCK_BYTES_MAX,
+    KIB,
+    MIB,
+    PAGE_BYTES,
+)
 from kvfs_base.seams import Buffer
 from kvfs_tools.traces import TraceRequest
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from kvfs_base.counters import Counters
 from kvfs_base.errors import ChunkCorrupt, ConnectionLost, DeadlineExceeded, KvfsError
-from kvfs_base.limits import PUBLISH_TOGETHER_MAX
 from kvfs_base.seams import Buffer
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
 from kvfs_datapath.format import ChunkInfo, ChunkState
+from kvfs_datapath.limits import PUBLISH_TOGETHER_MAX
 
 
 def info_of(new: m.WholeChunk) -> ChunkInfo:

@@ -15,19 +15,18 @@ from kvfs_base import threads
 from kvfs_base.cluster import FindUnwanted
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError
-from kvfs_base.limits import (
-    CHUNK_LOCK_SECONDS,
-    GARBAGE_PAUSE_SECONDS,
-    TARGET_LEASE_SECONDS,
-    UNWANTED_INODES_MAX,
-    UNWANTED_REMEMBERED_MAX,
-)
+from kvfs_base.limits import TARGET_LEASE_SECONDS, UNWANTED_INODES_MAX
 from kvfs_base.rpc import BlockingRpcClient
 from kvfs_base.seams import Env
 from kvfs_base.types import Address, ChunkId
 from kvfs_datapath.chains.views import Views
 from kvfs_datapath.chunks.listing import ChunkListing
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.limits import (
+    CHUNK_LOCK_SECONDS,
+    GARBAGE_PAUSE_SECONDS,
+    UNWANTED_REMEMBERED_MAX,
+)
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import Conflict, DiskFull, KvfsError
-from kvfs_base.limits import RESOLVE_FULL_SECONDS, RESOLVE_SECONDS
 from kvfs_base.seams import Env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -20,6 +19,7 @@ from kvfs_datapath.chains.peers import Peers, Unreached
 from kvfs_datapath.chains.replication import Replicator, Unresolved
 from kvfs_datapath.chains.views import Views
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.limits import RESOLVE_FULL_SECONDS, RESOLVE_SECONDS
 
 log = logging.getLogger(__name__)
 

@@ -20,12 +20,17 @@ from kvfs_base.errors import (
     ProtocolError,
     ServerBusy,
 )
-from kvfs_base.limits import PASS_CONNECTIONS, PASS_SECONDS, SUSPECT_SECONDS, SUSPECTS_MAX
+from kvfs_base.limits import SUSPECTS_MAX
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Buffer, Clock, Env
 from kvfs_base.types import Address
 from kvfs_datapath.chains.views import Views
 from kvfs_datapath.connections import ConnectionPool, DataConnection
+from kvfs_datapath.limits import (
+    PASS_CONNECTIONS,
+    PASS_SECONDS,
+    SUSPECT_SECONDS,
+)
 
 _Result = TypeVar("_Result")
 

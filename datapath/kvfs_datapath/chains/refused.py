@@ -6,10 +6,10 @@ import collections
 
 from kvfs_base import threads
 from kvfs_base.errors import DiskFull, ServerBusy
-from kvfs_base.limits import UPDATES_REFUSED_MAX
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains.views import Place
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import UPDATES_REFUSED_MAX
 
 _Name = tuple[int, int, int, int, int]
 """Inode, number, version, writer, sequence."""

@@ -21,7 +21,6 @@ from kvfs_base.errors import (
     ServerBusy,
     VersionMismatch,
 )
-from kvfs_base.limits import CHUNK_LOCK_SECONDS, SYNC_CALL_SECONDS
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool, round_up
@@ -31,6 +30,7 @@ from kvfs_datapath.chains.views import Place, Views, require_version
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import VERSION_UNKNOWN, ChunkInfo, ChunkState
+from kvfs_datapath.limits import CHUNK_LOCK_SECONDS, SYNC_CALL_SECONDS
 
 log = logging.getLogger(__name__)
 

@@ -38,7 +38,6 @@ from kvfs_base.errors import (
     TargetFenced,
 )
 from kvfs_base.frames import ErrorBody
-from kvfs_base.limits import CHUNK_LOCK_SECONDS, STALL_SECONDS, UPDATES_REMEMBERED_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath import rules
@@ -50,6 +49,11 @@ from kvfs_datapath.chains.views import Place, Views, require_head, require_hops
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of
+from kvfs_datapath.limits import (
+    CHUNK_LOCK_SECONDS,
+    STALL_SECONDS,
+    UPDATES_REMEMBERED_MAX,
+)
 
 log = logging.getLogger(__name__)
 

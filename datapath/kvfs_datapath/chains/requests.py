@@ -21,7 +21,6 @@ from kvfs_base.errors import (
     TargetFenced,
 )
 from kvfs_base.frames import ErrorBody
-from kvfs_base.limits import CHUNK_LOCK_SECONDS, PASS_PIECE_BYTES, STALL_SECONDS
 from kvfs_base.seams import DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -42,6 +41,11 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import (
+    CHUNK_LOCK_SECONDS,
+    PASS_PIECE_BYTES,
+    STALL_SECONDS,
+)
 
 
 def error_body(error: Exception) -> ErrorBody:

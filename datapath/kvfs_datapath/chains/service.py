@@ -8,10 +8,7 @@ from kvfs_base.cluster import Synced
 from kvfs_base.counters import Counters
 from kvfs_base.limits import (
     CHAIN_CHUNK_BYTES,
-    CREW_THREADS,
     HOPS_MAX,
-    PASS_BUFFERS,
-    SYNC_BUFFERS,
     TRANSFER_BYTES,
 )
 from kvfs_base.seams import Env
@@ -27,6 +24,11 @@ from kvfs_datapath.chains.sync_source import SyncSource
 from kvfs_datapath.chains.views import Views
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.config import ChunkServerConfig
+from kvfs_datapath.limits import (
+    CREW_THREADS,
+    PASS_BUFFERS,
+    SYNC_BUFFERS,
+)
 
 INCARNATION_BITS = 62
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import ChunkMismatch, ChunkNotFound, ServerBusy, StaleChain, VersionMismatch
-from kvfs_base.limits import CHUNK_LOCK_SECONDS, PASS_SECONDS, SYNC_CAME_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath import rules
@@ -25,6 +24,11 @@ from kvfs_datapath.chains.views import Place, Views
 from kvfs_datapath.chunks.listing import ChunkListing
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import (
+    CHUNK_LOCK_SECONDS,
+    PASS_SECONDS,
+    SYNC_CAME_MAX,
+)
 
 _Name = tuple[int, int]
 """Inode and number of a chunk."""

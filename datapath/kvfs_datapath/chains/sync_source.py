@@ -22,16 +22,7 @@ from kvfs_base.errors import (
     KvfsError,
     ServerBusy,
 )
-from kvfs_base.limits import (
-    CHUNK_LOCK_SECONDS,
-    PASS_SECONDS,
-    READ_ATTEMPTS,
-    SYNC_CALL_SECONDS,
-    SYNC_PAGE_CHUNKS,
-    SYNC_RETRY_SECONDS,
-    SYNC_THREADS,
-    SYNCED_MAX,
-)
+from kvfs_base.limits import SYNCED_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool, round_up
@@ -43,6 +34,15 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.listing import ChunkListing
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import (
+    CHUNK_LOCK_SECONDS,
+    PASS_SECONDS,
+    READ_ATTEMPTS,
+    SYNC_CALL_SECONDS,
+    SYNC_PAGE_CHUNKS,
+    SYNC_RETRY_SECONDS,
+    SYNC_THREADS,
+)
 
 log = logging.getLogger(__name__)
 

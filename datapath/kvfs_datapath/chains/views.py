@@ -18,9 +18,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from kvfs_base import threads
 from kvfs_base.cluster import Chain, ClusterMap, HeartbeatReply, Target
 from kvfs_base.errors import InvalidRequest, NoTarget, StaleChain, TargetFenced
-from kvfs_base.limits import FENCE_SECONDS, VIEW_WAIT_SECONDS
 from kvfs_base.seams import Clock
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.limits import FENCE_SECONDS, VIEW_WAIT_SECONDS
 from kvfs_datapath.messages import Passing
 
 

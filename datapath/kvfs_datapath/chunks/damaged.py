@@ -14,7 +14,7 @@ import msgspec
 
 from kvfs_base import threads
 from kvfs_base.errors import ChunkMismatch, KvfsError, NotPermitted
-from kvfs_base.limits import CHAIN_CHUNK_BYTES, DAMAGED_CHUNKS_MAX
+from kvfs_base.limits import CHAIN_CHUNK_BYTES
 from kvfs_base.types import U32, U64, ChunkId
 from kvfs_datapath.chunks.tree import ChunkTree
 from kvfs_datapath.format import (
@@ -26,6 +26,7 @@ from kvfs_datapath.format import (
     path_of,
     unpack,
 )
+from kvfs_datapath.limits import DAMAGED_CHUNKS_MAX
 
 log = logging.getLogger(__name__)
 

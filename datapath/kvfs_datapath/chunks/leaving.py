@@ -14,7 +14,11 @@ from collections.abc import Callable, Iterator
 
 from kvfs_base import threads
 from kvfs_base.errors import Conflict, InodeStale
-from kvfs_base.limits import CHUNK_LOCK_SECONDS, FILES_LEFT_MAX, STALL_SECONDS
+from kvfs_datapath.limits import (
+    CHUNK_LOCK_SECONDS,
+    FILES_LEFT_MAX,
+    STALL_SECONDS,
+)
 
 
 class Leaving:

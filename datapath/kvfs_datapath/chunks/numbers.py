@@ -5,9 +5,9 @@ from __future__ import annotations
 import collections
 
 from kvfs_base import threads
-from kvfs_base.limits import UPDATES_REMEMBERED_MAX
 from kvfs_base.types import ChunkId
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import UPDATES_REMEMBERED_MAX
 
 
 class UpdateNumbers:

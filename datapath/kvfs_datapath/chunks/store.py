@@ -35,7 +35,6 @@ from kvfs_base.errors import (
     ServerBusy,
     TargetFailed,
 )
-from kvfs_base.limits import REMOVE_BY_NAME_MAX, STAGED_CHUNKS_MAX
 from kvfs_base.seams import Disk, DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool
@@ -55,6 +54,7 @@ from kvfs_datapath.format import (
     root_of,
     unpack,
 )
+from kvfs_datapath.limits import REMOVE_BY_NAME_MAX, STAGED_CHUNKS_MAX
 
 
 class StagedChunk:

@@ -24,13 +24,7 @@ from kvfs_base.errors import (
     KvfsError,
     TargetFailed,
 )
-from kvfs_base.limits import (
-    BATCH_SYNC_THREADS,
-    CALL_SECONDS,
-    STAGING_DIRECTORIES,
-    STAGING_IN_A_ROW,
-    VERIFIED_CHUNKS_MAX,
-)
+from kvfs_base.limits import CALL_SECONDS
 from kvfs_base.seams import Disk, DiskFile, DiskUsage
 from kvfs_base.types import ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up
@@ -60,6 +54,12 @@ from kvfs_datapath.format import (
     path_of,
     root_of,
     unpack_versioned,
+)
+from kvfs_datapath.limits import (
+    BATCH_SYNC_THREADS,
+    STAGING_DIRECTORIES,
+    STAGING_IN_A_ROW,
+    VERIFIED_CHUNKS_MAX,
 )
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,8 @@ from kvfs_base import threads
 from kvfs_base.errors import ChunkNotFound, ConnectionLost, KvfsError, WriteUncertain
 from kvfs_base.limits import (
     CALL_SECONDS,
-    CHAIN_CONNECT_SECONDS,
-    CHAIN_WRITE_SECONDS,
     ITEMS_PER_REQUEST_MAX,
-    READ_ATTEMPTS,
-    STAT_AHEAD_CHUNKS,
     TRANSFER_BYTES,
-    VERSIONS_KEPT_MAX,
 )
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
@@ -34,6 +29,13 @@ from kvfs_datapath.client.segments import Segment
 from kvfs_datapath.client.updates import Change, Way
 from kvfs_datapath.client.workers import cut, portion_bytes
 from kvfs_datapath.connections import Attempt, seconds_for
+from kvfs_datapath.limits import (
+    CHAIN_CONNECT_SECONDS,
+    CHAIN_WRITE_SECONDS,
+    READ_ATTEMPTS,
+    STAT_AHEAD_CHUNKS,
+    VERSIONS_KEPT_MAX,
+)
 
 _Result = TypeVar("_Result")
 

@@ -27,10 +27,6 @@ from kvfs_base.errors import (
     TargetFenced,
     VersionMismatch,
 )
-from kvfs_base.limits import (
-    CHAIN_CONNECT_SECONDS,
-    CHAIN_READ_SECONDS,
-)
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
@@ -42,6 +38,7 @@ from kvfs_datapath.client.shared import Shared
 from kvfs_datapath.client.transfers import ChunkRead, ReadShare, Results, read_portion
 from kvfs_datapath.client.workers import Portions, cut, portion_bytes
 from kvfs_datapath.connections import Attempt
+from kvfs_datapath.limits import CHAIN_CONNECT_SECONDS, CHAIN_READ_SECONDS
 
 _Result = TypeVar("_Result")
 

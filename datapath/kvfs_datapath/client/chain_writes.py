@@ -24,7 +24,6 @@ from kvfs_base.errors import (
     TargetFailed,
     TargetFenced,
 )
-from kvfs_base.limits import CHAIN_WRITE_SECONDS, CLIENT_THREADS_PER_TARGET
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.client.chain_reads import UNREACHABLE
@@ -33,6 +32,7 @@ from kvfs_datapath.client.routes import ChainRoutes, Route
 from kvfs_datapath.client.shared import Shared
 from kvfs_datapath.client.transfers import ChunkWrite, Results, write_portion
 from kvfs_datapath.client.workers import cut, portion_bytes
+from kvfs_datapath.limits import CHAIN_WRITE_SECONDS, CLIENT_THREADS_PER_TARGET
 
 PASSING_ERRORS = (*UNREACHABLE, StaleChain, TargetFenced, TargetFailed, ServerBusy, Conflict)
 """The chain is about to change, or has: the write is worth another try."""

@@ -26,7 +26,6 @@ from kvfs_base.errors import (
     KvfsError,
     NoTarget,
 )
-from kvfs_base.limits import FILE_DESCRIPTORS_MAX
 from kvfs_base.seams import Env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -50,6 +49,7 @@ from kvfs_datapath.client.transfers import (
 from kvfs_datapath.client.updates import Updater
 from kvfs_datapath.client.workers import Portions, Workers, cut, portion_bytes
 from kvfs_datapath.connections import ConnectionPool
+from kvfs_datapath.limits import FILE_DESCRIPTORS_MAX
 from kvfs_datapath.wire import close_all
 
 _Sharing = Callable[[ConnectionPool, Route, Portions, Sequence[Chunk]], Share[Chunk]]

@@ -28,14 +28,7 @@ from kvfs_base.errors import (
     KvfsError,
     NoTarget,
 )
-from kvfs_base.limits import (
-    FILE_RETRY_PAUSE_SECONDS,
-    FILE_RETRY_SECONDS,
-    ITEMS_PER_REQUEST_MAX,
-    READ_ATTEMPTS,
-    SEAL_CHUNKS_PER_REQUEST,
-    TRANSFER_BYTES,
-)
+from kvfs_base.limits import ITEMS_PER_REQUEST_MAX, TRANSFER_BYTES
 from kvfs_base.seams import Buffer
 from kvfs_base.types import ChunkId, Layout
 from kvfs_datapath import messages as m
@@ -49,6 +42,12 @@ from kvfs_datapath.client.segments import Segment, segments
 from kvfs_datapath.client.staging import Adoption, StagedFile
 from kvfs_datapath.client.transfers import descriptor_count, disk_error, lengthen
 from kvfs_datapath.client.unsynced import Unsynced
+from kvfs_datapath.limits import (
+    FILE_RETRY_PAUSE_SECONDS,
+    FILE_RETRY_SECONDS,
+    READ_ATTEMPTS,
+    SEAL_CHUNKS_PER_REQUEST,
+)
 
 STAT_CHUNKS_MAX = 64
 """More chunks than this are looked for in their directories: their names may not even be there."""

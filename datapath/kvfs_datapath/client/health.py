@@ -11,7 +11,8 @@ import collections
 from collections.abc import Iterable
 
 from kvfs_base import threads
-from kvfs_base.limits import (
+from kvfs_base.seams import Clock
+from kvfs_datapath.limits import (
     AVOID_SECONDS,
     AVOID_SECONDS_MAX,
     HEDGE_BYTES_PER_SECOND,
@@ -24,7 +25,6 @@ from kvfs_base.limits import (
     LATENCIES_KEPT,
     LATENCIES_NEEDED,
 )
-from kvfs_base.seams import Clock
 
 
 class _Target:

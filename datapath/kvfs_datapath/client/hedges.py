@@ -20,18 +20,18 @@ from typing import Any, Generic, TypeVar
 from kvfs_base import threads
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError, ServerBusy
-from kvfs_base.limits import (
-    HEDGE_SHARE,
-    HEDGES_AT_ONCE,
-    HEDGES_SAVED_MAX,
-    HELPER_IDLE_SECONDS,
-    TRANSFER_BYTES,
-)
+from kvfs_base.limits import TRANSFER_BYTES
 from kvfs_base.seams import Clock
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.client.health import Health
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.connections import Attempt
+from kvfs_datapath.limits import (
+    HEDGE_SHARE,
+    HEDGES_AT_ONCE,
+    HEDGES_SAVED_MAX,
+    HELPER_IDLE_SECONDS,
+)
 
 _Result = TypeVar("_Result")
 _NEVER = float("inf")

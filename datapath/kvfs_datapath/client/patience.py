@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvfs_base import threads
-from kvfs_base.limits import CHAIN_PAUSE_SECONDS, CHAIN_PAUSE_SECONDS_MAX
 from kvfs_base.seams import Env
 from kvfs_base.threads import Event, Lock
+from kvfs_datapath.limits import CHAIN_PAUSE_SECONDS, CHAIN_PAUSE_SECONDS_MAX
 
 
 class Closed:

@@ -8,19 +8,19 @@ import logging
 from kvfs_base import threads
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError
-from kvfs_base.limits import (
-    CHAIN_CONNECT_SECONDS,
-    HELPER_IDLE_SECONDS,
-    ITEMS_PER_REQUEST_MAX,
-    REPAIR_AGAIN_SECONDS,
-    REPAIRS_QUEUED_MAX,
-    REPAIRS_REMEMBERED_MAX,
-)
+from kvfs_base.limits import ITEMS_PER_REQUEST_MAX
 from kvfs_base.seams import Clock
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.connections import ConnectionPool
+from kvfs_datapath.limits import (
+    CHAIN_CONNECT_SECONDS,
+    HELPER_IDLE_SECONDS,
+    REPAIR_AGAIN_SECONDS,
+    REPAIRS_QUEUED_MAX,
+    REPAIRS_REMEMBERED_MAX,
+)
 
 log = logging.getLogger(__name__)
 

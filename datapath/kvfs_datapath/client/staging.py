@@ -22,21 +22,20 @@ from collections.abc import Callable, Iterator, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import ConnectionLost, KvfsError
-from kvfs_base.limits import (
-    CALL_SECONDS,
-    CONNECT_SECONDS,
-    SEAL_CHUNKS_PER_REQUEST,
-    SEAL_TOGETHER_SECONDS,
-    STAGED_AHEAD,
-    STAGED_AHEAD_RETRY_SECONDS,
-    STAGED_AHEAD_TARGETS_MAX,
-)
+from kvfs_base.limits import CALL_SECONDS, CONNECT_SECONDS
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.client.outcomes import raise_first
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.shared import Shared
 from kvfs_datapath.connections import DataConnection
+from kvfs_datapath.limits import (
+    SEAL_CHUNKS_PER_REQUEST,
+    SEAL_TOGETHER_SECONDS,
+    STAGED_AHEAD,
+    STAGED_AHEAD_RETRY_SECONDS,
+    STAGED_AHEAD_TARGETS_MAX,
+)
 
 log = logging.getLogger(__name__)
 

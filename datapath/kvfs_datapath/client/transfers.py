@@ -27,13 +27,7 @@ from kvfs_base.errors import (
     KvfsError,
     TargetFailed,
 )
-from kvfs_base.limits import (
-    BLOCK_BYTES_MAX,
-    CHAIN_CONNECT_SECONDS,
-    CHECK_CHUNKS_PER_REQUEST,
-    PASS_CONNECT_SECONDS,
-    READ_AGAIN_ATTEMPTS,
-)
+from kvfs_base.limits import BLOCK_BYTES_MAX, CHECK_CHUNKS_PER_REQUEST
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
@@ -42,6 +36,11 @@ from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.workers import Portions
 from kvfs_datapath.connections import Ahead, Attempt, ConnectionPool, DataConnection, seconds_for
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import (
+    CHAIN_CONNECT_SECONDS,
+    PASS_CONNECT_SECONDS,
+    READ_AGAIN_ATTEMPTS,
+)
 from kvfs_datapath.wire import close_all
 
 

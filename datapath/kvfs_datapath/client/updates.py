@@ -22,7 +22,6 @@ from kvfs_base.errors import (
     NoTarget,
     TargetFailed,
 )
-from kvfs_base.limits import CHAIN_CONNECT_SECONDS, WRITE_ATTEMPTS_BAD
 from kvfs_base.types import Address, ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
@@ -34,6 +33,7 @@ from kvfs_datapath.client.routes import ChainRoutes, Route
 from kvfs_datapath.client.shared import Shared
 from kvfs_datapath.connections import DataConnection, seconds_for
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import CHAIN_CONNECT_SECONDS, WRITE_ATTEMPTS_BAD
 from kvfs_datapath.rules import NOWHERE
 
 _Result = TypeVar("_Result")

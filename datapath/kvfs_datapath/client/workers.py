@@ -9,11 +9,10 @@ from kvfs_base import threads
 from kvfs_base.errors import ConnectionLost
 from kvfs_base.limits import (
     CLIENT_SPLIT_BYTES,
-    CLIENT_THREADS,
-    CLIENT_THREADS_PER_TARGET,
     ITEMS_PER_REQUEST_MAX,
     TRANSFER_BYTES,
 )
+from kvfs_datapath.limits import CLIENT_THREADS, CLIENT_THREADS_PER_TARGET
 
 
 class Workers:

@@ -15,9 +15,6 @@ from kvfs_base.counters import Counters
 from kvfs_base.errors import ConnectionLost, KvfsError, TargetFailed
 from kvfs_base.limits import (
     CONNECTIONS_MAX,
-    KEPT_FILES_MAX,
-    SERVER_BUFFERS,
-    SERVER_CHECK_BUFFERS,
     SERVER_CHECK_BYTES,
     TRANSFER_BYTES,
 )
@@ -27,6 +24,11 @@ from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chains.service import ChainService
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.config import ChunkServerConfig
+from kvfs_datapath.limits import (
+    KEPT_FILES_MAX,
+    SERVER_BUFFERS,
+    SERVER_CHECK_BUFFERS,
+)
 from kvfs_datapath.server.heartbeat import Housekeeping
 from kvfs_datapath.server.mover import Mover
 from kvfs_datapath.server.scrub import Scrubber

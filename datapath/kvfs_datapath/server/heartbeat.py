@@ -21,7 +21,7 @@ from kvfs_base.cluster import (
 )
 from kvfs_base.counters import Counters
 from kvfs_base.errors import KvfsError, TargetRemoved
-from kvfs_base.limits import BEAT_PAUSE_SECONDS, HEARTBEAT_SECONDS, TARGET_LEASE_SECONDS
+from kvfs_base.limits import HEARTBEAT_SECONDS, TARGET_LEASE_SECONDS
 from kvfs_base.rpc import BlockingRpcClient
 from kvfs_base.seams import DiskUsage, Env
 from kvfs_base.types import Address
@@ -29,6 +29,7 @@ from kvfs_datapath.chains.service import ChainService
 from kvfs_datapath.chains.views import Said
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.config import ChunkServerConfig
+from kvfs_datapath.limits import BEAT_PAUSE_SECONDS
 from kvfs_datapath.server.targets import Targets
 
 log = logging.getLogger(__name__)

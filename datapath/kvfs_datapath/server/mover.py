@@ -28,11 +28,6 @@ from kvfs_base.errors import (
 )
 from kvfs_base.limits import (
     CALL_SECONDS,
-    MOVE_END_TOGETHER,
-    MOVE_PAUSE_SECONDS,
-    MOVE_THREADS,
-    SYNC_CALL_SECONDS,
-    SYNC_PAGE_CHUNKS,
     TARGET_LEASE_SECONDS,
     TRANSFER_BYTES,
 )
@@ -45,6 +40,13 @@ from kvfs_datapath.chains.peers import Peers, Relay, Unreached
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.format import ChunkInfo, directory_of
+from kvfs_datapath.limits import (
+    MOVE_END_TOGETHER,
+    MOVE_PAUSE_SECONDS,
+    MOVE_THREADS,
+    SYNC_CALL_SECONDS,
+    SYNC_PAGE_CHUNKS,
+)
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ import msgspec
 
 from kvfs_base.counters import Counters
 from kvfs_base.errors import ChunkMismatch, ChunkNotFound, VersionMismatch
-from kvfs_base.limits import STALL_SECONDS
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import BufferPool
 from kvfs_datapath.chains.block_writes import BlockWriter, info_of, publish, raise_error
 from kvfs_datapath.chunks.store import ChunkStore
 from kvfs_datapath.format import directory_of
+from kvfs_datapath.limits import STALL_SECONDS
 
 
 def compare(store: ChunkStore, request: m.CompareMoved) -> m.Wanted:

@@ -25,16 +25,16 @@ from kvfs_base.errors import (
     TargetFailed,
     VersionMismatch,
 )
-from kvfs_base.limits import (
+from kvfs_base.seams import Env
+from kvfs_base.types import U32, U64, ChunkId
+from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.format import DIRECTORIES, root_of
+from kvfs_datapath.limits import (
     SCRUB_BAD_REMEMBERED_MAX,
     SCRUB_CHUNK_BYTES,
     SCRUB_SAVE_SECONDS,
     SCRUB_START_SECONDS,
 )
-from kvfs_base.seams import Env
-from kvfs_base.types import U32, U64, ChunkId
-from kvfs_datapath.chunks.store import ChunkStore
-from kvfs_datapath.format import DIRECTORIES, root_of
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from kvfs_base.errors import (
     VersionMismatch,
 )
 from kvfs_base.frames import ErrorBody, Kind
-from kvfs_base.limits import KIB, STALL_SECONDS, UNSEALED_CHUNKS_MAX
+from kvfs_base.limits import KIB
 from kvfs_base.seams import Connection, DiskFile
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
@@ -39,6 +39,7 @@ from kvfs_datapath.chunks.kept import KeptFile
 from kvfs_datapath.chunks.listing import ChunkListing, find_chunks
 from kvfs_datapath.chunks.store import ChunkStore, StagedChunk
 from kvfs_datapath.format import ChunkInfo
+from kvfs_datapath.limits import STALL_SECONDS, UNSEALED_CHUNKS_MAX
 from kvfs_datapath.server import placing
 from kvfs_datapath.server.targets import Targets
 from kvfs_datapath.wire import receive_body, receive_header, send_message

@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 from kvfs_base import threads
 from kvfs_base.errors import KvfsError, NoTarget
-from kvfs_base.limits import TARGET_LEASE_SECONDS, UNSEALED_CHUNKS_MAX
+from kvfs_base.limits import TARGET_LEASE_SECONDS
 from kvfs_base.types import ChunkId
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_datapath.limits import UNSEALED_CHUNKS_MAX
 from kvfs_datapath.server import incarnations
 
 

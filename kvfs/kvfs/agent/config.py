@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import AGENT_CONNECTIONS_MAX, GIB, PAGE_BYTES, STAGING_BYTES
+from kvfs_base.limits import (
+    AGENT_CONNECTIONS_MAX,
+    GIB,
+    PAGE_BYTES,
+    STAGING_BYTES,
+)
 from kvfs_base.types import Address
 
 

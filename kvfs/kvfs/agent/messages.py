@@ -13,7 +13,11 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from kvfs_base.limits import BATCH_BLOCKS_MAX, BLOCK_KEY_BYTES, DIRECTORY_PAGE_ENTRIES
+from kvfs_base.limits import (
+    BATCH_BLOCKS_MAX,
+    BLOCK_KEY_BYTES,
+    DIRECTORY_PAGE_ENTRIES,
+)
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64
 from kvfs_metadata.messages import Done, Keys, MatchBlocks, OpenNamespace

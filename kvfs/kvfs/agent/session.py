@@ -17,7 +17,11 @@ from kvfs_base.errors import (
     InvalidRequest,
     LimitExceeded,
 )
-from kvfs_base.limits import LEASES_PER_CLIENT_MAX, PAGE_BYTES, PUTS_PER_CLIENT_MAX
+from kvfs_base.limits import (
+    LEASES_PER_CLIENT_MAX,
+    PAGE_BYTES,
+    PUTS_PER_CLIENT_MAX,
+)
 from kvfs_base.seams import Connection
 from kvfs_gds.arena import SharedMemory
 from kvfs_gds.block_cache import BlockCache, Entry, Grant

@@ -31,7 +31,11 @@ from numpy.typing import NDArray
 
 from kvfs.keys import block_keys
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import BATCH_BLOCKS_MAX, BLOCK_BYTES_MAX, MIB
+from kvfs_base.limits import (
+    BATCH_BLOCKS_MAX,
+    BLOCK_BYTES_MAX,
+    MIB,
+)
 from kvfs_base.types import KVLayout
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import trio
 
 from kvfs.mount.adoptions import Adoptions
+from kvfs.mount.limits import MOUNT_THREADS
 from kvfs.mount.names import Names
 from kvfs_base.errors import CacheFull, InternalError, KvfsError
-from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_THREADS
+from kvfs_base.limits import MOUNT_IO_BYTES
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Env
 from kvfs_datapath.client.chunk_client import ChunkClient

@@ -23,6 +23,13 @@ import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
 from kvfs.mount.idle import Idle
+from kvfs.mount.limits import (
+    MOUNT_BLOCK_BUFFER_BYTES,
+    MOUNT_IDLE_BLOCKS,
+    MOUNT_IDLE_SECONDS,
+    MOUNT_THREADS,
+    MOUNT_USES_MAX,
+)
 from kvfs_base.errors import (
     BehindTheEnd,
     ChunkNotFound,
@@ -33,15 +40,7 @@ from kvfs_base.errors import (
     NoTarget,
     TargetFailed,
 )
-from kvfs_base.limits import (
-    MOUNT_BLOCK_BUFFER_BYTES,
-    MOUNT_IDLE_BLOCKS,
-    MOUNT_IDLE_SECONDS,
-    MOUNT_IO_BYTES,
-    MOUNT_THREADS,
-    MOUNT_USES_MAX,
-    TRANSFER_BYTES,
-)
+from kvfs_base.limits import MOUNT_IO_BYTES, TRANSFER_BYTES
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr, ChunkId
 from kvfs_datapath.buffers import BufferPool, round_up

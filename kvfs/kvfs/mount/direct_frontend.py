@@ -28,15 +28,14 @@ from kvfs.mount.device import GONE, Device
 from kvfs.mount.direct_handlers import Answer, Handlers, Later
 from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.fuse_wire import Opcode, Request
-from kvfs.mount.notices import Notices
-from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError
-from kvfs_base.limits import (
-    CALL_SECONDS,
+from kvfs.mount.limits import (
     MOUNT_DRAIN_REQUESTS,
     MOUNT_INTERRUPT_SECONDS,
     MOUNT_TASKS,
-    PAGE_BYTES,
 )
+from kvfs.mount.notices import Notices
+from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError
+from kvfs_base.limits import CALL_SECONDS, PAGE_BYTES
 
 log = logging.getLogger(__name__)
 

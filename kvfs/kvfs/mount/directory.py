@@ -19,13 +19,10 @@ import collections
 import itertools
 
 from kvfs.mount.backend import Backend
+from kvfs.mount.limits import DIRECTORY_RECENT_NAMES, DIRECTORY_REPLY_ENTRIES
 from kvfs.mount.listings import Listing
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import (
-    DIRECTORY_PAGE_ENTRIES,
-    DIRECTORY_RECENT_NAMES,
-    DIRECTORY_REPLY_ENTRIES,
-)
+from kvfs_base.limits import DIRECTORY_PAGE_ENTRIES
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import DirectoryPage, ReadDir
 

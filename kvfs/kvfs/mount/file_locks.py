@@ -16,8 +16,8 @@ from typing import NamedTuple
 import trio
 
 from kvfs.mount.backend import Backend
+from kvfs.mount.limits import MOUNT_LOCK_WAITS_MAX
 from kvfs_base.errors import KvfsError, LockHeld, TooManyLocks
-from kvfs_base.limits import MOUNT_LOCK_WAITS_MAX
 from kvfs_metadata.messages import AwaitLock, FileLock, GetLock, SetLock, StopAwaiting, Unlock
 
 log = logging.getLogger(__name__)

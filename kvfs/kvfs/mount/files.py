@@ -21,6 +21,11 @@ import trio
 
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend, Backing
 from kvfs.mount.file_state import FileState
+from kvfs.mount.limits import (
+    FILE_BYTES_MAX,
+    MOUNT_PASSED_BYTES_MIN,
+    MOUNT_PASSED_SETTLED_SECONDS,
+)
 from kvfs.mount.locks import SharedLock
 from kvfs.mount.passed_writes import PassedWrites
 from kvfs.mount.requests import without_privileges
@@ -34,13 +39,7 @@ from kvfs_base.errors import (
     NotSupported,
     QuotaExceeded,
 )
-from kvfs_base.limits import (
-    FILE_BYTES_MAX,
-    MOUNT_IO_BYTES,
-    MOUNT_PASSED_BYTES_MIN,
-    MOUNT_PASSED_SETTLED_SECONDS,
-    MOUNT_UNPUSHED_BYTES,
-)
+from kvfs_base.limits import MOUNT_IO_BYTES, MOUNT_UNPUSHED_BYTES
 from kvfs_base.rpc import Done
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr

@@ -34,6 +34,12 @@ from kvfs.mount.changes import (
 from kvfs.mount.directory import OpenDirectory
 from kvfs.mount.file_locks import FileLocks
 from kvfs.mount.files import OpenFile
+from kvfs.mount.limits import (
+    MOUNT_IDLE_SECONDS,
+    MOUNT_OPEN_FILES,
+    MOUNT_REMEMBERED_INODES,
+    MOUNT_WRITE_BACK_SECONDS,
+)
 from kvfs.mount.names import MISSING, Entry
 from kvfs.mount.open_files import OpenFiles
 from kvfs.mount.remembered import Remembered
@@ -46,12 +52,6 @@ from kvfs_base.errors import (
     KvfsError,
     LimitExceeded,
     NotPermitted,
-)
-from kvfs_base.limits import (
-    MOUNT_IDLE_SECONDS,
-    MOUNT_OPEN_FILES,
-    MOUNT_REMEMBERED_INODES,
-    MOUNT_WRITE_BACK_SECONDS,
 )
 from kvfs_base.rpc import Done, Request
 from kvfs_base.seams import Buffer

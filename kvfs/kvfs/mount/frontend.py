@@ -12,8 +12,9 @@ from typing import NamedTuple, Protocol
 
 from kvfs.mount.config import MountConfig
 from kvfs.mount.filesystem import Filesystem
+from kvfs.mount.limits import MOUNT_STALE_OPENS
 from kvfs_base.errors import FuseMissing, KvfsError
-from kvfs_base.limits import KIB, MOUNT_STALE_OPENS, PAGE_BYTES
+from kvfs_base.limits import KIB, PAGE_BYTES
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import FilesystemStats
 

@@ -17,11 +17,10 @@ import msgspec
 
 from kvfs.mount import fuse_wire_ranges as ranges
 from kvfs.mount.frontend import BLOCK_SIZE, Space, sectors
+from kvfs.mount.limits import MOUNT_BACKGROUND, MOUNT_PACKED_ENTRIES_MAX
 from kvfs_base.errors import ProtocolError
 from kvfs_base.limits import (
-    MOUNT_BACKGROUND,
     MOUNT_IO_BYTES,
-    MOUNT_PACKED_ENTRIES_MAX,
     NAME_BYTES_MAX,
     PAGE_BYTES,
 )

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kvfs.mount.limits import MOUNT_LISTED_MAX, MOUNT_LISTED_NAMES_MAX
 from kvfs.mount.remembered import Remembered
-from kvfs_base.limits import DIRECTORY_PAGE_ENTRIES, MOUNT_LISTED_MAX, MOUNT_LISTED_NAMES_MAX
+from kvfs_base.limits import DIRECTORY_PAGE_ENTRIES
 
 Listing = Mapping[bytes, int]
 """Inodes by name, in the order of the names' bytes."""

@@ -12,9 +12,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from kvfs.mount.limits import (
+    MOUNT_DROPPED_MAX,
+    MOUNT_NAMES_MAX,
+    MOUNT_WHOLE_MAX,
+)
 from kvfs.mount.listings import Listing, Listings
 from kvfs_base.errors import EntryNotFound, KvfsError
-from kvfs_base.limits import MOUNT_DROPPED_MAX, MOUNT_NAMES_MAX, MOUNT_WHOLE_MAX
 from kvfs_base.rpc import Request
 from kvfs_base.seams import Clock
 from kvfs_base.types import Attr

@@ -11,8 +11,8 @@ import trio
 
 from kvfs.mount import fuse_wire as wire
 from kvfs.mount.device import Device
+from kvfs.mount.limits import MOUNT_NOTICES_MAX
 from kvfs.mount.names import Entry
-from kvfs_base.limits import MOUNT_NOTICES_MAX
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend, Backing
 from kvfs.mount.files import OpenFile
 from kvfs.mount.idle import Idle
+from kvfs.mount.limits import MOUNT_IDLE_BLOCKS, MOUNT_REMEMBERED_INODES
 from kvfs.mount.opens import Opens
 from kvfs.mount.remembered import Remembered
 from kvfs_base.errors import KvfsError, NotPermitted
-from kvfs_base.limits import MOUNT_IDLE_BLOCKS, MOUNT_REMEMBERED_INODES
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import SetAttr
 

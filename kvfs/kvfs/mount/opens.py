@@ -14,14 +14,14 @@ from collections.abc import Iterable
 import trio
 
 from kvfs.mount.backend import Backend
-from kvfs.mount.tails import when_cut
-from kvfs_base.errors import KvfsError, TailBusy
-from kvfs_base.limits import (
-    CLOSED_TOGETHER_MAX,
+from kvfs.mount.limits import (
     MOUNT_CLOSE_SECONDS,
     MOUNT_IDLE_FILES,
     MOUNT_IDLE_SECONDS,
 )
+from kvfs.mount.tails import when_cut
+from kvfs_base.errors import KvfsError, TailBusy
+from kvfs_base.limits import CLOSED_TOGETHER_MAX
 from kvfs_base.rpc import Done
 from kvfs_base.types import Attr
 from kvfs_metadata.messages import CloseInode, GetAttr, OpenInode

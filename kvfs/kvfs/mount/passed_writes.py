@@ -25,6 +25,7 @@ import trio
 
 from kvfs.mount.adoptions import Answered
 from kvfs.mount.backend import NO_DESCRIPTOR, Backend
+from kvfs.mount.limits import PASSED_SETTLED_SECONDS
 from kvfs.mount.locks import SharedLock
 from kvfs_base.errors import (
     BehindTheEnd,
@@ -34,7 +35,7 @@ from kvfs_base.errors import (
     InvalidRequest,
     KvfsError,
 )
-from kvfs_base.limits import CALL_SECONDS, MOUNT_UNPUSHED_BYTES, PASSED_SETTLED_SECONDS
+from kvfs_base.limits import CALL_SECONDS, MOUNT_UNPUSHED_BYTES
 from kvfs_base.seams import Buffer
 from kvfs_datapath.client import holes
 from kvfs_datapath.client.files import StripedFile

@@ -33,10 +33,11 @@ from kvfs.mount.frontend import (
     errno_of,
     sectors,
 )
+from kvfs.mount.limits import MOUNT_TASKS
 from kvfs.mount.names import Entry
 from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, MountFailed
-from kvfs_base.limits import MOUNT_TASKS, NAME_BYTES_MAX, PAGE_BYTES
+from kvfs_base.limits import NAME_BYTES_MAX, PAGE_BYTES
 from kvfs_base.types import Attr
 
 P = ParamSpec("P")

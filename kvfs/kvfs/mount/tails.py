@@ -14,8 +14,8 @@ from typing import TypeVar
 import trio
 
 from kvfs.mount.backend import Backend
+from kvfs.mount.limits import TAIL_POLL_SECONDS, TAIL_WAIT_SECONDS
 from kvfs_base.errors import KvfsError, TailBusy
-from kvfs_base.limits import TAIL_POLL_SECONDS, TAIL_WAIT_SECONDS
 from kvfs_metadata.messages import BeginCut, EndCut, Tail
 
 log = logging.getLogger(__name__)

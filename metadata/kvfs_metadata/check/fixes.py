@@ -12,9 +12,14 @@ from typing import Annotated, ClassVar
 
 import msgspec
 
-from kvfs_base.limits import FIXES_PER_REQUEST, NAME_BYTES_MAX, SCAN_RECORDS_MAX, STRIPE_MAX
+from kvfs_base.limits import (
+    FIXES_PER_REQUEST,
+    NAME_BYTES_MAX,
+    STRIPE_MAX,
+)
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64
+from kvfs_metadata.limits import SCAN_RECORDS_MAX
 
 RecordKey = Annotated[bytes, msgspec.Meta(max_length=511)]
 """LMDB's longest key."""

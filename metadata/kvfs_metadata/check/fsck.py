@@ -30,7 +30,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvfs_base.limits import BATCH_BLOCKS_MAX, SCAN_RECORDS_MAX
+from kvfs_base.limits import BATCH_BLOCKS_MAX
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE
 from kvfs_metadata import records
 from kvfs_metadata.check import fixes as f
@@ -38,6 +38,7 @@ from kvfs_metadata.check.findings import DROPPABLE, Finding, Kind, record_proble
 from kvfs_metadata.check.quota_usage import Charges, decode_quotas
 from kvfs_metadata.engines.engine import Item, prefix_end
 from kvfs_metadata.inodes import KV_INODE, charged_bytes
+from kvfs_metadata.limits import SCAN_RECORDS_MAX
 from kvfs_metadata.records import BlockValue, InodeRecord, QuotaRecord, Usage
 
 DIRECTORY = 1

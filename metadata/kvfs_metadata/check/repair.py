@@ -35,7 +35,6 @@ from kvfs_base.errors import (
     LimitExceeded,
     NotADirectory,
 )
-from kvfs_base.limits import SCAN_BYTES
 from kvfs_base.types import KV_DIRECTORY, ROOT_INODE
 from kvfs_metadata import records
 from kvfs_metadata.block_index import BlockIndex
@@ -56,6 +55,7 @@ from kvfs_metadata.inodes import (
     save,
     touch,
 )
+from kvfs_metadata.limits import SCAN_BYTES
 from kvfs_metadata.namespace import FileTree
 from kvfs_metadata.records import BlockValue, InodeRecord, RemovalValue
 from kvfs_metadata.sessions import Sessions

@@ -7,13 +7,10 @@ from typing import Annotated, ClassVar
 import msgspec
 
 from kvfs_base.cluster import Chain, TargetState
-from kvfs_base.limits import (
-    OPEN_FILE_HOLDERS_MAX,
-    OPEN_FILES_SHOWN_MAX,
-    TARGETS_PER_SERVER_MAX,
-)
+from kvfs_base.limits import TARGETS_PER_SERVER_MAX
 from kvfs_base.rpc import Request
 from kvfs_base.types import U32, U64, Address, ShortText
+from kvfs_metadata.limits import OPEN_FILE_HOLDERS_MAX, OPEN_FILES_SHOWN_MAX
 
 
 class TargetDetails(msgspec.Struct, array_like=True, frozen=True):

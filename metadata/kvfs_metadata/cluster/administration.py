@@ -7,12 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from kvfs_base.errors import TargetInUse
-from kvfs_base.limits import (
-    COPIES_MAX,
-    COUNT_PAGE_RECORDS,
-    OPEN_FILE_HOLDERS_MAX,
-    OPEN_FILES_SHOWN_MAX,
-)
+from kvfs_base.limits import COPIES_MAX
 from kvfs_base.seams import Clock
 from kvfs_base.types import Layout
 from kvfs_metadata import records
@@ -40,6 +35,11 @@ from kvfs_metadata.cluster.moving import Mover
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.targets import TargetEntry
 from kvfs_metadata.engines.engine import Item, KVRead, prefix_end, scan
+from kvfs_metadata.limits import (
+    COUNT_PAGE_RECORDS,
+    OPEN_FILE_HOLDERS_MAX,
+    OPEN_FILES_SHOWN_MAX,
+)
 from kvfs_metadata.sessions import Sessions
 from kvfs_metadata.transaction import Tx
 

@@ -29,7 +29,6 @@ from kvfs_base.cluster import (
     TargetState,
 )
 from kvfs_base.errors import InvalidRequest
-from kvfs_base.limits import TARGET_UUID_CHARS_MAX
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
 from kvfs_metadata.cluster.chains import ChainTable, MapVersion
@@ -40,6 +39,7 @@ from kvfs_metadata.cluster.placing import Placement
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.targets import TargetEntry, TargetTable, as_target, evict_below_bytes
 from kvfs_metadata.engines.engine import KVRead, Writes, scan
+from kvfs_metadata.limits import TARGET_UUID_CHARS_MAX
 from kvfs_metadata.records import BeatValue, ChainRecord, TargetRecord
 from kvfs_metadata.transaction import Counters, Tx
 

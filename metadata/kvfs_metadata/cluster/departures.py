@@ -13,13 +13,13 @@ import msgspec
 
 from kvfs_base.cluster import TargetState
 from kvfs_base.errors import TargetInUse, TargetUnknown
-from kvfs_base.limits import REMOVED_TARGETS_MAX
 from kvfs_metadata import records
 from kvfs_metadata.cluster.chains import ChainTable, MapVersion
 from kvfs_metadata.cluster.membership import Membership
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.cluster.targets import TargetEntry, TargetTable
 from kvfs_metadata.engines.engine import KVRead
+from kvfs_metadata.limits import REMOVED_TARGETS_MAX
 from kvfs_metadata.records import GoneRecord
 from kvfs_metadata.transaction import Tx
 

@@ -24,7 +24,6 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
-from kvfs_base.limits import DRAIN_PAGE_RECORDS, MOVE_CANDIDATES_MAX, OPEN_FILES_SHOWN_MAX
 from kvfs_base.types import Layout
 from kvfs_metadata import records
 from kvfs_metadata.blocks import Blocks
@@ -32,6 +31,11 @@ from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.engines.engine import prefix_end
 from kvfs_metadata.inodes import chunks_to_remove, save
+from kvfs_metadata.limits import (
+    DRAIN_PAGE_RECORDS,
+    MOVE_CANDIDATES_MAX,
+    OPEN_FILES_SHOWN_MAX,
+)
 from kvfs_metadata.records import InodeRecord
 from kvfs_metadata.transaction import Tx
 

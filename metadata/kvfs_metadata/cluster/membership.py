@@ -16,12 +16,12 @@ import msgspec
 
 from kvfs_base.cluster import Synced
 from kvfs_base.errors import InvalidRequest, TargetInUse
-from kvfs_base.limits import REPLACE_SECONDS
 from kvfs_metadata.cluster import members
 from kvfs_metadata.cluster.chains import ChainTable
 from kvfs_metadata.cluster.placement import Loads
 from kvfs_metadata.cluster.placing import Placement
 from kvfs_metadata.cluster.targets import TargetEntry, TargetTable
+from kvfs_metadata.limits import REPLACE_SECONDS
 from kvfs_metadata.records import ChainRecord, TargetRecord
 from kvfs_metadata.transaction import Tx
 

@@ -11,12 +11,7 @@ from functools import partial
 
 from kvfs_base.cluster import EndMoves, Move, TakeMoves, TargetState
 from kvfs_base.cluster import Moves as TakenMoves
-from kvfs_base.limits import (
-    MOVE_FILES_AT_ONCE,
-    MOVE_LOOKS_MAX,
-    MOVE_REMOVALS_MAX,
-    MOVES_AT_ONCE,
-)
+from kvfs_base.limits import MOVES_AT_ONCE
 from kvfs_base.types import Layout
 from kvfs_metadata import records
 from kvfs_metadata.block_table import Block
@@ -25,6 +20,11 @@ from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.cluster.draining import Drainer
 from kvfs_metadata.cluster.removals import Removals
 from kvfs_metadata.inodes import chunks_to_remove, save
+from kvfs_metadata.limits import (
+    MOVE_FILES_AT_ONCE,
+    MOVE_LOOKS_MAX,
+    MOVE_REMOVALS_MAX,
+)
 from kvfs_metadata.records import InodeRecord, MoveValue, RemovalValue
 from kvfs_metadata.transaction import Counters, Tx
 

@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 from kvfs_base.cluster import TargetState
 from kvfs_base.errors import CacheFull, NoTarget
-from kvfs_base.limits import CLIENT_SPLIT_BYTES, STRIPE_MAX, TRANSFER_BYTES
+from kvfs_base.limits import (
+    CLIENT_SPLIT_BYTES,
+    STRIPE_MAX,
+    TRANSFER_BYTES,
+)
 from kvfs_metadata.cluster.chains import ChainTable, MapVersion
 from kvfs_metadata.cluster.placement import Loads, Site, Spread, design, in_order, measure, runs
 from kvfs_metadata.cluster.targets import TargetEntry, TargetTable, full_below_bytes

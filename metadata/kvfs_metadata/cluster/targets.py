@@ -11,13 +11,12 @@ from kvfs_base.errors import TargetUnknown
 from kvfs_base.limits import (
     GIB,
     MIB,
-    REJOIN_SECONDS,
-    REJOIN_SECONDS_MAX,
     TARGET_LEASE_SECONDS,
 )
 from kvfs_base.seams import Clock
 from kvfs_metadata import records
 from kvfs_metadata.cluster.chains import MapVersion
+from kvfs_metadata.limits import REJOIN_SECONDS, REJOIN_SECONDS_MAX
 from kvfs_metadata.records import BeatValue, TargetRecord
 from kvfs_metadata.transaction import Tx
 

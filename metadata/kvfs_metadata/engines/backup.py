@@ -24,10 +24,10 @@ import zstandard
 from crc32c import crc32c
 
 from kvfs_base.errors import BackupDamaged, LimitExceeded, VersionMismatch
-from kvfs_base.limits import BACKUP_FRAME_BYTES_MAX
 from kvfs_base.seams import Disk, DiskFile
 from kvfs_metadata.engines.engine import Item
 from kvfs_metadata.engines.stores import Summary
+from kvfs_metadata.limits import BACKUP_FRAME_BYTES_MAX
 
 MAGIC = b"KVFSMETA"
 VERSION = 1

@@ -25,7 +25,7 @@ from typing import TypeVar
 import lmdb
 
 from kvfs_base.errors import Conflict, DiskFull, KvfsError, TargetFailed, VersionMismatch
-from kvfs_base.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX, MIB, PAGE_BYTES
+from kvfs_base.limits import MIB, PAGE_BYTES
 from kvfs_base.seams import Env
 from kvfs_metadata import records
 from kvfs_metadata.engines import checkpoint
@@ -39,6 +39,7 @@ from kvfs_metadata.engines.engine import (
     Listener,
     run_group,
 )
+from kvfs_metadata.limits import METADATA_MAP_BYTES, METADATA_MAP_BYTES_MAX
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

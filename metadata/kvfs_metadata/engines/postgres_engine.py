@@ -28,14 +28,6 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from kvfs_base.errors import Conflict, InternalError, KvfsError, StoreUnavailable
-from kvfs_base.limits import (
-    POSTGRES_CACHE_BYTES,
-    POSTGRES_LOG_BYTES_MAX,
-    POSTGRES_LOG_ENTRY_BYTES_MAX,
-    POSTGRES_LOG_VERSIONS_MAX,
-    POSTGRES_RETRIES,
-    POSTGRES_ROUND_BYTES,
-)
 from kvfs_base.seams import Env
 from kvfs_metadata.engines import postgres_schema
 from kvfs_metadata.engines.engine import (
@@ -62,6 +54,14 @@ from kvfs_metadata.engines.postgres_link import (
     int8_of,
 )
 from kvfs_metadata.engines.value_cache import UNKNOWN, ValueCache
+from kvfs_metadata.limits import (
+    POSTGRES_CACHE_BYTES,
+    POSTGRES_LOG_BYTES_MAX,
+    POSTGRES_LOG_ENTRY_BYTES_MAX,
+    POSTGRES_LOG_VERSIONS_MAX,
+    POSTGRES_RETRIES,
+    POSTGRES_ROUND_BYTES,
+)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ from kvfs_base.errors import (
     StoreUnavailable,
     TargetFailed,
 )
-from kvfs_base.limits import (
+from kvfs_base.seams import Clock
+from kvfs_metadata.limits import (
     POSTGRES_ANSWER_SECONDS,
     POSTGRES_CONNECT_SECONDS,
     POSTGRES_IDLE_SECONDS,
@@ -42,7 +43,6 @@ from kvfs_base.limits import (
     POSTGRES_STATEMENT_SECONDS,
     POSTGRES_TRANSACTION_SECONDS,
 )
-from kvfs_base.seams import Clock
 
 Row = tuple[bytes | None, ...]
 Rows = list[Row]

@@ -13,12 +13,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvfs_base.errors import Conflict, EntryNotFound, InvalidRequest, KvfsError, VersionMismatch
-from kvfs_base.limits import COPY_BATCH_BYTES, POSTGRES_RETRIES
 from kvfs_base.seams import Env
 from kvfs_metadata import records
 from kvfs_metadata.engines import checkpoint
 from kvfs_metadata.engines.engine import KEYS_END, Item, KVEngine, KVRead, KVTransaction, scan_all
 from kvfs_metadata.engines.lmdb_engine import STORE_FILES, LmdbEngine, read_environment
+from kvfs_metadata.limits import COPY_BATCH_BYTES, POSTGRES_RETRIES
 
 if TYPE_CHECKING:
     from kvfs_metadata.engines.postgres_engine import PostgresEngine
