@@ -309,8 +309,17 @@ class DirectFrontend:
         """A turn of the event loop for the question and one for the answer: with a task of its own
         a look-up takes five."""
         soon = handlers.soon.get(request.opcode)
-        number = 0 if soon is None else soon(request, self._told)
-        if number:
+        if soon is None:
+            return False
+        # Before: it may be told the answer at once.
+        self._asked[request.unique] = _Asked(request, True, self._round)
+        number = 0
+        try:
+            number = soon(request, self._told)
+        finally:
+            if not number:
+                self._asked.pop(request.unique, None)
+        if number and number is not True and request.unique in self._asked:
             self._asked[request.unique] = _Asked(request, number, self._round)
         return bool(number)
 
