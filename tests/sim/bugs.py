@@ -345,7 +345,7 @@ FOUND_AT = {
     "take silence for no": 45,
     "keep pending at a rejoin": 108,
     "move what is open": 242,
-    "serve what is lost": 48,
+    "serve what is lost": 103,
     "remember every update": 9,
 }
 """A seed that found it when this was written, where the first one that does is late. A search
