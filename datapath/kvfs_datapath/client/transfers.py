@@ -9,6 +9,7 @@ checksum), then the bytes against the checksum.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import errno
 import functools
@@ -124,7 +125,7 @@ def write_portion(
     )
 
 
-class Share(Generic[Chunk]):
+class Share(abc.ABC, Generic[Chunk]):
     """What one thread moves from or to one target, out of the portions that its threads share. It
     is made by the thread, when it begins."""
 
@@ -145,9 +146,9 @@ class Share(Generic[Chunk]):
         """Indexes of the next portion; None if there are no more."""
         return self._portions.take()
 
+    @abc.abstractmethod
     def transfer(self, portion: Sequence[Chunk]) -> Results:
         """The portion that was taken last. Raises as ``read_portion`` and ``write_portion``."""
-        raise NotImplementedError
 
     def leave(self) -> None:
         """Nothing more of it is wanted."""
