@@ -48,6 +48,8 @@ class Names:
         """What is sent by the service becomes readable here, and answers the last question."""
         self.descriptor = -1
         self.adoptions = Adoptions()
+        self.at_once: Attr | None = None
+        """What everybody is told before the question returns."""
 
     async def call(self, request: Any) -> Any:
         if type(request).__name__ == "Lookup" and request.name == b"slow":
@@ -61,6 +63,7 @@ class Names:
         if not self.connected or request.name == b"slow":
             return 0
         self.asked[len(self.asked) + 1] = done
+        self._tell_at_once(done)
         return len(self.asked)
 
     def give_up(self, number: int) -> None:
@@ -68,7 +71,12 @@ class Names:
 
     def call_soon(self, request: Any, done: Any) -> bool:
         self.asked[len(self.asked) + 1] = done
+        self._tell_at_once(done)
         return self.connected
+
+    def _tell_at_once(self, done: Any) -> None:
+        if self.at_once is not None:
+            done(self.at_once, None)
 
     def send_soon(self) -> None:
         pass
@@ -226,6 +234,17 @@ def test_a_change_without_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
             answers = [(await kernel.answer())[:2] for _ in sent]
             assert answers == [(sent[1], errno.EIO), (sent[2], 0), (sent[0], 0)]
             assert names.given_up == []
+
+    trio.run(scenario)
+
+
+def test_an_answer_may_be_there_before_the_question_returns() -> None:
+    async def scenario() -> None:
+        async with served() as (kernel, names):
+            names.connected, names.at_once = True, Attr(5, 0o100644)
+            for opcode in (Opcode.LOOKUP, Opcode.UNLINK) * 2:
+                sent = await kernel.send(opcode, b"name\0")
+                assert (await kernel.answer())[:2] == (sent, 0)
 
     trio.run(scenario)
 

@@ -6,7 +6,6 @@ import contextlib
 import mmap
 import os
 import random
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -221,22 +220,6 @@ def test_one_long_chunk_is_changed_as_any_file(work: Path, cluster: Cluster, oth
     assert len(cluster.chunk_files(inode)) == 1
     path.unlink()
     wait_until(lambda: not cluster.chunk_files(inode), COLLECTED_SECONDS)
-
-
-def test_files_are_closed_that_were_adopted_and_not_written_to(
-    work: Path, cluster: Cluster
-) -> None:
-    """The kernel asks for the capabilities of a file before it writes, and others may, too."""
-    with new_file(cluster, work / "warm"):
-        pass
-    for number in range(10):
-        path = work / str(number)
-        descriptor = os.open(path, NEW)
-        with contextlib.suppress(OSError):
-            os.getxattr(path, "security.capability")
-        time.sleep(0.004 * number)  # the answer is there at some of them, and not collected yet
-        close(descriptor)
-        assert path.stat().st_size == 0
 
 
 def test_a_file_without_a_name_leaves_nothing(work: Path, cluster: Cluster) -> None:
