@@ -16,6 +16,8 @@ Invariants, all guarded by the lock:
 - The index maps (namespace, key) to at most one entry. An entry that left the index (stale, failed,
   removed) never returns to it; its extent is freed with its last reference.
 - An entry in the index with no reference is READY and in the LRU order; no other entry is.
+- A *leased* entry is in the index, and READY or LOADING. Before it tells anybody that the block is
+  gone the metadata service says so; until ``_leased_until`` it is given without a question.
 - The caller that acquire told to load entries calls ``finish``, whatever happens: others wait for
   it. It does so before it waits for others, so nobody waits in a circle.
 """
@@ -47,6 +49,7 @@ class Entry:
         "finished",
         "generation",
         "indexed",
+        "leased",
         "name",
         "offset",
         "references",
@@ -70,6 +73,7 @@ class Entry:
         self.references = 1
         self.state = State.LOADING
         self.indexed = True
+        self.leased = False
         self.finished = finished
         """Set when the load that made this entry is over, one way or the other."""
 
@@ -115,6 +119,11 @@ class BlockCache:
         self._idle_bytes = 0
         self._evictions = 0
         self._stale = 0
+        self._leased: dict[int, Entry] = {}
+        """By generation."""
+        self._leased_until = 0.0
+        self._watching = False
+        self._revocations = 0
 
     def usage(self) -> Usage:
         with self._lock:
@@ -133,14 +142,83 @@ class BlockCache:
         with self._lock:
             return sum((namespace, key) in index for key in keys)
 
+    # --- leases of the metadata service (docs/design/0011-block-leases.md)
+
+    @property
+    def revocations(self) -> int | None:
+        """To be asked before the metadata service is, and given to ``acquire``: what it answers may
+        be kept only if nothing was revoked meanwhile. None: nothing may be kept."""
+        return self._revocations if self._watching else None
+
+    def watch(self, until: float) -> None:
+        """Entries that are leased may be given until then (monotonic seconds)."""
+        with self._lock:
+            self._watching = True
+            self._leased_until = until
+
+    def revoke(self, generations: Iterable[int]) -> None:
+        with self._lock:
+            for generation in generations:
+                self._revocations += 1
+                entry = self._leased.pop(generation, None)
+                if entry is not None:
+                    entry.leased = False
+
+    def revoke_all(self, *, watching: bool) -> None:
+        with self._lock:
+            self._watching = watching
+            self._revocations += 1
+            for entry in self._leased.values():
+                entry.leased = False
+            self._leased.clear()
+
+    def acquire_leased(
+        self, namespace: int, keys: Iterable[bytes], now: float
+    ) -> list[Entry] | None:
+        """A reference to each of ``keys``, if all of them are here and leased."""
+        index = self._index
+        with self._lock:
+            if now >= self._leased_until or not self._leased:
+                return None
+            entries: list[Entry] = []
+            for key in keys:
+                entry = index.get((namespace, key))
+                if entry is None or not entry.leased or entry.state is not State.READY:
+                    return None
+                entries.append(entry)
+            for entry in entries:
+                self._refer(entry)
+        return entries
+
+    def leased_prefix(self, namespace: int, keys: Iterable[bytes], now: float) -> int:
+        """How many of ``keys``, from the first on, are here and leased."""
+        index = self._index
+        count = 0
+        with self._lock:
+            if now >= self._leased_until or not self._leased:
+                return 0
+            for key in keys:
+                entry = index.get((namespace, key))
+                if entry is None or not entry.leased:
+                    break
+                count += 1
+        return count
+
+    # --- references
+
     def acquire(
-        self, namespace: int, keys: Sequence[bytes], infos: Sequence[BlockInfo | None]
+        self,
+        namespace: int,
+        keys: Sequence[bytes],
+        infos: Sequence[BlockInfo | None],
+        revocations: int | None = None,
     ) -> Grant:
         """References to all blocks of a batch, or none: raises ArenaFull when there is no room for
         one of them, even after evicting everything that nobody references.
 
         ``infos`` is what the metadata service says of each key. An entry of another generation
-        leaves the cache.
+        leaves the cache. ``revocations``, as it was when the service was asked for leases: they are
+        kept if it still is that.
         """
         grant = Grant([None] * len(keys), [], [])
         index = self._index
@@ -154,10 +232,7 @@ class BlockCache:
                 if entry is None or entry.generation != info.inode:
                     missing.append(place)
                     continue
-                if entry.references == 0:
-                    del self._idle[entry]
-                    self._idle_bytes -= entry.extent_bytes
-                entry.references += 1
+                self._refer(entry)
                 grant.entries[place] = entry
                 if entry.state is not State.READY:
                     grant.wait.append(place)
@@ -167,7 +242,18 @@ class BlockCache:
                 except ArenaFull:
                     self._undo(grant)
                     raise
+            if revocations is not None and revocations == self._revocations and self._watching:
+                for entry in grant.entries:
+                    if entry is not None and not entry.leased:
+                        entry.leased = True
+                        self._leased[entry.generation] = entry
         return grant
+
+    def _refer(self, entry: Entry) -> None:
+        if entry.references == 0:
+            del self._idle[entry]
+            self._idle_bytes -= entry.extent_bytes
+        entry.references += 1
 
     def _add(
         self,
@@ -258,6 +344,9 @@ class BlockCache:
             return
         entry.indexed = False
         del self._index[entry.name]
+        if entry.leased:
+            entry.leased = False
+            del self._leased[entry.generation]
         if entry.references == 0:
             del self._idle[entry]
             self._idle_bytes -= entry.extent_bytes

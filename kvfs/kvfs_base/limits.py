@@ -177,5 +177,15 @@ AGENT_CALL_SECONDS = 60.0
 """A batch of 4,096 blocks of 2 MiB, read at 150 MB/s, takes this long; what takes longer is better
 recomputed."""
 
+USED_KEYS_BYTES_MAX = BATCH_BLOCKS_MAX * BLOCK_KEY_BYTES * 8
+"""Keys whose uses an agent has yet to tell the metadata service: 1 MiB. More is told late anyway,
+and only makes the oldest of them look unused."""
+
+USES_TOLD_SECONDS = 2.0
+"""Uses are told when nothing is revoked, every second, or after this long."""
+
+WATCH_AGAIN_SECONDS = 0.5
+"""Between two attempts of an agent to watch."""
+
 LOAD_WAIT_SECONDS = 30.0
 """How long a get waits for another client's load of the same block before it counts a miss."""

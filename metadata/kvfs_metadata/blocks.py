@@ -56,6 +56,7 @@ from kvfs_metadata.messages import (
     PreparedBatch,
     PreparedBlock,
     RemoveBlocks,
+    UseBlocks,
 )
 from kvfs_metadata.quotas import Quotas
 from kvfs_metadata.records import PreparedRecord
@@ -215,6 +216,18 @@ class Blocks:
         self.counts.lookup_miss_tokens += (count - hits) * tokens
         infos = iter(self.index.table.infos(found))
         return tuple(None if row is None else next(infos) for row in rows)
+
+    def use(self, request: UseBlocks) -> Done:
+        namespace = self.namespace(request.namespace)
+        _key_count(request.keys)
+        rows = namespace.find(split_keys(request.keys))
+        self.index.use_rows([row for row in rows if row is not None], self._clock.time_ns())
+        tokens = namespace.layout.block_tokens
+        self.counts.match_hits += request.matched
+        self.counts.match_hit_tokens += request.matched * tokens
+        self.counts.lookup_hits += request.looked_up
+        self.counts.lookup_hit_tokens += request.looked_up * tokens
+        return DONE
 
     # --- putting
 

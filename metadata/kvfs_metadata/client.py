@@ -82,6 +82,7 @@ REPEATABLE: frozenset[type[Request]] = frozenset(
         m.OpenNamespace,
         m.MatchBlocks,
         m.LookupBlocks,
+        m.UseBlocks,  # a use more
         m.CommitBlocks,  # a batch is committed once, and remembered
         m.AbortBlocks,
         m.Statistics,

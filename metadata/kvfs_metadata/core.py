@@ -234,6 +234,7 @@ class MetadataCore:
             m.GetQuota: blocks.quotas.get,
             m.MatchBlocks: lambda kv, request: blocks.match(request),
             m.LookupBlocks: lambda kv, request: blocks.lookup(request),
+            m.UseBlocks: lambda kv, request: blocks.use(request),
             m.Statistics: lambda kv, request: self.statistics(kv),
             fixes.ScanRecords: scan_records,
             GetClusterMap: self._cluster_map,
@@ -299,9 +300,10 @@ class MetadataCore:
         """Answers to requests that only read, on one snapshot."""
         self._requests += len(requests)
         answers = self._engine.view(lambda kv: [self._answer(kv, r) for r in requests])
-        if self.leases.watches(connection):
-            for request, answer in zip(requests, answers, strict=True):
-                self.leases.grant(connection, *leased_keys(request, answer, self._namespace_of))
+        for request, answer in zip(requests, answers, strict=True):
+            watcher = self.leases.watcher_of(connection, request)
+            if watcher is not None:
+                self.leases.grant(watcher, *leased_keys(request, answer, self._namespace_of))
         return answers
 
     def _namespace_of(self, inode: int) -> int | None:
@@ -326,14 +328,15 @@ class MetadataCore:
         tx.connection = connection
         # Looked up now and not before: memory may have been loaded anew.
         write = self._writes.get(type(request))
-        if not self.leases.watches(connection):
+        watcher = self.leases.watcher_of(connection, request)
+        if watcher is None:
             return write(tx, request) if write else self._read_among_writes(tx, request)
         try:
             answer = write(tx, request) if write else self._read_among_writes(tx, request)
         except EntryNotFound as exc:
-            tx.grants.append((connection, leased_keys(request, exc, self._namespace_of)))
+            tx.grants.append((watcher, leased_keys(request, exc, self._namespace_of)))
             raise
-        tx.grants.append((connection, leased_keys(request, answer, self._namespace_of)))
+        tx.grants.append((watcher, leased_keys(request, answer, self._namespace_of)))
         return answer
 
     def _read_among_writes(self, tx: Tx, request: Any) -> Any:

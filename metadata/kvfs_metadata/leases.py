@@ -70,6 +70,8 @@ class _Watcher:
         self.number = 1
         """Of the last message."""
         self.unsent: dict[bytes, None] = {}
+        self.sent: collections.deque[tuple[int, dict[bytes, None]]] = collections.deque()
+        """By number of the message, what was told and may not have been dropped yet."""
         self.reset = False
         """Everything is to be revoked with the next message."""
         self.reset_number = 0
@@ -82,6 +84,19 @@ class _Watcher:
     @property
     def has_news(self) -> bool:
         return bool(self.unsent) or self.reset
+
+    def owes(self, writes: Writes) -> int:
+        """The message that has to be seen before a change is answered which comes on top of one
+        that is revoked already; 0 if there is none."""
+        if not self.unsent and not self.sent:
+            return 0
+        last = self.number + 1 if self.unsent else self.number
+        if any(value is not None and key[:4] == records.BLOCK for key, value in writes.items()):
+            return last  # another block of the same name may be among those that are gone
+        if not self.unsent.keys().isdisjoint(writes):
+            return last
+        told = (number for number, keys in self.sent if not keys.keys().isdisjoint(writes))
+        return max(told, default=0)
 
     def wait(self, revocation: Revocation, number: int) -> None:
         revocation.left += 1
@@ -99,6 +114,8 @@ class Leases:
         self._clock = clock
         self._leases_max = leases_max
         self._watchers: dict[int, _Watcher] = {}
+        self._connections: dict[bytes, int] = {}
+        """Of the watchers, by session."""
         self._holders: dict[bytes, tuple[int, ...]] = {}
         self._expected: dict[bytes, None] = {}
         """Sessions that may have watched the process before this one."""
@@ -123,6 +140,13 @@ class Leases:
     def watches(self, connection: int) -> bool:
         return connection in self._watchers
 
+    def watcher_of(self, connection: int, request: Any) -> int | None:
+        """Who is leased what the answer says: the connection that asks, or the session that it asks
+        for, if it watches."""
+        if type(request) is m.LookupBlocks:
+            return self._connections.get(request.watcher) if request.watcher else None
+        return connection if connection in self._watchers else None
+
     def hear(self, connection: int, request: m.Watch) -> bool:
         """A Watch arrived; True if a watch begins with it."""
         watcher = self._watchers.get(connection)
@@ -145,6 +169,7 @@ class Leases:
             if len(watcher.keys) > share:
                 self._reset(other, watcher)
         self._watchers[connection] = _Watcher(session, self._clock.monotonic() + WATCH_SECONDS)
+        self._connections[session] = connection
 
     def _come_back(self, session: bytes) -> None:
         self._expected.pop(session, None)
@@ -162,6 +187,8 @@ class Leases:
             watcher.trimmed = (0, [])
         if watcher.reset_number and number >= watcher.reset_number:
             watcher.reset_number = 0
+        while watcher.sent and watcher.sent[0][0] <= number:
+            watcher.sent.popleft()
         while watcher.waiting and watcher.waiting[0][0] <= number:
             watcher.waiting.popleft()[1].one_less()
 
@@ -170,6 +197,7 @@ class Leases:
         watcher = self._watchers.pop(connection, None)
         if watcher is None:
             return
+        del self._connections[watcher.session]
         for key in watcher.keys:
             self._forget(connection, key)
         watcher.call()
@@ -239,6 +267,7 @@ class Leases:
         if watcher.reset:
             watcher.reset, watcher.reset_number = False, watcher.number
             return m.Revoked(watcher.number, everything=True)
+        watcher.sent.append((watcher.number, keys))
         inodes = [records.number_at(key) for key in keys if key[:4] != records.ENTRY]
         entries = [(records.number_at(k), k[12:]) for k in keys if k[:4] == records.ENTRY]
         return m.Revoked(watcher.number, tuple(inodes), tuple(entries))
@@ -297,8 +326,8 @@ class Leases:
             if connection in told:
                 watcher.wait(revocation, watcher.number + 1)
                 watcher.call()
-            elif watcher.reset_number and connection != author:
-                watcher.wait(revocation, watcher.reset_number)
+            elif connection != author and (number := watcher.reset_number or watcher.owes(writes)):
+                watcher.wait(revocation, number)
         if author == MERGED or not any(key[:4] in LEASED_KINDS for key in writes):
             # Perhaps a repetition of a change that somebody still waits for.
             self._join_all(revocation, told)
@@ -379,6 +408,8 @@ def leased_keys(
         kind = type(request)
     if isinstance(answer, Attr):
         return _of_attributes(request, kind, answer, namespace_of)
+    if kind is m.LookupBlocks and isinstance(answer, tuple):
+        return tuple([records.block_key(info.inode) for info in answer if info is not None])
     if isinstance(answer, EntryNotFound) and kind is m.Lookup:
         return (records.entry_key(request.parent, request.name),)
     if isinstance(answer, m.Touched):

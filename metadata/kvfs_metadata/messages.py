@@ -446,11 +446,24 @@ class MatchBlocks(Request, tag="match_blocks"):
 
 
 class LookupBlocks(Request, tag="lookup_blocks"):
-    """BlockInfo or None for each key. Counts as a use."""
+    """BlockInfo or None for each key. Counts as a use. What is stored is leased to the session
+    ``watcher``, if it watches (docs/design/0011)."""
 
     Reply: ClassVar = tuple[BlockInfo | None, ...]
     namespace: U64
     keys: Keys
+    watcher: SessionUuid | None = None
+
+
+class UseBlocks(Request, tag="use_blocks"):
+    """A watcher has answered for blocks by itself: counts as a use of those that are still stored.
+    ``matched`` and ``looked_up`` say how many times they were found by either."""
+
+    Reply: ClassVar = Done
+    namespace: U64
+    keys: Keys
+    matched: U32 = 0
+    looked_up: U32 = 0
 
 
 class PreparedBlock(msgspec.Struct, array_like=True, frozen=True):
@@ -596,6 +609,7 @@ MetadataRequest = (
     | OpenNamespace
     | MatchBlocks
     | LookupBlocks
+    | UseBlocks
     | PrepareBlocks
     | CommitBlocks
     | AbortBlocks

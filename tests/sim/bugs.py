@@ -30,6 +30,7 @@ from kvfs_datapath.format import ChunkState
 from kvfs_datapath.limits import PASS_SECONDS
 from kvfs_datapath.server import chunk_server
 from kvfs_datapath.server.chunk_server import ChunkServer
+from kvfs_gds.block_cache import BlockCache
 from kvfs_metadata.blocks import Blocks
 from kvfs_metadata.cluster import members
 from kvfs_metadata.cluster.cluster_state import ClusterState
@@ -37,6 +38,7 @@ from kvfs_metadata.cluster.membership import Membership
 from kvfs_metadata.cluster.moves import Moves
 from kvfs_metadata.cluster.moving import Mover
 from kvfs_metadata.sessions import Sessions
+from kvfs_metadata.watching import Watching
 
 
 def _remove_other_generation() -> Any:
@@ -292,6 +294,30 @@ def _believe_every_frame() -> Any:
     return mock.patch.object(frames, "crc32c", lambda data, begun=0: 0)
 
 
+def _keep_what_is_revoked() -> Any:
+    """An agent goes on with blocks of which it was told that they are gone."""
+    return mock.patch.object(BlockCache, "revoke", lambda self, generations: None)
+
+
+def _answer_before_all_have_dropped_it() -> Any:
+    """A change is answered while watchers may still show what was before it."""
+
+    async def at_once(self: Watching, revocations: Any) -> None:
+        pass
+
+    return mock.patch.object(Watching, "_over", at_once)
+
+
+def _believe_an_old_answer() -> Any:
+    """What was revoked while its answer was on its way is kept."""
+    acquire = BlockCache.acquire
+
+    def trusting(self: BlockCache, *args: Any) -> Any:
+        return acquire(self, *args[:-1], None if args[-1] is None else self.revocations)
+
+    return mock.patch.object(BlockCache, "acquire", trusting)
+
+
 def _keep_the_incarnation() -> Any:
     """A target is who it is by its place: whose disk was exchanged is taken for the old one."""
     stack = contextlib.ExitStack()
@@ -335,6 +361,9 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "publish before the bytes": (_publish_before_the_bytes, "chains and power"),
     "believe every frame": (_believe_every_frame, "chains"),
     "keep the incarnation": (_keep_the_incarnation, "chains and changes"),
+    "keep what is revoked": (_keep_what_is_revoked, "block leases"),
+    "answer before all have dropped it": (_answer_before_all_have_dropped_it, "block leases"),
+    "believe an old answer": (_believe_an_old_answer, "block leases"),
 }
 """What is wrong, and the kind of world in which it shows."""
 
@@ -347,6 +376,7 @@ FOUND_AT = {
     "move what is open": 242,
     "serve what is lost": 103,
     "remember every update": 9,
+    "believe an old answer": 33,
 }
 """A seed that found it when this was written, where the first one that does is late. A search
 begins there, and goes on from there once a change of the code has made it miss."""

@@ -8,13 +8,16 @@ from typing import Any
 
 import trio
 
+from kvfs.agent.watching import WATCHER_BYTES, Uses, Watching
 from kvfs_base.cluster import ClusterMap
 from kvfs_base.errors import KvfsError
+from kvfs_base.limits import PAGE_BYTES
 from kvfs_base.seams import Disk, Env
 from kvfs_base.types import Address
 from kvfs_datapath.client.chunk_client import ChunkClient
 from kvfs_datapath.config import ChunkServerConfig
 from kvfs_datapath.server.chunk_server import ChunkServer
+from kvfs_gds.block_cache import BlockCache
 from kvfs_metadata.client import BlockingMetadataClient, ClusterView
 from kvfs_metadata.config import MetadataConfig
 from kvfs_metadata.service import MetadataService
@@ -26,6 +29,8 @@ from sim.trio_host import SimTrioNetwork, TrioHost
 
 START_NS = 1_700_000_000_000_000_000
 METADATA_PORT = 6000
+ARENA_BYTES = 16 * PAGE_BYTES
+"""Less than all blocks need."""
 CHUNK_PORT = 7000
 
 
@@ -249,11 +254,16 @@ class MetadataHost:
 class ClientHost:
     """A process that uses the cluster."""
 
-    def __init__(self, site: Site, name: str) -> None:
+    def __init__(self, site: Site, name: str, *, leases: bool = False) -> None:
+        """``leases``: it answers for blocks by itself, as an agent does."""
         self.site = site
         self.name = name
         self.host = site.network.host(name)
         self.clock = HostClock(site.hub)
+        self._leases = leases
+        self.cache: BlockCache | None = None
+        self.uses = Uses()
+        self.watcher = b""
         self.process: Process
         self.env: Env
         self.chunks: ChunkClient
@@ -267,6 +277,10 @@ class ClientHost:
     def _begin(self) -> None:
         self.view = ClusterView(self.env, self.site.metadata)
         self.chunks = ChunkClient(self.env, self.view, prefer="tcp")
+        if self._leases:
+            self.cache, self.uses = BlockCache(ARENA_BYTES), Uses()
+            self.watcher = self.env.rng.randbytes(WATCHER_BYTES)
+            Watching(self.env, self.site.metadata, self.watcher, self.cache, self.uses).start()
 
     def metadata_client(self) -> BlockingMetadataClient:
         return BlockingMetadataClient(self.env, self.site.metadata)

@@ -56,6 +56,9 @@ class Entry:
     returned: int | None = None
 
 
+LEASED = ("lookup", "leased")
+
+
 class History:
     """Operations by the object that they are of. Moments are numbers that only grow."""
 
@@ -85,10 +88,28 @@ class History:
         return sum(e.returned is not None for part in self.entries.values() for e in part)
 
     def operations(self, thing: Hashable) -> list[linearizability.Operation]:
-        return [
-            linearizability.Operation(e.process, e.request, e.answer, e.called, e.returned)
-            for e in self.entries[thing]
+        """An answer by lease may be older than what others see while a change is not answered yet:
+        it counts from the last change that was. Of those that say the same since then the first
+        one speaks for all."""
+        found: list[linearizability.Operation] = []
+        leased: dict[tuple[int, Any], Entry] = {}
+        changed = [
+            entry.returned
+            for entry in self.entries[thing]
+            if entry.request[0] != "lookup" and entry.returned is not None
         ]
+        for entry in self.entries[thing]:
+            called = entry.called
+            if entry.request == LEASED:
+                called = 1 + max([moment for moment in changed if moment < called], default=0)
+                if leased.setdefault((called, entry.answer), entry) is not entry:
+                    continue
+            found.append(
+                linearizability.Operation(
+                    entry.process, entry.request, entry.answer, called, entry.returned
+                )
+            )
+        return found
 
 
 # --- registers whose written values are all different

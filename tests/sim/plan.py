@@ -56,6 +56,10 @@ class Plan:
         return self.kind == "chains and ruin"
 
     @property
+    def leases_blocks(self) -> bool:
+        return self.kind == BLOCK_LEASES
+
+    @property
     def may_be_damaged(self) -> bool:
         """For a while nobody may have a good copy: the others are away. In the end somebody has."""
         return self.files_lossy or "rot" in self.faults
@@ -74,7 +78,9 @@ CHAINS = (
 )
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS, "chains and changes")
 DRAINS = "drains"
-"""Only when it is asked for."""
+BLOCK_LEASES = "block leases"
+"""These two only when they are asked for. In the latter, clients answer for blocks by themselves,
+as agents do."""
 FLIPPING = ("chains", "chains and rot", "chains and ruin")
 """Where bytes change on their way, for whole chunks and for pieces of files."""
 
@@ -98,6 +104,8 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         more = () if files else (*NETWORK, "pause")
         harmless = tuple(fault for fault in HARMLESS if fault != "pause")
         faults = ("drain", "drain", "drain", *harmless, *more, "kill chunks")
+    elif kind == BLOCK_LEASES:
+        faults, files = (*faults, *NETWORK, "full disk"), False
     elif kind == "chains":
         faults = (*faults, *NETWORK, "behead")
     elif kind == "leases":
@@ -123,7 +131,7 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
     chosen = tuple(f for f in faults if f == "drain" or rng.random() < 0.7) or faults[:1]
     return Plan(
         kind=kind,
-        metadata_servers=rng.choice((1, 1, 2)),
+        metadata_servers=1 if kind == BLOCK_LEASES else rng.choice((1, 1, 2)),
         chunk_servers=rng.randint(least, 4 if copies > 1 else 3),
         targets=1 if copies > 1 and rng.random() < 0.7 else rng.randint(1, 2),
         clients=rng.randint(2, 3),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sim import bugs
-from sim.plan import DRAINS
+from sim.plan import BLOCK_LEASES, DRAINS
 from sim.sweep import describe, run_seed, summary, sweep, workers
 
 Pool = concurrent.futures.Executor
@@ -23,6 +23,7 @@ SEEDS = 200
 SEEDS_AT_ONCE = 50
 SEEDS_FOR_A_BUG = 200
 DRAIN_SEEDS = int(os.environ.get("KVFS_DRAIN_SEEDS", "6"))
+LEASE_SEEDS = 10
 
 pytestmark = [pytest.mark.logs_warnings, pytest.mark.timeout(900)]
 
@@ -49,6 +50,13 @@ def test_targets_are_drained(pool: Pool) -> None:
     outcomes = list(sweep(pool, range(DRAIN_SEEDS), kind=DRAINS))
     failed = [outcome for outcome in outcomes if outcome.failure]
     assert not failed, "\n\n".join(describe(outcome) for outcome in failed)
+
+
+def test_blocks_are_leased(pool: Pool) -> None:
+    outcomes = list(sweep(pool, range(LEASE_SEEDS), kind=BLOCK_LEASES))
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    assert not failed, "\n\n".join(describe(outcome) for outcome in failed)
+    assert sum(outcome.counts["answered by lease"] for outcome in outcomes) > 10 * LEASE_SEEDS
 
 
 @pytest.mark.parametrize("bug", bugs.BUGS)

@@ -27,7 +27,7 @@ from kvfs_datapath.client.chunk_client import ChunkRead, ChunkWrite
 from kvfs_datapath.client.files import StripedFile
 from kvfs_datapath.limits import FILE_RETRY_SECONDS
 from kvfs_metadata import messages as m
-from sim.history import Entry, WrongBytes, page, read_page
+from sim.history import LEASED, Entry, WrongBytes, page, read_page
 
 if TYPE_CHECKING:
     from sim.cluster import ClientHost
@@ -105,7 +105,9 @@ class BlockWorker(Worker):
     kind = "blocks"
 
     def step(self) -> None:
-        numbers = self.rng.sample(range(KEYS), self.rng.randint(1, 4))
+        # A batch is answered by lease if all of it is leased.
+        most = 1 if self.world.plan.leases_blocks else 4
+        numbers = self.rng.sample(range(KEYS), self.rng.randint(1, most))
         choice = self.rng.random()
         if choice < 0.35:
             self.put(numbers)
@@ -206,6 +208,8 @@ class BlockWorker(Worker):
 
     def get(self, numbers: Sequence[int]) -> bool:
         """Whether everything that is stored could be read."""
+        if self._get_leased(numbers):
+            return True
         infos = self.lookup(numbers)
         found = [(n, info) for n, info in zip(numbers, infos, strict=True) if info is not None]
         reads = [
@@ -228,17 +232,16 @@ class BlockWorker(Worker):
             else:
                 good = False
                 self.failed("read block", error)
+                if self.client.cache is not None:
+                    self.client.cache.remove(self.world.namespace, [key_of(number)])
                 if isinstance(error, IntegrityError | ChunkNotFound):
                     self._lost(number, info, error)
         return good
 
     def lookup(self, numbers: Sequence[int]) -> Sequence[BlockInfo | None]:
         entries = [self._begin(number, "lookup") for number in numbers]
-        keys = b"".join(map(key_of, numbers))
         try:
-            infos: Sequence[BlockInfo | None] = self.metadata.call(
-                m.LookupBlocks(self.world.namespace, keys)
-            )
+            infos = self._look_up(numbers)
         except KvfsError as exc:
             self.failed("lookup", exc)
             for number, entry in zip(numbers, entries, strict=True):
@@ -246,6 +249,43 @@ class BlockWorker(Worker):
             return [None] * len(numbers)
         for entry, info in zip(entries, infos, strict=True):
             self.world.history.end(entry, None if info is None else info.inode)
+        return infos
+
+    def _get_leased(self, numbers: Sequence[int]) -> bool:
+        """As an agent that has the bytes in its arena, without asking anybody; False if it has to
+        ask."""
+        cache, namespace = self.client.cache, self.world.namespace
+        if cache is None:
+            return False
+        keys = list(map(key_of, numbers))
+        entries = [self._begin(number, *LEASED) for number in numbers]
+        held = cache.acquire_leased(namespace, keys, self.client.clock.monotonic())
+        if held is None:
+            for number, entry in zip(numbers, entries, strict=True):
+                self.world.history.forget(("key", number), entry)
+            return False
+        for entry, block in zip(entries, held, strict=True):
+            self.world.history.end(entry, block.generation)
+        cache.release(held)
+        self.client.uses.looked_up(namespace, b"".join(keys))
+        self.world.hub.counts["answered by lease"] += 1
+        return True
+
+    def _look_up(self, numbers: Sequence[int]) -> Sequence[BlockInfo | None]:
+        """The metadata service's answer, which the client keeps as far as it may."""
+        cache, namespace = self.client.cache, self.world.namespace
+        keys = list(map(key_of, numbers))
+        request = m.LookupBlocks(namespace, b"".join(keys))
+        if cache is None:
+            found: Sequence[BlockInfo | None] = self.metadata.call(request)
+            return found
+        revocations = cache.revocations
+        if revocations is not None:
+            request.watcher = self.client.watcher
+        infos: Sequence[BlockInfo | None] = self.metadata.call(request)
+        grant = cache.acquire(namespace, keys, infos, revocations)
+        cache.finish(grant)
+        cache.release(entry for entry in grant.entries if entry is not None)
         return infos
 
     def _lost(self, number: int, info: BlockInfo, error: KvfsError) -> None:

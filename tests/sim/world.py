@@ -113,7 +113,10 @@ class World:
             )
             for n in range(plan.chunk_servers)
         ]
-        self.clients = [ClientHost(self.site, f"client{n}") for n in range(plan.clients)]
+        self.clients = [
+            ClientHost(self.site, f"client{n}", leases=plan.leases_blocks)
+            for n in range(plan.clients)
+        ]
         self.observer = Observer(self)
         self.keeper = Keeper(self)
         self.store.watch = self.observer.watch

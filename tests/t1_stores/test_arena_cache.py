@@ -27,7 +27,8 @@ def entries_of(grant: Grant) -> list[Entry]:
 
 
 class Machine(RuleBasedStateMachine):
-    """``contents`` stands for the arena's bytes: which generation was written where."""
+    """``contents`` stands for the arena's bytes: which generation was written where. ``asked`` are
+    answers of the metadata service on their way."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,22 +39,33 @@ class Machine(RuleBasedStateMachine):
         self.contents: list[int] = [0] * PAGES
         self.loading: list[Grant] = []
         self.leases: list[list[Entry]] = []
+        self.asked: list[tuple[list[bytes], list[BlockInfo | None], int | None]] = []
+        self.now = 0.0
+        self.until = 0.0
 
     @rule(key=st.sampled_from(KEYS), pages=st.integers(1, 3))
     def store(self, key: bytes, pages: int) -> None:
+        self.cache.revoke([self.generation[key]])  # before anybody is told
         self.generation[key] = self.next_generation
         self.pages[self.next_generation] = pages
         self.next_generation += 1
 
     @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=4))
-    def acquire(self, keys: list[bytes]) -> None:
+    def ask(self, keys: list[bytes]) -> None:
+        revocations = self.cache.revocations
         infos = [
             info(self.generation[k], self.pages[self.generation[k]]) if self.generation[k] else None
             for k in keys
         ]
+        self.asked.append((keys, infos, revocations))
+
+    @precondition(lambda self: self.asked)
+    @rule()
+    def acquire(self) -> None:
+        keys, infos, revocations = self.asked.pop(0)
         before = self.cache.usage()
         try:
-            grant = self.cache.acquire(1, keys, infos)
+            grant = self.cache.acquire(1, keys, infos, revocations)
         except ArenaFull:
             after = self.cache.usage()
             assert after.leased_bytes == before.leased_bytes
@@ -94,8 +106,35 @@ class Machine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         self.cache.release(self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1))))
 
+    @rule(keys=st.lists(st.sampled_from(KEYS), min_size=1, max_size=2, unique=True))
+    def acquire_leased(self, keys: list[bytes]) -> None:
+        """What is given without a question is what the service would have said."""
+        count = self.cache.leased_prefix(1, keys, self.now)
+        held = self.cache.acquire_leased(1, keys, self.now)
+        if held is None:
+            return
+        assert self.now < self.until and count == len(keys)
+        assert [entry.generation for entry in held] == [self.generation[key] for key in keys]
+        assert {entry.state for entry in held} == {State.READY}
+        self.leases.append(held)
+
+    @rule()
+    def watch(self) -> None:
+        self.until = self.now + 4
+        self.cache.watch(self.until)
+
+    @rule(watching=st.booleans())
+    def revoke_all(self, watching: bool) -> None:
+        self.cache.revoke_all(watching=watching)
+        assert self.cache.acquire_leased(1, KEYS[:1], self.now) is None
+
+    @rule(seconds=st.sampled_from([1.0, 3.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
     @rule(key=st.sampled_from(KEYS))
     def remove(self, key: bytes) -> None:
+        self.cache.revoke([self.generation[key]])
         self.generation[key] = 0
         self.cache.remove(1, [key])
 
@@ -217,3 +256,33 @@ def test_namespaces_do_not_see_each_other() -> None:
     loaded(cache, KEYS[:1], [1])
     assert cache.acquire(2, KEYS[:1], [info(2)]).load == [0]
     assert cache.usage().blocks == 2
+
+
+def test_a_leased_block_is_given_until_it_is_revoked() -> None:
+    cache = BlockCache(PAGES * PAGE_BYTES)
+    cache.watch(10.0)
+    for generation, key in enumerate(KEYS[:3], 1):
+        grant = cache.acquire(1, [key], [info(generation)], cache.revocations)
+        assert cache.acquire_leased(1, [key], 1.0) is None  # it is being loaded
+        cache.finish(grant)
+        cache.release(entries_of(grant))
+    held = cache.acquire_leased(1, KEYS[:3], 9.9)
+    assert held is not None and [entry.generation for entry in held] == [1, 2, 3]
+    cache.release(held)
+    assert cache.acquire_leased(1, KEYS[:3], 10.0) is None
+    assert cache.acquire_leased(2, KEYS[:3], 1.0) is None
+    cache.revoke([2])
+    assert cache.leased_prefix(1, KEYS[:3], 1.0) == 1
+    assert cache.acquire_leased(1, KEYS[:3], 1.0) is None
+    cache.revoke_all(watching=False)
+    assert cache.revocations is None and cache.leased_prefix(1, KEYS[:3], 1.0) == 0
+
+
+def test_an_answer_that_a_revocation_overtook_is_not_kept() -> None:
+    cache = BlockCache(PAGES * PAGE_BYTES)
+    cache.watch(10.0)
+    asked = cache.revocations
+    cache.revoke([7])
+    grant = cache.acquire(1, KEYS[:1], [info(7)], asked)
+    cache.finish(grant)
+    assert cache.acquire_leased(1, KEYS[:1], 1.0) is None

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from kvfs_base.testing import ManualClock
-from kvfs_base.types import Attr
+from kvfs_base.types import Attr, BlockInfo
 from kvfs_metadata import messages as m
 from kvfs_metadata import records
+from kvfs_metadata.block_table import Block
 from kvfs_metadata.leases import MERGED, Leases, Revocation, leased_keys
 from kvfs_metadata.limits import REVOKED_KEYS_MAX, WATCH_SECONDS
 
@@ -273,3 +274,46 @@ def test_after_a_start_nobody_is_waited_for_longer_than_a_lease() -> None:
     assert is_over(revocation)
     assert world.change(INODE) is None
     assert world.leases.forgotten() == [SESSIONS[A]]
+
+
+# --- changes on top of what is being revoked
+
+
+def test_a_change_waits_for_what_is_still_being_revoked_of_the_same_name() -> None:
+    """The first one's author waits for nobody: the service itself, or one that is not answered."""
+    world = World().begin(A)
+    world.leases.grant(A, ENTRY)
+    world.change(ENTRY)
+    for told in (False, True):
+        if told:
+            message = world.leases.take(A)
+        second = world.change(ENTRY)
+        assert not is_over(second)
+        assert is_over(world.change(records.entry_key(1, b"another")))
+    world.ack(A, message)
+    assert is_over(second)
+    assert world.change(ENTRY) is None
+
+
+def test_a_new_block_waits_until_the_one_before_it_is_dropped() -> None:
+    """Its inode number is another, so the key of what is revoked says nothing."""
+    block = Block(8, 1, b"k" * 32, 10, 0, 1, 0, 0)
+    world = World().begin(A)
+    world.leases.grant(A, records.block_key(7))
+    world.change(records.block_key(7), value=None)
+    new = world.change(records.block_key(8), value=block.record())
+    assert not is_over(new)
+    world.ack(A, world.leases.take(A))
+    assert is_over(new)
+
+
+def test_blocks_are_leased_to_the_session_that_is_named() -> None:
+    world = World().begin(A)
+    asked = m.LookupBlocks(1, b"", SESSIONS[A])
+    assert world.leases.watcher_of(OTHER, asked) == A
+    assert world.leases.watcher_of(A, m.LookupBlocks(1, b"")) is None
+    assert world.leases.watcher_of(OTHER, m.LookupBlocks(1, b"", SESSIONS[B])) is None
+    answer = (BlockInfo(7, 10, 0, 1), None)
+    assert leased_keys(asked, answer, lambda inode: None) == (records.block_key(7),)
+    world.leases.end(A)
+    assert world.leases.watcher_of(OTHER, asked) is None

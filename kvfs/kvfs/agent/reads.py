@@ -9,14 +9,15 @@ from kvfs.agent.backends import Chunks, MetadataCalls
 from kvfs.agent.messages import GRANTED, NO_BLOCK, GetBlocks, Granted, split_keys
 from kvfs.agent.session import Session
 from kvfs.agent.space import Space
+from kvfs.agent.watching import Uses
 from kvfs_base.counters import Counters
 from kvfs_base.errors import ChunkNotFound, IntegrityError, KvfsError
-from kvfs_base.limits import LOAD_WAIT_SECONDS, PAGE_BYTES
+from kvfs_base.limits import BLOCK_KEY_BYTES, LOAD_WAIT_SECONDS, PAGE_BYTES
 from kvfs_base.seams import Clock
 from kvfs_base.types import BlockInfo, ChunkId
 from kvfs_datapath.client.chunk_client import ChunkRead
 from kvfs_gds.block_cache import Entry, Grant, State
-from kvfs_metadata.messages import LookupBlocks, RemoveBlocks
+from kvfs_metadata.messages import LookupBlocks, MatchBlocks, RemoveBlocks
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,20 @@ _PAD = PAGE_BYTES - 1
 class BlockReader:
     """Thread-safe."""
 
-    def __init__(self, clock: Clock, space: Space, chunks: Chunks, counters: Counters) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        space: Space,
+        chunks: Chunks,
+        counters: Counters,
+        *,
+        uses: Uses,
+        watcher: bytes,
+    ) -> None:
+        """``watcher`` is the session that the metadata service leases blocks to."""
         self._clock = clock
+        self._uses = uses
+        self._watcher = watcher
         self._space = space
         self._cache = space.cache
         self._chunks = chunks
@@ -35,15 +48,21 @@ class BlockReader:
 
     def get(self, metadata: MetadataCalls, session: Session, request: GetBlocks) -> Granted:
         """Leases what is stored of a batch. Raises ArenaFull, or what the metadata service raised;
-        blocks that cannot be had are misses."""
-        infos = list(metadata.call(LookupBlocks(request.namespace, request.keys)))
+        blocks that cannot be had are misses. What is leased costs no call."""
+        keys = split_keys(request.keys)
+        entries = self._cache.acquire_leased(request.namespace, keys, self._clock.monotonic())
+        if entries:
+            return self._give(session, request, entries)
+        revocations = self._cache.revocations
+        watcher = None if revocations is None else self._watcher
+        infos = list(metadata.call(LookupBlocks(request.namespace, request.keys, watcher)))
         size_bytes = sum([info.size + _PAD & ~_PAD for info in infos if info is not None])
         if not size_bytes:
             self._counters.add(blocks_requested=len(infos), blocks_unknown=len(infos))
             return Granted(0, NO_BLOCK * len(infos))
         session.reserve(size_bytes)
         try:
-            grant = self._space.acquire(request.namespace, split_keys(request.keys), infos)
+            grant = self._space.acquire(request.namespace, keys, infos, revocations)
         except BaseException:
             session.unreserve(size_bytes)
             raise
@@ -59,6 +78,39 @@ class BlockReader:
             session.unreserve(size_bytes)
             raise
         return Granted(lease, _packed(grant.entries))
+
+    def match(self, metadata: MetadataCalls, request: MatchBlocks) -> int:
+        """How many of the keys are stored, counted from the first without a gap. The metadata
+        service is asked for those behind the ones that are leased."""
+        keys = split_keys(request.keys)
+        count = self._cache.leased_prefix(request.namespace, keys, self._clock.monotonic())
+        if not count:
+            found: int = metadata.call(request)
+            return found
+        known = count * BLOCK_KEY_BYTES
+        if count < len(keys):
+            rest = MatchBlocks(request.namespace, request.keys[known:])
+            count += metadata.call(rest)
+        self._uses.matched(request.namespace, request.keys[:known])
+        return count
+
+    def _give(self, session: Session, request: GetBlocks, entries: list[Entry]) -> Granted:
+        size_bytes = sum([entry.extent_bytes for entry in entries])
+        reserved = False
+        try:
+            session.reserve(size_bytes)
+            reserved = True
+            lease = session.add_lease(entries, size_bytes)
+        except BaseException:
+            self._cache.release(entries)
+            if reserved:
+                session.unreserve(size_bytes)
+            raise
+        self._counters.add(
+            blocks_requested=len(entries), arena_hits=len(entries), blocks_leased=len(entries)
+        )
+        self._uses.looked_up(request.namespace, request.keys)
+        return Granted(lease, _packed(entries))
 
     def _fill(
         self,

@@ -36,6 +36,7 @@ from kvfs.agent.messages import (
 from kvfs.agent.reads import BlockReader
 from kvfs.agent.session import Session, Sessions
 from kvfs.agent.space import Space
+from kvfs.agent.watching import WATCHER_BYTES, Uses, Watching
 from kvfs.agent.writes import BlockWriter
 from kvfs_base import frames
 from kvfs_base.counters import Counters
@@ -92,7 +93,14 @@ class Agent:
         self._cache = BlockCache(config.arena_bytes)
         self._sessions = Sessions(config, self._cache, env.rng.randbytes)
         self._space = Space(self._arena, self._cache, self._sessions.collect)
-        self._reader = BlockReader(env.clock, self._space, chunks, self._counters)
+        self._uses = Uses()
+        watcher = env.rng.randbytes(WATCHER_BYTES)
+        self._watching: Watching | None = None
+        if dial_metadata is None:  # who stands in for the service leases nothing
+            self._watching = Watching(env, config.metadata, watcher, self._cache, self._uses)
+        self._reader = BlockReader(
+            env.clock, self._space, chunks, self._counters, uses=self._uses, watcher=watcher
+        )
         self._writer = BlockWriter(config, self._space, chunks, self._counters)
         self._lock = threading.Lock()
         self._connections: dict[Connection, threading.Thread] = {}
@@ -105,6 +113,8 @@ class Agent:
         """Serves from now on, in threads of its own. Raises ConnectionLost if the address cannot
         be bound."""
         self._listener = self._env.blocking_network.listen(self._config.unix)
+        if self._watching is not None:
+            self._watching.start()
         self._accepting = threading.Thread(
             target=self._accept, args=(self._listener,), name="kvfs-agent-accept", daemon=True
         )
@@ -123,6 +133,8 @@ class Agent:
                 connection.shutdown()
         for thread in threads:
             thread.join()
+        if self._watching is not None:
+            self._watching.stop()
         for connection in self._refused:
             connection.close()
         self._writer.close()
@@ -268,9 +280,13 @@ class _ClientConnection:
                 return agent._reader.get(metadata, session, request)
             case CountResident():
                 return agent._cache.resident(request.namespace, split_keys(request.keys))
-            case OpenNamespace() | MatchBlocks():
+            case OpenNamespace():
                 return metadata.call(request)
+            case MatchBlocks():
+                return agent._reader.match(metadata, request)
             case PreparePut():
+                # What is given up for room is what was not used for longest.
+                agent._uses.tell(metadata)
                 return agent._writer.prepare(metadata, session, request)
             case StageBlocks():
                 return agent._writer.stage(metadata, session, request)

@@ -20,14 +20,18 @@ class Space:
         self._collect = collect
 
     def acquire(
-        self, namespace: int, keys: Sequence[bytes], infos: Sequence[BlockInfo | None]
+        self,
+        namespace: int,
+        keys: Sequence[bytes],
+        infos: Sequence[BlockInfo | None],
+        revocations: int | None = None,
     ) -> Grant:
         """As BlockCache.acquire."""
         try:
-            return self.cache.acquire(namespace, keys, infos)
+            return self.cache.acquire(namespace, keys, infos, revocations)
         except ArenaFull:
             self._collect()
-        return self.cache.acquire(namespace, keys, infos)
+        return self.cache.acquire(namespace, keys, infos, revocations)
 
     def extent(self, entry: Entry) -> memoryview:
         """The whole pages of an entry, writable."""
