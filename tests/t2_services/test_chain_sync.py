@@ -26,11 +26,14 @@ from kvfs_datapath.chains import sync_sink as sync_sink_module
 from kvfs_datapath.chains import sync_source as sync_source_module
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.tree import drafts
-from kvfs_datapath.format import ChunkInfo, ChunkState, path_of
+from kvfs_datapath.format import ChunkInfo, ChunkState, path_of, pending_path_of
+from kvfs_metadata.cluster import members
+from kvfs_metadata.records import ChainRecord
 from t2_services.chain_cluster import (
     CHAIN,
     ChainCluster,
     Cut,
+    answers_get_lost,
     chains,
     only,
     payload,
@@ -213,6 +216,31 @@ def test_the_last_member_commits_what_it_had_pending_before_a_restart(
     wait_until(lambda: all(cluster.pending(1, chunk=n) is None for n in range(3)))
     assert [cluster.read(1, chunk=n) for n in range(3)] == [b"new", b"oldnew", b"new"]
     assert cluster.write(1, b"new", sequence=10, again=True, base=1).version == 2
+
+
+def test_what_a_source_lost_with_its_process_no_sink_keeps(cluster: ChainCluster) -> None:
+    """An update that was never acknowledged: the sink has committed it, and of what the source had
+    pending nothing is left."""
+    cluster.set_chain([1], syncing=[2])
+    wait_for_sync(cluster, 2)
+    replicator = cluster.servers[1]._chains.replicator
+    replicator.resolve = lambda *args: None  # type: ignore[method-assign]
+    with answers_get_lost(cluster, 1), pytest.raises(ConnectionLost):
+        cluster.write(1, b"lost", sequence=1)
+    assert cluster.committed(2) is not None
+    cluster.stop_server(1)
+    cluster.disk(1).unlink(pending_path_of(CHUNK))
+    chain = cluster.chain()
+    before = ChainRecord(chain.version, chain.targets, chain.copies, chain.syncing)
+    after = members.restarted(before, 1)
+    if after is not before:
+        cluster.metadata.set_chain(CHAIN, after.targets, after.syncing)
+    cluster.start_server(1)
+    wait_for_sync(cluster, 2)
+    assert cluster.committed(1) is None
+    assert cluster.committed(2) is None
+    wait_until(lambda: cluster.may_act(1))
+    assert cluster.write(1, b"new", sequence=2).version == 1
 
 
 def test_a_sink_that_is_silent_is_a_suspect_and_tried_again(cluster: ChainCluster) -> None:

@@ -30,6 +30,8 @@ def test_the_table() -> None:
     assert states(members.lost(chain((1,), offline=(2,)), 1)) == ((1,), (), (2,)), "the only one"
     assert states(members.lost(chain((1,), (2,)), 1)) == ((1,), (2,), ())
     assert states(members.lost(chain((1,), (2,)), 2)) == ((1,), (), (2,))
+    assert states(members.restarted(chain((1, 2)), 1)) == ((2,), (), (1,))
+    assert states(members.restarted(chain((1,), (2,)), 2)) == ((1,), (), (2,))
     assert states(members.returned(chain((1,), (3,), (2,)), 2)) == ((1,), (3, 2), ()), "last"
     assert states(members.synced(chain((1,), (2, 3)), 7, 1, 3)) == ((1, 3), (2,), ())
     assert states(members.replaced(chain((1,), offline=(2,)), 2, 3)) == ((1,), (3,), ())
@@ -40,12 +42,22 @@ def test_the_table() -> None:
 @pytest.mark.parametrize("record", [chain((1,)), chain((1,), (2,)), chain((1, 2), (3,), (4,))])
 def test_what_says_nothing_changes_nothing(record: ChainRecord) -> None:
     assert members.lost(record, 9) is record
+    assert members.restarted(record, 9) is record
     assert members.returned(record, 1) is record
     assert members.synced(record, 7, 1, 9) is record
     assert members.replaced(record, 1, 8) is record
     assert members.joined(record, 1) is record
     assert members.left(record, 9) is record
     assert members.removed(record, 9) is record
+
+
+def test_those_that_the_only_one_was_bringing_in_step_begin_again_when_it_was_restarted() -> None:
+    record = chain((1,), (2, 3), (4,))
+    after = members.restarted(record, 1)
+    assert states(after) == states(record) and after.version == record.version + 1
+    assert members.synced(after, record.version, 1, 2) is after
+    alone = chain((1,), offline=(2,))
+    assert members.restarted(alone, 1) is alone
 
 
 @pytest.mark.parametrize(
@@ -124,6 +136,15 @@ class ChainMachine(RuleBasedStateMachine):
         assert set(before.targets) - set(after.targets) <= {target_id}
         assert set(before.everybody) == set(after.everybody)
         assert target_id not in after.targets or before.targets in ((target_id,), after.targets)
+
+    @rule(target_id=TARGETS)
+    def restart(self, target_id: int) -> None:
+        before = self.record
+        self.become(members.restarted(before, target_id))
+        after = self.record
+        assert set(before.everybody) == set(after.everybody)
+        if target_id in before.targets and before.syncing:
+            assert after is not before, "what it said of them does not count any more"
 
     @rule(target_id=TARGETS)
     def come_back(self, target_id: int) -> None:

@@ -97,6 +97,23 @@ def test_a_restarted_server_serves_nothing_before_it_is_in_step(world: World) ->
     assert {c.chain_id: c.version for c in world.of(2)} == version
 
 
+def test_a_restart_of_the_only_one_that_serves_is_another_version(world: World) -> None:
+    """What those that it was bringing in step know of it is old."""
+    world.disks[1].silent = True
+    world.live(2 * LEASE)
+    world.disks[1].silent = False
+    world.live(BEAT)
+    before = [c for c in world.of(2) if c.targets == (1,)]
+    assert before and all(c.syncing == (2,) for c in before)
+    world.restart(world.disks[0])
+    for chain in before:
+        after = world.chains()[chain.chain_id]
+        assert (after.targets, after.syncing) == (chain.targets, chain.syncing)
+        assert after.version == chain.version + 1
+        world.beat(world.disks[0], synced=[Synced(chain.chain_id, chain.version, 2)])
+        assert world.chains()[chain.chain_id] == after
+
+
 def test_the_first_one_that_is_heard_of_after_two_crashes_does_not_serve(world: World) -> None:
     shared = [c.chain_id for c in world.of(1) if 2 in c.targets]
     world.restart(world.disks[0])

@@ -15,8 +15,8 @@ from kvfs_metadata.records import ChainRecord
 
 def lost(chain: ChainRecord, target_id: int) -> ChainRecord:
     """A member may miss something from now on, and it answers nobody: its lease is over, its disk
-    failed, it was fenced, or its process is another one. The only one that serves stays: it has the
-    newest data, and all wait for it."""
+    failed, or it was fenced. The only one that serves stays: it has the newest data, and all wait
+    for it."""
     if target_id in chain.targets and len(chain.targets) > 1:
         # It had everything just now, so it comes before those that are away for longer.
         return _changed(
@@ -32,6 +32,14 @@ def lost(chain: ChainRecord, target_id: int) -> ChainRecord:
             offline=(*chain.offline, target_id),
         )
     return chain
+
+
+def restarted(chain: ChainRecord, target_id: int) -> ChainRecord:
+    """A member's process is another one. If it is the only one that serves it stays, but those that
+    it was bringing in step may have updates that it lost: they begin again."""
+    if chain.targets == (target_id,) and chain.syncing:
+        return _changed(chain)
+    return lost(chain, target_id)
 
 
 def returned(chain: ChainRecord, target_id: int) -> ChainRecord:

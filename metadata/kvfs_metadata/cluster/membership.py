@@ -36,18 +36,13 @@ class Membership:
 
     def restarted(self, tx: Tx, entry: TargetEntry) -> None:
         """It has another incarnation, and serves nothing before it has seen a map."""
-        self._lose(tx, entry.target_id)
+        self._change_all(tx, entry, members.restarted)
         self._unfence(tx, entry)
 
     def failed(self, tx: Tx, entry: TargetEntry) -> None:
         """Its disk, and it says so itself."""
-        self._lose(tx, entry.target_id)
+        self._change_all(tx, entry, members.lost)
         self._unfence(tx, entry)
-
-    def _lose(self, tx: Tx, target_id: int) -> None:
-        self._change(
-            tx, self._chains.replicated(target_id), lambda chain: members.lost(chain, target_id)
-        )
 
     def fenced(self, tx: Tx, entry: TargetEntry) -> None:
         """It says that it answers for no chain. That counts only while it is to be fenced: what it
@@ -87,11 +82,7 @@ class Membership:
                 if other.record.replaces == target_id:
                     self._replace(tx, other, replaces=0)
         if self._targets.may_return(target_id):
-            self._change(
-                tx,
-                self._chains.replicated(target_id),
-                lambda chain: members.returned(chain, target_id),
-            )
+            self._change_all(tx, entry, members.returned)
 
     def synced(self, tx: Tx, reporters: Collection[int], reports: Iterable[Synced]) -> None:
         """``reporters`` are the targets of the server that says so."""
@@ -309,6 +300,13 @@ class Membership:
             after = step(chain)
             if after is not chain:
                 self._chains.put(tx, chain_id, after)
+
+    def _change_all(
+        self, tx: Tx, entry: TargetEntry, step: Callable[[ChainRecord, int], ChainRecord]
+    ) -> None:
+        """Every chain that a target is a member of."""
+        target_id = entry.target_id
+        self._change(tx, self._chains.replicated(target_id), lambda chain: step(chain, target_id))
 
     def _replace(self, tx: Tx, entry: TargetEntry, **fields: Any) -> None:
         self._targets.put(tx, entry, _with(entry.record, **fields))
