@@ -208,6 +208,11 @@ def _keep_pending_at_a_rejoin() -> Any:
     return mock.patch.object(SyncSinks, "begin", begin)
 
 
+def _go_on_after_a_restart() -> Any:
+    """Who is brought in step believes what a process that is gone told it."""
+    return mock.patch.object(members, "restarted", members.lost)
+
+
 def _commit_under_any_version() -> Any:
     """A member makes the next version of an update, whatever version it has."""
     receive, prepare = rules.receive, Versions.prepare
@@ -350,6 +355,7 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "serve while syncing": (_serve_while_syncing, "leases"),
     "take silence for no": (_take_silence_for_no, "chains"),
     "keep pending at a rejoin": (_keep_pending_at_a_rejoin, "chains"),
+    "go on after a restart": (_go_on_after_a_restart, "chains and ruin"),
     "commit under any version": (_commit_under_any_version, "chains"),
     "synced at once": (_synced_at_once, "chains"),
     "move what is open": (_move_what_is_open, "drains"),
@@ -373,6 +379,7 @@ FOUND_AT = {
     "no memory of updates": 15,
     "take silence for no": 45,
     "keep pending at a rejoin": 108,
+    "go on after a restart": 76,
     "move what is open": 242,
     "serve what is lost": 103,
     "remember every update": 9,
