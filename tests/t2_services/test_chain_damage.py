@@ -257,6 +257,26 @@ def test_an_append_to_what_nobody_has_does_not_stay_pending(
     assert [cluster.read(n) for n in (1, 2)] == [b"now whole again"] * 2
 
 
+def test_damage_that_hides_what_is_pending_is_found_without_a_reader(
+    cluster: ChainCluster,
+) -> None:
+    """After a restart: readers are told that something is pending, so none of them reports it."""
+    cluster.set_chain([1, 2])
+    cluster.write(1, b"base", sequence=1)
+    cluster.stop_server(2)
+    with pytest.raises(ConnectionLost):
+        cluster.write(1, b" and more", offset=4, sequence=2)
+    cluster.stop_server(1)
+    rot(cluster, 1, CHUNK)
+    cluster.metadata.set_chain(CHAIN, [1], offline=[2])
+    cluster.start_server(1)
+    wait_until(lambda: cluster.may_act(1) and damaged(cluster, 1) == 1)
+    assert isinstance(read_error(cluster, 1), ChunkCorrupt)
+    wait_until(lambda: not cluster.servers[1]._chains.replicator.unresolved())
+    cluster.write(1, b"now whole again", sequence=3)
+    assert cluster.read(1) == b"now whole again"
+
+
 def spoil_pending(cluster: ChainCluster, number: int, offset: int) -> None:
     """An append is behind the committed bytes, anything else in a file of its own."""
     path = path_of(CHUNK) if offset else pending_path_of(CHUNK)

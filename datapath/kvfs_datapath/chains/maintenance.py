@@ -11,11 +11,12 @@ import logging
 from collections.abc import Sequence
 
 from kvfs_base import threads
-from kvfs_base.errors import Conflict, DiskFull, KvfsError
+from kvfs_base.errors import ChunkCorrupt, ChunkMismatch, Conflict, DiskFull, KvfsError
 from kvfs_base.seams import Env
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.chains.peers import Peers, Unreached
+from kvfs_datapath.chains.repair import Repairer
 from kvfs_datapath.chains.replication import Replicator, Unresolved
 from kvfs_datapath.chains.views import Views
 from kvfs_datapath.chunks.store import ChunkStore
@@ -32,12 +33,15 @@ class Maintenance:
         views: Views,
         peers: Peers,
         replicator: Replicator,
+        *,
+        repairer: Repairer,
     ) -> None:
         self._env = env
         self._stores = stores
         self._views = views
         self._peers = peers
         self._replicator = replicator
+        self._repairer = repairer
         self._stopping = False
         self._wake = threads.event()
         self._searched: set[tuple[str, int]] = set()
@@ -103,8 +107,18 @@ class Maintenance:
                     silent.add(exc.__cause__.target_id)
             except Conflict:
                 pass  # somebody is at it
+            except (ChunkCorrupt, ChunkMismatch):
+                self._repair(store, chunk)
             except KvfsError as exc:
                 log.info("chunk %s stays pending: %s", tuple(chunk), exc)
+
+    def _repair(self, store: ChunkStore, chunk: ChunkId) -> None:
+        """A chunk that is so damaged that nobody can tell what is pending of it. Readers are told
+        that something is, so none of them reports the damage."""
+        try:
+            self._repairer.repair(store, chunk)
+        except KvfsError as exc:
+            log.info("chunk %s stays pending: %s", tuple(chunk), exc)
 
     def _note_full(self, store: ChunkStore, chunk: ChunkId) -> None:
         """A target that has no room to commit what others have committed leaves its chains, if

@@ -79,7 +79,9 @@ class ChainService:
             counters=counters,
             bytes_per_second=config.sync_bytes_per_second,
         )
-        self._maintenance = Maintenance(env, stores, self.views, self.peers, self.replicator)
+        self._maintenance = Maintenance(
+            env, stores, self.views, self.peers, self.replicator, repairer=self.repairer
+        )
 
     def buffers(self, hops: int) -> BufferPool:
         """Receive buffers for what ``hops`` members get after this one. Who waits for one waits
