@@ -584,3 +584,22 @@ def test_what_was_verified_stays_so_when_it_grows(disk: Disk) -> None:
         store.verify(file, info)
     file.close()
     store.close()
+
+
+@pytest.mark.logs_warnings
+def test_who_has_a_chunk_open_that_is_recorded_as_damaged_is_not_given_its_bytes(
+    disk: Disk,
+) -> None:
+    """It was opened before that, and is verified afterwards."""
+    store = open_store(disk)
+    update(store, 0, b"bytes")
+    store.close()
+    store = open_store(disk)
+    damage(disk, lambda fd: os.pwrite(fd, b"X", 0))
+    file, info = store.versions.open_settled(CHUNK)
+    with store.versions.lock(CHUNK):
+        store.versions.damaged.mark(CHUNK)
+    with pytest.raises(ChunkCorrupt):
+        store.verify(file, info)
+    file.close()
+    store.close()

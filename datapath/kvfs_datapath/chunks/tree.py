@@ -355,6 +355,7 @@ class ChunkTree:
                 # Or a writer came meanwhile; under the lock none can.
                 with self.guard(info.chunk):
                     info, _ = self.look(file, info.chunk)
+                    refuse_damaged(info)
                     if not info.is_sealed:
                         return
                     found = self.checksum(file, info.length)
