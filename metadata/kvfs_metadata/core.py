@@ -545,8 +545,9 @@ class MetadataCore:
         return self.drainer.step(tx)
 
     def stood_still(self, seconds: float) -> None:
-        """The process did nothing for so long: heartbeats may lie unread."""
+        """The process did nothing for so long: heartbeats and requests may lie unread."""
         self.cluster.targets.stood_still(seconds)
+        self.sessions.stood_still(seconds)
 
     def due(self) -> list[Operation]:
         """For prepared batches, sessions and unlinked files whose time is over. Targets whose

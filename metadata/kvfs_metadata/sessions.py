@@ -248,6 +248,15 @@ class Sessions:
         if session is not None:
             session.heard_at = self._clock.monotonic()
 
+    def stood_still(self, seconds: float) -> None:
+        """This server did nothing for so long: it cannot tell who was silent."""
+        now = self._clock.monotonic()
+        self._started_at = min(now, self._started_at + seconds)
+        for session in self._sessions.values():
+            session.heard_at = min(now, session.heard_at + seconds)
+        for server, heard_at in self._servers.items():
+            self._servers[server] = min(now, heard_at + seconds)
+
     def disconnected(self, connection: int) -> None:
         """The grace period of its session begins, unless it has a newer connection."""
         uuid = self._by_connection.pop(connection, None)

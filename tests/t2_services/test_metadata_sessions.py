@@ -115,6 +115,20 @@ def test_a_lost_connection_keeps_its_files_for_a_while(rig: Rig) -> None:
     assert rig.statistics()["sessions"] == 0
 
 
+def test_a_service_that_stood_still_cannot_tell_who_was_silent(rig: Rig) -> None:
+    """What its clients said meanwhile it has not read yet."""
+    attach(rig, 1, ONE)
+    inode = make_unlinked(rig, 1)
+    rig.clock.advance(2 * GRACE)
+    rig.core.stood_still(2 * GRACE)
+    rig.work(silent=True)
+    assert not is_gone(rig, inode)
+    rig.work(GRACE - 0.01, silent=True)
+    assert not is_gone(rig, inode)
+    rig.work(0.02, silent=True)
+    assert is_gone(rig, inode)
+
+
 def test_a_connection_that_never_attached(rig: Rig) -> None:
     inode = make_unlinked(rig, 7)
     rig.core.disconnected(7)
@@ -186,6 +200,17 @@ def test_an_unlink_soon_after_a_restart_waits_for_those_who_come_back(rig: Rig) 
     inode = rig.make(ROOT, b"f").inode
     rig.restart()
     rig.call(m.Unlink(ROOT, b"f"))
+    assert not is_gone(rig, inode)
+    rig.work(GRACE + 0.01)
+    assert is_gone(rig, inode)
+
+
+def test_a_service_that_stands_still_after_a_restart_waits_for_longer(rig: Rig) -> None:
+    inode = make_unlinked(rig, 1)
+    rig.restart()
+    rig.clock.advance(2 * GRACE)
+    rig.core.stood_still(2 * GRACE)
+    rig.work()
     assert not is_gone(rig, inode)
     rig.work(GRACE + 0.01)
     assert is_gone(rig, inode)

@@ -317,6 +317,20 @@ def test_a_server_that_dies_takes_its_sessions_along_after_their_grace(
     assert a.dump(records.SESSION) == a.dump(records.OPEN) == {}
 
 
+def test_a_server_that_stood_still_cannot_tell_which_others_are_gone(
+    servers: Servers, a: Rig, b: Rig
+) -> None:
+    servers.live(1)
+    inode = orphan(b, a)
+    still = GRACE + LEASE + 1
+    a.clock.advance(still)
+    a.core.stood_still(still)
+    servers.live(GRACE + LEASE - 1, [a])
+    assert not is_gone(a, inode)
+    servers.live(3, [a])
+    assert is_gone(a, inode)
+
+
 def test_a_server_that_says_goodbye(servers: Servers, a: Rig, b: Rig) -> None:
     servers.live(1)
     inode = orphan(b, a)
