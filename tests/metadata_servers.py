@@ -13,8 +13,6 @@ import importlib
 import importlib.util
 import json
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from forks import Forked
 from kvfs.settings import settings_of
 from kvfs_base.cluster import Heartbeat, TargetReport
 from kvfs_base.errors import ConnectionLost
@@ -80,7 +79,7 @@ class Servers:
         self.directory = directory / "store"
         self.store = store
         self.addresses = [Address.unix(f"{directory}/m{n}.sock") for n in range(store.servers)]
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._processes: dict[int, Forked] = {}
 
     def start(self, number: int = 0) -> None:
         flags = [f"--unix={self.addresses[number]}", f"--durability={self.store.durability}"]
@@ -88,12 +87,7 @@ class Servers:
             flags.append(f"--store={self.store.url}")
         if not self.store.url or _is_required("directory"):
             flags.append(f"--directory={self.directory}")
-        process = self._processes[number] = subprocess.Popen(
-            [sys.executable, "-m", "kvfs", "serve", "metadata", *flags],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout is not None
+        process = self._processes[number] = Forked("kvfs.cli:main", "serve", "metadata", *flags)
         assert json.loads(process.stdout.readline())["event"] == "ready"
 
     def start_all(self) -> None:
@@ -104,7 +98,6 @@ class Servers:
         process = self._processes.pop(number)
         process.kill()
         process.wait()
-        assert process.stdout is not None
         process.stdout.close()
 
     def stop(self) -> None:
@@ -114,7 +107,6 @@ class Servers:
             process.terminate()
         for process in self._processes.values():
             codes.append(process.wait(60))
-            assert process.stdout is not None
             process.stdout.close()
         self._processes.clear()
         assert set(codes) <= {0}

@@ -13,7 +13,6 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,7 +21,8 @@ from typing import Any
 
 import pytest
 
-ROLES = Path(__file__).with_name("roles.py")
+from forks import Forked
+
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 WAIT_SECONDS = 30.0
@@ -48,18 +48,14 @@ class Role:
         self.cluster = cluster
         self.argv = argv
         self.log = cluster.directory / f"{argv[0]}-{uuid.uuid4().hex[:6]}.log"
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Forked | None = None
 
     def start(self) -> Role:
+        role, *arguments = self.argv
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, ROLES, self.argv[0], self.cluster.directory, *self.argv[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
+            self.process = Forked(
+                "t4_mount.roles:main", role, self.cluster.directory, *arguments, stderr=log
             )
-        assert self.process.stdout is not None
         poll = select.poll()  # select() takes no descriptor above 1,023
         poll.register(self.process.stdout, select.POLLIN)
         line = self.process.stdout.readline() if poll.poll(1000 * START_SECONDS) else b""
@@ -91,7 +87,7 @@ class Role:
             pytest.fail(f"{self.argv[0]} ignored SIGTERM:\n{self.log.read_text()[-3000:]}")
 
     def _reap(self) -> None:
-        assert self.process is not None and self.process.stdout is not None
+        assert self.process is not None
         self.process.wait(STOP_SECONDS)
         self.process.stdout.close()
         self.process = None

@@ -1,8 +1,8 @@
 """Runs one role of a kvfs for the mount's tests, as a process of its own so that it can be killed:
 
-    python roles.py metadata DIR [SESSION_SECONDS]
-    python roles.py chunks DIR COUNT [--hosts]
-    python roles.py mount DIR MOUNTPOINT [--allow-other] [--SETTING=...]
+    metadata DIR [SESSION_SECONDS]
+    chunks DIR COUNT [--hosts]
+    mount DIR MOUNTPOINT [--allow-other] [--SETTING=...]
 
 Prints ``ready`` once serving. SIGTERM ends it cleanly. Logs go to stderr, one line a record, level
 first.
@@ -113,9 +113,9 @@ def run_mount_role(directory: str, mountpoint: str, options: dict[str, Any]) -> 
     trio.run(until_signal, serve)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
-    role, directory, *rest = argv
+    role, directory, *rest = sys.argv[1:]
     if role == "metadata":
         run_metadata(directory, *rest)
     elif role == "chunks":
@@ -128,7 +128,3 @@ def main(argv: list[str]) -> None:
                 setting = name.removeprefix("--").replace("-", "_")
                 options[setting] = float(value) if setting.endswith("_seconds") else value
         run_mount_role(directory, rest[0], options)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
