@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,3 +39,13 @@ def client(cluster: ApiCluster) -> Iterator[kvfs.Client]:
 @pytest.fixture
 def namespace(client: kvfs.Client) -> kvfs.Namespace:
     return client.namespace("tenant/model", kvfs.KVLayout(block_tokens=16), create=True)
+
+
+@pytest.fixture
+def kept_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks drop what the kernel has cached, of all: tests beside them would read it again."""
+    instead = tmp_path_factory.mktemp("proc") / "drop_caches"
+    instead.touch()
+    for module in ("bench", "mount_fio"):
+        monkeypatch.setattr(f"kvfs_tools.{module}.CACHES", instead)
+    monkeypatch.setattr(os, "sync", lambda: None)

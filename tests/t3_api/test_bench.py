@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from kvfs_tools.bench import Row, bench
 
+pytestmark = pytest.mark.usefixtures("kept_caches")
+
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_every_row_is_measured_against_its_limit(tmp_path: Path) -> None:

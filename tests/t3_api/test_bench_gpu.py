@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from kvfs_tools import gpu_disk
 from kvfs_tools.bench_gpu import bench_gpu
 
+pytestmark = pytest.mark.usefixtures("kept_caches")
+
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
 def test_every_row_is_measured_against_its_limit(

@@ -22,6 +22,8 @@ NAMES = ["create and close", "stat", "open and close", "list with types and size
 KV_ROWS = 4
 FILE_ROWS = 2
 
+pytestmark = pytest.mark.usefixtures("kept_caches")
+
 
 def run(tmp_path: Path, *options: str) -> list[dict[str, object]]:
     out = tmp_path / "rows.json"
@@ -37,6 +39,7 @@ def test_every_figure_is_measured_beside_the_backing_file_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvfs_tools.bench_mount.SETTLED_SECONDS", 0)
+    monkeypatch.setattr("kvfs_tools.mount_names.FORGOTTEN_SECONDS", 0)
     rows = run(tmp_path)
     whats = [str(row["what"]).split(",")[0] for row in rows]
     assert whats == [*NAMES, "unlink", *["KV blocks"] * KV_ROWS, *["block files"] * FILE_ROWS]
@@ -49,7 +52,8 @@ def test_every_figure_is_measured_beside_the_backing_file_system(
         assert set(row["cpu"]) == {"direct", "pyfuse3"}  # type: ignore[call-overload]
 
 
-def test_limits_of_names(tmp_path: Path) -> None:
+def test_limits_of_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvfs_tools.mount_names.FORGOTTEN_SECONDS", 0)
     peers = ["--peer", "memory", "--peer", "empty"]
     rows = run(tmp_path, "--part", "names", "--frontend", "direct", *peers)
     assert len(rows) == len(NAMES) + 1

@@ -41,6 +41,7 @@ from kvfs_tools.tables import show
 BATCH = 32
 MATCH_KEYS = 1000
 READ_THREADS = 8
+CACHES = Path("/proc/sys/vm/drop_caches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,7 @@ def interleave(
 
 def drop_page_cache() -> None:
     os.sync()
-    with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as file:
-        file.write("1\n")
+    CACHES.write_text("1\n")
 
 
 # --- limits
