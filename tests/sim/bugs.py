@@ -374,19 +374,31 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
 """What is wrong, and the kind of world in which it shows."""
 
 FOUND_AT = {
-    "remove another generation": 17,
-    "no fence": 41,
-    "no memory of updates": 15,
-    "take silence for no": 45,
-    "keep pending at a rejoin": 108,
+    "remove another generation": 27,
+    "commit without chunks": 1,
+    "forget removals": 5,
+    "skip the version check": 12,
+    "serve pending": 1,
+    "no fence": 49,
+    "no memory of updates": 82,
+    "serve while syncing": 22,
+    "take silence for no": 67,
+    "keep pending at a rejoin": 119,
+    "commit under any version": 32,
+    "synced at once": 1,
+    "move what is open": 278,
     "go on after a restart": 76,
-    "move what is open": 242,
     "serve what is lost": 103,
+    "collect what is written": 1,
+    "leave before the copies": 1,
     "remember every update": 9,
+    "believe every frame": 10,
+    "keep what is revoked": 1,
+    "answer before all have dropped it": 1,
     "believe an old answer": 33,
 }
-"""A seed that found it when this was written, where the first one that does is late. A search
-begins there, and goes on from there once a change of the code has made it miss."""
+"""A seed that found it when this was written, where the first one does not. A search begins there,
+and goes on from there once a change of the code has made it miss."""
 
 
 @contextlib.contextmanager
