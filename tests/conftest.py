@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import itertools
 import logging
 import os
 from collections.abc import Iterator
@@ -84,3 +85,47 @@ def descriptors_are_closed() -> Iterator[None]:
     if len(os.listdir("/proc/self/fd")) - before > DESCRIPTORS_MAX:
         gc.collect()
         assert len(os.listdir("/proc/self/fd")) - before <= DESCRIPTORS_MAX, "descriptors leak"
+
+
+LONG = (
+    "t5_cluster/",
+    "sim/test_simulation.py",
+    "t4_mount/test_file_checker.py",
+    "t3_api/test_bench",
+    "t3_api/test_replay_demo.py",
+    "t2_services/test_posix_model.py",
+    "t1_stores/test_version_crashes.py",
+    "t6_engines/test_bench_ttft.py",
+)
+"""Half of the time in a twentieth of the tests."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deals what is long out to the workers: each begins with its share and goes on with as much of
+    the rest as makes their numbers of tests equal, since that is how xdist cuts the list. Who is
+    done takes over short tests of others in the end, so all are done at about the same time."""
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers == 1:
+        return
+    units = [(unit, list(group)) for unit, group in itertools.groupby(items, _unit)]
+    long = [group for unit, group in units if unit]
+    rest = [item for unit, group in units if not unit for item in group]
+    # Every other worker plays its hand from the end: seeds compute while clusters wait.
+    hands = [long[place::workers][:: 1 - 2 * (place % 2)] for place in range(workers)]
+    counts = [sum(map(len, hand)) for hand in hands]
+    items.clear()
+    for place, hand in enumerate(hands):
+        share = (len(rest) + sum(counts[place:])) // (workers - place) - counts[place]
+        items += [*itertools.chain.from_iterable(hand), *rest[: max(0, share)]]
+        del rest[: max(0, share)]
+
+
+def _unit(item: pytest.Item) -> str:
+    """What stays together of the long ones: tests of seeds have nothing to share."""
+    name = os.path.relpath(item.path, os.path.dirname(__file__))
+    if not name.startswith(LONG):
+        return ""
+    parent = item if name.startswith("sim/") else item.parent
+    assert parent is not None
+    return parent.nodeid
