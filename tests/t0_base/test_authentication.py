@@ -33,7 +33,7 @@ from kvfs_base.os_network import OsBlockingNetwork, OsNetwork
 from kvfs_base.rpc import BlockingRpcClient, Request, RpcClient, RpcServer, receive_frame
 from kvfs_base.types import Address
 
-SECONDS = 30.0
+SECONDS = 60.0
 RIGHT = Secret(b"0123456789abcdef0123456789abcdef")
 WRONG = Secret(b"fedcba9876543210fedcba9876543210")
 HELLO = HEAD.pack(MAGIC, VERSION, CLIENT, 0) + bytes(32)

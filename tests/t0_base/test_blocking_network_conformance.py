@@ -22,7 +22,7 @@ from kvfs_base.seams import BlockingNetwork, Connection, Listener
 from kvfs_base.testing import MemoryBlockingNetwork, MemoryDisk
 from kvfs_base.types import Address
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 class Pair:

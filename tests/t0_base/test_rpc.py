@@ -440,10 +440,10 @@ def served(tmp_path: Path) -> Any:
 
     thread = threading.Thread(target=trio.run, args=(main,))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
     yield address
     token[0].run_sync_soon(scope.cancel)
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

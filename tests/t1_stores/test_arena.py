@@ -143,5 +143,5 @@ def test_another_process_reads_it(arena: Arena) -> None:
     arena.view(0, 5)[:] = b"child"
     code = "import os, sys; sys.stdout.write(os.pread(int(sys.argv[1]), 5, 0).decode())"
     argv = [sys.executable, "-c", code, str(arena.fd)]
-    done = subprocess.run(argv, pass_fds=[arena.fd], capture_output=True, timeout=30, check=True)
+    done = subprocess.run(argv, pass_fds=[arena.fd], capture_output=True, timeout=60, check=True)
     assert done.stdout == b"child"

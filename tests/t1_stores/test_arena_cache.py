@@ -177,7 +177,7 @@ def test_a_block_is_loaded_once_and_others_wait() -> None:
     seen: list[State] = []
 
     def wait() -> None:
-        assert waiting.finished.wait(10)
+        assert waiting.finished.wait(60)
         seen.append(waiting.state)
 
     thread = threading.Thread(target=wait)

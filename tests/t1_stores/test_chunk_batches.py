@@ -23,7 +23,7 @@ from kvfs_datapath.format import ChunkInfo, ChunkState, directory_of
 from t1_stores.chain_chunks import open_store
 from t1_stores.power_disk import PowerDisk
 
-SECONDS = 20.0
+SECONDS = 60.0
 POWER_LOSSES = 6
 CHUNKS = [ChunkId(77, 0), ChunkId(77, 1), ChunkId(78, 0)]
 """In two directories."""

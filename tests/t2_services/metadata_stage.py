@@ -156,12 +156,12 @@ def blocking_stage(tmp_path: Path, targets: int = 2) -> Iterator[BlockingStage]:
 
     thread = threading.Thread(target=trio.run, args=(serve,))
     thread.start()
-    assert ready.wait(10)
+    assert ready.wait(60)
 
     def cut() -> None:
         ready.clear()
         trio.from_thread.run_sync(scopes[0].cancel, trio_token=token[0])
-        assert ready.wait(10)  # it listens again
+        assert ready.wait(60)  # it listens again
 
     try:
         yield BlockingStage(env, address, rig, handler, cut)

@@ -103,7 +103,7 @@ def test_updates_of_different_chunks_go_down_the_chain_together(lazy: ChainClust
     receive, together = replicator.receive, threading.Barrier(4)
 
     def wait(*args: Any) -> Any:
-        together.wait(20)
+        together.wait(60)
         return receive(*args)
 
     replicator.receive = wait  # type: ignore[method-assign]
@@ -474,13 +474,13 @@ def test_a_range_is_not_cut_by_two_requests_with_one_number(lazy: ChainCluster) 
 
     def slowly(*args: Any) -> Any:
         inside.set()
-        assert outside.wait(20)
+        assert outside.wait(60)
         return update(*args)
 
     replicator.update = slowly  # type: ignore[method-assign]
     first = threading.Thread(target=lazy.call, args=(1, request))
     first.start()
-    assert inside.wait(20)
+    assert inside.wait(60)
     outcomes = lazy.call(1, request)
     assert next(iter(outcomes.errors.values())).code == "conflict"
     outside.set()
@@ -520,7 +520,7 @@ def test_all_chunks_of_a_request_are_synced_together_on_all_members(lazy: ChainC
 
     def wait(operation: str, path: str) -> None:
         if operation == "sync":
-            together.wait(20)
+            together.wait(60)
 
     for number in (1, 2, 3):
         lazy.memory_disk(number).before = wait

@@ -23,7 +23,7 @@ def nothing() -> None:
 
 def test_jobs_wait_together(crew: Crew) -> None:
     barrier = threading.Barrier(3)
-    crew.work([lambda: barrier.wait(20)] * 3)
+    crew.work([lambda: barrier.wait(60)] * 3)
     assert not barrier.broken
 
 
@@ -44,12 +44,12 @@ def test_nobody_waits_for_a_helper_who_is_busy(crew: Crew) -> None:
     busy, go_on = threading.Barrier(4), threading.Event()
 
     def hold() -> None:
-        busy.wait(20)
-        assert go_on.wait(20)
+        busy.wait(60)
+        assert go_on.wait(60)
 
     other = threading.Thread(target=crew.work, args=([hold] * 3,))
     other.start()
-    busy.wait(20)
+    busy.wait(60)
     done: list[int] = []
     crew.work([lambda n=n: done.append(n) for n in range(5)])
     assert sorted(done) == list(range(5))
@@ -77,13 +77,13 @@ def test_a_source_of_jobs_that_breaks_off(crew: Crew) -> None:
 
     def first() -> None:
         began.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         ended.set()
 
     def source() -> Iterator[Job]:
         yield first
         yield nothing
-        assert began.wait(20)
+        assert began.wait(60)
         go_on.set()
         raise KeyError
 

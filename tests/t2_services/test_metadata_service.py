@@ -227,7 +227,7 @@ class SlowCommits(MemoryEngine):
         self.groups: list[int] = []
 
     def commit(self, group: Group[object]) -> None:
-        self.open.wait(10)
+        self.open.wait(60)
         self.groups.append(len(group.results))
         super().commit(group)
 

@@ -29,7 +29,7 @@ from kvfs_datapath.client.workers import Portions
 from kvfs_datapath.connections import Attempt, ConnectionPool
 from kvfs_datapath.wire import receive_body, receive_header
 
-SECONDS = 20.0
+SECONDS = 60.0
 PIECE = 64 * KIB
 PORTION = 3 * PIECE
 _decoder = msgspec.msgpack.Decoder(m.DataRequest)

@@ -24,7 +24,7 @@ from kvfs_base.errors import InvalidRequest, RoleFailed
 
 READY = 'print(\'{"event": "ready"}\', flush=True)\n'
 WAIT = "import signal; signal.pause()\n"
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 60.0
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ LAYOUT = KVLayout(block_tokens=1)
 
 def run(cluster: ApiCluster, body: Callable[[kvfs.aio.Namespace], Awaitable[None]]) -> None:
     async def main() -> None:
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             async with await kvfs.aio.connect(str(cluster.agent_address)) as client:
                 assert (await client.statistics())["sessions"] == 1
                 await body(await client.namespace("t/m", LAYOUT, create=True))

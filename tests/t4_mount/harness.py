@@ -25,8 +25,8 @@ from forks import Forked
 
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
-WAIT_SECONDS = 30.0
-COLLECTED_SECONDS = 60.0
+WAIT_SECONDS = 60.0
+COLLECTED_SECONDS = 120.0
 """An unlinked file may be kept for SESSION_GRACE_SECONDS after the service started."""
 MNT_DETACH = 2
 COMPLAINT = re.compile(r"^((WARNING|ERROR|CRITICAL) kvfs|Traceback)\b", re.MULTILINE)

@@ -94,7 +94,7 @@ def test_the_mount_goes_on_after_the_metadata_service_was_killed(own_cluster: Cl
         waiting.start()
         wait_until(lambda: waiting.is_alive())
         own_cluster.metadata.start()
-        waiting.join(30)
+        waiting.join(60)
         assert not waiting.is_alive()
 
         assert (mountpoint / "waited").read_bytes() == b"waited"
@@ -207,13 +207,13 @@ def test_two_mounts_see_each_other_close_to_open(own_cluster: Cluster) -> None:
         detach(second)
 
 
-def test_quotas_are_exact_after_kills(own_cluster: Cluster) -> None:
+def test_quotas_are_exact_after_kills(hasty_cluster: Cluster) -> None:
     """The mount dies and comes again, the metadata service too, while files come, grow and go."""
-    mountpoint = own_cluster.directory / "mnt"
-    mount = own_cluster.mount(mountpoint)
+    mountpoint = hasty_cluster.directory / "mnt"
+    mount = hasty_cluster.mount(mountpoint)
     limited = mountpoint / "limited"
     limited.mkdir()
-    set_quota(own_cluster, limited, 8 * MIB)
+    set_quota(hasty_cluster, limited, 8 * MIB)
     stop = threading.Event()
 
     def work(number: int) -> None:
@@ -230,21 +230,21 @@ def test_quotas_are_exact_after_kills(own_cluster: Cluster) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         workers = [pool.submit(work, number) for number in range(3)]
-        with own_cluster.client() as client:
+        with hasty_cluster.client() as client:
             wait_until(lambda: client.call(GetQuota(quota_of(client))).bytes_used > MIB)
             mount.kill()
-            mount = own_cluster.mount(mountpoint)
-            own_cluster.metadata.kill()
-            own_cluster.metadata.start()
+            mount = hasty_cluster.mount(mountpoint)
+            hasty_cluster.metadata.kill()
+            hasty_cluster.metadata.start()
         stop.set()
         for worker in workers:
             worker.result()
     sizes = [path.stat().st_size for path in limited.iterdir()]
-    assert sum(sizes) <= used(own_cluster, limited) <= 8 * MIB  # orphans of the dead count
+    assert sum(sizes) <= used(hasty_cluster, limited) <= 8 * MIB  # orphans of the dead count
     mount.stop()
-    own_cluster.chunks.stop()
-    own_cluster.metadata.stop()
-    assert_consistent(str(own_cluster.directory / "metadata"))
+    hasty_cluster.chunks.stop()
+    hasty_cluster.metadata.stop()
+    assert_consistent(str(hasty_cluster.directory / "metadata"))
 
 
 def quota_of(client: Any) -> int:

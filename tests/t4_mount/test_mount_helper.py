@@ -95,7 +95,7 @@ def test_systemd_is_told(
     mountpoint.mkdir()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(name if kind == "file" else "\0" + name[1:])
-        systemd.settimeout(30)
+        systemd.settimeout(60)
         monkeypatch.setenv("NOTIFY_SOCKET", name)
         service = subprocess.Popen(
             [sys.executable, "-m", "kvfs", "mount", str(cluster.address), str(mountpoint)],
@@ -107,7 +107,7 @@ def test_systemd_is_told(
             assert os.path.ismount(mountpoint)
             service.send_signal(signal.SIGTERM)
             assert systemd.recv(4096) == b"STOPPING=1"
-            assert service.wait(20) == 0
+            assert service.wait(60) == 0
         finally:
             service.kill()
             service.wait()

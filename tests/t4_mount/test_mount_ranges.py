@@ -203,7 +203,7 @@ def test_mappings_of_processes_are_one(file: int, work: Path) -> None:
                 area[0] = turn + 1
             else:
                 os.sched_yield()
-        assert other.wait(20) == 0 and area[0] == 100
+        assert other.wait(60) == 0 and area[0] == 100
     assert os.pread(file, 1, 0) == b"d"
 
 

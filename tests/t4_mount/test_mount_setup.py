@@ -122,7 +122,7 @@ def test_unmounted_by_somebody_else(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "file-of-setup-test").touch()
     (tmp_path / "file-of-setup-test").unlink()
     subprocess.run(["umount", str(tmp_path)], check=True)
-    assert role.process.wait(15) == 0
+    assert role.process.wait(60) == 0
     role.stop()
 
 

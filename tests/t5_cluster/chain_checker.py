@@ -32,9 +32,9 @@ FILE_PAGES = 512
 RUN_PAGES_MAX = 12
 BATCH = 16
 PACE_SECONDS = 0.05
-STOP_SECONDS = 100.0
+STOP_SECONDS = 200.0
 """What is under way when a window ends waits for a chain no longer than this."""
-PATIENCE_SECONDS = 40.0
+PATIENCE_SECONDS = 120.0
 _HEADER = struct.Struct("<8sQQQ")
 _ZEROS = bytes(PAGE)
 BLOCK, FILE = b"block   ", b"file    "

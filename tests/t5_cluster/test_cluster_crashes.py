@@ -12,7 +12,7 @@ import pytest
 
 import kvfs
 from kvfs.cli.exits import ExitCode
-from t5_cluster.processes import KVFS, Cluster, run, wait_until
+from t5_cluster.processes import DEADLINE_SECONDS, KVFS, Cluster, run, wait_until
 
 
 def kill(pids: Iterable[int]) -> None:
@@ -32,7 +32,7 @@ def test_sigterm_and_ctrl_c_leave_nothing_behind(own: Cluster) -> None:
     assert process.pid == pids["supervisor"]
     assert sorted(own.remaining()) == sorted(pids.values())
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(DEADLINE_SECONDS) == 0
     own.assert_gone()
     own.clean_up()
 
@@ -40,7 +40,7 @@ def test_sigterm_and_ctrl_c_leave_nothing_behind(own: Cluster) -> None:
     assert (own.mountpoint / "file").read_text() == "hello"
     own.check_mount(range(4))
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
-    assert process.wait(60) == 0
+    assert process.wait(DEADLINE_SECONDS) == 0
     own.assert_gone()
 
 
@@ -53,7 +53,7 @@ def test_a_signal_during_the_start_leaves_nothing_behind(own: Cluster) -> None:
     )
     wait_until((own.directory / "run/metadata.sock").exists, "the first role")
     process.terminate()
-    assert process.wait(60) == 0
+    assert process.wait(DEADLINE_SECONDS) == 0
     own.assert_gone()
 
 
@@ -63,7 +63,7 @@ def test_a_busy_mount_goes_too(own: Cluster) -> None:
         file.write("still open")
         file.flush()
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(DEADLINE_SECONDS) == 0
         own.assert_gone()
         try:
             file.close()
