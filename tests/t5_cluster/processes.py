@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from click.testing import CliRunner
+
 import kvfs
+from kvfs.cli import cli
 from kvfs.mount import system
 from kvfs.supervisor import locks
 from kvfs_base.types import KVLayout
@@ -29,6 +32,12 @@ def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes
     if "input" in options:
         del options["stdin"]
     return subprocess.run([*KVFS, *map(str, arguments)], timeout=DEADLINE_SECONDS, **options)
+
+
+def told(*arguments: object) -> Any:
+    """What `kvfs ARGUMENTS --json` prints, without a process: tests ask until something is so."""
+    done = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
+    return json.loads(done.stdout)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -79,7 +88,7 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(run("status", self.directory, "--json").stdout)
+        found: dict[str, Any] = told("status", self.directory)
         return found
 
     def endpoints(self) -> dict[str, Any]:

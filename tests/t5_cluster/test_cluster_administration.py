@@ -12,15 +12,13 @@ import pytest
 
 import kvfs
 from kvfs.cli.exits import ExitCode
-from t5_cluster.processes import Cluster, block, run, wait_until
+from t5_cluster.processes import Cluster, block, run, told, wait_until
 
 KIB64 = 64 * 1024
 
 
 def listed(cluster: Cluster, what: str) -> Any:
-    done = run("cluster", what, cluster.directory, "--json")
-    assert done.returncode == ExitCode.OK, done.stderr
-    return json.loads(done.stdout)
+    return told("cluster", what, cluster.directory)
 
 
 def target_of(cluster: Cluster, server: str) -> dict[str, Any]:

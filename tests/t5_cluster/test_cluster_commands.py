@@ -30,7 +30,7 @@ def test_a_block_put_through_the_api_is_a_file_in_the_mount(running: Cluster) ->
 def test_status_tells_programs_and_people(running: Cluster) -> None:
     with kvfs.connect(running.directory) as client:
         running.put(client, [100])
-    found = running.status()
+    found = json.loads(run("status", running.directory, "--json").stdout)
     assert found["healthy"] is True
     assert found["errors"] == []
     assert found["mount"] == str(running.mountpoint)
