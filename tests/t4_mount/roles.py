@@ -52,6 +52,9 @@ def run_metadata(directory: str, session_seconds: str = "") -> None:
     if session_seconds:
         sessions.SESSION_GRACE_SECONDS = float(session_seconds)
         sessions.SESSION_SILENT_SECONDS = float(session_seconds) / 3
+    if not os.listdir(f"{directory}/metadata"):
+        # Nobody has a file open in a store that is about to be made: it need not wait to hear.
+        sessions.Sessions.in_grace = False  # type: ignore[assignment,method-assign]
 
     async def serve(*, task_status: Any) -> None:
         config = MetadataConfig(directory=f"{directory}/metadata", unix=metadata_address(directory))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.nn.attention.bias import causal_lower_right
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -76,6 +75,8 @@ def causal_attention(
             query, key, value, 0.0, query.shape[2] > 1, False, scale=scaling
         )[0]
     else:
+        from torch.nn.attention.bias import causal_lower_right  # 1.5 s, for those who need it
+
         mask = causal_lower_right(query.shape[2], key.shape[2]) if query.shape[2] > 1 else None
         found = torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scaling
