@@ -113,9 +113,9 @@ LONG = (
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deals what is long out to the workers: each begins with its share and goes on with as much of
-    the rest as makes their numbers of tests equal, since that is how xdist cuts the list. Who is
-    done takes over short tests of others in the end, so all are done at about the same time."""
+    """Deals what is long out to the workers: each begins with its share and goes on with as much
+    of the rest as makes their numbers of tests equal, since that is how xdist cuts the list. Who
+    is done takes over short tests of others in the end, so all end at about the same time."""
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     if workers == 1:
         return

@@ -34,8 +34,8 @@ MODULES = (
 
 
 class Forked:
-    """A process that calls ``function`` ("module:name") with ``arguments`` in ``sys.argv``. As much
-    of ``subprocess.Popen`` as tests use."""
+    """A process that calls ``function`` ("module:name") with ``arguments`` in ``sys.argv``. It has
+    as much of ``subprocess.Popen`` as tests use."""
 
     def __init__(self, function: str, *arguments: object, stderr: IO[Any] | None = None) -> None:
         request = json.dumps([function, [*map(str, arguments)], os.getcwd(), dict(os.environ)])
