@@ -59,6 +59,7 @@ class MetadataService:
         self._syncs_begun = 0
         self._sync_failed = False
         self._stood_still = 0.0
+        """Seconds that are to be given back to everybody whose time they were."""
         self._heard: set[int] = set()
         self._gone: set[int] = set()
 
@@ -225,7 +226,9 @@ class MetadataService:
         while True:
             begun = clock.monotonic()
             await trio.sleep(HEARTBEAT_SECONDS)
-            self._stood_still = clock.monotonic() - begun - HEARTBEAT_SECONDS
+            stood_still = clock.monotonic() - begun - HEARTBEAT_SECONDS
+            if stood_still > HEARTBEAT_SECONDS:
+                self._stood_still += stood_still
             try:
                 operations = await self._turns.ask(self._due)
             except KvfsError as exc:
@@ -266,8 +269,9 @@ class MetadataService:
             self.core.disconnected(connection)
         if self._shared:
             self.core.catch_up()
-        if self._stood_still > HEARTBEAT_SECONDS:
+        if self._stood_still:
             self.core.stood_still(self._stood_still)
+            self._stood_still = 0.0
         return self.core.due()
 
     async def _beat(self) -> None:

@@ -392,6 +392,33 @@ def test_batches_sessions_and_leases_expire_by_themselves(durability: str) -> No
     run_in_mock_time(test)
 
 
+def test_time_in_which_a_server_stood_still_is_given_back_once_its_store_can_be_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that was stopped may find that its connection to the database was lost."""
+    world = memory_world("cache")
+    engine = MemoryEngine()
+    engine.shared = True
+    service = MetadataService(world.env, world.config, engine)
+    given: list[float] = []
+    monkeypatch.setattr(service.core, "stood_still", given.append)
+    lost = [e.StoreUnavailable(detail="lost")]
+
+    def catch_up() -> None:
+        if lost:
+            raise lost.pop()
+
+    monkeypatch.setattr(service.core, "catch_up", catch_up)
+    monkeypatch.setattr(service.core, "due", list)
+    service._stood_still = 40.0
+    with pytest.raises(e.StoreUnavailable):
+        service._due()
+    assert given == []
+    service._due()
+    service._due()
+    assert given == [40.0]
+
+
 def test_uses_are_recorded_now_and_then_and_at_the_end() -> None:
     world = memory_world("cache")
 
