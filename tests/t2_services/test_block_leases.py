@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from kvfs_base.os_env import os_env
 from kvfs_base.types import Address, KVLayout
 from kvfs_metadata import messages as m
 from metadata_servers import Servers, Store, running
+from t2_services.chunk_cluster import wait_until
 
 KEYS = [bytes([n]) * 32 for n in range(1, 9)]
 LAYOUT = KVLayout(block_tokens=16)
@@ -50,7 +50,7 @@ class World:
     def watched(self) -> None:
         """Until they may keep what they are told."""
         caches = [agent._cache for agent in self.agents]
-        wait_for(lambda: None not in [cache.revocations for cache in caches])
+        wait_until(lambda: None not in [cache.revocations for cache in caches])
 
     def put(self, number: int, key: bytes, value: bytes) -> None:
         self.namespaces[number].put([key], [value * 4096])
@@ -68,13 +68,6 @@ class World:
         for agent in self.agents:
             agent.stop()
         self.metadata.close()
-
-
-def wait_for(condition: object) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -95,7 +88,7 @@ def test_a_second_get_asks_nobody(world: World) -> None:
     assert [world.get(1, KEYS[0]) for _ in range(5)] == [[b"a"]] * 5
     assert world.leased(1) == 5
     # They are counted, and count as uses, once they are told.
-    wait_for(lambda: world.metadata.call(m.Statistics())["lookup_hits"] == before + 5)
+    wait_until(lambda: world.metadata.call(m.Statistics())["lookup_hits"] == before + 5)
 
 
 def test_a_batch_with_a_key_that_is_not_leased_is_asked_for(world: World) -> None:
@@ -123,7 +116,7 @@ def test_a_match_asks_for_what_is_behind_the_leased_prefix(world: World) -> None
         assert misses == 4
         return hits == 6
 
-    wait_for(told)
+    wait_until(told)
 
 
 def test_what_is_removed_is_gone_when_that_is_answered(world: World) -> None:
@@ -150,7 +143,7 @@ def test_nothing_is_given_while_the_service_is_away(world: World) -> None:
     assert [world.get(1, KEYS[0]) for _ in range(2)] == [[b"a"]] * 2
     world.servers.kill()
     cache = world.agents[1]._cache
-    wait_for(lambda: cache.revocations is None)
+    wait_until(lambda: cache.revocations is None)
     assert cache.leased_prefix(world.namespaces[1]._inode, [KEYS[0]], 0.0) == 0
     world.servers.start()
     world.watched()
