@@ -8,13 +8,11 @@ import fcntl
 import os
 from collections.abc import Sequence
 
+from kvfs_base import page_cache
 from kvfs_base.errors import DiskFull, ServerBusy, TargetFailed
-from kvfs_base.limits import KIB
 from kvfs_base.seams import Buffer, DiskFile, DiskUsage
 
 IOV_MAX = 1024
-LOOKED_FOR_BYTES = 256 * KIB
-"""From here on it is cheaper to look whether bytes are in memory than to ask for them."""
 
 
 def rest_of(buffers: Sequence[Buffer], done: int) -> list[Buffer]:
@@ -81,19 +79,7 @@ class OsDiskFile:
         return done
 
     def will_need(self, offset: int, length: int) -> None:
-        try:
-            # The kernel looks for every page: 23 us for 2 MiB that are all in memory. A byte at the
-            # end tells in 1 us; what this takes for cached and is not will only be read later.
-            if length < LOOKED_FOR_BYTES or not self._is_cached(offset + length - 1):
-                os.posix_fadvise(self._fd, offset, length, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            pass
-
-    def _is_cached(self, offset: int) -> bool:
-        try:
-            return os.preadv(self._fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-        except OSError:  # not in memory, or a file system that cannot tell
-            return False
+        page_cache.will_need(self._fd, offset, length)
 
     def truncate(self, size: int) -> None:
         try:

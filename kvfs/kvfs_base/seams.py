@@ -48,7 +48,7 @@ class DiskFile(Protocol):
         """Always writes everything."""
 
     def will_need(self, offset: int, length: int) -> None:
-        """These bytes will be read soon. A hint: nothing is raised."""
+        """These bytes will be read soon; may wait for the disk. A hint: nothing is raised."""
 
     def truncate(self, size: int) -> None: ...
 

@@ -107,30 +107,6 @@ def test_a_hint_changes_nothing(disk: Disk) -> None:
     assert contents(disk, "a") == data
 
 
-def test_only_what_is_not_in_memory_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "a").write_bytes(bytes(1 << 20))
-    file = OsDisk(str(tmp_path)).open("a")
-    asked: list[tuple[int, int]] = []
-    advise = os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: asked.append((at, size)))
-    try:
-        try:
-            os.preadv(file.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT)
-        except OSError:
-            pytest.skip("this file system cannot tell what is in memory")
-        file.will_need(0, 1 << 20)
-        assert asked == []
-        file.sync()
-        advise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        file.will_need(0, 1 << 20)
-        file.will_need(4096, 8192)
-        assert asked == [(0, 1 << 20), (4096, 8192)]
-    finally:
-        file.close()
-
-
 def test_a_write_through_a_read_only_file_fails(disk: Disk) -> None:
     make(disk, "a").close()
     file = disk.open("a")

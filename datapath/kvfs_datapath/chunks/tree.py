@@ -349,6 +349,7 @@ class ChunkTree:
         brings the chunk into the page cache. Raises ChunkCorrupt."""
         if not info.is_sealed or self.was_verified(info):
             return
+        file.will_need(0, info.length)
         with self.io(info.chunk):
             found = self.checksum(file, info.length)
             if found != info.crc32c:

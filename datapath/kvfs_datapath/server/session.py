@@ -422,6 +422,8 @@ class DataSession:
                 file, info = kept.file, kept.info
             store.verify(file, info)
             length = max(0, min(item.length, info.length - item.offset))
+            if length > SMALL_BYTES:
+                file.will_need(item.offset, length)
             answer.pieces.append((file, item.offset, length))
             return info
 
@@ -461,6 +463,8 @@ class DataSession:
             wanted = max(0, min(item.length, info.length - item.offset))
             if wanted > len(room):
                 raise LimitExceeded(detail="bytes of pieces with sums", limit=len(room))
+            if wanted > SMALL_BYTES:
+                file.will_need(item.offset, wanted)
             count = file.preadv([room[:wanted]], item.offset) if wanted else 0
         except TargetFailed as exc:
             store.fail(exc)

@@ -30,6 +30,7 @@ from kvfs.mount.limits import (
     MOUNT_THREADS,
     MOUNT_USES_MAX,
 )
+from kvfs_base import page_cache
 from kvfs_base.errors import (
     BehindTheEnd,
     ChunkNotFound,
@@ -251,8 +252,7 @@ class Blocks:
 
     def _open_local(self, chunk: ChunkId, block: OpenBlock) -> int:
         descriptor = self._backend.chunks.open_sealed(chunk, block.chain)
-        # Our own descriptor of a verified, immutable chunk: the kernel starts reading all of it.
-        os.posix_fadvise(descriptor, 0, block.attr.size, os.POSIX_FADV_WILLNEED)
+        page_cache.will_need(descriptor, 0, block.attr.size)  # who opens a block reads all of it
         return descriptor
 
     # --- reading
