@@ -10,7 +10,7 @@ import contextlib
 import mmap
 from collections.abc import Iterator
 
-from kvfs_base import threads
+from kvfs_base import large_pages, threads
 from kvfs_base.errors import ServerBusy
 from kvfs_base.limits import PAGE_BYTES
 
@@ -39,7 +39,7 @@ class BufferPool:
             try:
                 buffer = self._free.pop()
             except IndexError:
-                buffer = mmap.mmap(-1, self.size)
+                buffer = large_pages.buffer(self.size)
             view = memoryview(buffer)
             try:
                 yield view

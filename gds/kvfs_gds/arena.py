@@ -5,7 +5,8 @@ SIGBUS), growing, further seals, and every *future* way to write (F_SEAL_FUTURE_
 From then on the owner's mapping is the only one that can change a byte, whoever holds a descriptor
 and whatever user they run as; a descriptor reopened through /proc/self/fd gives no more than that.
 
-memfd pages are allocated when first touched, so a large arena costs nothing until it is used.
+Its pages are allocated when first touched, so a large arena costs nothing until it is used, and are
+large ones (2 MiB) where whoever uses them says so first (``view_to_fill``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from kvfs_base.errors import ArenaFull, InvalidRequest
+from kvfs_base.large_pages import SharedMapping
 from kvfs_base.limits import PAGE_BYTES
 
 F_SEAL_FUTURE_WRITE = 0x0010
@@ -56,9 +58,9 @@ def _create_memfd(name: str, size_bytes: int) -> int:
     return fd
 
 
-def _map(fd: int, size_bytes: int, protection: int) -> mmap.mmap:
+def _map(fd: int, size_bytes: int, *, writable: bool) -> SharedMapping:
     try:
-        return mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED, prot=protection)
+        return SharedMapping(fd, size_bytes, writable=writable)
     except OSError as exc:
         raise ArenaFull(needed_bytes=size_bytes) from exc
 
@@ -76,20 +78,26 @@ def _sealed_size(fd: int) -> int:
 
 
 class _Mapping:
-    """What owners and readers share: a mapping that outlives ``close`` while views of it exist."""
+    """What owners and readers share: memory that outlives ``close`` while views of it exist."""
 
-    def __init__(self, fd: int, mapping: mmap.mmap) -> None:
+    def __init__(self, fd: int, mapping: SharedMapping) -> None:
         self.fd = fd
-        self.size_bytes = len(mapping)
+        self.size_bytes = len(mapping.view)
         self._mapping = mapping
-        self._view = memoryview(mapping)
         self._closed = False
 
     def view(self, offset: int, length: int) -> memoryview:
         """``length`` bytes from ``offset``, without a copy. Raises InvalidRequest out of bounds."""
         if offset < 0 or length < 0 or offset + length > self.size_bytes:
             raise InvalidRequest(detail=f"[{offset}, +{length}) of {self.size_bytes} bytes")
-        return self._view[offset : offset + length]
+        return self._mapping.view[offset : offset + length]
+
+    def view_to_fill(self, offset: int, length: int) -> memoryview:
+        """As ``view``, of bytes that are about to be used: in large pages, which are faster to copy
+        and to read into from disk (``SharedMapping.make_large``)."""
+        view = self.view(offset, length)
+        self._mapping.make_large(offset, length)
+        return view
 
     def close(self) -> None:
         """Closes the descriptor. Views stay valid; the memory is unmapped with the last one."""
@@ -97,11 +105,7 @@ class _Mapping:
             return
         self._closed = True
         os.close(self.fd)
-        self._view.release()
-        try:
-            self._mapping.close()
-        except BufferError:
-            pass  # views exist: the interpreter unmaps when the last one is gone
+        self._mapping.view.release()
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +128,7 @@ class Arena(_Mapping):
         address space or a memory limit does not allow it."""
         fd = _create_memfd(name, size_bytes)
         try:
-            mapping = _map(fd, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping = _map(fd, size_bytes, writable=True)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _READ_ONLY_SEALS)
             reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
@@ -140,8 +144,7 @@ class ArenaView(_Mapping):
         """Maps the arena behind ``fd`` and takes over the descriptor. Raises InvalidRequest unless
         it is a memory file that was sealed as Arena.create does it."""
         try:
-            size = _sealed_size(fd)
-            mapping = _map(fd, size, mmap.PROT_READ)
+            mapping = _map(fd, _sealed_size(fd), writable=False)
         except BaseException:
             os.close(fd)
             raise
@@ -150,7 +153,7 @@ class ArenaView(_Mapping):
     @property
     def address(self) -> int:
         """Where the arena starts in this process."""
-        return address_of(self._mapping)
+        return self._mapping.address
 
 
 class SharedMemory(_Mapping):
@@ -173,7 +176,7 @@ class SharedMemory(_Mapping):
         """Maps what the other side created and takes over the descriptor. Raises as
         ArenaView.open."""
         try:
-            mapping = _map(fd, _sealed_size(fd), mmap.PROT_READ | mmap.PROT_WRITE)
+            mapping = _map(fd, _sealed_size(fd), writable=True)
         except BaseException:
             os.close(fd)
             raise

@@ -7,10 +7,10 @@ finds no room waits for the copies that hold it.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from typing import Any
 
+from kvfs_base import large_pages
 from kvfs_base.errors import ArenaFull, InvalidRequest
 from kvfs_gds.arena import address_of
 from kvfs_gds.device import Device, Event
@@ -117,7 +117,7 @@ class PinnedRing(Ring):
     def __init__(self, device: Device, nbytes: int) -> None:
         """Whole pages. Raises ArenaFull if the system does not give them."""
         try:
-            self._mapping = mmap.mmap(-1, nbytes)
+            self._mapping = large_pages.buffer(nbytes)
         except OSError as exc:
             raise ArenaFull(needed_bytes=nbytes) from exc
         self._view = memoryview(self._mapping)

@@ -8,7 +8,7 @@ import fcntl
 import os
 from collections.abc import Sequence
 
-from kvfs_base import page_cache
+from kvfs_base import large_pages
 from kvfs_base.errors import DiskFull, ServerBusy, TargetFailed
 from kvfs_base.seams import Buffer, DiskFile, DiskUsage
 
@@ -79,7 +79,7 @@ class OsDiskFile:
         return done
 
     def will_need(self, offset: int, length: int) -> None:
-        page_cache.will_need(self._fd, offset, length)
+        large_pages.will_need(self._fd, offset, length)
 
     def truncate(self, size: int) -> None:
         try:

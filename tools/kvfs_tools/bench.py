@@ -30,6 +30,7 @@ from rich.table import Table
 
 import kvfs
 from kvfs import KVLayout
+from kvfs_base import large_pages
 from kvfs_base.limits import (
     GIB,
     MIB,
@@ -140,6 +141,11 @@ class Echo:
         self._thread.join()
 
 
+def fio_environment() -> dict[str, str]:
+    """In which fio's buffers lie in large pages, as kvfs's do, where the C library knows how."""
+    return dict(os.environ, GLIBC_TUNABLES="glibc.malloc.hugetlb=1")
+
+
 def fio_read(folder: str, nbytes: int, block_bytes: int) -> float:
     """GB/s of fio's best O_DIRECT read of every file in ``folder`` once, of two queue depths."""
     best = 0.0
@@ -157,7 +163,9 @@ def fio_read(folder: str, nbytes: int, block_bytes: int) -> float:
             f"--iodepth={depth}",
             "--output-format=json",
         ]
-        out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            argv, check=True, capture_output=True, text=True, env=fio_environment()
+        ).stdout
         read = json.loads(out[out.index("{") :])["jobs"][0]["read"]
         if read["io_bytes"] != nbytes:
             raise RuntimeError(f"fio read {read['io_bytes']} bytes")
@@ -317,7 +325,7 @@ class Bench:
     def _write_limit(self, count: int) -> float:
         folder = Path(self.cluster.directory, "limit")
         folder.mkdir()
-        source = mmap.mmap(-1, self.block_bytes)
+        source = large_pages.buffer(self.block_bytes)
         source.write(os.urandom(self.block_bytes))
 
         def write(index: int) -> None:

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import functools
 import json
-import mmap
 import os
 import shutil
 import statistics
@@ -32,6 +31,7 @@ import click
 from rich.table import Table
 
 from kvfs.settings import format_size, parse_size
+from kvfs_base import large_pages
 from kvfs_base.cluster import Chain
 from kvfs_base.limits import (
     BLOCK_BYTES_MAX,
@@ -41,7 +41,7 @@ from kvfs_base.limits import (
 )
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkWrite
 from kvfs_datapath.limits import CLIENT_THREADS_PER_TARGET
-from kvfs_tools.bench import fio_read
+from kvfs_tools.bench import fio_environment, fio_read
 from kvfs_tools.chunk_pair import Pair, host_paces
 from kvfs_tools.chunk_rebuild import Rebuild, RebuildBench, rebuild_table
 from kvfs_tools.chunk_rig import ChunkRig, check, write_json
@@ -126,8 +126,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         room = -(-self.size // PAGE_BYTES) * PAGE_BYTES
-        self._source = memoryview(mmap.mmap(-1, self.count * room))
-        self._sink = memoryview(mmap.mmap(-1, self.count * room))
+        # In large pages, as the arena of an agent.
+        self._source = memoryview(large_pages.buffer(self.count * room))
+        self._sink = memoryview(large_pages.buffer(self.count * room))
         for at in range(0, len(self._source), MIB):
             piece = self._source[at : at + MIB]
             piece[:] = os.urandom(len(piece))
@@ -296,7 +297,9 @@ def fio_write(directory: Path, count: int, size: int) -> float:
             "--output-format=json",
         ]
         try:
-            out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+            out = subprocess.run(
+                argv, check=True, capture_output=True, text=True, env=fio_environment()
+            ).stdout
         finally:
             shutil.rmtree(folder)
         wrote = json.loads(out[out.index("{") :])["jobs"][0]["write"]

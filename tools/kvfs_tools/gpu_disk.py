@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import mmap
 import os
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kvfs_base import large_pages
 from kvfs_base.limits import KIB, MIB
 from kvfs_datapath.checksum import crc32c
 from kvfs_gds.direct import DirectSource, file_source, open_reader
@@ -24,6 +24,7 @@ from kvfs_gds.limits import RING_BYTES
 from kvfs_gds.loader import Loader
 from kvfs_gds.ring import PinnedRing
 from kvfs_gds.sources import FileExtent, FileSource
+from kvfs_tools.bench import fio_environment
 from kvfs_tools.gpu_rig import Measured, Rig, Row, make_row, seconds
 from kvfs_tools.gpu_rows import LINK, PagedCache
 
@@ -56,7 +57,9 @@ class FioRead:
         argv += [f"--bs={block}", "--direct=1", "--ioengine=libaio", f"--iodepth={depth}"]
         argv += [f"--numjobs={jobs}", f"--size={share}", f"--offset_increment={share}"]
         argv += ["--group_reporting", "--output-format=json"]
-        out = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(
+            argv, check=True, capture_output=True, text=True, env=fio_environment()
+        ).stdout
         return float(json.loads(out[out.index("{") :])["jobs"][0]["read"]["bw_bytes"]) / 1e9
 
 
@@ -144,7 +147,7 @@ def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
     """Threads that read the file into memory, and nothing else: what Python makes of the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     stack.callback(os.close, fd)
-    view = memoryview(mmap.mmap(-1, rig.total_bytes))
+    view = memoryview(large_pages.buffer(rig.total_bytes))
     pool = stack.enter_context(ThreadPoolExecutor(READ_THREADS[1]))
 
     def read(at: int) -> None:

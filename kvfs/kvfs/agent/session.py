@@ -156,7 +156,7 @@ class Session:
         """A part of the staging area. Raises InvalidRequest out of bounds."""
         if offset % PAGE_BYTES:
             raise InvalidRequest(detail=f"staging offset {offset} is not at a page")
-        return self.staging.view(offset, length)
+        return self.staging.view_to_fill(offset, length)
 
     # --- life
 

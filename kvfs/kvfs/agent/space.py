@@ -34,5 +34,5 @@ class Space:
         return self.cache.acquire(namespace, keys, infos, revocations)
 
     def extent(self, entry: Entry) -> memoryview:
-        """The whole pages of an entry, writable."""
-        return self.arena.view(entry.offset, entry.extent_bytes)
+        """The whole pages of an entry, to be filled."""
+        return self.arena.view_to_fill(entry.offset, entry.extent_bytes)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
-import mmap
 import os
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from kvfs.agent.config import AgentConfig
 from kvfs.agent.messages import STAGED, PreparePut, PutPlan, StageBlocks, split_keys
 from kvfs.agent.session import Put, Session
 from kvfs.agent.space import Space
+from kvfs_base import large_pages
 from kvfs_base.counters import Counters
 from kvfs_base.errors import (
     ArenaFull,
@@ -275,7 +275,7 @@ class BlockWriter:
             block, checksum = put.blocks[place], put.crc32c[place]
             assert block is not None and checksum is not None
             size = put.sizes[place]
-            view = memoryview(mmap.mmap(-1, pages_of(size)))
+            view = memoryview(large_pages.buffer(pages_of(size)))
             chunk = ChunkId(block.inode, 0)
             reads.append(ChunkRead(chunk, block.chain, size, checksum, put.keys[place], view))
         for error in self._chunks.read_chunks(reads):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import mmap
 import os
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -30,7 +29,7 @@ from kvfs.mount.limits import (
     MOUNT_THREADS,
     MOUNT_USES_MAX,
 )
-from kvfs_base import page_cache
+from kvfs_base import large_pages
 from kvfs_base.errors import (
     BehindTheEnd,
     ChunkNotFound,
@@ -252,7 +251,7 @@ class Blocks:
 
     def _open_local(self, chunk: ChunkId, block: OpenBlock) -> int:
         descriptor = self._backend.chunks.open_sealed(chunk, block.chain)
-        page_cache.will_need(descriptor, 0, block.attr.size)  # who opens a block reads all of it
+        large_pages.will_need(descriptor, 0, block.attr.size)  # who opens a block reads all of it
         return descriptor
 
     # --- reading
@@ -309,7 +308,9 @@ class Blocks:
                         written += os.pwrite(descriptor, buffer[written:size], written)
             else:
                 os.ftruncate(descriptor, round_up(size))
-                self._receive(block, memoryview(mmap.mmap(descriptor, round_up(size))))
+                memory = large_pages.SharedMapping(descriptor, round_up(size), writable=True)
+                memory.make_large(0, size)
+                self._receive(block, memory.view)
                 os.ftruncate(descriptor, size)
         except BaseException:
             os.close(descriptor)
