@@ -31,6 +31,7 @@ from kvfs_base.types import Address
 SOCKET_BUFFER_BYTES = 4 * MIB
 """Asked for on data connections: half a data request, so that sender and receiver overlap."""
 _BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
+CORKED_BELOW_BYTES = 512 * KIB
 WAKE_BYTES = 256 * KIB
 """Who waits for more than this is woken once for so much, not for each packet: to wake a thread
 costs the sender's side more than half of what sending takes."""
@@ -269,8 +270,13 @@ class OsConnection:
 
     def send_files(self, pieces: Sequence[tuple[DiskFile, int, int]]) -> None:
         sendfile, out = os.sendfile, self._sock.fileno()
-        # Else the end of each piece would go on its way alone, in a segment of a few bytes.
-        corked = len(pieces) > 1 and self._sock.family != socket.AF_UNIX
+        # Else the end of each piece would go on its way alone, in a segment of a few bytes. For
+        # large ones to fill each segment costs more than to send one more.
+        corked = (
+            len(pieces) > 1
+            and pieces[0][2] < CORKED_BELOW_BYTES
+            and self._sock.family != socket.AF_UNIX
+        )
         try:
             if corked:
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
