@@ -230,10 +230,7 @@ class CudaDevice:
         run_bytes = max(run_bytes, STAGED_RUN_BYTES) if staged else run_bytes
         if piece >= run_bytes:
             return Way.ENGINE
-        # A run of one layer of several is no longer than what a block has of it.
-        short = piece < ENGINE_PIECE_BYTES or (
-            transfer.layout.layers > 1 and transfer.layer_bytes < run_bytes
-        )
+        short = piece < ENGINE_PIECE_BYTES or transfer.run_bytes_max() < run_bytes
         if not short and transfer.run_bytes() >= run_bytes:
             return Way.ENGINE
         return Way.STAGED if staged else Way.KERNEL

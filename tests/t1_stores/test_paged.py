@@ -137,6 +137,19 @@ def test_runs_cover_every_piece_once(kind: str) -> None:
     assert int(near.min()) == expected.ctypes.data
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_run_is_longer_than_the_layout_allows(kind: str) -> None:
+    layout, _ = caches(kind)
+    host = HostMemory.of(np.zeros(PAGES * layout.block_bytes(2), dtype=np.uint8))
+    pages = np.arange(6, dtype=np.int32).reshape(3, 2)
+    offsets = np.arange(3, dtype=np.int64) * layout.block_bytes(2)
+    transfer = Transfer(host, offsets, layout, pages)
+    longest = int(transfer.runs(0, 1)[2].max())
+    assert longest <= transfer.run_bytes_max() <= transfer.nbytes
+    if kind in {"rows", "mla"}:
+        assert longest == transfer.run_bytes_max()
+
+
 @pytest.mark.parametrize("seam", [48, 100, 1 << 20])
 def test_runs_are_cut_at_seams(seam: int) -> None:
     """Two neighbours of 64 bytes, and one that lies apart."""
