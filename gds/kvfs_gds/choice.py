@@ -16,9 +16,10 @@ there as soon as the first one. So for ``n`` tokens of which ``c`` are stored:
     load from the arena  =  first layer + max(the other layers, compute(n - c, c))
     load from disk       =  load + compute(n - c, c)
 
-What neither sees (keys, look-ups, threads that take turns with the one that queues the model) is
-learned from first tokens that came after a load: how much later they came than was expected, for
-prompts of about that length.
+Machines drift: what prompts of about that length took lately, against what the form above gives for
+them, scales both of its uses. What neither sees (keys, look-ups, threads that take turns with the
+one that queues the model) is learned from first tokens that came after a load: how much later they
+came than was expected, for prompts of about that length.
 """
 
 from __future__ import annotations
@@ -42,8 +43,11 @@ MARGIN = 0.03
 """A load that is expected to save less than this is not worth it: estimates are not better, and it
 takes the link and the agent from others."""
 
-LAST_LOADS = 5
+LAST_ONES = 5
 """Of those that are alike, the last ones count: disks have hours, and neighbours."""
+
+LATELY_FACTOR = 2
+"""How fast the machine is lately, prompts up to twice as long or short say."""
 
 LATE_FACTOR = 4
 """How late a first token comes says something of prompts up to four times as long or short."""
@@ -73,8 +77,9 @@ class LoadOrCompute:
         self._loaded: dict[bool, collections.deque[tuple[int, float]]] = {
             disk: collections.deque(maxlen=KEPT_OBSERVATIONS) for disk in (False, True)
         }
-        self._late: collections.deque[tuple[int, float]]
-        self._late = collections.deque(maxlen=KEPT_OBSERVATIONS)
+        self._loads_seen: collections.deque[tuple[tuple[int, int, int, int], float]]
+        self._loads_seen = collections.deque(maxlen=KEPT_OBSERVATIONS)
+        """What ``estimate`` was, or could have been, asked, and how long it took."""
         self._fit: _Compute | None = None
         """Of ``_computed``, until there is more of it."""
 
@@ -93,40 +98,34 @@ class LoadOrCompute:
         self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int, seconds: float
     ) -> None:
         """A first token came this long after its prompt, with a load as ``estimate`` describes."""
-        found = self._expect(tokens, stored_tokens, arena_bytes, disk_bytes)
-        if found is not None:
-            with self._lock:
-                self._late.append((tokens, seconds - found.load))
+        with self._lock:
+            self._loads_seen.append(((tokens, stored_tokens, arena_bytes, disk_bytes), seconds))
 
     def estimate(
         self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
     ) -> Estimate | None:
         """For a prompt of ``tokens`` of which the first ``stored_tokens`` could be loaded, from the
         arena and from disk. None as long as nothing is known of what it needs."""
-        found = self._expect(tokens, stored_tokens, arena_bytes, disk_bytes)
+        known = self._known()
+        found = known.expect(tokens, stored_tokens, arena_bytes, disk_bytes)
+        if found is None:
+            return None
         with self._lock:
-            late = _late(list(self._late), tokens)
-        return found and Estimate(found.load + max(0.0, late), found.compute)
+            seen = list(self._loads_seen)
+        near = [one for one in seen if _alike(one[0][0], tokens, LATE_FACTOR)] or seen
+        late = [
+            seconds - expected.load
+            for prompt, seconds in near[-LAST_ONES:]
+            if (expected := known.expect(*prompt)) is not None
+        ]
+        return Estimate(found.load + max(0.0, float(np.median(late or [0.0]))), found.compute)
 
-    def _expect(
-        self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
-    ) -> Estimate | None:
-        """As ``estimate``, of transfers and arithmetic alone."""
+    def _known(self) -> _Known:
         with self._lock:
             if self._fit is None and self._computed:
                 self._fit = _fit_compute(list(self._computed))
-            model = self._fit
             loaded = {disk: list(taken) for disk, taken in self._loaded.items()}
-        needed = [disk for disk, size in ((False, arena_bytes), (True, disk_bytes)) if size]
-        if model is None or any(not loaded[disk] for disk in needed):
-            return None
-        rest = model.seconds(max(1, tokens - stored_tokens), stored_tokens)
-        whole = model.seconds(tokens, 0)
-        arena = _line(loaded[False], arena_bytes) if arena_bytes else 0.0
-        if disk_bytes:
-            return Estimate(arena + _line(loaded[True], disk_bytes) + rest, whole)
-        first = arena / self._layers
-        return Estimate(first + max(arena - first, rest), whole)
+            return _Known(self._layers, self._fit, list(self._computed), loaded)
 
     def should_load(
         self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
@@ -136,6 +135,43 @@ class LoadOrCompute:
             return False
         found = self.estimate(tokens, stored_tokens, arena_bytes, disk_bytes)
         return found is None or found.load_is_faster
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What was observed so far."""
+
+    layers: int
+    model: _Compute | None
+    computed: list[tuple[int, int, float]]
+    loaded: dict[bool, list[tuple[int, float]]]
+
+    def expect(
+        self, tokens: int, stored_tokens: int, arena_bytes: int, disk_bytes: int
+    ) -> Estimate | None:
+        """As ``LoadOrCompute.estimate``, of transfers and arithmetic alone."""
+        model = self.model
+        needed = [disk for disk, size in ((False, arena_bytes), (True, disk_bytes)) if size]
+        if model is None or any(not self.loaded[disk] for disk in needed):
+            return None
+        pace = self._pace(model, tokens)
+        rest = pace * model.seconds(max(1, tokens - stored_tokens), stored_tokens)
+        whole = pace * model.seconds(tokens, 0)
+        arena = _line(self.loaded[False], arena_bytes) if arena_bytes else 0.0
+        if disk_bytes:
+            return Estimate(arena + _line(self.loaded[True], disk_bytes) + rest, whole)
+        first = arena / self.layers
+        return Estimate(first + max(arena - first, rest), whole)
+
+    def _pace(self, model: _Compute, tokens: int) -> float:
+        """What the last prefills of about ``tokens`` took, as parts of what the model says."""
+        found: list[float] = []
+        for count, context, seconds in reversed(self.computed):
+            if _alike(count, tokens, LATELY_FACTOR):
+                found.append(seconds / model.seconds(count, context))
+                if len(found) == LAST_ONES:
+                    break
+        return float(np.median(found or [1.0]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +236,8 @@ def _least_squares(
     return a, b, d
 
 
-def _late(seen: list[tuple[int, float]], tokens: int) -> float:
-    """How much later than expected a first token comes behind a prompt of ``tokens``."""
-    near = [s for n, s in seen if n / LATE_FACTOR <= tokens <= n * LATE_FACTOR]
-    some = near or [s for _, s in seen]
-    return float(np.median(some)) if some else 0.0
+def _alike(tokens: int, others: int, factor: int) -> bool:
+    return tokens <= factor * others and others <= factor * tokens
 
 
 def _line(taken: list[tuple[int, float]], nbytes: int) -> float:
@@ -231,7 +264,7 @@ def _medians(taken: list[tuple[int, float]]) -> list[tuple[float, float]]:
     for nbytes, seconds in taken:
         size = max(nbytes, 1)
         alike.setdefault(round(math.log(size, SIZE_FACTOR)), []).append((size, seconds))
-    found = [np.median(np.array(some[-LAST_LOADS:]), axis=0).tolist() for some in alike.values()]
+    found = [np.median(np.array(some[-LAST_ONES:]), axis=0).tolist() for some in alike.values()]
     return sorted((size, seconds) for size, seconds in found)
 
 

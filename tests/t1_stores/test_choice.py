@@ -181,6 +181,30 @@ def test_a_floor_under_short_prompts_is_seen(tokens: int) -> None:
     assert rule.should_load(tokens, tokens, tokens * 4096, 0) == (tokens > 2048)
 
 
+def test_how_fast_the_machine_is_lately_counts() -> None:
+    """It was taught while others slowed it down, more or less, so that what a load costs seemed
+    little."""
+    rule, nbytes = LoadOrCompute(27), 64 << 20
+    for _ in range(3):
+        for tokens, seconds in ((1024, 0.040), (2048, 0.042), (8192, 0.123), (32768, 0.87)):
+            rule.observe_compute(tokens, 0, seconds)
+            rule.observe_compute(1, tokens - 1, 0.034)
+        rule.observe_load(nbytes, 0.0016, from_disk=False)
+    taught = rule.estimate(32768, 16384, nbytes, 0)
+    assert rule.should_load(2048, 2048, nbytes, 0)
+    for _ in range(3):
+        rule.observe_compute(2048, 0, 0.0295)
+        rule.observe_first_token(2048, 2048, nbytes, 0, 0.0315)
+    found = rule.estimate(2048, 2048, nbytes, 0)
+    assert found is not None
+    assert found.load == pytest.approx(0.0315, rel=0.02)
+    assert found.compute == pytest.approx(0.0295, rel=0.02)
+    assert not rule.should_load(2048, 2048, nbytes, 0)
+    far = rule.estimate(32768, 16384, nbytes, 0)
+    assert taught is not None and far is not None
+    assert far.compute == pytest.approx(taught.compute, rel=0.05)
+
+
 def test_estimates_meet_what_was_seen() -> None:
     machine = Machine(3e9)
     found = taught(machine).estimate(32768, 16384, 0, 16384 * TOKEN_BYTES)

@@ -265,12 +265,14 @@ class Bench:
 
     def learn(self, place: Place, tokens: int, stored: int, sizes: tuple[int, int]) -> None:
         """What the rule sees of prompts like this one before it decides: their loads, and from the
-        arena their first tokens. Loads from disk take seconds: of those one."""
+        arena what they take to compute, and their first tokens. Loads from disk take seconds: of
+        those one."""
         for _ in range(1 if place.name == "disk" else LEARNT_ROUNDS):
             place.before()
             once = self._timed(partial(self.load_alone, place, stored))
             self.rule.observe_load(sum(sizes), once, from_disk=place.name == "disk")
             if place.name == "arena":
+                self.rule.observe_compute(tokens, 0, self._timed(partial(self.compute, tokens)))
                 once = self._timed(partial(self.load, place, tokens, stored))
                 self.rule.observe_first_token(tokens, stored, *sizes, once)
 
