@@ -14,7 +14,7 @@ import pytest
 
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import PAGE_BYTES
-from kvfs_gds.arena import Arena, ArenaView, SharedMemory, address_of
+from kvfs_gds.arena import Arena, ArenaView, SharedMemory, address_of, copy
 
 SIZE = 4 * PAGE_BYTES
 
@@ -145,3 +145,19 @@ def test_another_process_reads_it(arena: Arena) -> None:
     argv = [sys.executable, "-c", code, str(arena.fd)]
     done = subprocess.run(argv, pass_fds=[arena.fd], capture_output=True, timeout=60, check=True)
     assert done.stdout == b"child"
+
+
+def test_bytes_are_copied_without_the_lock() -> None:
+    """Also from memory that is read-only, and not more than there is room for."""
+    with SharedMemory.create(4 * PAGE_BYTES, "kvfs-test") as memory:
+        data = bytes(range(256)) * 16
+        copy(memory.view_to_fill(100, len(data)), memoryview(data))
+        assert memory.view(0, 100 + len(data)) == bytes(100) + data
+        with pytest.raises(InvalidRequest):
+            copy(memory.view(0, 10), memoryview(bytes(11)))
+        with pytest.raises(BufferError):
+            copy(memory.view(0, 8), memoryview(bytes(16))[::2])
+        assert memory.view(0, 100 + len(data)) == bytes(100) + data
+        with pytest.raises(InvalidRequest):
+            copy(memory.view(0, 10).toreadonly(), memoryview(bytes(10)))
+        copy(memory.view(0, 0), memoryview(b""))

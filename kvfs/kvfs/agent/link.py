@@ -35,7 +35,7 @@ from kvfs_base.limits import (
 from kvfs_base.rpc import Request, receive_frame
 from kvfs_base.seams import BlockingNetwork, Connection
 from kvfs_base.types import Address
-from kvfs_gds.arena import ArenaView, SharedMemory
+from kvfs_gds.arena import ArenaView, SharedMemory, copy
 from kvfs_gds.extents import ExtentAllocator
 
 
@@ -142,10 +142,11 @@ def _decoder(request_type: type[Request]) -> msgspec.msgpack.Decoder[Any]:
 class StagingSpace:
     """The session's staging area, divided among the threads of this client."""
 
-    def __init__(self, fd: int, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-        self._fd = fd
-        self._extents = ExtentAllocator(size_bytes)
+    def __init__(self, fd: int) -> None:
+        """Takes over the descriptor. Raises as SharedMemory.open."""
+        self._memory = SharedMemory.open(fd)
+        self.size_bytes = self._memory.size_bytes
+        self._extents = ExtentAllocator(self.size_bytes)
         self._freed = threading.Condition()
 
     def allocate(self, sizes: Sequence[int], *, wait: bool) -> list[int]:
@@ -171,13 +172,11 @@ class StagingSpace:
             self._freed.notify_all()
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Copies ``data`` to ``offset``: the kernel does it, other threads run meanwhile."""
-        done = 0
-        while done < len(data):
-            done += os.pwritev(self._fd, [data[done:]], offset + done)
+        """Copies ``data`` to ``offset``; other threads run meanwhile."""
+        copy(self._memory.view_to_fill(offset, len(data)), data)
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._memory.close()
 
 
 class AgentSession:
@@ -195,7 +194,7 @@ class AgentSession:
             raise
         arena_fd, staging_fd, board_fd = descriptors
         self.arena = ArenaView.open(arena_fd)
-        self.staging = StagingSpace(staging_fd, welcome.staging_bytes)
+        self.staging = StagingSpace(staging_fd)
         self._board = SharedMemory.open(board_fd)
         self._marks = self._board.view(0, self._board.size_bytes)
         self._secret = welcome.session
