@@ -28,6 +28,9 @@ WAITED_FOR_BYTES = 256 * KIB
 """From here on it is cheaper to look whether bytes of a file are in memory than to ask for them,
 and to wait for large pages than to have small ones come in the background."""
 
+PAUSE_MAX = 1024
+"""Calls between two attempts, where there is no large page to be had."""
+
 _MAP_FIXED, _MAP_NORESERVE = 0x10, 0x4000
 _HUGEPAGE, _POPULATE_READ, _COLLAPSE = 14, 22, 25
 _CACHESTAT = 451
@@ -125,17 +128,33 @@ class SharedMapping:
         view = memoryview(memory).cast("B")
         self.view = view if writable else view.toreadonly()
         self._small = bytearray(b"\1" * (size // LARGE_PAGE_BYTES))
-        """Of each large page whether nobody asked for it yet."""
+        """Of each large page whether it is still to be asked for."""
+        self._failures = 0
+        """In a row."""
+        self._pause = 0
+        """Calls that ask for none."""
 
     def make_large(self, offset: int, length: int) -> None:
         """These bytes are about to be used, for the first time or again: they lie in large pages
         afterwards, if there are some to be had. What they contain stays; others may be using them.
-        A large page that is new takes some 0.3 ms, one that was asked for before nothing."""
+        A large page that is new takes some 0.3 ms, one that was asked for before nothing. Where
+        memory is in pieces the kernel looks for a large page for longer, and in vain: it is asked
+        seldom then."""
         first, end = offset // LARGE_PAGE_BYTES, -(-(offset + length) // LARGE_PAGE_BYTES)
         while (first := self._small.find(1, first, end)) >= 0:
-            self._small[first] = 0
-            if not _collapse(self.address + first * LARGE_PAGE_BYTES):
+            if self._pause:
+                self._pause -= 1
+                return
+            found = _collapse(self.address + first * LARGE_PAGE_BYTES)
+            if found is None:
                 self._small = bytearray(len(self._small))
+            elif not found:
+                self._failures += 1
+                self._pause = min(1 << self._failures, PAUSE_MAX)
+                return
+            else:
+                self._failures = 0
+                self._small[first] = 0
 
 
 def _map_aligned(descriptor: int, size: int, protection: int) -> int:
@@ -155,11 +174,11 @@ def _map_aligned(descriptor: int, size: int, protection: int) -> int:
     return address
 
 
-def _collapse(address: int) -> bool:
-    """False where there is no use in trying again."""
+def _collapse(address: int) -> bool | None:
+    """Whether there was a large page to be had; None if there never will be one."""
     # Something must be there. A byte that is read is there, if only as a zero.
     if not _libc.madvise(address, PAGE_BYTES, _POPULATE_READ) and not _libc.madvise(
         address, LARGE_PAGE_BYTES, _COLLAPSE
     ):
         return True
-    return ctypes.get_errno() != errno.EINVAL
+    return None if ctypes.get_errno() == errno.EINVAL else False

@@ -215,10 +215,34 @@ def test_a_kernel_that_cannot_is_asked_once(
     shared: large_pages.SharedMapping, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(large_pages, "_collapse", lambda address: bool(asked.append(address)))
+    monkeypatch.setattr(large_pages, "_collapse", asked.append)  # None: never
     shared.make_large(0, SIZE)
     shared.make_large(0, SIZE)
     assert asked == [shared.address]
+
+
+def test_where_there_are_none_they_are_asked_for_seldom(
+    shared: large_pages.SharedMapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    found = False
+
+    def collapse(address: int) -> bool:
+        asked.append((address - shared.address) // LARGE)
+        return found
+
+    monkeypatch.setattr(large_pages, "_collapse", collapse)
+    for _ in range(500):
+        shared.make_large(0, SIZE)
+    assert len(asked) == 8  # behind pauses of 2, 4, ... 256
+    assert set(asked) == {0}
+    for _ in range(10_000):
+        shared.make_large(0, SIZE)
+    assert 14 <= len(asked) <= 20  # no pause is longer than 1,024
+    found = True
+    for _ in range(1100):
+        shared.make_large(0, SIZE)
+    assert asked[-2:] == [0, 1]
 
 
 @pytest.mark.parametrize("size", [1, PAGE_BYTES, LARGE, LARGE + PAGE_BYTES, SIZE])
