@@ -349,8 +349,8 @@ class ChunkTree:
         brings the chunk into the page cache. Raises ChunkCorrupt."""
         if not info.is_sealed or self.was_verified(info):
             return
-        file.will_need(0, info.length)
         with self.io(info.chunk):
+            file.will_need(0, info.length)
             found = self.checksum(file, info.length)
             if found != info.crc32c:
                 # Or a writer came meanwhile; under the lock none can.
