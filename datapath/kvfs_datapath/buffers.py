@@ -7,7 +7,6 @@ for the time of one transfer, whose length in seconds is bounded too, and the ot
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Iterator
 
 from kvfs_base import large_pages, threads
@@ -27,7 +26,7 @@ class BufferPool:
         self.size = size
         """Of each buffer."""
         self._slots = threads.semaphore(count)
-        self._free: list[mmap.mmap] = []
+        self._free: list[memoryview] = []
 
     @contextlib.contextmanager
     def lend(self, timeout: float) -> Iterator[memoryview]:

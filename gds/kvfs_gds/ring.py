@@ -7,12 +7,12 @@ finds no room waits for the copies that hold it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
-from kvfs_base import large_pages
 from kvfs_base.errors import ArenaFull, InvalidRequest
-from kvfs_gds.arena import address_of
+from kvfs_base.large_pages import SharedMapping
 from kvfs_gds.device import Device, Event
 from kvfs_gds.extents import ExtentAllocator, pages_of
 from kvfs_gds.paged import HostMemory
@@ -112,29 +112,33 @@ class Ring:
 
 
 class PinnedRing(Ring):
-    """A ring of anonymous memory, pinned."""
+    """A ring of this process's memory, pinned."""
 
     def __init__(self, device: Device, nbytes: int) -> None:
         """Whole pages. Raises ArenaFull if the system does not give them."""
         try:
-            self._mapping = large_pages.buffer(nbytes)
+            self._memory = SharedMapping.create(nbytes)
         except OSError as exc:
             raise ArenaFull(needed_bytes=nbytes) from exc
-        self._view = memoryview(self._mapping)
-        super().__init__(device, HostMemory(address_of(self._view), nbytes, owner=self._view))
+        view = self._memory.view
+        super().__init__(device, HostMemory(self._memory.address, nbytes, owner=view))
+
+    def take(self, nbytes: int, *, wait: bool = True) -> Slot | None:
+        """As Ring.take."""
+        slot = super().take(nbytes, wait=wait)
+        if slot is not None:
+            self._memory.make_large(slot.offset, slot.nbytes)
+        return slot
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes of a slot, writable. Not to be kept beyond its ``release``."""
-        return self._view[offset : offset + nbytes]
+        return self._memory.view[offset : offset + nbytes]
 
     def close(self) -> None:
         """As Ring.close."""
         super().close()
-        try:
-            self._view.release()
-            self._mapping.close()
-        except BufferError:
-            pass  # views exist (of an error's traceback, say): unmapped with the last one
+        with contextlib.suppress(BufferError):  # arrays of it: unmapped with the last one
+            self._memory.view.release()
 
 
 __all__: list[Any] = ["PinnedRing", "Ring", "Slot"]

@@ -7,9 +7,8 @@ or settings of the system, and where there are no large pages everything works i
 
 - *Files*: one that is read by one call, or asked for with ``posix_fadvise``, comes in small pages.
   What is mapped and advised to be so, the kernel reads in large ones.
-- *Shared memory* (memfd): by default, ``shmem_enabled`` being ``never``, the kernel gives small
-  ones to who touches it, and makes large ones of them when told to (MADV_COLLAPSE, Linux 6.1).
-- *Private memory* is advised.
+- *Memory* is of memfds: by default, ``shmem_enabled`` being ``never``, the kernel gives small pages
+  to who touches it, and makes large ones of them when told to (MADV_COLLAPSE, Linux 6.1).
 """
 
 from __future__ import annotations
@@ -105,13 +104,11 @@ def _populate(descriptor: int, offset: int, length: int) -> bool:
 # --- memory
 
 
-def buffer(size: int) -> mmap.mmap:
-    """Zeros, of this process alone. Raises OSError."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= LARGE_PAGE_BYTES:
-        with contextlib.suppress(OSError):  # a kernel without
-            memory.madvise(_HUGEPAGE)
-    return memory
+def buffer(size: int) -> memoryview:
+    """Zeros, all of them there. Raises OSError."""
+    memory = SharedMapping.create(size)
+    memory.make_large(0, size)
+    return memory.view
 
 
 class SharedMapping:
@@ -133,6 +130,17 @@ class SharedMapping:
         """In a row."""
         self._pause = 0
         """Calls that ask for none."""
+
+    @classmethod
+    def create(cls, size: int) -> SharedMapping:
+        """Zeros, of this process and those that it forks: of private memory a fork makes a copy,
+        which may be what a disk or a device goes on to fill. Raises OSError."""
+        descriptor = os.memfd_create("kvfs-memory", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, size)
+            return cls(descriptor, size, writable=True)
+        finally:
+            os.close(descriptor)
 
     def make_large(self, offset: int, length: int) -> None:
         """These bytes are about to be used, for the first time or again: they lie in large pages

@@ -155,15 +155,23 @@ def shared() -> Iterator[large_pages.SharedMapping]:
 
 def test_a_buffer_is_zeros_and_in_large_pages() -> None:
     memory = large_pages.buffer(SIZE)
-    view = np.frombuffer(memory, dtype=np.uint8)
-    assert not view.any()
-    view_of_all = memoryview(memory)
-    view_of_all[::] = bytes(range(256)) * (SIZE // 256) + bytes(SIZE % 256)
-    aligned = -(-view.ctypes.data // LARGE) * LARGE
-    found, allowed = page_at(aligned), Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not found or not allowed.exists() or "[never]" in allowed.read_text():
+    array = np.frombuffer(memory, dtype=np.uint8)
+    assert len(memory) == SIZE and not memory.readonly and not array.any()
+    memory[:] = bytes(range(256)) * (SIZE // 256) + bytes(SIZE % 256)
+    found = page_at(array.ctypes.data)
+    if not found or not _collapses():
         pytest.skip("no large pages here, or nobody says")
     assert found == LARGE
+
+
+def test_no_fork_takes_a_buffer_away_from_who_fills_it() -> None:
+    memory = large_pages.buffer(SIZE)
+    child = os.fork()
+    if not child:
+        memory[SIZE - 1] = 7
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory[SIZE - 1] == 7
 
 
 def test_shared_memory_is_made_of_large_pages_and_keeps_what_it_has(

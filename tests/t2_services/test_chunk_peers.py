@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,7 +185,7 @@ def test_stalled_writers_cost_bounded_memory(
     made: list[int] = []
     real_buffer = large_pages.buffer
 
-    def counting(size: int) -> mmap.mmap:
+    def counting(size: int) -> memoryview:
         made.append(size)
         return real_buffer(size)
 

@@ -326,7 +326,7 @@ class Bench:
         folder = Path(self.cluster.directory, "limit")
         folder.mkdir()
         source = large_pages.buffer(self.block_bytes)
-        source.write(os.urandom(self.block_bytes))
+        source[:] = os.urandom(self.block_bytes)
 
         def write(index: int) -> None:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT

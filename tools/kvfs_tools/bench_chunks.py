@@ -127,8 +127,8 @@ class Bench:
     def __post_init__(self) -> None:
         room = -(-self.size // PAGE_BYTES) * PAGE_BYTES
         # In large pages, as the arena of an agent.
-        self._source = memoryview(large_pages.buffer(self.count * room))
-        self._sink = memoryview(large_pages.buffer(self.count * room))
+        self._source = large_pages.buffer(self.count * room)
+        self._sink = large_pages.buffer(self.count * room)
         for at in range(0, len(self._source), MIB):
             piece = self._source[at : at + MIB]
             piece[:] = os.urandom(len(piece))

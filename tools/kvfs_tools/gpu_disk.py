@@ -147,7 +147,7 @@ def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
     """Threads that read the file into memory, and nothing else: what Python makes of the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
     stack.callback(os.close, fd)
-    view = memoryview(large_pages.buffer(rig.total_bytes))
+    view = large_pages.buffer(rig.total_bytes)
     pool = stack.enter_context(ThreadPoolExecutor(READ_THREADS[1]))
 
     def read(at: int) -> None:

@@ -275,7 +275,7 @@ class BlockWriter:
             block, checksum = put.blocks[place], put.crc32c[place]
             assert block is not None and checksum is not None
             size = put.sizes[place]
-            view = memoryview(large_pages.buffer(pages_of(size)))
+            view = large_pages.buffer(pages_of(size))
             chunk = ChunkId(block.inode, 0)
             reads.append(ChunkRead(chunk, block.chain, size, checksum, put.keys[place], view))
         for error in self._chunks.read_chunks(reads):
