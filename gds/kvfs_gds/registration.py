@@ -7,6 +7,7 @@ import threading
 import cupy
 import numpy as np
 
+from kvfs_base import large_pages
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import MIB
 from kvfs_gds.paged import HostMemory, Transfer
@@ -71,6 +72,7 @@ class Registration:
                 if number in self._slices:
                     continue
                 address = self.memory.address + number * REGISTER_SLICE_BYTES
+                large_pages.make_large(address, self._size(number))
                 try:
                     cupy.cuda.runtime.hostRegister(address, self._size(number), self._flags)
                 except cupy.cuda.runtime.CUDARuntimeError as exc:

@@ -111,6 +111,15 @@ def buffer(size: int) -> memoryview:
     return memory.view
 
 
+def make_large(address: int, size: int) -> None:
+    """As ``SharedMapping.make_large``, of any memory, also that of a mapping that is read-only:
+    before it is pinned, and its small pages stay where they are."""
+    end = (address + size) // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES
+    for at in range(-(-address // LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES, end, LARGE_PAGE_BYTES):
+        if _collapse(at) is None:
+            break
+
+
 class SharedMapping:
     """A memfd in this process's memory, where large pages fit: at a multiple of their size. It is
     unmapped when nobody refers to ``view``, or to what was made from it, any more."""

@@ -201,6 +201,21 @@ def test_what_nobody_touched_is_made_large_too(shared: large_pages.SharedMapping
     assert page_at(shared.address + LARGE) == LARGE
 
 
+def test_who_only_reads_may_ask_too() -> None:
+    """And gets whole large pages of what it names."""
+    descriptor = memory_file(4 * LARGE)
+    writer = large_pages.SharedMapping(descriptor, 4 * LARGE, writable=True)
+    reader = large_pages.SharedMapping(descriptor, 4 * LARGE, writable=False)
+    os.close(descriptor)
+    data = os.urandom(4 * LARGE)
+    writer.view[:] = data
+    large_pages.make_large(reader.address + PAGE_BYTES, 3 * LARGE)
+    assert reader.view == data and writer.view == data
+    if not _collapses() or not page_at(writer.address):
+        pytest.skip("no large pages here, or nobody says")
+    assert [page_at(writer.address + n * LARGE) == LARGE for n in (1, 2)] == [True, True]
+
+
 def test_each_page_is_asked_for_once(
     shared: large_pages.SharedMapping, monkeypatch: pytest.MonkeyPatch
 ) -> None:
