@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import mmap
 import os
 import weakref
@@ -105,7 +104,7 @@ def _populate(descriptor: int, offset: int, length: int) -> bool:
 
 
 def buffer(size: int) -> memoryview:
-    """Zeros, all of them there. Raises OSError."""
+    """Zeros, in large pages from the start. Raises OSError."""
     memory = SharedMapping.create(size)
     memory.make_large(0, size)
     return memory.view
@@ -116,8 +115,7 @@ def make_large(address: int, size: int) -> None:
     before it is pinned, and its small pages stay where they are."""
     end = (address + size) // LARGE_PAGE_BYTES * LARGE_PAGE_BYTES
     for at in range(-(-address // LARGE_PAGE_BYTES) * LARGE_PAGE_BYTES, end, LARGE_PAGE_BYTES):
-        if _collapse(at) is None:
-            break
+        _collapse(at)
 
 
 class SharedMapping:
@@ -156,22 +154,18 @@ class SharedMapping:
         afterwards, if there are some to be had. What they contain stays; others may be using them.
         A large page that is new takes some 0.3 ms, one that was asked for before nothing. Where
         memory is in pieces the kernel looks for a large page for longer, and in vain: it is asked
-        seldom then."""
+        seldom then, and so is one that has none."""
         first, end = offset // LARGE_PAGE_BYTES, -(-(offset + length) // LARGE_PAGE_BYTES)
         while (first := self._small.find(1, first, end)) >= 0:
             if self._pause:
                 self._pause -= 1
                 return
-            found = _collapse(self.address + first * LARGE_PAGE_BYTES)
-            if found is None:
-                self._small = bytearray(len(self._small))
-            elif not found:
+            if not _collapse(self.address + first * LARGE_PAGE_BYTES):
                 self._failures += 1
                 self._pause = min(1 << self._failures, PAUSE_MAX)
                 return
-            else:
-                self._failures = 0
-                self._small[first] = 0
+            self._failures = 0
+            self._small[first] = 0
 
 
 def _map_aligned(descriptor: int, size: int, protection: int) -> int:
@@ -191,11 +185,11 @@ def _map_aligned(descriptor: int, size: int, protection: int) -> int:
     return address
 
 
-def _collapse(address: int) -> bool | None:
-    """Whether there was a large page to be had; None if there never will be one."""
+def _collapse(address: int) -> bool:
+    """Whether there was a large page to be had. The error does not tell a kernel that cannot from
+    another thread that was at the same page."""
     # Something must be there. A byte that is read is there, if only as a zero.
-    if not _libc.madvise(address, PAGE_BYTES, _POPULATE_READ) and not _libc.madvise(
-        address, LARGE_PAGE_BYTES, _COLLAPSE
-    ):
-        return True
-    return None if ctypes.get_errno() == errno.EINVAL else False
+    return not (
+        _libc.madvise(address, PAGE_BYTES, _POPULATE_READ)
+        or _libc.madvise(address, LARGE_PAGE_BYTES, _COLLAPSE)
+    )

@@ -32,6 +32,7 @@ SOCKET_BUFFER_BYTES = 4 * MIB
 """Asked for on data connections: half a data request, so that sender and receiver overlap."""
 _BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 CORKED_BELOW_BYTES = 512 * KIB
+"""Files of this size and more are sent without filling the segments between them."""
 WAKE_BYTES = 256 * KIB
 """Who waits for more than this is woken once for so much, not for each packet: to wake a thread
 costs the sender's side more than half of what sending takes."""

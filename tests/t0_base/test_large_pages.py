@@ -234,16 +234,6 @@ def test_each_page_is_asked_for_once(
     assert asked == [0, 1]
 
 
-def test_a_kernel_that_cannot_is_asked_once(
-    shared: large_pages.SharedMapping, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(large_pages, "_collapse", asked.append)  # None: never
-    shared.make_large(0, SIZE)
-    shared.make_large(0, SIZE)
-    assert asked == [shared.address]
-
-
 def test_where_there_are_none_they_are_asked_for_seldom(
     shared: large_pages.SharedMapping, monkeypatch: pytest.MonkeyPatch
 ) -> None:
