@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from kvfs_base.answers import Answer
 from kvfs_base.errors import ArenaFull, TargetFailed
 from kvfs_datapath.checksum import crc32c
 from kvfs_gds.arena import Arena, ArenaView
@@ -45,6 +46,7 @@ class MemoryNamespace:
         self.lock = threading.Lock()
         self.gets = 0
         self.asked = 0
+        self.answers_soon = True
         self.hold: threading.Event | None = None
         """Gets wait for it, if there is one."""
         self.error: Exception | None = None
@@ -93,9 +95,9 @@ class MemoryNamespace:
                 found.append((offset, len(data)))
         return MemoryBlocks(self, found)
 
-    def ask(self, keys: Sequence[bytes]) -> Callable[[], MemoryBlocks]:
+    def ask(self, keys: Sequence[bytes]) -> Answer[MemoryBlocks]:
         self.asked += 1
-        return lambda: self.get(keys)
+        return Answer(lambda: self.get(keys), lambda seconds: self.answers_soon)
 
     def give_back(self, extents: list[tuple[int, int]]) -> None:
         with self.lock:

@@ -18,18 +18,23 @@ LOADER_MEMORY_GROUP_BYTES = 2 * GIB
 """What is asked for at once where blocks come from memory: 40 ms of the link, which is what a load
 loses if they come from a disk after all, since nothing is copied before the last one is there."""
 
+LOADER_ANSWER_SECONDS = 0.001
+"""Who starts a load whose blocks are all in memory waits so long for the answer (0.1 to 0.2 ms),
+and queues the first layers: another thread would take turns with the one that queues a model."""
+
 LOADER_QUIET_SECONDS = 0.003
 """A load is quiet for this long behind its first layers, unless somebody waits for more: who queues
 a model is about to queue its first layer, which the device waits for, and would take turns with
-the thread that describes copies."""
+the thread that describes copies. Who waits for more queues it."""
 
 LOADER_FIRST_RUN_BYTES = 16 * MIB
 LOADER_RUN_BYTES = 128 * MIB
+LOADER_FIRST_RUN_LAYERS = 2
 LOADER_RUN_LAYERS = 4
-"""The first layer is queued by itself, the others in runs of four: a model computes a layer for
-longer than it is copied. Describing a run, and the event behind it, takes 0.1 ms, and 0.2 beside a
-thread that queues a model and is held up meanwhile. So the first run is no shorter than 0.3 ms of
-the link, and the others no shorter than 2.4."""
+"""The first two layers are queued by themselves, the others in runs of four: a model computes a
+layer for longer than it is copied. Describing a run, and the event behind it, takes 0.1 ms, and 0.2
+beside a thread that queues a model and is held up meanwhile. So the first run is no shorter than
+0.3 ms of the link, and the others no shorter than 2.4."""
 
 STAGING_SLOT_BYTES = 64 * MIB
 STAGING_SLOTS = 3

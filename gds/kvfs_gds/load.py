@@ -12,8 +12,9 @@ Invariants, guarded by the load's lock:
   no fetch is under way: from then on nobody writes to its pages.
 - When the last copies have happened, the lane's thread or one that waits for the load says so,
   whichever is first; the other finds nothing left to do.
-- The last copies are queued by one thread (``issuing``), without the lock. Where that takes long,
-  who waits for the first layer does not wait until the last one is queued: ``events`` grows.
+- Layers are queued by one thread at a time (``issuing``), without the lock: ``events`` grows. The
+  first run is queued by who has fetched the last block, the others by who waits for them, or by a
+  thread of the loader's once nobody has come for a while.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from kvfs_gds.lanes import Lane
 from kvfs_gds.limits import (
     LOADER_ANSWER_BLOCKS,
     LOADER_FIRST_RUN_BYTES,
+    LOADER_FIRST_RUN_LAYERS,
     LOADER_GROUP_BYTES,
     LOADER_MEMORY_FIRST_BYTES,
     LOADER_MEMORY_GROUP_BYTES,
@@ -163,13 +165,17 @@ class Load:
         self._copies = 0
         """Steps that the lane has yet to take."""
         self._events: list[Event] = []
-        self._wanted = 0
-        """How many layers somebody needs soon."""
+        self._turns = 0
+        """How often somebody has waited for a layer."""
         self._waited: tuple[Any, Event] | None = None
         """The stream that was told last to wait for an event."""
         self._last_step: tuple[Event, Callable[[], None]] | None = None
         """What is left to do when the last copies have happened."""
         self._fetched = False
+        self._rest: list[_Part] = []
+        """What is queued layer by layer."""
+        self._plans: list[Any] | None = None
+        """How, once that is known."""
         self._issuing = False
         self._issued = False
         self._found = np.zeros(len(keys), dtype=bool)
@@ -186,9 +192,16 @@ class Load:
         copied. Raises what the load failed with, InvalidRequest if it was cancelled."""
         if self._settled and not self.stopping:
             return  # everything has been copied
+        self._turns += 1
+        # Who waits for a layer computes it, and comes for the next. Behind the first one the device
+        # has something to do: then the next run is due.
+        ahead = LOADER_RUN_LAYERS if layer else 1
+        self._issue(layer + 1 + ahead)
+        while not self._there(layer):
+            with self._lock:
+                self._lock.wait_for(lambda: self._there(layer) or self._can_issue())
+            self._issue(layer + 1 + ahead)
         with self._lock:
-            self._want(layer + 2)  # who waits for one computes it, and comes for the next
-            self._lock.wait_for(lambda: len(self._events) > layer or self._issued or self._settled)
             if self._error is not None:
                 raise self._error
             if self._cancelled:
@@ -205,6 +218,9 @@ class Load:
         if self._waited != (wrapped, event):
             device.wait_for(wrapped, event)
             self._waited = wrapped, event
+
+    def _there(self, layer: int) -> bool:
+        return len(self._events) > layer or self._issued or self._settled
 
     def layer_done(self, layer: int) -> bool:
         """Whether all copies of the layer have happened."""
@@ -232,9 +248,13 @@ class Load:
 
     def wait(self) -> None:
         """Until nothing of this load is under way, however it ended."""
-        with self._lock:
-            self._want(_ALL)
-            self._lock.wait_for(lambda: self._last_step is not None or self._settled)
+        last = None
+        while last is None and not self._settled:
+            with self._lock:
+                self._lock.wait_for(
+                    lambda: self._last_step is not None or self._settled or self._can_issue()
+                )
+            self._issue(_ALL)
             last = self._last_step
         if last is not None and not self._settled:
             # To be woken by the lane's thread, which is woken by the device, takes 0.3 ms more.
@@ -247,16 +267,6 @@ class Load:
                 step()
         with self._lock:
             self._lock.wait_for(lambda: self._settled)
-
-    def _want(self, layers: int) -> None:
-        """So many layers should be queued by now."""
-        if layers > self._wanted:
-            self._wanted = layers
-            if layers > len(self._events):
-                self._lock.notify_all()
-
-    def _wants_more(self) -> bool:
-        return self._wanted > len(self._events)
 
     def cancel(self) -> bool:
         """Fetches and queues nothing more; what is queued already still happens (``wait``). False
@@ -349,11 +359,23 @@ class Load:
         return _Group(fetched, fetched.memory, places, offsets, self._block_bytes)
 
     def group_done(self, first: int, end: int) -> None:
-        """The fetch that ``take_group`` asked for is over, one way or the other."""
+        """The fetch that ``take_group`` asked for is over, one way or the other. ``finish`` must
+        follow."""
         with self._lock:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
         self.pump()
+        self._issue(1)
+
+    def finish(self) -> None:
+        """Queues the layers that are left, if all blocks are there, and unless who waits for them
+        does."""
+        with self._lock:
+            turns = -1
+            while self._fetched and not self._issued and turns != self._turns:
+                turns = self._turns
+                self._lock.wait_for(lambda: self._issued, LOADER_QUIET_SECONDS)
+        self._issue(_ALL)
 
     def fail(self, error: BaseException) -> None:
         with self._lock:
@@ -374,37 +396,33 @@ class Load:
         self._loader.enqueue(self)
 
     def pump(self) -> None:
-        """Queues what can be queued now."""
-        parts: list[_Part] | None = None
+        """Queues what can be queued now, in whole blocks."""
         with self._lock:
             if self._settled or self._fetched:
                 return
             if not self.stopping:
                 try:
-                    parts = self._queue()
+                    self._queue()
                 except Exception as exc:
                     self._error = exc
             if self.stopping:
                 self._drop_gathered()
                 if not self._fetching and not self._copies:
                     self._settle()
-        if parts is not None:
-            self._issue(parts)
 
-    def _queue(self) -> list[_Part] | None:
-        """Queues whole blocks; once all are fetched, gives those that ``_issue`` is to queue."""
+    def _queue(self) -> None:
+        """Queues whole blocks; once all are fetched, leaves them to ``_issue``."""
         if self._next == len(self.keys) and not self._fetching:
-            parts = [self._part(group, group.left) for group in self._gathered]
+            self._rest = [self._part(group, group.left) for group in self._gathered]
             self._gathered.clear()
             self._fetched = True
             self._lock.notify_all()
-            return parts
+            return
         ahead = LOADER_QUEUED_BYTES
         if self._next < len(self.keys):
             ahead *= LOADER_QUEUED_FACTOR
         while self._gathered and self._queued_bytes < ahead:
             self._queue_whole(self._gathered[0], ahead - self._queued_bytes)
-        return None
 
     def _queue_whole(self, group: _Group, room_bytes: int) -> None:
         """All layers of some blocks."""
@@ -418,26 +436,35 @@ class Load:
         if not group.left:
             self._gathered.remove(group)
 
-    def _issue(self, parts: list[_Part]) -> None:
-        """Queues everything that is left, layer by layer, with an event behind each."""
-        plans: list[Any] = []
+    def _can_issue(self) -> bool:
+        return self._fetched and not self._issuing and not self._issued
+
+    def _issue(self, until: int) -> None:
+        """Queues layers, with events behind them, until there are ``until``: unless some blocks are
+        on their way, or another thread is at it."""
+        layers = 0 if self._pages is None else self._pages.layout.layers
+        if self._issued or (len(self._events) >= until and until < layers):
+            return
+        with self._lock:
+            if not self._can_issue():
+                return
+            self._issuing = True
         error: Exception | None = None
         try:
-            for some in _by_memory(parts):
-                offsets = np.concatenate([part.offsets for part in some])
-                places = np.concatenate([part.places for part in some])
-                plans.append(self._plan(some[0].group.memory, offsets, places))
-            blocks = sum(len(part.places) for part in parts)
-            self._queue_layers(plans, blocks * self._block_bytes)
+            while len(self._events) < min(until, layers):
+                self._queue_run(layers)
         except Exception as exc:
             error = exc
         with self._lock:
+            self._issuing = False
             self._error = self._error or error
-            if parts:
-                self._last_step = self._then(self._last(error), parts, plans, 0)
-            self._issued = True
-            if not self._copies:
-                self._settle()
+            if error is not None or len(self._events) == layers:
+                self._issued = True
+                if self._rest:
+                    last = self._last(error)
+                    self._last_step = self._then(last, self._rest, self._plans or [], 0)
+                if not self._copies:
+                    self._settle()
             self._lock.notify_all()
 
     def _last(self, error: Exception | None) -> Event:
@@ -450,29 +477,32 @@ class Load:
             log.exception("a device failed")
             return CpuEvent.happened()
 
-    def _queue_layers(self, plans: list[Any], nbytes: int) -> None:
-        stream = self._lane.stream
-        layers = 0 if self._pages is None else self._pages.layout.layers
-        if not plans:
-            # Everything went as whole blocks, or nothing was found.
-            with self._lock:
-                if self._copies:
-                    self._events = [self._device.record(stream)] * layers
-            return
-        first, run = 0, max(1, LOADER_FIRST_RUN_BYTES * layers // nbytes)
-        while first < layers:
-            end = min(layers, first + run)
-            run = max(LOADER_RUN_LAYERS, LOADER_RUN_BYTES * layers // nbytes)
-            for plan in plans:
-                self._device.copy(plan, first, end, stream, store=False)
-            events = [self._device.record(stream)] * (end - first)
-            first = end
-            with self._lock:
-                began = not self._events
-                self._events += events
-                self._lock.notify_all()
-                if began and end < layers:
-                    self._lock.wait_for(self._wants_more, LOADER_QUIET_SECONDS)
+    def _queue_run(self, layers: int) -> None:
+        """The next few layers, and an event."""
+        stream, first = self._lane.stream, len(self._events)
+        if self._plans is None:
+            self._plans = [self._plan_of(some) for some in _by_memory(self._rest)]
+        # Without any, everything went as whole blocks, or nothing was found.
+        end = layers
+        if self._plans:
+            nbytes = sum(len(part.places) for part in self._rest) * self._block_bytes
+            shortest, run_bytes = LOADER_RUN_LAYERS, LOADER_RUN_BYTES
+            if not first:
+                shortest, run_bytes = LOADER_FIRST_RUN_LAYERS, LOADER_FIRST_RUN_BYTES
+            end = first + max(shortest, run_bytes * layers // nbytes)
+            if (layers - end) * nbytes < LOADER_FIRST_RUN_BYTES * layers:
+                end = layers  # too little for another run
+        for plan in self._plans:
+            self._device.copy(plan, first, end, stream, store=False)
+        event = self._device.record(stream)
+        with self._lock:
+            self._events += [event] * (end - first)
+            self._lock.notify_all()
+
+    def _plan_of(self, parts: list[_Part]) -> Any:
+        offsets = np.concatenate([part.offsets for part in parts])
+        places = np.concatenate([part.places for part in parts])
+        return self._plan(parts[0].group.memory, offsets, places)
 
     def _plan(self, memory: HostMemory, offsets: Int64s, places: Int64s) -> Any:
         assert self._pages is not None

@@ -29,12 +29,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kvfs_base.answers import Answer
 from kvfs_base.errors import ArenaFull, InvalidRequest, KvfsError, LimitExceeded
 from kvfs_base.os_env import os_env
 from kvfs_base.seams import Clock
 from kvfs_gds.device import Device, open_device
 from kvfs_gds.lanes import Lane
 from kvfs_gds.limits import (
+    LOADER_ANSWER_SECONDS,
     LOADER_FAST_BYTES_PER_SECOND,
     LOADER_FAST_SECONDS,
     LOADER_FETCH_THREADS,
@@ -60,7 +62,14 @@ class _Fetch:
     load: Load
     first: int
     end: int
-    answer: Callable[[], Fetched] | None = None
+    answer: Answer[Fetched] | None = None
+
+
+@dataclasses.dataclass
+class _Rest:
+    """The layers of a load that are left to queue."""
+
+    load: Load
 
 
 class _Entry(NamedTuple):
@@ -68,7 +77,7 @@ class _Entry(NamedTuple):
 
     priority: int
     order: int
-    what: Load | _Fetch
+    what: Load | _Fetch | _Rest
 
 
 class Loader:
@@ -228,14 +237,17 @@ class Loader:
         what: Load | _Fetch = load
         if asks := self._idle > len(self._todo):
             fetch = self._ask(load)
-            if fetch is None:
+            if fetch is None or self._serve_now(fetch):
                 return
             what = fetch
+        self._push(load, what)
+        if asks and not self.from_memory:
+            load.fetch_more()
+
+    def _push(self, load: Load, what: Load | _Fetch | _Rest) -> None:
         with self._lock:
             heapq.heappush(self._todo, _Entry(int(load.priority), next(self._order), what))
             self._lock.notify()
-        if asks and not self.from_memory:
-            load.fetch_more()
 
     def holds(self, nbytes: int) -> None:
         """A load holds that much more (or less)."""
@@ -286,6 +298,10 @@ class Loader:
                 found = heapq.heappop(self._todo).what
             if isinstance(found, _Fetch):
                 return found
+            if isinstance(found, _Rest):
+                found.load.finish()
+                del found
+                continue
             span = found.take_group()
             if span is not None:
                 if not self.from_memory:
@@ -304,12 +320,38 @@ class Loader:
             answer = None  # who fetches them meets it again
         return _Fetch(load, *span, answer)
 
+    def _serve_now(self, fetch: _Fetch) -> bool:
+        """Brings a load that lies in memory as a whole, if that can be done at once: other threads
+        would take turns with the one that goes on to queue a model."""
+        load, answer = fetch.load, fetch.answer
+        if answer is None or not self.from_memory or fetch.end - fetch.first < len(load.keys):
+            return False
+        if not answer.within(LOADER_ANSWER_SECONDS):
+            return False
+        fetch.answer = None
+        try:
+            fetched = answer.take()
+        except KvfsError:
+            return False  # who fetches them meets it again, or waits for room
+        self._deliver(fetch, lambda: fetched)
+        self._push(load, _Rest(load))
+        return True
+
     def _serve(self, fetch: _Fetch) -> _Fetch | None:
         """Brings what was or is to be asked for. From memory, one thread brings a whole load, and
         this returns its next blocks: requests side by side would only hold each other up."""
         load = fetch.load
+        self._deliver(fetch, lambda: self._fetch(load, fetch.first, fetch.end, fetch.answer))
+        load.finish()
+        if self.from_memory:
+            return self._ask(load)
+        load.fetch_more()
+        return None
+
+    def _deliver(self, fetch: _Fetch, bring: Callable[[], Fetched | None]) -> None:
+        load = fetch.load
         try:
-            fetched = self._fetch(load, fetch.first, fetch.end, fetch.answer)
+            fetched = bring()
             if fetched is not None:
                 load.arrived(np.arange(fetch.first, fetch.end), fetched)
         except KvfsError as exc:
@@ -319,17 +361,13 @@ class Loader:
             load.fail(exc)
         finally:
             load.group_done(fetch.first, fetch.end)
-        if self.from_memory:
-            return self._ask(load)
-        load.fetch_more()
-        return None
 
     def _fetch(
         self,
         load: Load,
         first: int,
         end: int,
-        answer: Callable[[], Fetched] | None = None,
+        answer: Answer[Fetched] | None = None,
     ) -> Fetched | None:
         """Blocks ``first`` to ``end``. What is held by loads of this loader will be given back:
         wait for it. What others hold may not: then smaller groups, which have arrived by the time
@@ -342,8 +380,8 @@ class Loader:
                 if answer is None:
                     fetched = self._source.fetch(load.keys[first:end])
                 else:
-                    waiting, answer = answer, None
-                    fetched = waiting()
+                    taken, answer = answer, None
+                    fetched = taken.take()
             except ArenaFull:
                 if held:
                     self._wait_release(load, releases)

@@ -7,11 +7,11 @@ A source answers a batch of keys with extents of some memory that the device can
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
+from kvfs_base.answers import Answer
 from kvfs_gds.arena import ArenaView
 from kvfs_gds.extents import pages_of
 from kvfs_gds.file_reads import Batch, Block
@@ -42,9 +42,9 @@ class BlockSource(Protocol):
         """Blocks until all are there, or known not to be. Raises ArenaFull (temporary) if what is
         held leaves no room, and what its services raise."""
 
-    def ask(self, keys: Sequence[bytes]) -> Callable[[], Fetched] | None:
-        """``fetch`` in two steps: begins it and does not wait; what it gives is called once, in
-        whichever thread, and does the rest. None if that is not possible now."""
+    def ask(self, keys: Sequence[bytes]) -> Answer[Fetched] | None:
+        """``fetch`` in two steps: begins it and does not wait. The answer must be taken. None if
+        that is not possible now."""
 
     def room_bytes(self) -> int:
         """The size of the memory it fetches into; 0 while that is unknown."""
@@ -75,7 +75,7 @@ class ArenaNamespace(BlockStore, Protocol):
 
     def get(self, keys: Sequence[bytes]) -> ArenaBlocks: ...
 
-    def ask(self, keys: Sequence[bytes]) -> Callable[[], ArenaBlocks] | None: ...
+    def ask(self, keys: Sequence[bytes]) -> Answer[ArenaBlocks] | None: ...
 
 
 class _FromArena:
@@ -99,12 +99,9 @@ class ArenaSource:
     def fetch(self, keys: Sequence[bytes]) -> Fetched:
         return self._fetched(self._namespace.get(keys))
 
-    def ask(self, keys: Sequence[bytes]) -> Callable[[], Fetched] | None:
+    def ask(self, keys: Sequence[bytes]) -> Answer[Fetched] | None:
         answer = self._namespace.ask(keys)
-        return None if answer is None else functools.partial(self._answered, answer)
-
-    def _answered(self, answer: Callable[[], ArenaBlocks]) -> Fetched:
-        return self._fetched(answer())
+        return None if answer is None else answer.then(self._fetched)
 
     def _fetched(self, blocks: ArenaBlocks) -> Fetched:
         arena = blocks.arena

@@ -43,6 +43,7 @@ from kvfs.agent.messages import (
     split_keys,
 )
 from kvfs.buffers import byte_view
+from kvfs_base.answers import Answer
 from kvfs_base.errors import ConnectionLost, InvalidRequest, KvfsError, LimitExceeded
 from kvfs_base.limits import (
     BATCH_BLOCKS_MAX,
@@ -270,10 +271,10 @@ class Namespace:
         packed = _packed(keys)
         return self._client._run(lambda session: self._get(session, packed))
 
-    def ask(self, keys: Sequence[bytes]) -> Callable[[], Blocks] | None:
-        """``get`` in two steps: sends the request and does not wait. What it gives returns the
-        blocks, or raises as ``get``, in whichever thread; it must be called once. None if that
-        takes more than one request, or no connection is free this moment."""
+    def ask(self, keys: Sequence[bytes]) -> Answer[Blocks] | None:
+        """``get`` in two steps: sends the request and does not wait. The answer, which raises as
+        ``get``, must be taken. None if that takes more than one request, or no connection is free
+        this moment."""
         packed = _packed(keys)
         session = self._client._session
         if session is None or session.broken or len(keys) > BATCH_BLOCKS_MAX:
@@ -281,13 +282,12 @@ class Namespace:
         answer = session.ask(GetBlocks(self._inode, packed))
         if answer is None:
             return None
-        return functools.partial(self._answered, session, packed, answer)
+        take = functools.partial(self._answered, session, packed, answer)
+        return Answer(take, answer.within)
 
-    def _answered(
-        self, session: AgentSession, packed: bytes, answer: Callable[[], Granted]
-    ) -> Blocks:
+    def _answered(self, session: AgentSession, packed: bytes, answer: Answer[Granted]) -> Blocks:
         try:
-            return self._leased(session, [answer()])
+            return self._leased(session, [answer.take()])
         except SessionLost:
             return self._client._run(lambda session: self._get(session, packed))
 

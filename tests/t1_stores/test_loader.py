@@ -158,13 +158,13 @@ class Device(CpuDevice):
 
 def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) -> None:
     gate = threading.Event()
-    device = Device(lambda layer: void(layer == 0 or gate.wait(WAIT_SECONDS)))
+    device = Device(lambda first: void(first == 0 or gate.wait(WAIT_SECONDS)))
     with Loader.open(rig.namespace, device, clock=SlowClock()) as loader:  # it takes long
         load = loader.load(rig.keys[:4], rig.pages(range(4)))
         assert load.found() == [True] * 4
         load.wait_layer(0)
         assert load.layer_done(0)
-        assert not load.layer_done(1)
+        assert not load.layer_done(LAYERS - 1)
         assert not load.cancel()  # nothing is left to be dropped
         gate.set()
         load.wait_layer(LAYERS - 1)
@@ -177,13 +177,14 @@ def test_behind_the_first_layers_a_load_waits_until_somebody_comes_for_more(
     monkeypatch.setattr(load_module, "LOADER_QUIET_SECONDS", WAIT_SECONDS)
     firsts: list[int] = []
     with Loader.open(rig.namespace, Device(firsts.append)) as loader:
-        for come in (lambda load: load.wait_layer(0), lambda load: load.result()):
+        for come in (lambda load: load.wait_layer(1), lambda load: load.result()):
             firsts.clear()
             load = loader.load(rig.keys[:4], rig.pages(range(4)))
             wait_until(lambda load=load: load.layer_done(0))
+            load.wait_layer(0)
             assert firsts == [0]
             come(load)
-            wait_until(lambda: firsts == [0, 1])
+            assert firsts == [0, 2]
             assert load.result() == [True] * 4
 
 
@@ -194,7 +195,12 @@ def test_a_load_that_nobody_comes_for_is_soon_done(rig: Rig) -> None:
 
 @pytest.mark.parametrize(
     ("first_bytes", "run_bytes", "wanted"),
-    [(0, 0, [0, 1, 5, 9]), (2 * 8 * 32, 6 * 8 * 32, [0, 2, 8]), (1 << 20, 1 << 20, [0])],
+    [
+        (0, 0, [0, 2, 6, 10]),
+        (3 * 8 * 32, 6 * 8 * 32, [0, 3, 9]),
+        (6 * 8 * 32, 6 * 8 * 32, [0, 6]),  # one layer would be left
+        (1 << 20, 1 << 20, [0]),
+    ],
 )
 def test_layers_are_queued_in_runs(
     rig: Rig,
@@ -203,7 +209,7 @@ def test_layers_are_queued_in_runs(
     run_bytes: int,
     wanted: list[int],
 ) -> None:
-    """A first layer and then four at a time, in order, and nothing twice; more where they are
+    """Two layers first and then four at a time, in order, and nothing twice; more where they are
     short."""
     monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", first_bytes)
     monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", run_bytes)
@@ -251,7 +257,7 @@ def test_a_load_larger_than_its_window_comes_in_parts(monkeypatch: pytest.Monkey
 
 def test_a_device_that_fails_half_way_fails_the_load_and_keeps_no_lease(rig: Rig) -> None:
     def fail(layer: int) -> None:
-        if layer == 1:
+        if layer == 2:
             raise InvalidRequest(detail="no more")
 
     with Loader.open(rig.namespace, Device(fail)) as loader:
@@ -373,13 +379,60 @@ def test_who_loads_asks_and_another_thread_takes_the_answer(
     def ask(keys: Any) -> Any:
         threads.append(threading.current_thread())
         answer = plain(keys)
-        return lambda: threads.append(threading.current_thread()) or answer()
+        return answer.then(lambda blocks: threads.append(threading.current_thread()) or blocks)
 
+    rig.loader.from_memory, rig.namespace.answers_soon = True, False
     wait_until(lambda: rig.loader._idle == LOADER_FETCH_THREADS)
     monkeypatch.setattr(rig.namespace, "ask", ask)
     assert rig.loader.load(rig.keys[:4], rig.pages(range(4))).result() == [True] * 4
     assert threads[0] is threading.current_thread()
     assert len(threads) == 2 and threads[1] in rig.loader._threads
+
+
+def test_what_lies_in_memory_is_queued_by_who_loads_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layers at once, the others as it comes for them: no other thread has a part in it.
+    If it never comes, one of the loader's queues them."""
+    threads: list[threading.Thread] = []
+    with Loader.open(
+        rig.namespace, Device(lambda first: threads.append(threading.current_thread()))
+    ) as loader:
+        loader.from_memory = True
+        wait_until(lambda: loader._idle == LOADER_FETCH_THREADS)
+        load = loader.load(rig.keys[:4], rig.pages(range(4)))
+        assert threads == [threading.current_thread()]
+        assert load.found() == [True] * 4
+        wait_until(lambda: load.layer_done(LAYERS - 1))
+        assert len(threads) == 2 and threads[1] in loader._threads
+        assert load.result() == [True] * 4
+        threads.clear()
+        monkeypatch.setattr(load_module, "LOADER_QUIET_SECONDS", WAIT_SECONDS)
+        load = loader.load(rig.keys[:4], rig.pages(range(4, 8)))
+        for layer in range(LAYERS):
+            load.wait_layer(layer)
+        assert threads == [threading.current_thread()] * 2
+        assert load.result() == [True] * 4
+    assert all(rig.page(p) == rig.blocks[p % 4].tobytes() for p in range(8))
+
+
+def test_what_has_to_be_waited_for_is_left_to_other_threads(rig: Rig) -> None:
+    """An arena that is full until another load gives something back, and a namespace that fails."""
+    rig.loader.from_memory = True
+    wait_until(lambda: rig.loader._idle == LOADER_FETCH_THREADS)
+    gate = rig.hold()
+    first = rig.loader.load(rig.keys[:4], rig.pages(range(4)))
+    rig.namespace.error = ArenaFull(needed_bytes=1)
+    second = rig.loader.load(rig.keys[4:8], rig.pages(range(4, 8)))  # returns
+    assert not second.layer_done(0)
+    rig.namespace.error = None
+    gate.set()
+    assert first.result() == second.result() == [True] * 4
+    rig.loader.from_memory = True
+    rig.namespace.error = ConnectionLost(address="there", detail="gone")
+    with pytest.raises(ConnectionLost):
+        rig.loader.load(rig.keys[:4], rig.pages(range(4))).wait_layer(0)
+    rig.namespace.error = None
 
 
 def test_one_thread_brings_what_comes_from_memory(

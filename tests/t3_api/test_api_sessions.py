@@ -190,7 +190,7 @@ def test_blocks_are_asked_for_first_and_taken_later(
     answer = namespace.ask(keys)
     assert answer is not None
     assert namespace.ask(keys) is None  # no other connection was ever needed
-    with ThreadPoolExecutor(1) as pool, pool.submit(answer).result() as blocks:
+    with ThreadPoolExecutor(1) as pool, pool.submit(answer.take).result() as blocks:
         assert [bytes(block or b"") for block in blocks] == data
     wait_until(lambda: cluster.statistics()["arena_leased_bytes"] == 0)
     assert namespace.ask(keys * 2048) is None  # more than one request
@@ -199,7 +199,7 @@ def test_blocks_are_asked_for_first_and_taken_later(
     answer = namespace.ask(keys)
     assert answer is not None
     cluster.restart_agent()
-    with answer() as blocks:
+    with answer.take() as blocks:
         assert [bytes(block or b"") for block in blocks] == data
     assert namespace.match(keys) == 4
 

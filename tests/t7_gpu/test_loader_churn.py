@@ -57,6 +57,8 @@ def test_random_loads_stores_and_cancels() -> None:
                     job = loader.store(names, table)
                 else:
                     names = [list(expected)[i] for i in rng.integers(0, len(expected), len(some))]
+                    # Half of them are brought by other threads, and can be cancelled meanwhile.
+                    namespace.answers_soon = bool(rng.integers(0, 2))
                     job = loader.load(names, table)
                 jobs.append((names, some, job))
             for _, _, job in jobs:

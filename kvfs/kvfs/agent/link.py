@@ -11,15 +11,17 @@ import contextlib
 import ctypes
 import functools
 import os
+import select
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from kvfs.agent.messages import Hello, Welcome
 from kvfs_base import frames
+from kvfs_base.answers import Answer
 from kvfs_base.errors import (
     ConnectionLost,
     DeadlineExceeded,
@@ -70,6 +72,12 @@ class Line:
         except BaseException:
             self.usable = False
             raise
+
+    def answered(self, seconds: float) -> bool:
+        """Whether a reply, or the end of the connection, comes within so many seconds."""
+        arrivals = select.poll()
+        arrivals.register(self._connection.fileno(), select.POLLIN)
+        return bool(arrivals.poll(1000 * seconds))
 
     def receive(self, request_type: type[Request]) -> Any:
         """The reply to the request sent last. Raises what the agent raised, SessionLost or
@@ -226,9 +234,9 @@ class AgentSession:
             finally:
                 self._put_back(line)
 
-    def ask(self, request: Request) -> Callable[[], Any] | None:
-        """Sends a request and does not wait: what it gives returns the reply (or raises as
-        ``call``), in whichever thread, and must be called once. None if no connection is free."""
+    def ask(self, request: Request) -> Answer[Any] | None:
+        """Sends a request and does not wait. The reply (which raises as ``call``) must be taken.
+        None if no connection is free."""
         if not self._slots.acquire(blocking=False):
             return None
         with self._lock:
@@ -236,7 +244,8 @@ class AgentSession:
         try:
             if line is not None:
                 line.send(request)
-                return functools.partial(self._answer, line, type(request))
+                take = functools.partial(self._answer, line, type(request))
+                return Answer(take, line.answered)
         except SessionLost:
             pass  # as if none had been free: who calls finds out
         except BaseException:
