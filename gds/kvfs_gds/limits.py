@@ -27,6 +27,10 @@ LOADER_QUIET_SECONDS = 0.003
 a model is about to queue its first layer, which the device waits for, and would take turns with
 the thread that describes copies. Who waits for more queues it."""
 
+LOADER_AT_ONCE_BYTES = 64 * MIB
+"""Runs are begun, before anybody waits, until so much is queued, 128 MiB with the last one of them:
+2.4 ms of the link, until a model that is queued comes for its first layer."""
+
 LOADER_FIRST_RUN_BYTES = 16 * MIB
 LOADER_RUN_BYTES = 128 * MIB
 LOADER_FIRST_RUN_LAYERS = 2

@@ -36,6 +36,7 @@ from kvfs_gds.device import CpuEvent, Event
 from kvfs_gds.lanes import Lane
 from kvfs_gds.limits import (
     LOADER_ANSWER_BLOCKS,
+    LOADER_AT_ONCE_BYTES,
     LOADER_FIRST_RUN_BYTES,
     LOADER_FIRST_RUN_LAYERS,
     LOADER_GROUP_BYTES,
@@ -193,14 +194,14 @@ class Load:
         if self._settled and not self.stopping:
             return  # everything has been copied
         self._turns += 1
-        # Who waits for a layer computes it, and comes for the next. Behind the first one the device
-        # has something to do: then the next run is due.
-        ahead = LOADER_RUN_LAYERS if layer else 1
-        self._issue(layer + 1 + ahead)
+        # Behind the first layer the device has something to do: then everything is queued, before
+        # the link has nothing to do.
+        wanted = _ALL if layer else len(self._events) + 1
+        self._issue(wanted)
         while not self._there(layer):
             with self._lock:
                 self._lock.wait_for(lambda: self._there(layer) or self._can_issue())
-            self._issue(layer + 1 + ahead)
+            self._issue(wanted)
         with self._lock:
             if self._error is not None:
                 raise self._error
@@ -365,7 +366,8 @@ class Load:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
         self.pump()
-        self._issue(1)
+        layers = 0 if self._pages is None else self._pages.layout.layers
+        self._issue(1 + LOADER_AT_ONCE_BYTES * layers // max(1, self._rest_bytes))
 
     def finish(self) -> None:
         """Queues the layers that are left, if all blocks are there, and unless who waits for them
@@ -485,7 +487,7 @@ class Load:
         # Without any, everything went as whole blocks, or nothing was found.
         end = layers
         if self._plans:
-            nbytes = sum(len(part.places) for part in self._rest) * self._block_bytes
+            nbytes = self._rest_bytes
             shortest, run_bytes = LOADER_RUN_LAYERS, LOADER_RUN_BYTES
             if not first:
                 shortest, run_bytes = LOADER_FIRST_RUN_LAYERS, LOADER_FIRST_RUN_BYTES
@@ -498,6 +500,10 @@ class Load:
         with self._lock:
             self._events += [event] * (end - first)
             self._lock.notify_all()
+
+    @property
+    def _rest_bytes(self) -> int:
+        return sum(len(part.places) for part in self._rest) * self._block_bytes
 
     def _plan_of(self, parts: list[_Part]) -> Any:
         offsets = np.concatenate([part.offsets for part in parts])

@@ -87,6 +87,7 @@ def void(_: object) -> None:
 @pytest.fixture(autouse=True)
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of a few KiB are queued as if they were long."""
+    monkeypatch.setattr(load_module, "LOADER_AT_ONCE_BYTES", 0)
     monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", 0)
     monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", 0)
 
@@ -157,11 +158,12 @@ class Device(CpuDevice):
 
 
 def test_the_first_layer_does_not_wait_until_the_last_one_is_queued(rig: Rig) -> None:
-    gate = threading.Event()
-    device = Device(lambda first: void(first == 0 or gate.wait(WAIT_SECONDS)))
+    gate, held = threading.Event(), threading.Event()
+    device = Device(lambda first: void(first == 0 or held.set() or gate.wait(WAIT_SECONDS)))
     with Loader.open(rig.namespace, device, clock=SlowClock()) as loader:  # it takes long
         load = loader.load(rig.keys[:4], rig.pages(range(4)))
         assert load.found() == [True] * 4
+        held.wait(WAIT_SECONDS)
         load.wait_layer(0)
         assert load.layer_done(0)
         assert not load.layer_done(LAYERS - 1)
@@ -177,11 +179,10 @@ def test_behind_the_first_layers_a_load_waits_until_somebody_comes_for_more(
     monkeypatch.setattr(load_module, "LOADER_QUIET_SECONDS", WAIT_SECONDS)
     firsts: list[int] = []
     with Loader.open(rig.namespace, Device(firsts.append)) as loader:
-        for come in (lambda load: load.wait_layer(1), lambda load: load.result()):
+        for come in (lambda load: load.wait_layer(0), lambda load: load.result()):
             firsts.clear()
             load = loader.load(rig.keys[:4], rig.pages(range(4)))
             wait_until(lambda load=load: load.layer_done(0))
-            load.wait_layer(0)
             assert firsts == [0]
             come(load)
             assert firsts == [0, 2]
