@@ -95,6 +95,7 @@ def test_no_metadata_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         {"attribute_seconds": -1.0},
         {"negative_seconds": 1e9},
         {"read_ahead_bytes": -1},
+        {"busy_wait_seconds": 0.1},
         {"frontend": "libfuse"},
         {"transport": "pigeon"},
         {"metadata": ()},

@@ -29,6 +29,9 @@ class MountConfig:
     """The kernel's read-ahead for this mount; needs root, else the kernel's default stays."""
     unmount_seconds: float = 2.0
     """How long an orderly unmount may wait for busy users before the mount is detached."""
+    busy_wait_seconds: float = 0.00025
+    """How long to look out, instead of sleeping, for the next request of who has opened or closed a
+    file that the kernel reads by itself; 0 for never."""
     frontend: str = "auto"
     """Who talks to the kernel: ``auto``, ``direct`` or ``pyfuse3``."""
     locks: str = "auto"
@@ -47,6 +50,8 @@ class MountConfig:
         for name in ("attribute_seconds", "entry_seconds", "negative_seconds", "unmount_seconds"):
             if not 0 <= getattr(self, name) <= 86_400:
                 raise InvalidRequest(detail=f"{name} must be between 0 and 86400")
+        if not 0 <= self.busy_wait_seconds <= 0.01:
+            raise InvalidRequest(detail="busy_wait_seconds must be between 0 and 0.01")
         if not 0 <= self.read_ahead_bytes <= 256 * MIB:
             raise InvalidRequest(detail="read_ahead_bytes must be between 0 and 256 MiB")
         if self.frontend not in ("auto", "direct", "pyfuse3"):

@@ -169,9 +169,9 @@ class DirectFrontend:
             answers = self._fs.answers_descriptor
             if answers >= 0:
                 longest = until - now if self._asked else LINGER_SECONDS
-                ready = device.wait(longest, answers, *adoptions)
+                ready = handlers.lookout.wait(device, longest, answers, *adoptions)
             elif not self._asked:
-                ready = device.wait(LINGER_SECONDS)
+                ready = handlers.lookout.wait(device, LINGER_SECONDS)
             else:
                 return
             if not ready:

@@ -22,6 +22,7 @@ from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import DOT_ENTRIES, Space, StaleOpens, errno_of
 from kvfs.mount.fuse_wire import Feature, Opcode, OpenFlag, Request, SetAttrValid
 from kvfs.mount.fuse_wire_statx import statx_out
+from kvfs.mount.lookout import Lookout
 from kvfs.mount.passthrough import NO_BACKING, Backings
 from kvfs.mount.requests import AttrChanges, Caller, Opened
 from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError, ResultTooLarge
@@ -78,6 +79,7 @@ class Handlers:
         self._device = device
         self._locks = filesystem.locks
         self._locking = config.locks != "mount"
+        self.lookout = Lookout(filesystem.clock, config.busy_wait_seconds)
         self._stale_opens = StaleOpens()
         self._backings: Backings | None = None
         """None where the kernel does not read by itself."""
@@ -183,13 +185,18 @@ class Handlers:
 
     def _released(self, inode: int, handle: int) -> None:
         if self._backings is not None:
-            self._backings.released(handle, is_kept=self._fs.keeps_backing(inode))
+            is_kept = self._fs.keeps_backing(inode)
+            self.lookout.expects |= self._backings.released(handle, is_kept=is_kept)
 
     def _flush_now(self, request: Request) -> Answer | None:
         handle, owner = request.arguments
         if self._locks.ends_with_flush(request.inode, owner):
             return None
-        return () if self._fs.flush_now(handle) else None
+        if not self._fs.flush_now(handle):
+            return None
+        if self._backings is not None:
+            self.lookout.expects |= self._backings.reads(handle)
+        return ()
 
     def _releasedir(self, request: Request) -> Answer:
         self._fs.releasedir(*request.arguments)
@@ -431,6 +438,7 @@ class Handlers:
             # No pages to keep. Who writes goes through us: the file may outgrow its chunk.
             through_us = opened.writable and not opened.passes_writes
             flags = PASSTHROUGH | DIRECT_IO if through_us else PASSTHROUGH
+            self.lookout.expects |= not opened.writable
         if not opened.writable and (opened.is_block or not self._locking):
             flags |= NOFLUSH  # elsewhere a close may end locks
         return (wire.open_out(opened.handle, flags, backing_id),)

@@ -62,20 +62,28 @@ class Backings:
             self._device.close_backing(idle.backing_id)
         return _Inode(self._register(descriptor), file)
 
-    def released(self, handle: int, *, is_kept: bool) -> None:
-        """``is_kept``: if nobody else has it open, its descriptor is at hand until ``let_go``."""
+    def released(self, handle: int, *, is_kept: bool) -> bool:
+        """Whether the kernel read it by itself. ``is_kept``: if nobody else has it open, its
+        descriptor is at hand until ``let_go``."""
         inode = self._handles.pop(handle, None)
         if inode is None:
-            return
+            return False
         known = self._inodes[inode]
         known.handles -= 1
+        is_passed = known.backing_id != NO_BACKING
         if known.handles:
-            return
+            return is_passed
         del self._inodes[inode]
-        if known.backing_id != NO_BACKING:
+        if is_passed:
             self._idle[inode] = known
             if not is_kept:
                 self.let_go(inode)
+        return is_passed
+
+    def reads(self, handle: int) -> bool:
+        """Whether the kernel reads it by itself."""
+        inode = self._handles.get(handle)
+        return inode is not None and self._inodes[inode].backing_id != NO_BACKING
 
     def let_go(self, inode: int) -> None:
         """The descriptor is not at hand any more: what the file takes is free once the id is."""
