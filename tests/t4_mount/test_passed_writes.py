@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import mmap
 import os
 import random
@@ -99,6 +100,55 @@ def test_others_see_a_file_once_it_was_closed(work: Path, cluster: Cluster, othe
     assert (other / "file").read_bytes() == data
     inode = (work / "file").stat().st_ino
     assert [path.stat().st_size for path in cluster.chunk_files(inode)] == [len(data)]
+
+
+def has_writer(path: Path) -> bool:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def test_what_was_just_written_is_read_by_the_kernel(own_cluster: Cluster) -> None:
+    """And is not kept open for writing by who waits for that: then it could not be sealed."""
+    mountpoint = own_cluster.directory / "mnt"
+    role = own_cluster.mount(mountpoint)
+    data = os.urandom(2 * MIB + 7)
+    with new_file(own_cluster, mountpoint / "new") as descriptor:
+        assert os.pwrite(descriptor, data, 0) == len(data)
+    (mountpoint / "new").rename(mountpoint / "file")
+    (chunk,) = own_cluster.chunk_files((mountpoint / "file").stat().st_ino)
+    wait_until(lambda: not has_writer(chunk))
+    reader = os.open(mountpoint / "file", os.O_RDONLY)
+    role.kill()
+    assert os.pread(reader, len(data), 0) == data  # not through the mount
+    close(reader)
+
+
+def test_what_was_just_written_and_is_changed(work: Path, cluster: Cluster, other: Path) -> None:
+    data = bytearray(os.urandom(2 * MIB))
+    for place, there in enumerate((other, work, other, work)):
+        path, way = work / f"file{place}", there / f"file{place}"
+        with new_file(cluster, path) as descriptor:
+            os.pwrite(descriptor, data, 0)
+        with path.open("rb") as reader:
+            assert reader.read() == data
+        with way.open("r+b") as changed:
+            changed.write(b"changed")
+        with way.open("ab") as appended:
+            appended.write(b"appended")
+        assert path.read_bytes() == b"changed" + data[7:] + b"appended"
+        with way.open("r+b") as cut:
+            cut.truncate(MIB)
+        assert path.read_bytes() == b"changed" + data[7:MIB]
+        way.unlink()
+        way.write_bytes(b"another")
+        assert path.read_bytes() == b"another"
 
 
 def test_every_way_to_write(work: Path, cluster: Cluster, other: Path) -> None:

@@ -33,6 +33,8 @@ class Backing(NamedTuple):
     descriptor: int
     size: int
     mtime_ns: int
+    is_finished: bool = False
+    """Who wrote it has closed it, and nobody else did."""
 
     def close(self) -> None:
         os.close(self.descriptor)

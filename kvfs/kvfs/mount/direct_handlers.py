@@ -427,7 +427,9 @@ class Handlers:
         self._stale_opens.over(request.thread)
         inode, backing_id = request.inode, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
-            backing_id = self._backings.opened(opened.handle, inode, opened.backing)
+            backing_id = self._backings.opened(
+                opened.handle, inode, opened.backing, is_written=opened.passes_writes
+            )
             if backing_id == NO_BACKING and opened.passes_writes:
                 self._fs.refuse_backing(opened.handle)
         flags = KEEP_CACHE if opened.keep_cache else 0
@@ -459,7 +461,9 @@ class Handlers:
     def _created(self, attr: Attr, opened: Opened) -> Answer:
         flags, backing_id = KEEP_CACHE, NO_BACKING
         if self._backings is not None and opened.backing != NO_DESCRIPTOR:
-            backing_id = self._backings.opened(opened.handle, attr.inode, opened.backing)
+            backing_id = self._backings.opened(
+                opened.handle, attr.inode, opened.backing, is_written=True
+            )
             if backing_id != NO_BACKING:
                 flags = PASSTHROUGH
             else:

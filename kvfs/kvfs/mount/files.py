@@ -93,8 +93,11 @@ class OpenFile(FileState):
         """The same if nothing need be waited for, else nothing. ``known`` is what the last one who
         had it open has left; it is taken over if nothing has changed since."""
         if not (self._is_decided or (self._deciding is not None and self._deciding.locked())):
-            may_pass = reads_only and self._may_pass()
-            if may_pass and known is not None and self._is_of_now(known):
+            if known is not None and not self._is_of_now(known):
+                known = None
+            is_finished = known is not None and known.is_finished
+            may_pass = reads_only and self._may_pass(is_finished=is_finished)
+            if may_pass and known is not None:
                 self.backing = known.descriptor
             self._is_decided = self.backing != NO_DESCRIPTOR or not may_pass
         return self._is_decided
@@ -106,12 +109,24 @@ class OpenFile(FileState):
 
     def give_up_backing(self) -> Backing | None:
         """What the kernel has read by itself, if it may again: the caller closes it."""
-        if self.backing == NO_DESCRIPTOR or self._passed is not None or self._unflushed:
+        if self._passed is not None:
+            return self._written(self._passed)
+        if self.backing == NO_DESCRIPTOR or self._unflushed:
             return None
         descriptor, self.backing = self.backing, NO_DESCRIPTOR
         return Backing(descriptor, self.size, self.mtime_ns)
 
-    def _may_pass(self) -> bool:
+    def _written(self, passed: PassedWrites) -> Backing | None:
+        """What the kernel has written, for who reads it next: often soon, as a file tier does."""
+        if self.dirty or self.sparse or self.size < MOUNT_PASSED_BYTES_MIN or not passed.is_whole:
+            return None
+        try:
+            return Backing(passed.reopen(), self.size, self.mtime_ns, is_finished=True)
+        except OSError as exc:
+            log.debug("inode %d is not kept open: %s", self.inode, exc)
+            return None
+
+    def _may_pass(self, *, is_finished: bool = False) -> bool:
         """Nobody else has it open, and it looks finished."""
         age_ns = self._backend.env.clock.time_ns() - self.mtime_ns
         return (
@@ -119,7 +134,7 @@ class OpenFile(FileState):
             and not self.sparse
             and not self._dirty
             and self.size >= MOUNT_PASSED_BYTES_MIN
-            and age_ns >= MOUNT_PASSED_SETTLED_SECONDS * 1e9
+            and (is_finished or age_ns >= MOUNT_PASSED_SETTLED_SECONDS * 1e9)
         )
 
     def pass_writes(self) -> None:

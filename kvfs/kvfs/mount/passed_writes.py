@@ -299,6 +299,16 @@ class PassedWrites:
         """Of what was written something is with the chunk servers."""
         return self._adopted or self._orphaned
 
+    @property
+    def is_whole(self) -> bool:
+        """The first chunk is all that there is of the file, and stored."""
+        return self._adopted and self.is_stored and self.size <= self._own_bytes
+
+    def reopen(self) -> int:
+        """The chunk file for reading: whoever has it open for writing keeps it from being sealed.
+        Raises OSError."""
+        return os.open(f"/proc/self/fd/{self.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+
     def close_now(self) -> bool:
         """``close``, with what follows on it, if nothing need be waited for; else nothing."""
         if not self.is_stored:

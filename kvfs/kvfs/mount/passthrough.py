@@ -28,6 +28,8 @@ class _Inode:
     """NO_BACKING: through the page cache."""
     file: tuple[int, int]
     """Device and inode of what the kernel reads. An id holds it: nothing else is called that."""
+    is_written: bool = False
+    """It holds it open for writing."""
     handles: int = 0
 
 
@@ -42,12 +44,13 @@ class Backings:
         self._handles: dict[int, int] = {}
         self._refusals: set[int | None] = set()
 
-    def opened(self, handle: int, inode: int, descriptor: int) -> int:
+    def opened(self, handle: int, inode: int, descriptor: int, *, is_written: bool = False) -> int:
         """The id for the answer to an open, or NO_BACKING. ``descriptor`` is what the kernel may
-        read; only the first one of an inode counts."""
+        read, and write if it ``is_written``; only the first one of an inode counts."""
         known = self._inodes.get(inode)
         if known is None:
             known = self._inodes[inode] = self._first(inode, descriptor)
+            known.is_written = is_written
         known.handles += 1
         self._handles[handle] = inode
         return known.backing_id
@@ -76,7 +79,7 @@ class Backings:
         del self._inodes[inode]
         if is_passed:
             self._idle[inode] = known
-            if not is_kept:
+            if known.is_written or not is_kept:
                 self.let_go(inode)
         return is_passed
 
