@@ -9,6 +9,7 @@ import random
 import socket
 import struct
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,7 +120,7 @@ async def served() -> AsyncIterator[tuple[Kernel, Names]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     names = Names()
     env, _ = memory_env()
-    chunks: Any = None
+    chunks: Any = SimpleNamespace(staged=SimpleNamespace(prepare=lambda: None))
     config = MountConfig("/nowhere", (Address.unix("/nowhere.sock"),))
     filesystem = Filesystem(Backend(env, names, chunks))
     names.adoptions = filesystem.adoptions

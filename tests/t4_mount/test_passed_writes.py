@@ -130,6 +130,23 @@ def test_what_was_just_written_is_read_by_the_kernel(own_cluster: Cluster) -> No
     close(reader)
 
 
+def test_the_first_file_of_a_mount_is_written_by_the_kernel(own_cluster: Cluster) -> None:
+    mountpoint = own_cluster.directory / "mnt"
+    with own_cluster.mounted(mountpoint):
+        (mountpoint / "empty").touch()
+        require_passthrough(own_cluster)
+        descriptor = os.open(mountpoint / "empty", os.O_RDONLY)
+        targets = list(own_cluster.directory.glob("targets/*/staging"))
+        wait_until(lambda: all(any(t.rglob("0*")) for t in targets))
+        ahead = staged_ahead(own_cluster)
+        for number in range(8):
+            first = os.open(mountpoint / f"file{number}", NEW)
+            os.write(first, SEED)
+            assert is_passed(own_cluster, ahead, first)
+            close(first)
+        close(descriptor)
+
+
 def test_what_was_just_written_and_is_changed(work: Path, cluster: Cluster, other: Path) -> None:
     data = bytearray(os.urandom(2 * MIB))
     for place, there in enumerate((other, work, other, work)):

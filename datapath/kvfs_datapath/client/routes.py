@@ -128,6 +128,15 @@ class Router:
         known = _find(self._cluster.current(), chain) or _find(self._cluster.refresh(), chain)
         return None if known is None else known.is_replicated
 
+    def here(self) -> list[int]:
+        """Chains of one copy that are served on this host. Raises as ``is_replicated``."""
+        routes = self._routes(self._cluster.current())
+        return [
+            chain
+            for chain, found in routes.items()
+            if not found.is_replicated and found.serving[0].local
+        ]
+
     def _routes(self, cluster: ClusterMap) -> dict[int, ChainRoutes]:
         known, table = self._table
         if known is not cluster:

@@ -1,7 +1,7 @@
 """Empty files that servers of this host passed ahead, for chunks that do not have a name yet.
 
 A new file that the kernel is to write by itself needs a descriptor in the moment that it is made.
-So some are asked for ahead, of each target that files were made on lately. A staged file belongs to
+So some are asked for ahead, of each target of this host. A staged file belongs to
 the connection that it was asked for on; if that ends, the server forgets it: what was written to it
 lies behind its descriptor only, and ``adopt`` fails.
 
@@ -166,6 +166,18 @@ class StagedFiles:
         self._unsealed: collections.deque[tuple[Route, ChunkId]] = collections.deque()
         self._sealing = False
         self._closed = False
+
+    def prepare(self) -> None:
+        """Asks the targets of this host, for the first files that are made. Never waits."""
+        with contextlib.suppress(RuntimeError):  # the client is closed
+            self._pool.submit(self._prepare)
+
+    def _prepare(self) -> None:
+        try:
+            for chain in self._shared.router.here():
+                self._begin(chain)
+        except KvfsError as exc:
+            log.debug("nothing is staged ahead: %s", exc)
 
     def take(self, chain: int) -> StagedFile | None:
         """An empty file on the target of ``chain``, or None: there is none at hand, or that target

@@ -133,6 +133,7 @@ class Filesystem:
         """The kernel reads by itself what Opened has as ``backing``: ordinary files, too.
         ``let_go`` is told each inode for which ``keeps_backing`` ends without an open."""
         self._files.pass_through = True
+        self._backend.chunks.staged.prepare()
         self._files.idle_backings.when_closed = self._blocks.idle.when_closed = let_go
 
     def keeps_backing(self, inode: int) -> bool:
