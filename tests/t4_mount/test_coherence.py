@@ -328,6 +328,54 @@ def test_the_kernel_is_told(cluster: Cluster) -> None:
 
 
 @pytest.mark.both_frontends
+def removed(path: Path) -> None:
+    path.unlink()
+    path.write_bytes(b"new")
+
+
+def replaced(path: Path) -> None:
+    path.with_suffix(".new").write_bytes(b"new")
+    path.with_suffix(".new").rename(path)
+
+
+def moved_away(path: Path) -> None:
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(b"new")
+
+
+@pytest.mark.parametrize("change", [removed, replaced, moved_away])
+def test_who_opens_a_name_gets_the_file_that_has_it(
+    cluster: Cluster, tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    """At once, though the kernel may take names for existing for a minute, and is told a moment
+    after the change."""
+    options = ("--attribute-seconds=60", "--entry-seconds=60")
+    with (
+        cluster.mounted(tmp_path / "a", "direct", *options) as a,
+        cluster.mounted(tmp_path / "b", "direct", *options) as b,
+        busy_core(),
+    ):
+        (a / change.__name__).mkdir()
+        for number in range(40):
+            here, there = (mount / change.__name__ / f"{number}" for mount in (a, b))
+            here.write_bytes(b"old")
+            assert here.read_bytes() == there.read_bytes() == b"old"
+            with here.open("rb") as before:
+                change(there)
+                assert here.read_bytes() == b"new"
+                assert before.read() == b"old"
+
+
+@contextlib.contextmanager
+def busy_core() -> Iterator[None]:
+    """So that a mount does not get to do everything at once."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 def test_a_frozen_mount_delays_a_change_for_its_lease_and_then_asks(own_cluster: Cluster) -> None:
     mountpoint = own_cluster.directory / "mnt"
     role = own_cluster.mount(mountpoint, *KERNEL_KEEPS_NOTHING)

@@ -121,6 +121,8 @@ class DirectFrontend:
             self._nursery = nursery
             assert self._device is not None
             notices = Notices(self._device)
+            assert self._handlers is not None
+            self._handlers.is_to_be_told = notices.is_to_be_told
             self._fs.when_gone(notices.is_gone)
             self._fs.when_changed(notices.changed)
             nursery.start_soon(notices.tell)

@@ -25,7 +25,7 @@ from kvfs.mount.fuse_wire_statx import statx_out
 from kvfs.mount.lookout import Lookout
 from kvfs.mount.passthrough import NO_BACKING, Backings
 from kvfs.mount.requests import AttrChanges, Caller, Opened
-from kvfs_base.errors import EntryNotFound, KvfsError, ProtocolError, ResultTooLarge
+from kvfs_base.errors import EntryNotFound, InodeStale, KvfsError, ProtocolError, ResultTooLarge
 from kvfs_base.rpc import Done
 from kvfs_base.seams import Buffer
 from kvfs_base.types import Attr
@@ -87,6 +87,8 @@ class Handlers:
         self._attr_times = wire.Times.of(config.attribute_seconds)
         self._packed = wire.PackedEntries(self._entry_times, self._attr_times)
         self._negative_times = wire.Times.of(config.negative_seconds)
+        self.is_to_be_told: Callable[[int], bool] = lambda inode: False
+        """Whether an inode has changed, and the kernel has not heard of it yet."""
         self.now = self._now_handlers()
         self.soon = self._soon_handlers()
         self.later = self._later_handlers()
@@ -161,6 +163,8 @@ class Handlers:
 
     def _open_now(self, request: Request) -> Answer | None:
         flags, kill = request.arguments
+        if self.is_to_be_told(request.inode) and self._stale_opens.may_fail(request.thread):
+            raise InodeStale(inode=request.inode)  # the name may be another file's by now
         opened = None if kill else self._fs.open_now(request.inode, flags)
         return None if opened is None else self._opened(request, opened)
 

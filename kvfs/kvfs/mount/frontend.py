@@ -136,6 +136,10 @@ class StaleOpens:
                 del self._threads[next(iter(self._threads))]
         return code
 
+    def may_fail(self, thread: int) -> bool:
+        """The name would be looked up once more."""
+        return thread != 0 and thread not in self._threads
+
     def over(self, thread: int) -> None:
         """It has a file open, or was told that there is none."""
         if self._threads:

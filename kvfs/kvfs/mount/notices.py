@@ -23,6 +23,10 @@ class Notices:
     def __init__(self, device: Device) -> None:
         self._device = device
         self._waiting: list[bytes] = []
+        self._changed: set[int] = set()
+        """Inodes of which these tell."""
+        self._changed_now: set[int] = set()
+        """Of those that are being told."""
         self._any = trio.Event()
         self._telling = trio.CancelScope()
 
@@ -33,7 +37,12 @@ class Notices:
         notices += [wire.inval_entry(parent, name) for parent, name in entries]
         room = MOUNT_NOTICES_MAX - len(self._waiting)
         self._waiting += notices[:room]
+        self._changed.update(inodes if room > 0 else ())
         self._any.set()
+
+    def is_to_be_told(self, inode: int) -> bool:
+        """It was changed, and the kernel may not know yet: nor perhaps that a name has gone."""
+        return inode in self._changed or inode in self._changed_now
 
     def is_gone(self, parent: int, inode: int, name: bytes) -> None:
         """A name disappeared by itself."""
@@ -48,7 +57,9 @@ class Notices:
                 await self._any.wait()
                 self._any = trio.Event()
                 notices, self._waiting = self._waiting, []
+                self._changed_now, self._changed = self._changed, set()
                 await trio.to_thread.run_sync(self._write, notices, abandon_on_cancel=True)
+                self._changed_now = set()
 
     def stop(self) -> None:
         self._telling.cancel()
