@@ -124,6 +124,8 @@ def test_what_was_just_written_is_read_by_the_kernel(own_cluster: Cluster) -> No
     (mountpoint / "new").rename(mountpoint / "file")
     (chunk,) = own_cluster.chunk_files((mountpoint / "file").stat().st_ino)
     wait_until(lambda: not has_writer(chunk))
+    for _ in range(2):
+        assert (mountpoint / "file").read_bytes() == data
     reader = os.open(mountpoint / "file", os.O_RDONLY)
     role.kill()
     assert os.pread(reader, len(data), 0) == data  # not through the mount

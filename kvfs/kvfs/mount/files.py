@@ -70,6 +70,8 @@ class OpenFile(FileState):
         """The file was made shorter, and that is not recorded yet."""
         self._tail_clean = False
         self._is_decided = False
+        self._finished: tuple[int, int] | None = None
+        """Size and mtime when who had written it closed it, if that is what ``backing`` is."""
         self._deciding: trio.Lock | None = None
         """Held by who finds out what ``backing`` is to be."""
 
@@ -99,6 +101,7 @@ class OpenFile(FileState):
             may_pass = reads_only and self._may_pass(is_finished=is_finished)
             if may_pass and known is not None:
                 self.backing = known.descriptor
+                self._finished = (known.size, known.mtime_ns) if is_finished else None
             self._is_decided = self.backing != NO_DESCRIPTOR or not may_pass
         return self._is_decided
 
@@ -114,7 +117,8 @@ class OpenFile(FileState):
         if self.backing == NO_DESCRIPTOR or self._unflushed:
             return None
         descriptor, self.backing = self.backing, NO_DESCRIPTOR
-        return Backing(descriptor, self.size, self.mtime_ns)
+        is_finished = self._finished == (self.size, self.mtime_ns)
+        return Backing(descriptor, self.size, self.mtime_ns, is_finished)
 
     def _written(self, passed: PassedWrites) -> Backing | None:
         """What the kernel has written, for who reads it next: often soon, as a file tier does."""
