@@ -30,6 +30,7 @@ OUTER = {
     "kvfs/kvfs_base/os_handshake.py": "the same: proofs on sockets, the secret's file",
     "kvfs/kvfs_base/seams.py": "names the type of chance",
     "kvfs/kvfs_base/testing.py": "memory seams, over socket pairs",
+    "kvfs/kvfs/agent/link.py": "looks whether the agent has answered",
     "kvfs/kvfs/mount/adoptions.py": "looks whether a chunk server has answered",
     "kvfs/kvfs/mount/device.py": "waits for the kernel's requests",
     "kvfs/kvfs/mount/fusermount.py": "is passed a descriptor by a program",

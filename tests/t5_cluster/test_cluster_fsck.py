@@ -45,7 +45,8 @@ def test_online_then_offline(own: Cluster) -> None:
         own.put(client, range(8))
     file = own.mountpoint / "directory" / "file"
     file.parent.mkdir()
-    file.write_bytes(os.urandom(17 << 20))
+    with file.open("ab") as appended:  # another new file would stay one chunk
+        appended.write(os.urandom(17 << 20))
     assert fsck(own, "--verify")[0] == ExitCode.OK
     assert b"clean" in run("fsck", own.directory).stdout
 
