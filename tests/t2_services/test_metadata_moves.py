@@ -387,6 +387,23 @@ def test_a_target_that_has_yet_to_remove_a_file_gets_no_place_of_it(rig: Rig) ->
     assert set(chains(rig, inode)) == {2, 3}
 
 
+def test_a_file_that_is_cut_while_it_moves_still_moves(rig: Rig) -> None:
+    """Its places that have no chunks any more could have any other chain; but the chain that it was
+    moving to has copies of what was cut off, which only the move compares."""
+    inode = make_file(rig, b"f", 6)
+    before = chains(rig, inode)
+    drain(rig, 2)
+    (move,) = take(rig).moves
+    rig.call(m.SetAttr(inode, size=0))
+    look(rig)
+    assert chains(rig, inode) == before
+    taken = take(rig)
+    assert [(one.inode, one.to) for one in taken.moves] == [(inode, move.to)]
+    assert taken.moves[0].end >= move.end  # what there was is compared
+    end(rig, taken)
+    assert 2 not in chains(rig, inode) and move.to in chains(rig, inode)
+
+
 def test_copies_on_their_way_are_wanted_and_others_are_not(rig: Rig) -> None:
     namespace = put(rig, 3)
     inode = make_file(rig, b"f", 1)

@@ -190,7 +190,12 @@ class Files:
     async def check(self, tree: Tree, name: bytes) -> None:
         out = io.BytesIO()
         await tree.read_to(name, out)
-        assert out.getvalue() == self.expected[name], name
+        found, expected = out.getvalue(), bytes(self.expected[name])
+        if found != expected:  # to show all of both takes minutes
+            wrong = [i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b]
+            sizes = f"{len(found)} bytes of {len(expected)}"
+            zeros = not any(found[wrong[0] : wrong[-1] + 1])
+            raise AssertionError(f"{name!r}: {sizes}, wrong {wrong[:1]} to {wrong[-1:]}, {zeros=}")
 
     async def check_all(self, tree: Tree) -> None:
         for name in self.expected:

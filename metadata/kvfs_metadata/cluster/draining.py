@@ -218,6 +218,8 @@ class Drainer:
         """Gives chunks to come other chains; False if that cannot be now."""
         if self._may_be_open(record.inode):
             return False
+        if tx.kv.get(records.move_key(record.inode)) is not None:
+            return False  # what was copied before the file was cut would be its chunks there
         chains = list(layout.chains)
         for place in places:
             other = self._cluster.placement.place_instead(record.inode, chains)
