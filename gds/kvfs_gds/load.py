@@ -361,13 +361,18 @@ class Load:
 
     def group_done(self, first: int, end: int) -> None:
         """The fetch that ``take_group`` asked for is over, one way or the other. ``finish`` must
-        follow."""
+        follow if it ``is_to_finish``."""
         with self._lock:
             self._fetching -= 1
             self._asked_bytes -= (end - first) * self._block_bytes
         self.pump()
         layers = 0 if self._pages is None else self._pages.layout.layers
         self._issue(1 + LOADER_AT_ONCE_BYTES * layers // max(1, self._rest_bytes))
+
+    @property
+    def is_to_finish(self) -> bool:
+        """All blocks are there, and not all layers are queued."""
+        return self._fetched and not self._issued
 
     def finish(self) -> None:
         """Queues the layers that are left, if all blocks are there, and unless who waits for them

@@ -334,7 +334,8 @@ class Loader:
         except KvfsError:
             return False  # who fetches them meets it again, or waits for room
         self._deliver(fetch, lambda: fetched)
-        self._push(load, _Rest(load))
+        if load.is_to_finish:  # else nobody need wake up
+            self._push(load, _Rest(load))
         return True
 
     def _serve(self, fetch: _Fetch) -> _Fetch | None:

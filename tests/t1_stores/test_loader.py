@@ -417,6 +417,16 @@ def test_what_lies_in_memory_is_queued_by_who_loads_it(
     assert all(rig.page(p) == rig.blocks[p % 4].tobytes() for p in range(8))
 
 
+def test_a_short_load_from_memory_wakes_nobody(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_module, "LOADER_AT_ONCE_BYTES", 1 << 20)
+    rig.loader.from_memory = True
+    wait_until(lambda: rig.loader._idle == LOADER_FETCH_THREADS)
+    woken: list[object] = []
+    monkeypatch.setattr(rig.loader, "_push", lambda *of: woken.append(of))
+    load = rig.loader.load(rig.keys[:4], rig.pages(range(4)))
+    assert load.result() == [True] * 4 and not woken
+
+
 def test_what_has_to_be_waited_for_is_left_to_other_threads(rig: Rig) -> None:
     """An arena that is full until another load gives something back, and a namespace that fails."""
     rig.loader.from_memory = True
