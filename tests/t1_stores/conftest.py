@@ -14,7 +14,9 @@ from kvfs_base.os_env import os_env
 from kvfs_base.seams import Disk
 from kvfs_base.testing import MemoryDisk
 from kvfs_datapath.chunks.store import ChunkStore
+from kvfs_gds import load as load_module
 from kvfs_metadata.engines.postgres_engine import PostgresEngine
+from loader_rig import Rig
 from t1_stores.chain_chunks import open_store
 
 
@@ -53,3 +55,19 @@ def engines(postgres_url: str) -> Iterator[Callable[..., PostgresEngine]]:
     finally:
         for engine in made:
             engine.close()
+
+
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader queues layers of a few KiB as if they were long."""
+    monkeypatch.setattr(load_module, "LOADER_AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(load_module, "LOADER_FIRST_RUN_BYTES", 0)
+    monkeypatch.setattr(load_module, "LOADER_RUN_BYTES", 0)
+
+
+@pytest.fixture
+def rig(short_runs: None) -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
+    assert made.namespace.leased_bytes == 0
