@@ -418,8 +418,9 @@ def leased_keys(
             return name, records.entry_key(request.new_parent, request.new_name)
         return (name,)
     if isinstance(answer, m.DirectoryPage) and request.is_kept(answer):
-        inodes = [records.inode_key(attr.inode) for _, attr in answer.entries]
-        return records.entry_key(request.inode, b""), *inodes
+        inodes = tuple([records.inode_key(attr.inode) for _, attr in answer.entries])
+        # From the first page on: who still has it at the last one knows the whole directory.
+        return inodes if request.after else (records.entry_key(request.inode, b""), *inodes)
     return ()
 
 

@@ -313,8 +313,8 @@ class DirectoryPage(msgspec.Struct, array_like=True, frozen=True):
 
 class ReadDir(Request, tag="readdir"):
     """Entries whose names sort after ``after``. Names are the cookie, so a listing is stable while
-    entries come and go. ``keeps``: a watcher wants a lease on the whole directory, and gets one if
-    ``is_kept`` says so of the answer."""
+    entries come and go. ``keeps``: a watcher wants leases on the inodes in the answer, and with the
+    first page one on knowing all entries; ``is_kept`` says whether it gets them."""
 
     Reply: ClassVar = DirectoryPage
     inode: U64
@@ -324,8 +324,7 @@ class ReadDir(Request, tag="readdir"):
 
     def is_kept(self, page: DirectoryPage) -> bool:
         """Of blocks the absence of names is leased, not a listing."""
-        is_whole = not (self.after or page.more)
-        return self.keeps and is_whole and not any(attr.is_block for _, attr in page.entries[:1])
+        return self.keeps and not any(attr.is_block for _, attr in page.entries[:1])
 
 
 class ReadLink(Request, tag="readlink"):

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from kvfs.mount import directory as module
+from kvfs.mount import listings
 from kvfs.mount.backend import Backend
 from kvfs.mount.directory import Entry, OpenDirectory
 from kvfs.mount.names import MISSING
@@ -155,10 +156,57 @@ def test_a_small_directory_is_leased_when_it_is_listed_again() -> None:
     assert trio.run(listing, OpenDirectory(backend, 1)) == [*numbered(1000), b"new"]
 
 
-def test_a_large_directory_is_not_leased() -> None:
-    service, backend = leased(numbered(1025))
-    assert trio.run(listing, OpenDirectory(backend, 1)) == numbered(1025)
+def test_a_directory_of_several_pages_is_leased_as_a_whole() -> None:
+    service, backend = leased(numbered(5000))
+    before = len(service.requests)
+    for _ in range(3):
+        assert trio.run(listing, OpenDirectory(backend, 1)) == numbered(5000)
+    assert [(r.after, r.keeps) for r in service.requests[before:]] == [
+        (b"" if n == 0 else b"%06d" % (1024 * n - 1), True) for n in range(5)
+    ]
+    assert backend.names.entry(1, b"004999") == service.attrs[b"004999"].inode
+    assert backend.names.entry(1, b"other") == MISSING
+
+
+@pytest.mark.parametrize("page", range(1, 6))
+def test_a_name_that_changes_between_two_pages(page: int) -> None:
+    """What was fetched is of no one moment: none of it answers for a name."""
+    service, backend = leased(numbered(5000))
+    before = len(service.requests)
+
+    async def call(request: ReadDir) -> DirectoryPage:
+        reply = await Names.call(service, request)
+        if len(service.requests) == before + page:
+            backend.names.revoked(Revoked(2, entries=((1, b""),)), math.inf)
+            service.names ^= {b"000000-new", b"004000"}
+        return reply
+
+    service.call = call  # type: ignore[method-assign]
+    found = trio.run(listing, OpenDirectory(backend, 1))
+    assert set(numbered(5000)) - set(found) <= {b"004000"}
+    assert backend.names.listing(1) is None
+    assert backend.names.entry(1, b"004000") is None
+    assert trio.run(listing, OpenDirectory(backend, 1)) == sorted(service.names)
+    assert backend.names.entry(1, b"004000") == MISSING
+
+
+def test_a_large_directory_is_not_leased(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listings, "MOUNT_LISTING_NAMES_MAX", 3000)
+    monkeypatch.setattr(module, "MOUNT_LISTING_NAMES_MAX", 3000)
+    service, backend = leased(numbered(3001))
+    assert trio.run(listing, OpenDirectory(backend, 1)) == numbered(3001)
     assert not any(request.keeps for request in service.requests)
+
+
+def test_one_that_has_become_large_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listings, "MOUNT_LISTING_NAMES_MAX", 3000)
+    monkeypatch.setattr(module, "MOUNT_LISTING_NAMES_MAX", 3000)
+    service, backend = leased(numbered(2000))
+    service.names = set(numbered(9000))
+    for _ in range(2):
+        assert trio.run(listing, OpenDirectory(backend, 1)) == numbered(9000)
+    assert sum(request.keeps for request in service.requests) == 3
+    assert backend.names.entry(1, b"other") is None
 
 
 def test_a_listed_name_is_known_and_any_other_is_missing() -> None:
@@ -171,17 +219,20 @@ def test_a_listed_name_is_known_and_any_other_is_missing() -> None:
     assert backend.names.entry(1, b"other") is None
 
 
-@pytest.mark.parametrize("position", [1, 255, 256, 257, 700, 999])
-def test_a_lease_that_ends_on_the_way(position: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "position"),
+    [(1000, n) for n in (1, 255, 256, 257, 700, 999)] + [(9000, n) for n in (1, 300, 4904, 8999)],
+)
+def test_a_lease_that_ends_on_the_way(count: int, position: int) -> None:
     """Of names that were not given out yet the service knows which are left."""
-    service, backend = leased(numbered(1000))
+    service, backend = leased(numbered(count))
     trio.run(listing, OpenDirectory(backend, 1))
     directory = OpenDirectory(backend, 1)
     assert directory.read_now(0) is not None
     backend.names.revoked(Revoked(2, entries=((1, b""),)), math.inf)
-    service.names -= {b"%06d" % n for n in range(0, 1000, 7)}
+    service.names -= {b"%06d" % n for n in range(0, count, 7)}
     assert directory.read_now(position) is None
-    left = [name for name in numbered(1000)[position:] if int(name) % 7]
+    left = [name for name in numbered(count)[position:] if int(name) % 7]
     assert trio.run(listing, directory, position) == left
 
 

@@ -8,18 +8,21 @@ those that were given out before the position are recognised by their hashes.
 
 Every request of the kernel is answered with attributes of that moment, never with entries fetched
 before: the kernel would take them for newer than its own. So they come from the service, or are
-leased: a small directory that was listed before is fetched as a whole with leases, and as long as
-it has them ``read_now`` answers.
+leased: a directory that was listed before, and is not too large, is fetched as a whole with leases,
+and as long as it has them ``read_now`` answers.
 """
 
 from __future__ import annotations
 
 import array
 import collections
-import itertools
 
 from kvfs.mount.backend import Backend
-from kvfs.mount.limits import DIRECTORY_RECENT_NAMES, DIRECTORY_REPLY_ENTRIES
+from kvfs.mount.limits import (
+    DIRECTORY_RECENT_NAMES,
+    DIRECTORY_REPLY_ENTRIES,
+    MOUNT_LISTING_NAMES_MAX,
+)
 from kvfs.mount.listings import Listing
 from kvfs_base.errors import InvalidRequest
 from kvfs_base.limits import DIRECTORY_PAGE_ENTRIES
@@ -55,8 +58,8 @@ class OpenDirectory:
             return None
         if not position:
             self._go_through(listing)
-        names = list(itertools.islice(self._recent, position, position + DIRECTORY_REPLY_ENTRIES))
-        attrs = self._backend.names.attrs([listing[name] for name in names])
+        names = listing.names[position : position + DIRECTORY_REPLY_ENTRIES]
+        attrs = self._backend.names.attrs([listing.inodes[name] for name in names])
         if attrs is None:
             return None
         return list(zip(names, attrs, strict=True))
@@ -64,11 +67,12 @@ class OpenDirectory:
     def _go_through(self, listing: Listing) -> None:
         """As if all of it had been given out already: should the lease end on the way, the service
         is asked for what follows the last name that the kernel has."""
+        names = listing.names
         self._listing = listing
-        self._hashes = array.array("q", map(hash, listing))
-        self._recent = collections.deque(listing, DIRECTORY_RECENT_NAMES)
-        self._checkpoints = [b"", *itertools.islice(listing, CHECKPOINT - 1, None, CHECKPOINT)]
-        self._end = len(listing)
+        self._hashes = array.array("q", map(hash, names))
+        self._recent = collections.deque(names[-DIRECTORY_RECENT_NAMES:], DIRECTORY_RECENT_NAMES)
+        self._checkpoints = [b"", *names[CHECKPOINT - 1 :: CHECKPOINT]]
+        self._end = len(names)
 
     async def read(self, position: int) -> list[Entry]:
         """The same in any case. Raises NotADirectory, InodeStale."""
@@ -81,7 +85,7 @@ class OpenDirectory:
         self._truncate(position)
         self._listing = None
         if not position and self._backend.names.wants_listing(self.inode):
-            page = await self._page(after, DIRECTORY_PAGE_ENTRIES, keeps=True)
+            page = await self._fetch_listing()
             return self.read_now(0) or self._give(0, page)
         page = await self._page(after, self._wanted)
         while skip:
@@ -91,6 +95,23 @@ class OpenDirectory:
                 break
             page = await self._page(page.entries[-1][0], self._wanted)
         return self._give(position, page)
+
+    async def _fetch_listing(self) -> DirectoryPage:
+        """All of it, to be kept. The first page, should that not be possible."""
+        names, listing = self._backend.names, Listing()
+        token = names.token
+        page = first = await self._page(b"", DIRECTORY_PAGE_ENTRIES, keeps=True)
+        # The times of a directory of blocks are not leased, so neither is a listing that has one.
+        while not any(attr.is_block or attr.is_namespace for _, attr in page.entries):
+            listing.add(page.entries)
+            if not page.more:
+                names.keep_listing(self.inode, listing, token)
+                break
+            if len(listing) > MOUNT_LISTING_NAMES_MAX or not page.entries:
+                names.listings.ended(self.inode, len(listing))
+                break
+            page = await self._page(listing.names[-1], DIRECTORY_PAGE_ENTRIES, keeps=True)
+        return first
 
     async def _page(self, after: bytes, limit: int, *, keeps: bool = False) -> DirectoryPage:
         request = ReadDir(self.inode, after, limit, keeps)

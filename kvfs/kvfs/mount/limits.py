@@ -62,6 +62,10 @@ MOUNT_LISTED_NAMES_MAX = 65_536
 """Directories whose listing a mount has leased, and names in all of them: about 150 bytes a name,
 10 MiB. Their attributes count for MOUNT_NAMES_MAX."""
 
+MOUNT_LISTING_NAMES_MAX = 16_384
+"""Names in one of them: a quarter of what a mount knows of inodes, and what it keeps packed. The
+first reply waits for all of it, 16 calls of 5 ms."""
+
 MOUNT_DROPPED_MAX = 4096
 """Keys that were dropped lately; with more, answers that are on their way are not kept."""
 

@@ -1,20 +1,33 @@
 """Directories of which all names are known here, from a listing that the metadata service has
 leased to this mount. docs/design/0007-name-leases.md says when it does.
 
-Only a directory that was listed before, and is small, is asked for as a whole: walking once through
-a large tree leases nothing.
+Only a directory that was listed before, and is not too large, is asked for as a whole: walking once
+through a large tree leases nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
-from kvfs.mount.limits import MOUNT_LISTED_MAX, MOUNT_LISTED_NAMES_MAX
+from kvfs.mount.limits import MOUNT_LISTED_MAX, MOUNT_LISTED_NAMES_MAX, MOUNT_LISTING_NAMES_MAX
 from kvfs.mount.remembered import Remembered
-from kvfs_base.limits import DIRECTORY_PAGE_ENTRIES
+from kvfs_base.types import Attr
 
-Listing = Mapping[bytes, int]
-"""Inodes by name, in the order of the names' bytes."""
+
+class Listing:
+    """What a directory holds, as far as it has been fetched."""
+
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+        """In the order of their bytes."""
+        self.inodes: dict[bytes, int] = {}
+
+    def add(self, entries: Sequence[tuple[bytes, Attr]]) -> None:
+        self.names += [name for name, _ in entries]
+        self.inodes.update([(name, attr.inode) for name, attr in entries])
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class Listings:
@@ -45,8 +58,8 @@ class Listings:
         self._names = 0
 
     def ended(self, inode: int, names: int) -> None:
-        """Somebody has listed all of it."""
-        if names <= DIRECTORY_PAGE_ENTRIES:
+        """Somebody has listed all of it, or so much."""
+        if names <= MOUNT_LISTING_NAMES_MAX:
             self._small.keep(inode, None)
         else:
             self._small.drop(inode)

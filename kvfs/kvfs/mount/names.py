@@ -93,7 +93,7 @@ class Names:
             return inode
         listing = self.listings.get(parent)
         if listing is not None:
-            return listing.get(name, MISSING)
+            return listing.inodes.get(name, MISSING)
         return MISSING if parent in self._whole else None
 
     def listing(self, inode: int) -> Listing | None:
@@ -103,6 +103,12 @@ class Names:
     def wants_listing(self, inode: int) -> bool:
         """The next listing of the directory is to be asked for as a whole, and kept."""
         return self.are_leased and self.listings.is_small(inode)
+
+    def keep_listing(self, inode: int, listing: Listing, token: int) -> None:
+        """All pages of it were asked for with ``keeps``, the first one at ``token``, and the last
+        one has just come. The service has told us of any name that changed since."""
+        if self._is_fresh((inode, b""), token):
+            self.listings.keep(inode, listing)
 
     def attrs(self, inodes: Sequence[int]) -> list[Attr] | None:
         """The same for all of them."""
@@ -263,13 +269,7 @@ class Names:
         self._drop(request.inodes, ())
 
     def _listed(self, request: m.ReadDir, page: m.DirectoryPage, token: int) -> None:
-        # The times of a directory of blocks are not leased, so neither is a listing that has one.
-        if (
-            request.is_kept(page)
-            and self._is_fresh((request.inode, b""), token)
-            and not any(attr.is_namespace for _, attr in page.entries)
-        ):
-            self.listings.keep(request.inode, {name: attr.inode for name, attr in page.entries})
+        if request.is_kept(page):
             for _, attr in page.entries:
                 self._keep(attr, token)
 
