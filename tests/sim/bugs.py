@@ -31,8 +31,9 @@ from kvfs_datapath.limits import PASS_SECONDS
 from kvfs_datapath.server import chunk_server
 from kvfs_datapath.server.chunk_server import ChunkServer
 from kvfs_gds.block_cache import BlockCache
+from kvfs_metadata import records
 from kvfs_metadata.blocks import Blocks
-from kvfs_metadata.cluster import members
+from kvfs_metadata.cluster import draining, members
 from kvfs_metadata.cluster.cluster_state import ClusterState
 from kvfs_metadata.cluster.membership import Membership
 from kvfs_metadata.cluster.moves import Moves
@@ -248,6 +249,22 @@ def _synced_at_once() -> Any:
     return mock.patch.object(members, "returned", hasty)
 
 
+class _Blind:
+    """The kinds of records of which one is never found."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(records, name)
+
+    def move_key(self, inode: int) -> bytes:
+        return b"none"
+
+
+def _fill_the_place_of_a_move() -> Any:
+    """A file that was cut while it moves gets its empty places wherever there is room: there as
+    well where it was copied to before."""
+    return mock.patch.object(draining, "records", _Blind())
+
+
 def _serve_what_is_lost() -> Any:
     """Readers are given what is left of a chunk that is recorded as damaged."""
     return mock.patch.object(versions, "refuse_damaged", lambda info: None)
@@ -359,6 +376,7 @@ BUGS: dict[str, tuple[Callable[[], Any], str]] = {
     "commit under any version": (_commit_under_any_version, "chains"),
     "synced at once": (_synced_at_once, "chains"),
     "move what is open": (_move_what_is_open, "drains"),
+    "fill the place of a move": (_fill_the_place_of_a_move, "drains and cuts"),
     "serve what is lost": (_serve_what_is_lost, "chains and ruin"),
     "collect what is written": (_collect_what_is_written, "chains"),
     "collect what is open": (_collect_what_is_open, "network"),
@@ -387,6 +405,7 @@ FOUND_AT = {
     "commit under any version": 32,
     "synced at once": 1,
     "move what is open": 278,
+    "fill the place of a move": 7,
     "go on after a restart": 76,
     "serve what is lost": 103,
     "collect what is written": 1,

@@ -56,6 +56,10 @@ class Plan:
         return self.kind == "chains and ruin"
 
     @property
+    def drains(self) -> bool:
+        return self.kind in DRAINING
+
+    @property
     def leases_blocks(self) -> bool:
         return self.kind == BLOCK_LEASES
 
@@ -78,9 +82,11 @@ CHAINS = (
 )
 KINDS = (*SINGLE_COPY, *CHAINS, *CHAINS, "chains and changes")
 DRAINS = "drains"
+CUTS = "drains and cuts"
 BLOCK_LEASES = "block leases"
-"""These two only when they are asked for. In the latter, clients answer for blocks by themselves,
-as agents do."""
+"""These three only when they are asked for. In the second, files become shorter and longer between
+two looks at them; in the last, clients answer for blocks by themselves, as agents do."""
+DRAINING = (DRAINS, CUTS)
 FLIPPING = ("chains", "chains and rot", "chains and ruin")
 """Where bytes change on their way, for whole chunks and for pieces of files."""
 
@@ -104,6 +110,9 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         more = () if files else (*NETWORK, "pause")
         harmless = tuple(fault for fault in HARMLESS if fault != "pause")
         faults = ("drain", "drain", "drain", *harmless, *more, "kill chunks")
+    elif kind == CUTS:
+        files = False
+        faults = ("drain", "drain", "drain", "kill metadata", "kill client", "clock", "kill chunks")
     elif kind == BLOCK_LEASES:
         faults, files = (*faults, *NETWORK, "full disk"), False
     elif kind == "chains":
@@ -144,11 +153,11 @@ def make_plan(rng: random.Random, kind: str = "") -> Plan:
         files_lossy=copies == 1 and (lossy or "power chunks" in chosen),
         late_writes=not set(chosen) <= {"kill metadata", "clock", "kill chunks"},
         seconds=rng.uniform(9.0, 20.0),
-        fault_seconds=rng.choice((0.7, 2.0, 4.0)) + 2.0 * (kind == DRAINS),
+        fault_seconds=rng.choice((0.7, 2.0, 4.0)) + 2.0 * (kind in DRAINING),
         outage_seconds=rng.choice((0.5, 2.0, 6.0)),
         pause_seconds=0.05 if kind == "leases" else rng.choice((0.05, 0.15, 0.4)),
         late_seconds=rng.choice((0.0, 1.0, 10.0)),
-        garbage_seconds=NEVER if kind in ("restarts", DRAINS) else rng.choice((2.0, 5.0)),
+        garbage_seconds=NEVER if kind in ("restarts", *DRAINING) else rng.choice((2.0, 5.0)),
         sync_rate=20_000 if kind == "leases" else rng.choice((0, 0, 20_000)),
         network=NetworkKnobs(
             latency=rng.choice((0.0001, 0.001, 0.01)),

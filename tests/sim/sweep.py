@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from sim import bugs
 from sim.hub import SimulationFailed
-from sim.plan import BLOCK_LEASES, DRAINS, KINDS
+from sim.plan import BLOCK_LEASES, DRAINING, KINDS
 from sim.world import World
 
 TAIL_LINES = 60
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=0, help="processes (default: one a core)")
     planted = ["", *bugs.BUGS]
     parser.add_argument("--bug", default="", choices=planted, help="plant this bug")
-    kinds = dict.fromkeys(("", *KINDS, DRAINS, BLOCK_LEASES))
+    kinds = dict.fromkeys(("", *KINDS, *DRAINING, BLOCK_LEASES))
     parser.add_argument("--kind", default="", choices=[*kinds], help="of world")
     parser.add_argument("--lines", type=int, default=TAIL_LINES, help="of the trace to show")
     parser.add_argument("--hashes", action="store_true", help="print the hash of each trace")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sim import bugs
-from sim.plan import BLOCK_LEASES, DRAINS
+from sim.plan import BLOCK_LEASES, DRAINING
 from sim.sweep import Outcome, describe, run_seed, summary, sweep, workers
 
 Pool = concurrent.futures.Executor
@@ -46,9 +46,10 @@ def test_seeds(first: int) -> None:
     assert sum(outcome.operations for outcome in outcomes) > 100 * SEEDS_AT_ONCE
 
 
-def test_targets_are_drained(pool: Pool) -> None:
-    """A kind of its own, so that other seeds stay what they were."""
-    outcomes = list(sweep(pool, range(DRAIN_SEEDS), kind=DRAINS))
+@pytest.mark.parametrize("kind", DRAINING)
+def test_targets_are_drained(pool: Pool, kind: str) -> None:
+    """Kinds of their own, so that other seeds stay what they were."""
+    outcomes = list(sweep(pool, range(DRAIN_SEEDS), kind=kind))
     failed = [outcome for outcome in outcomes if outcome.failure]
     assert not failed, "\n\n".join(describe(outcome) for outcome in failed)
 

@@ -85,11 +85,16 @@ def _defines_messages(module: ModuleType) -> bool:
 
 
 @contextlib.contextmanager
-def limits(rng: random.Random, *, short_sessions: bool = False) -> Iterator[None]:
-    """Some of them, by chance, for as long as a run takes."""
+def limits(
+    rng: random.Random, *, short_sessions: bool = False, short_tails: bool = False
+) -> Iterator[None]:
+    """Some of them, by chance, for as long as a run takes. ``short_tails``: little may lie behind
+    the end of a file, whose chunks are small here."""
     chosen = dict(ALWAYS)
     if short_sessions:
         chosen["SESSION_GRACE_SECONDS"] = 4.0
+    if short_tails:
+        chosen["MOUNT_UNPUSHED_BYTES"] = 4 * PAGE_BYTES
     # A chunk of a chain fits into a transfer.
     chosen["TRANSFER_BYTES"] = rng.choice((2 * PAGE_BYTES, 3 * PAGE_BYTES, TRANSFER_BYTES))
     for name, values in SOMETIMES.items():

@@ -37,10 +37,13 @@ LAYOUT = KVLayout(block_tokens=16)
 KEYS = 10
 FILE_PAGES = 6
 FILES = 2
+CUT_PAGES = 8
 DAWDLE_CHANCE = 0.1
 DAWDLE_SECONDS = 8.0
 """Some writers take their time between storing and committing: collectors come, members go."""
 FILE_BYTES = FILE_PAGES * PAGE_BYTES
+MOVED_SECONDS = 1.0
+"""Who waits for longer than a session lasts may find that its file has moved."""
 
 
 def key_of(number: int) -> bytes:
@@ -329,14 +332,13 @@ class FileWorker(Worker):
 
     def _open(self, attr: Attr) -> tuple[int, StripedFile]:
         assert attr.layout is not None
-        # Who waits for longer than a session lasts may find that its file has moved.
-        patience = 1.0 if self.world.plan.kind == "drains" else FILE_RETRY_SECONDS
+        patience = MOVED_SECONDS if self.world.plan.drains else FILE_RETRY_SECONDS
         file = StripedFile(self.client.chunks, attr.inode, attr.layout, retry_seconds=patience)
         return attr.inode, file
 
     def step(self) -> None:
         inode, file = self.rng.choice(self.files)
-        if self.world.plan.kind != "drains":
+        if not self.world.plan.drains:
             self.use(inode, file)
             return
         # It may have moved: only who has it open knows where it is.
@@ -401,6 +403,67 @@ class FileWorker(Worker):
         return True
 
 
+class CutWorker(Worker):
+    """A file of its own that becomes shorter and longer: what was cut off does not come back. It
+    may move whenever it is closed."""
+
+    kind = "cuts"
+
+    def __init__(self, world: World, client: ClientHost, number: int) -> None:
+        super().__init__(world, client, number)
+        self.inode = 0
+        self.pages: list[int] = []
+        """What each holds, 0 for a hole."""
+
+    def step(self) -> None:
+        inode, self.inode = self.inode, 0  # after an error nobody knows what it holds
+        if not inode:
+            name = f"{self.name}.{self.world.next_value()}".encode()
+            made = self.metadata.call(m.Make(self.world.directory, name, stat.S_IFREG | 0o600))
+            inode, self.pages = made.inode, []
+        attr: Attr = self.metadata.call(m.OpenInode(inode))
+        assert attr.layout is not None
+        file = StripedFile(self.client.chunks, inode, attr.layout, retry_seconds=MOVED_SECONDS)
+        try:
+            self._check(file, inode)
+            for _ in range(self.rng.randint(0, 3)):
+                self._change(file, inode)
+                self._check(file, inode)
+            file.close()
+        finally:
+            self.metadata.call(m.CloseInode(inode))
+        self.inode = inode
+
+    def _change(self, file: StripedFile, inode: int) -> None:
+        pages, old = self.pages, len(self.pages)
+        if pages and self.rng.random() < 0.5:
+            del pages[self.rng.randrange(old) :]
+            file.truncate(old * PAGE_BYTES, len(pages) * PAGE_BYTES)
+            self.metadata.call(m.SetAttr(inode, size=len(pages) * PAGE_BYTES))
+            self.world.hub.counts["cut"] += 1
+        else:
+            index, value = self.rng.randrange(CUT_PAGES), self.world.next_value()
+            if index > old:
+                pages += [0] * (index - old)
+                hole = m.SetAttr(inode, grow_to=index * PAGE_BYTES, sparse=True)
+                self.metadata.call(hole)
+            pages[index : index + 1] = [value]
+            file.write(index * PAGE_BYTES, page(inode, index, value))
+            self.metadata.call(m.SetAttr(inode, grow_to=len(pages) * PAGE_BYTES))
+        self.world.hub.trace(self.name, "left", inode, pages)
+
+    def _check(self, file: StripedFile, inode: int) -> None:
+        size = len(self.pages) * PAGE_BYTES
+        try:
+            data = file.read(0, size, size, True) if size else b""
+        except IntegrityError as exc:
+            raise WrongBytes(f"own file {inode}: {exc}") from exc
+        for index, value in enumerate(self.pages):
+            piece = data[index * PAGE_BYTES : (index + 1) * PAGE_BYTES]
+            if (found := read_page(piece, inode, index)) != value:
+                raise WrongBytes(f"own file {inode}: page {index} is {found}, not {value}")
+
+
 class ReadWorker(FileWorker):
     """Only reads: its client hears of changes of the cluster only from who refuses to answer."""
 
@@ -418,7 +481,7 @@ class ChurnWorker(Worker):
 
     def step(self) -> None:
         name = f"{self.name}.{self.world.next_value()}".encode()
-        drains = self.world.plan.kind == "drains"
+        drains = self.world.plan.drains
         try:
             attr: Attr = self.metadata.call(
                 m.Make(self.world.directory, name, stat.S_IFREG | 0o600, open=drains)

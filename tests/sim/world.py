@@ -30,7 +30,7 @@ from sim.keeper import Keeper
 from sim.nemesis import Nemesis
 from sim.network import SimNetwork
 from sim.observer import Observer
-from sim.plan import DRAINS, LIVENESS_SECONDS, make_plan
+from sim.plan import CUTS, LIVENESS_SECONDS, make_plan
 from sim.sim_threads import SimThreads
 from sim.trio_host import TrioHost
 from sim.workloads import (
@@ -38,6 +38,7 @@ from sim.workloads import (
     LAYOUT,
     BlockWorker,
     ChurnWorker,
+    CutWorker,
     FileWorker,
     ReadWorker,
     Worker,
@@ -192,10 +193,12 @@ class World:
         kinds: list[type[Worker]] = [BlockWorker, BlockWorker, ChurnWorker]
         if self.plan.files:
             kinds += [FileWorker, FileWorker]
-        elif self.plan.kind == DRAINS:
+        elif self.plan.kind == CUTS:
+            kinds = [CutWorker, CutWorker, CutWorker]
+        elif self.plan.drains:
             # Their clients may be silent for longer than a session lasts.
             kinds.remove(ChurnWorker)
-        if client is self.clients[0] and self.plan.kind != DRAINS:
+        if client is self.clients[0] and not self.plan.drains:
             kinds.append(HoldWorker)
         if self.plan.copies > 1 and client is self.clients[-1]:
             kinds = [ReadWorker, ReadWorker]
@@ -277,7 +280,11 @@ class World:
             with (
                 threads.installed(SimThreads(self.hub)),
                 self.trio.installed(),
-                tiny.limits(self.hub.rng, short_sessions=self.plan.kind == DRAINS),
+                tiny.limits(
+                    self.hub.rng,
+                    short_sessions=self.plan.drains,
+                    short_tails=self.plan.kind == CUTS,
+                ),
                 rare.forced(self.hub),
             ):
                 try:
