@@ -321,8 +321,11 @@ class ChunkStore(InPlace):
     def remove_range(self, inode: int, first: int, end: int, chain: int = 0) -> int:
         """Removes the chunks ``first <= number < end`` of an inode, its copies on a chain if that
         is not 0; answers how many there were."""
+        numbers: Iterable[int]
         if end - first <= REMOVE_BY_NAME_MAX:
-            numbers: Iterable[int] = range(first, end)
+            numbers = range(first, end)
+            if not chain and end - first > 1:  # of a file: most were never written
+                numbers = [n for n in numbers if self.is_there(ChunkId(inode, n))]
         else:
             found = self.list_directory(directory_of(inode, chain), chain)
             if chain:
