@@ -188,21 +188,24 @@ def test_filling_a_new_directory_costs_one_call_a_file(work: Path, cluster: Clus
     assert len(os.listdir(work)) == 200
 
 
-def test_a_listing_that_is_leased_costs_no_call_and_is_never_old(two: Two) -> None:
+@pytest.mark.parametrize("count", [20, 1100])
+def test_a_listing_that_is_leased_costs_no_call_and_is_never_old(two: Two, count: int) -> None:
+    """Of one page, and of two."""
+
     def listed(path: Path) -> dict[str, tuple[int, int]]:
         with os.scandir(path) as entries:
             found = {e.name: e.stat(follow_symlinks=False) for e in entries}
         return {name: (s.st_size, s.st_mode & 0o777) for name, s in found.items()}
 
     expected = {}
-    for number in range(20):
+    for number in range(count):
         (two.a / f"{number}").touch(0o644)
         expected[f"{number}"] = (0, 0o644)
     for _ in range(2):
         assert listed(two.b) == expected
 
     def look() -> None:
-        for _ in range(300):
+        for _ in range(300 * 20 // count + 16):
             assert listed(two.b) == expected
 
     assert calls(two.cluster, look) < 200  # heartbeats, and watches that are renewed
