@@ -190,6 +190,30 @@ def test_a_name_that_changes_between_two_pages(page: int) -> None:
     assert backend.names.entry(1, b"004000") == MISSING
 
 
+@pytest.mark.parametrize("is_named_anew", [False, True])
+def test_what_changes_between_two_pages_is_told_as_it_is(is_named_anew: bool) -> None:
+    """The kernel was told to drop it, and would take what comes now for newer than that."""
+    service, backend = leased(numbered(5000))
+    before = len(service.requests)
+    name = b"000003"
+    inode = service.attrs[name].inode
+
+    async def call(request: ReadDir) -> DirectoryPage:
+        reply = await Names.call(service, request)
+        if len(service.requests) == before + 3:
+            names = ((1, b""),) if is_named_anew else ()
+            backend.names.revoked(Revoked(2, inodes=(inode,), entries=names), math.inf)
+            service.attrs[name] = Attr(inode, 0o100600)
+        return reply
+
+    service.call = call  # type: ignore[method-assign]
+
+    async def first() -> list[Entry]:
+        return await OpenDirectory(backend, 1).read(0)
+
+    assert dict(trio.run(first))[name].mode == 0o100600
+
+
 def test_a_large_directory_is_not_leased(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listings, "MOUNT_LISTING_NAMES_MAX", 3000)
     monkeypatch.setattr(module, "MOUNT_LISTING_NAMES_MAX", 3000)

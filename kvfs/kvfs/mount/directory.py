@@ -85,8 +85,9 @@ class OpenDirectory:
         self._truncate(position)
         self._listing = None
         if not position and self._backend.names.wants_listing(self.inode):
-            page = await self._fetch_listing()
-            return self.read_now(0) or self._give(0, page)
+            await self._fetch_listing()
+            if (known := self.read_now(0)) is not None:
+                return known
         page = await self._page(after, self._wanted)
         while skip:
             fresh = tuple(e for e in page.entries if hash(e[0]) not in skip)
@@ -96,11 +97,12 @@ class OpenDirectory:
             page = await self._page(page.entries[-1][0], self._wanted)
         return self._give(position, page)
 
-    async def _fetch_listing(self) -> DirectoryPage:
-        """All of it, to be kept. The first page, should that not be possible."""
+    async def _fetch_listing(self) -> None:
+        """All of it, to be kept, if that is possible. Its first entries are not for an answer: they
+        may be older than a change of which the kernel was told."""
         names, listing = self._backend.names, Listing()
         token = names.token
-        page = first = await self._page(b"", DIRECTORY_PAGE_ENTRIES, keeps=True)
+        page = await self._page(b"", DIRECTORY_PAGE_ENTRIES, keeps=True)
         # The times of a directory of blocks are not leased, so neither is a listing that has one.
         while not any(attr.is_block or attr.is_namespace for _, attr in page.entries):
             listing.add(page.entries)
@@ -111,7 +113,6 @@ class OpenDirectory:
                 names.listings.ended(self.inode, len(listing))
                 break
             page = await self._page(listing.names[-1], DIRECTORY_PAGE_ENTRIES, keeps=True)
-        return first
 
     async def _page(self, after: bytes, limit: int, *, keeps: bool = False) -> DirectoryPage:
         request = ReadDir(self.inode, after, limit, keeps)
