@@ -223,7 +223,13 @@ class OsDisk:
             raise disk_error(exc, path) from exc
 
     def exists(self, path: str) -> bool:
-        return os.path.lexists(self._path(path))
+        try:
+            os.lstat(self._path(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as exc:  # a disk that fails has not said that it is missing
+            raise disk_error(exc, path) from exc
+        return True
 
     def sync_directory(self, path: str) -> None:
         try:

@@ -107,7 +107,8 @@ class Disk(Protocol):
 
     def list(self, path: str) -> list[str]: ...
 
-    def exists(self, path: str) -> bool: ...
+    def exists(self, path: str) -> bool:
+        """Raises TargetFailed: who cannot look does not know."""
 
     def sync_directory(self, path: str) -> None: ...
 

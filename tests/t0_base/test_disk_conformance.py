@@ -299,6 +299,21 @@ def test_system_errors_are_translated(code: int, expected: type[Exception]) -> N
     assert type(disk_error(OSError(code, "text"), "path")) is expected
 
 
+def test_a_disk_that_fails_has_not_said_that_something_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    disk = OsDisk(str(tmp_path))
+    assert not disk.exists("missing") and not disk.exists("file/below")
+
+    def lstat(path: str) -> None:
+        raise OSError(errno.EIO, "text")
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    with pytest.raises(TargetFailed):
+        disk.exists("file")
+
+
 def test_a_directory_is_told_to_spread_what_is_made_in_it(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     OsDisk(str(tmp_path)).spread("d")

@@ -527,6 +527,22 @@ def test_removing_a_range(store: ChunkStore, width: int) -> None:
     store.sync_removals([77, 78])
 
 
+@pytest.mark.logs_warnings
+def test_what_a_failing_disk_does_not_find_is_not_removed(
+    store: ChunkStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the order to remove it would be over, and the chunk there for good."""
+    store.patch(ChunkId(77, 2), 0, [b"x"])
+    failed = TargetFailed(detail="EIO")
+
+    def exists(self: Disk, path: str) -> bool:
+        raise failed
+
+    with monkeypatch.context() as patch, pytest.raises(TargetFailed):
+        patch.setattr(type(store.disk), "exists", exists)
+        store.remove_range(77, 0, 6)
+
+
 # --- whose directory it is
 
 

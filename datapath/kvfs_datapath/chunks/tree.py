@@ -220,8 +220,9 @@ class ChunkTree:
             self.kept.drop(chunk)
 
     def is_there(self, chunk: ChunkId) -> bool:
-        """Whether a file has its name: a fifth of what taking the name away would cost."""
-        return self.disk.exists(path_of(chunk))
+        """Whether a file has its name. Taking the name away costs more, though there is none."""
+        with self.io():
+            return self.disk.exists(path_of(chunk))
 
     def vanish(self, chunk: ChunkId) -> None:
         """Takes a file's name away. Raises FileNotFoundError."""
