@@ -1,4 +1,4 @@
-"""What the processor can do."""
+"""What the processor can do, and what it does when it has nothing to do."""
 
 from __future__ import annotations
 
@@ -18,4 +18,19 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
-__all__ = ["cpu_flags"]
+IDLE_DRIVER = Path("/sys/devices/system/cpu/cpuidle/current_driver")
+IDLE_POLL_NS = Path("/sys/module/haltpoll/parameters/guest_halt_poll_ns")
+
+
+def sleeps_at_once() -> bool:
+    """Whether an idle core of this virtual machine goes to the host at once, because somebody has
+    taken away the time (Linux: 200 us) for which it looks out for work. To get it back takes longer
+    than most requests. False where that is not known."""
+    try:
+        driver, poll_ns = IDLE_DRIVER.read_text().strip(), int(IDLE_POLL_NS.read_text())
+    except (OSError, ValueError):
+        return False
+    return driver == "haltpoll" and not poll_ns
+
+
+__all__ = ["cpu_flags", "sleeps_at_once"]

@@ -30,6 +30,9 @@ from kvfs_base.types import Address
 
 SOCKET_BUFFER_BYTES = 4 * MIB
 """Asked for on data connections: half a data request, so that sender and receiver overlap."""
+MESSAGE_BYTES = 32 * KIB
+"""Most requests and replies are shorter. Memory for 256 KiB comes from the kernel each time, and
+goes back, which takes as long as the read."""
 _BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 CORKED_BELOW_BYTES = 512 * KIB
 """Files of this size and more are sent without filling the segments between them."""
@@ -94,6 +97,8 @@ class OsStream(trio.abc.HalfCloseableStream):
         self._stream = stream
         self._descriptor = stream.socket.fileno()
         """-1 once it is closed: the number may then be another file's."""
+        self._expected = MESSAGE_BYTES
+        """What the next read makes room for."""
 
     def send_now(self, data: bytes) -> int:
         try:
@@ -108,11 +113,16 @@ class OsStream(trio.abc.HalfCloseableStream):
 
     def receive_now(self, bytes_max: int) -> bytes | None:
         try:
-            return os.read(self._descriptor, bytes_max)
+            return self._read(bytes_max)
         except BlockingIOError:
             return None
         except OSError as exc:
             raise trio.BrokenResourceError from exc
+
+    def _read(self, bytes_max: int) -> bytes:
+        data = os.read(self._descriptor, min(bytes_max, self._expected))
+        self._expected = SOCKET_BUFFER_BYTES if len(data) == self._expected else MESSAGE_BYTES
+        return data
 
     async def send_all(self, data: Buffer) -> None:
         await self._stream.send_all(data)
@@ -131,7 +141,7 @@ class OsStream(trio.abc.HalfCloseableStream):
                 raise trio.ClosedResourceError
             await trio.lowlevel.wait_readable(self._descriptor)
             try:
-                return os.read(self._descriptor, max_bytes or SOCKET_BUFFER_BYTES)
+                return self._read(max_bytes or SOCKET_BUFFER_BYTES)
             except BlockingIOError:
                 continue
             except OSError as exc:

@@ -12,7 +12,8 @@ import trio.testing
 
 from kvfs_base.errors import ConnectionLost, NotLoopback
 from kvfs_base.handshake import Secret
-from kvfs_base.os_network import OsNetwork, OsStream
+from kvfs_base.limits import KIB, MIB
+from kvfs_base.os_network import MESSAGE_BYTES, OsNetwork, OsStream
 from kvfs_base.seams import Network, ReceivesNow, SendsNow
 from kvfs_base.testing import MemoryNetwork
 from kvfs_base.types import Address
@@ -220,3 +221,17 @@ def test_sockets_are_private(tmp_path: Path) -> None:
         assert Path(address.path).stat().st_mode & 0o777 == 0o600
 
     run_with_server((OsNetwork(), Address.unix(str(tmp_path / "s"))), body)
+
+
+def test_a_stream_makes_room_for_long_messages_while_they_come() -> None:
+    async def test() -> None:
+        near, far = trio.socket.socketpair()
+        stream = OsStream(trio.SocketStream(near))
+        async with stream, trio.open_nursery() as nursery:
+            nursery.start_soon(trio.SocketStream(far).send_all, bytes(1 * MIB))
+            sizes = []
+            while sum(sizes) < MIB:
+                sizes.append(len(await stream.receive_some(256 * KIB)))
+        assert sizes[0] <= MESSAGE_BYTES < max(sizes)
+
+    trio.run(test)

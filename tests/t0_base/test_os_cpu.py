@@ -1,4 +1,4 @@
-"""What the processor says of itself."""
+"""What the processor says of itself, and what Linux does with it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kvfs_base.os_cpu import cpu_flags
+from kvfs_base import os_cpu
+from kvfs_base.os_cpu import cpu_flags, sleeps_at_once
 
 X86 = (
     "processor\t: 0\nmodel name\t: a\nflags\t\t: fpu avx512f\tx\n\nprocessor\t: 1\nflags\t: none\n"
@@ -28,3 +29,28 @@ def test_a_host_that_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_text", missing)
     assert cpu_flags() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("driver", "poll_ns", "sleeps"),
+    [
+        ("haltpoll\n", "0\n", True),
+        ("haltpoll\n", "200000\n", False),
+        ("intel_idle\n", "0\n", False),
+        ("haltpoll\n", "", False),
+        (None, None, False),
+    ],
+)
+def test_cores_that_are_idle(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    driver: str | None,
+    poll_ns: str | None,
+    sleeps: bool,
+) -> None:
+    for name, text in (("IDLE_DRIVER", driver), ("IDLE_POLL_NS", poll_ns)):
+        path = tmp_path / name
+        if text is not None:
+            path.write_text(text)
+        monkeypatch.setattr(os_cpu, name, path)
+    assert sleeps_at_once() is sleeps

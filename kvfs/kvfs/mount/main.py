@@ -19,6 +19,7 @@ from kvfs.mount.filesystem import Filesystem
 from kvfs.mount.frontend import Choice, Frontend, choose, make
 from kvfs.mount.names import Names
 from kvfs_base.errors import ConnectionLost, InvalidRequest, KvfsError, MountFailed, MountPointBusy
+from kvfs_base.os_cpu import sleeps_at_once
 from kvfs_base.os_env import raise_open_files_limit
 from kvfs_base.seams import Env
 from kvfs_datapath.client.chunk_client import ChunkClient
@@ -183,6 +184,8 @@ class _Mount:
                 try:
                     await trio.to_thread.run_sync(_greet, config, abandon_on_cancel=True)
                     log.info("mounted at %s (%s: %s)", config.mountpoint, *self._choice)
+                    if sleeps_at_once():
+                        log.info("small requests are slow: guest_halt_poll_ns of this machine is 0")
                     task_status.started()
                     await self._end.wait()
                 finally:
