@@ -226,9 +226,9 @@ def test_sockets_are_private(tmp_path: Path) -> None:
 def test_a_stream_makes_room_for_long_messages_while_they_come() -> None:
     async def test() -> None:
         near, far = trio.socket.socketpair()
-        stream = OsStream(trio.SocketStream(near))
-        async with stream, trio.open_nursery() as nursery:
-            nursery.start_soon(trio.SocketStream(far).send_all, bytes(1 * MIB))
+        stream, peer = OsStream(trio.SocketStream(near)), trio.SocketStream(far)
+        async with stream, peer, trio.open_nursery() as nursery:
+            nursery.start_soon(peer.send_all, bytes(MIB))
             sizes = []
             while sum(sizes) < MIB:
                 sizes.append(len(await stream.receive_some(256 * KIB)))
