@@ -209,6 +209,9 @@ CLIENT_THREADS_PER_TARGET = 8
 """Requests that a chunk client has in flight, in all and to one target: a target that hangs holds
 up no more than its own. Eight O_DIRECT reads of 1 MiB or more saturate an NVMe disk (fio)."""
 
+READ_PIECE_BYTES = 1 * MIB
+"""Of a chunk on a disk of this host: larger reads end at different times."""
+
 CLIENT_IDLE_CONNECTIONS = CLIENT_THREADS_PER_TARGET
 """Kept per address between requests."""
 

@@ -33,7 +33,7 @@ def test_every_row_is_measured_against_its_limit(
     paths = {row["path"] for row in found["rows"]}
     assert {"arena, bulk", "arena, paged", "store, pages to disk (put)"} <= paths
     assert "cold, disk to pages through the agent" in paths
-    assert "cold, file to pages, 16 threads, verified" in paths
+    assert "cold, file to pages, queue, verified" in paths
     assert "no direct reads: cpu has none" in found["notes"]
     assert all(row["gbps"] > 0 and row["limit_gbps"] > 0 for row in found["rows"])
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]

@@ -4,6 +4,7 @@ ordinary programs load tensors with."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ import numpy as np
 
 from kvfs_base import large_pages
 from kvfs_base.limits import KIB, MIB
+from kvfs_base.os_aio import Read, ReadQueue
 from kvfs_datapath.checksum import crc32c
 from kvfs_gds.direct import DirectSource, file_source, open_reader
 from kvfs_gds.limits import RING_BYTES
@@ -30,7 +32,8 @@ from kvfs_tools.gpu_rows import LINK, PagedCache
 
 FIO = "fio, O_DIRECT, at the best of four depths"
 FIO_DEPTHS = (("1M", 8, 1), ("1M", 32, 1), ("4M", 16, 1), ("1M", 8, 4))
-READ_THREADS = (8, 16, 32)
+READ_THREADS = 16
+FILE_KINDS = ("queue", f"{READ_THREADS} threads", "queue, verified")
 SAMPLE_BLOCKS = 32
 
 
@@ -101,13 +104,13 @@ def disk(rig: Rig) -> list[Row]:
         cache = PagedCache(rig, min(64 * KIB, rig.block_bytes // 2))
         ways = [
             _plain_reads(rig, path, stack),
+            _plain_queue(rig, path, stack),
             *_cold_agent(rig, cache, stack),
-            *(_from_file(rig, cache, path, (n, "direct"), stack) for n in READ_THREADS),
-            _from_file(rig, cache, path, (READ_THREADS[1], "verified"), stack),
+            *(_from_file(rig, cache, path, kind, stack) for kind in FILE_KINDS),
             *_from_device(rig, cache, path, stack),
         ]
         rows = _in_turns(rig, ways, limit)
-        cached = _from_file(rig, cache, path, (READ_THREADS[1], "page cache"), stack)
+        cached = _from_file(rig, cache, path, "page cache", stack)
         taken = rig.rounds_of(cached.body, rig.total_bytes, rig.pinned_limit())
         rows.append(make_row(cached.path, cached.fragment, LINK, taken))
         cache.check(rig, [0, rig.count // 2, rig.count - 1])
@@ -144,11 +147,9 @@ def _in_turns(rig: Rig, ways: list[_Way], limit: Callable[[], float]) -> list[Ro
 
 
 def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
-    """Threads that read the file into memory, and nothing else: what Python makes of the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    stack.callback(os.close, fd)
-    view = large_pages.buffer(rig.total_bytes)
-    pool = stack.enter_context(ThreadPoolExecutor(READ_THREADS[1]))
+    """Threads that read the file into memory, and nothing else."""
+    fd, view = _open_direct(path, stack), large_pages.buffer(rig.total_bytes)
+    pool = stack.enter_context(ThreadPoolExecutor(READ_THREADS))
 
     def read(at: int) -> None:
         done = os.preadv(fd, [view[at : at + MIB]], at)
@@ -159,7 +160,33 @@ def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
         for _ in pool.map(read, range(0, rig.total_bytes, MIB)):
             pass
 
-    return _Way("cold, plain reads by 16 threads", body)
+    return _Way(f"cold, plain reads by {READ_THREADS} threads", body)
+
+
+def _plain_queue(rig: Rig, path: Path, stack: ExitStack) -> _Way:
+    """The same by one thread that waits for many reads at a time."""
+    fd, view = _open_direct(path, stack), large_pages.buffer(rig.total_bytes)
+    queue = ReadQueue()
+    stack.callback(queue.close)
+
+    def body() -> None:
+        rest = iter(range(0, rig.total_bytes, MIB))
+        while True:
+            places = itertools.islice(rest, queue.room)
+            queue.begin([Read(fd, at, (view[at : at + MIB],), None) for at in places])
+            if queue.is_idle:
+                return
+            for read, nbytes in queue.wait():
+                if nbytes != read.views[0].nbytes:
+                    raise RuntimeError("a short read")
+
+    return _Way("cold, plain reads by a queue", body)
+
+
+def _open_direct(path: Path, stack: ExitStack) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _cold_agent(rig: Rig, cache: PagedCache, stack: ExitStack) -> Iterator[_Way]:
@@ -199,24 +226,23 @@ def _extents(rig: Rig, path: Path, fd: int, *, verified: bool) -> dict[bytes, Fi
     return {key: FileExtent(fd, n * size, size, checksum) for n, (key, checksum) in places}
 
 
-def _from_file(
-    rig: Rig, cache: PagedCache, path: Path, how: tuple[int, str], stack: ExitStack
-) -> _Way:
-    """``how``: threads, and direct, verified (the same with checksums) or page cache."""
-    threads, kind = how
-    cached = kind == "page cache"
+def _from_file(rig: Rig, cache: PagedCache, path: Path, kind: str, stack: ExitStack) -> _Way:
+    """``kind``: one of FILE_KINDS, or page cache."""
+    cached, verified = kind == "page cache", kind.endswith("verified")
     fd = os.open(path, os.O_RDONLY | (0 if cached else os.O_DIRECT))
     stack.callback(os.close, fd)
-    extents = _extents(rig, path, fd, verified=kind == "verified")
-    ring = PinnedRing(rig.device, _ring_bytes(rig))
+    extents = _extents(rig, path, fd, verified=verified)
     source = FileSource(
-        ring, lambda keys: [extents[key] for key in keys], threads=threads, owns_ring=True
+        PinnedRing(rig.device, _ring_bytes(rig)),
+        lambda keys: [extents[key] for key in keys],
+        threads=READ_THREADS,
+        asynchronous=kind.startswith("queue"),
+        owns_ring=True,
     )
     body = _loads(rig, source, cache, stack)
     if cached:
-        return _Way(f"page cache to pages, {threads} threads", body, cache.fragment)
-    note = ", verified" if kind == "verified" else ""
-    return _Way(f"cold, file to pages, {threads} threads{note}", body, cache.fragment)
+        return _Way(f"page cache to pages, {READ_THREADS} threads", body, cache.fragment)
+    return _Way(f"cold, file to pages, {kind}", body, cache.fragment)
 
 
 def _ring_bytes(rig: Rig) -> int:
@@ -243,9 +269,7 @@ def _from_device(rig: Rig, cache: PagedCache, path: Path, stack: ExitStack) -> l
     if reader is None:
         rig.notes.append(f"no direct reads: {reason}")
         return []
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    stack.callback(os.close, fd)
-    extents = _extents(rig, path, fd, verified=True)
+    extents = _extents(rig, path, _open_direct(path, stack), verified=True)
     settings: dict[str, Any] = {
         "locate": lambda keys: [extents[key] for key in keys],
         "device": rig.device,
