@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
-QUEUE_DEPTH = 32
-"""Reads under way: what fast disks want of one thread, and slow ones do not mind."""
+QUEUE_DEPTH = 16
+"""Reads under way, of 1 MiB: with 32 and 64 disks are no faster."""
 
 _NUMBERS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}
 """Of io_setup, io_destroy, io_submit and io_getevents, which the C library does not have."""

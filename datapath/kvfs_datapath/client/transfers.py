@@ -43,6 +43,7 @@ from kvfs_datapath.limits import (
     PASS_CONNECT_SECONDS,
     READ_AGAIN_ATTEMPTS,
     READ_PIECE_BYTES,
+    READ_PIECES_AHEAD,
 )
 from kvfs_datapath.wire import close_all
 
@@ -253,33 +254,43 @@ def _read_descriptors(
                 error = ChunkMismatch(*read.chunk, detail=difference)
                 del chunks[index]
         results.append(error)
-    with borrowed_queue() as queue:
-        for index, chunk in _in_turn(chunks, queue):
-            if attempt is not None:
-                attempt.check()
-            results[index] = chunk.verify()
+    for index, chunk in _in_turn(chunks):
+        if attempt is not None:
+            attempt.check()
+        results[index] = chunk.verify()
     return results
 
 
-def _in_turn(
-    chunks: dict[int, _ChunkOnDisk], queue: ReadQueue | None
-) -> Iterator[tuple[int, _ChunkOnDisk]]:
-    """Each as soon as it may have been read, while the others are on their way."""
-    if queue is None:
+def _in_turn(chunks: dict[int, _ChunkOnDisk]) -> Iterator[tuple[int, _ChunkOnDisk]]:
+    """Each as soon as it may have been read, while the next one is on its way. Short ones are not
+    on their way: several threads ask for chunks, and a call for each is cheaper than two."""
+    if all(chunk.left <= 1 for chunk in chunks.values()):
         yield from chunks.items()
         return
+    with borrowed_queue() as queue:
+        if queue is None:
+            yield from chunks.items()
+        else:
+            yield from _through(queue, chunks)
+
+
+def _through(
+    queue: ReadQueue, chunks: dict[int, _ChunkOnDisk]
+) -> Iterator[tuple[int, _ChunkOnDisk]]:
     yield from ((index, chunk) for index, chunk in chunks.items() if not chunk.left)
     pieces = ((index, piece) for index, chunk in chunks.items() for piece in chunk.pieces())
+    room = READ_PIECES_AHEAD
     while True:
-        queue.begin(
-            [
-                Read(chunks[index].descriptor, at, (view,), index)
-                for index, (at, view) in itertools.islice(pieces, queue.room)
-            ]
-        )
+        reads = [
+            Read(chunks[index].descriptor, at, (view,), index)
+            for index, (at, view) in itertools.islice(pieces, room)
+        ]
+        queue.begin(reads)
+        room -= len(reads)
         if queue.is_idle:
             return
         for read, nbytes in queue.wait():
+            room += 1
             chunk = chunks[read.tag]
             chunk.came(read.offset, nbytes)
             if not chunk.left:
