@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("kept_caches")
 def test_every_row_is_measured_against_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_disk, "READ_THREADS", (8, 16))
+    monkeypatch.setattr(gpu_disk, "READ_THREADS", 8)
     monkeypatch.setattr(gpu_disk, "FIO_DEPTHS", (("1M", 8, 1),))
     out = tmp_path / "rows.json"
     options = ["--dir", str(tmp_path), "--device", "cpu", "--total-mib", "64", "--rounds", "1"]

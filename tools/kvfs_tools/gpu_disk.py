@@ -3,8 +3,8 @@ ordinary programs load tensors with."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import itertools
 import json
 import os
 import statistics
@@ -33,6 +33,8 @@ from kvfs_tools.gpu_rows import LINK, PagedCache
 FIO = "fio, O_DIRECT, at the best of four depths"
 FIO_DEPTHS = (("1M", 8, 1), ("1M", 32, 1), ("4M", 16, 1), ("1M", 8, 4))
 READ_THREADS = 16
+FIO_MEMORY_BYTES = 8 * MIB
+"""What fio reads into at the least of its depths."""
 FILE_KINDS = ("queue", f"{READ_THREADS} threads", "queue, verified")
 SAMPLE_BLOCKS = 32
 
@@ -104,7 +106,8 @@ def disk(rig: Rig) -> list[Row]:
         cache = PagedCache(rig, min(64 * KIB, rig.block_bytes // 2))
         ways = [
             _plain_reads(rig, path, stack),
-            _plain_queue(rig, path, stack),
+            _plain_queue(rig, path, stack, rig.total_bytes, "one after the other"),
+            _plain_queue(rig, path, stack, FIO_MEMORY_BYTES, "into the same 8 MiB"),
             *_cold_agent(rig, cache, stack),
             *(_from_file(rig, cache, path, kind, stack) for kind in FILE_KINDS),
             *_from_device(rig, cache, path, stack),
@@ -163,24 +166,26 @@ def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
     return _Way(f"cold, plain reads by {READ_THREADS} threads", body)
 
 
-def _plain_queue(rig: Rig, path: Path, stack: ExitStack) -> _Way:
-    """The same by one thread that waits for many reads at a time."""
-    fd, view = _open_direct(path, stack), large_pages.buffer(rig.total_bytes)
+def _plain_queue(rig: Rig, path: Path, stack: ExitStack, memory_bytes: int, what: str) -> _Way:
+    """The same by one thread that waits for many reads at a time, into so much memory, over and
+    over again."""
+    fd, view = _open_direct(path, stack), large_pages.buffer(memory_bytes)
     queue = ReadQueue()
     stack.callback(queue.close)
 
     def body() -> None:
-        rest = iter(range(0, rig.total_bytes, MIB))
-        while True:
-            places = itertools.islice(rest, queue.room)
-            queue.begin([Read(fd, at, (view[at : at + MIB],), None) for at in places])
-            if queue.is_idle:
-                return
+        left = collections.deque(range(0, rig.total_bytes, MIB))
+        free = collections.deque(range(0, memory_bytes, MIB))
+        while left or not queue.is_idle:
+            count = min(queue.room, len(left), len(free))
+            places = [(left.popleft(), free.popleft()) for _ in range(count)]
+            queue.begin([Read(fd, at, (view[to : to + MIB],), to) for at, to in places])
             for read, nbytes in queue.wait():
-                if nbytes != read.views[0].nbytes:
+                free.append(read.tag)
+                if nbytes != MIB:
                     raise RuntimeError("a short read")
 
-    return _Way("cold, plain reads by a queue", body)
+    return _Way(f"cold, plain reads by a queue, {what}", body)
 
 
 def _open_direct(path: Path, stack: ExitStack) -> int:
