@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from kvfs_base.answers import Answer
 from kvfs_gds.arena import ArenaView
 from kvfs_gds.extents import pages_of
-from kvfs_gds.file_reads import Batch, Block, DiskReader
+from kvfs_gds.file_reads import Batch, Block
 from kvfs_gds.limits import CHECK_THREADS, READ_THREADS
 from kvfs_gds.paged import HostMemory
 from kvfs_gds.ring import PinnedRing, Slot
@@ -153,17 +153,14 @@ class FileSource:
         locate: Callable[[Sequence[bytes]], Sequence[FileExtent | None]],
         *,
         threads: int = READ_THREADS,
-        asynchronous: bool = True,
         owns_ring: bool = False,
     ) -> None:
-        """``locate`` says where blocks lie; it must leave the descriptors open. ``threads`` read
-        what goes through the page cache, and what is O_DIRECT where the kernel has no asynchronous
-        reads, or they are not to be used. With ``owns_ring`` the ring is closed with the source."""
+        """``locate`` says where blocks lie; it must leave the descriptors open. With ``owns_ring``
+        the ring is closed with the source."""
         self._ring = ring
         self._owns_ring = owns_ring
         self._locate = locate
         self._threads = threads
-        self._disk = DiskReader.open() if asynchronous else None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kvfs-read")
         self._checks = ThreadPoolExecutor(CHECK_THREADS, thread_name_prefix="kvfs-check")
 
@@ -171,8 +168,6 @@ class FileSource:
         return self._ring.nbytes
 
     def close(self) -> None:
-        if self._disk is not None:
-            self._disk.close()
         self._pool.shutdown()
         self._checks.shutdown()
         if self._owns_ring:
@@ -217,10 +212,7 @@ class FileSource:
         """Nothing writes to the blocks' memory any more afterwards, also if it raises."""
         checks: list[Future[None]] = []
         batch = Batch(blocks, lambda block: checks.append(self._checks.submit(block.verify)))
-        if self._disk is not None and batch.is_direct:
-            reads = [self._disk.read(batch)]
-        else:
-            reads = [self._pool.submit(batch.read) for _ in range(min(self._threads, len(batch)))]
+        reads = [self._pool.submit(batch.read) for _ in range(min(self._threads, len(batch)))]
         wait(reads)
         wait(checks)
         for future in (*reads, *checks):

@@ -3,7 +3,6 @@ device's own reader."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvfs_base import os_aio
 from kvfs_base.errors import InvalidRequest, TargetFailed
 from kvfs_datapath.checksum import crc32c
 from kvfs_gds import file_reads
@@ -83,8 +81,7 @@ def test_who_finds_no_room_waits_for_a_release(ring: PinnedRing) -> None:
 class Files:
     """Blocks in two files, each block on whole pages."""
 
-    def __init__(self, folder: Path, flags: int) -> None:
-        self.flags = os.O_RDONLY | flags
+    def __init__(self, folder: Path) -> None:
         rng = np.random.default_rng(4)
         self.blocks = rng.integers(0, 256, (BLOCKS, BLOCK_BYTES), dtype=np.uint8)
         self.keys = [number.to_bytes(32, "little") for number in range(BLOCKS)]
@@ -95,7 +92,7 @@ class Files:
             some = range(name, BLOCKS, 2)
             data = b"".join(self.blocks[n].tobytes().ljust(3 * PAGE, b"\0") for n in some)
             path.write_bytes(data)
-            fd = os.open(path, self.flags)
+            fd = os.open(path, os.O_RDONLY)
             self.descriptors.append(fd)
             for place, number in enumerate(some):
                 checksum = crc32c(self.blocks[number].tobytes())
@@ -108,33 +105,27 @@ class Files:
             os.close(fd)
 
 
-@pytest.fixture(params=["cached", "queue", "threads", "device"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Through the page cache; O_DIRECT, where the kernel has asynchronous reads and where it has
-    none; by the device's own reader."""
-    if request.param == "threads":
-        monkeypatch.setattr(os_aio, "open_queue", lambda: None)
-    return str(request.param)
-
-
 @pytest.fixture
-def files(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Files]:
-    way = request.getfixturevalue("way") if "way" in request.fixturenames else "cached"
-    try:
-        made = Files(tmp_path, os.O_DIRECT if way in ("queue", "threads") else 0)
-    except OSError:
-        pytest.skip("no O_DIRECT here")
+def files(tmp_path: Path) -> Iterator[Files]:
+    made = Files(tmp_path)
     yield made
     made.close()
 
 
-def load(files: Files, way: str, keys: list[bytes], ring_pages: int = 32) -> tuple[list[bool], Any]:
+@pytest.fixture(params=["off", "on"], ids=["staged", "direct"])
+def setting(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def load(
+    files: Files, setting: str, keys: list[bytes], ring_pages: int = 32
+) -> tuple[list[bool], Any]:
     device = CpuDevice()
     source = file_source(
         lambda names: [files.extents.get(name) for name in names],
         device=device,
         ring_bytes=ring_pages * PAGE,
-        setting="on" if way == "device" else "off",
+        setting=setting,
         reader=MemoryReader(),
     )
     rows = np.zeros((len(keys), BLOCK_BYTES), dtype=np.uint8)
@@ -150,11 +141,11 @@ def load(files: Files, way: str, keys: list[bytes], ring_pages: int = 32) -> tup
 @pytest.mark.parametrize("ring_pages", [1024, 8])
 @pytest.mark.parametrize("read_bytes", [1 << 20, 2 * PAGE], ids=["neighbours", "parts"])
 def test_files_are_read_into_their_rows(
-    files: Files, way: str, ring_pages: int, read_bytes: int, monkeypatch: pytest.MonkeyPatch
+    files: Files, setting: str, ring_pages: int, read_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_reads, "READ_BYTES", read_bytes)
     monkeypatch.setattr(file_reads, "CACHED_READ_BYTES", read_bytes)
-    hits, rows = load(files, way, [*files.keys, bytes(32)[:31] + b"\1"], ring_pages)
+    hits, rows = load(files, setting, [*files.keys, bytes(32)[:31] + b"\1"], ring_pages)
     assert hits == [True] * BLOCKS + [False]
     assert (rows[:BLOCKS] == files.blocks).all()
 
@@ -174,51 +165,21 @@ def test_the_page_cache_is_read_in_larger_parts(tmp_path: Path, flags: int, read
     os.close(fd)
 
 
-def test_wrong_or_missing_bytes_are_a_miss(files: Files, way: str) -> None:
+def test_wrong_or_missing_bytes_are_a_miss(files: Files, setting: str) -> None:
     good = files.extents[files.keys[3]]
     files.extents[files.keys[3]] = FileExtent(good.descriptor, good.offset, good.size, 1)
     files.extents[files.keys[4]] = FileExtent(good.descriptor, 1 << 30, good.size)
-    hits, rows = load(files, way, files.keys)
+    hits, rows = load(files, setting, files.keys)
     assert [n for n, hit in enumerate(hits) if not hit] == [3, 4]
     assert not rows[3].any()
 
 
-def test_a_failing_disk_fails_the_load(files: Files, way: str, tmp_path: Path) -> None:
-    fd = os.open(tmp_path / "0.bin", files.flags | os.O_WRONLY)  # reads fail
+def test_a_failing_disk_fails_the_load(files: Files, setting: str, tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)  # a directory: reads fail
     files.extents[files.keys[0]] = FileExtent(fd, 0, BLOCK_BYTES)
     with pytest.raises(TargetFailed):
-        load(files, way, files.keys[:4])
+        load(files, setting, files.keys[:4])
     os.close(fd)
-
-
-def test_batches_are_read_in_their_order_and_one_that_fails_holds_up_no_other(
-    tmp_path: Path,
-) -> None:
-    files = Files(tmp_path, 0)
-    reader = file_reads.DiskReader(os_aio.ReadQueue(2))
-    folder = os.open(tmp_path, os.O_RDONLY)
-    complete: list[int] = []
-
-    def batch(number: int, descriptor: int) -> file_reads.Batch:
-        views = [memoryview(mmap.mmap(-1, 3 * PAGE)) for _ in range(4)]
-        blocks = [
-            file_reads.Block(descriptor, n * 3 * PAGE, BLOCK_BYTES, None, view)
-            for n, view in enumerate(views)
-        ]
-        return file_reads.Batch(blocks, lambda _: complete.append(number))
-
-    good = files.descriptors[0]
-    reads = [reader.read(batch(*it)) for it in ((0, good), (1, folder), (2, good), (3, good))]
-    reader.close()
-    assert [type(read.exception(0)) for read in reads] == [
-        type(None),
-        TargetFailed,
-        type(None),
-        type(None),
-    ]
-    assert complete == [0] * 4 + [2] * 4 + [3] * 4
-    os.close(folder)
-    files.close()
 
 
 class TickingClock:

@@ -41,9 +41,8 @@ from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.chunks.tree import drafts
-from kvfs_datapath.client import transfers
 from kvfs_datapath.client.chunk_client import ChunkClient, ChunkRead, ChunkWrite, ClusterSource
-from kvfs_datapath.connections import Attempt, DataConnection
+from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.format import directory_of, path_of
 from kvfs_datapath.limits import PUBLISH_TOGETHER_MAX, SUM_BYTES
 from kvfs_datapath.server import chunk_server as server_module
@@ -271,56 +270,6 @@ def test_a_chunk_that_was_read_and_then_cut_is_a_mismatch(cluster: Cluster) -> N
     change(cluster, write, None, 10_000)
     (error,) = client.read_chunks(reads_of([write]))
     assert type(error) is ChunkMismatch
-
-
-@pytest.fixture(params=["queue", "calls"])
-def local(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Cluster]:
-    """Where the kernel has asynchronous reads, and where it has none."""
-    if request.param == "calls":
-        monkeypatch.setattr(transfers, "borrowed_queue", contextlib.nullcontext)
-    with running("os", "local", tmp_path) as cluster:
-        yield cluster
-
-
-@pytest.mark.parametrize("size", [0, MIB, 2 * MIB + 4096, 3 * MIB])
-def test_a_long_chunk_that_was_cut_costs_only_itself(local: Cluster, size: int) -> None:
-    """It is read by this process, piece by piece."""
-    sizes = [MIB + 1, 3 * MIB + 5, 0, 5, 4 * MIB]
-    writes = make_writes(sizes, chains=[1])
-    client = local.client()
-    assert client.write_chunks(writes) == [None] * len(sizes)
-    assert client.read_chunks(reads_of(writes)) == [None] * len(sizes)
-    change(local, writes[1], None, size)
-    reads = reads_of(writes)
-    results = client.read_chunks(reads)
-    assert type(results.pop(1)) is ChunkMismatch
-    assert results == [None] * 4
-    assert_equal([reads[0], *reads[2:]], [writes[0], *writes[2:]])
-
-
-def test_a_read_that_is_broken_off_writes_to_nothing_any_more(local: Cluster) -> None:
-    writes = make_writes([3 * MIB] * 4, chains=[1])
-    client = local.client()
-    assert client.write_chunks(writes) == [None] * 4
-
-    class Impatient(Attempt):
-        checks = 0
-
-        def check(self) -> None:
-            self.checks += 1
-            if self.checks == 3:  # once before it asks, and before each chunk is summed
-                raise ConnectionLost(detail="broken off")
-
-    reads = reads_of(writes)
-    pool, route = client.shared.pool, client.shared.router.chain(1).serving[0]
-    with pytest.raises(ConnectionLost):
-        transfers.read_portion(pool, route, reads, Impatient())
-    for read in reads:
-        read.view[:] = bytes(read.view.nbytes)
-    assert client.read_chunks(reads_of(writes)) == [None] * 4
-    assert not any(any(read.view) for read in reads)
 
 
 def test_another_key_is_a_mismatch(cluster: Cluster) -> None:

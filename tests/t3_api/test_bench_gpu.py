@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("kept_caches")
 def test_every_row_is_measured_against_its_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_disk, "READ_THREADS", 8)
+    monkeypatch.setattr(gpu_disk, "READ_THREADS", (8, 16))
     monkeypatch.setattr(gpu_disk, "FIO_DEPTHS", (("1M", 8, 1),))
     out = tmp_path / "rows.json"
     options = ["--dir", str(tmp_path), "--device", "cpu", "--total-mib", "64", "--rounds", "1"]
@@ -33,7 +33,7 @@ def test_every_row_is_measured_against_its_limit(
     paths = {row["path"] for row in found["rows"]}
     assert {"arena, bulk", "arena, paged", "store, pages to disk (put)"} <= paths
     assert "cold, disk to pages through the agent" in paths
-    assert "cold, file to pages, queue, verified" in paths
+    assert "cold, file to pages, 16 threads, verified" in paths
     assert "no direct reads: cpu has none" in found["notes"]
     assert all(row["gbps"] > 0 and row["limit_gbps"] > 0 for row in found["rows"])
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]

@@ -19,7 +19,6 @@ import numpy as np
 
 from kvfs_base import large_pages
 from kvfs_base.limits import KIB, MIB
-from kvfs_base.os_aio import Read, ReadQueue
 from kvfs_datapath.checksum import crc32c
 from kvfs_gds.direct import DirectSource, file_source, open_reader
 from kvfs_gds.limits import RING_BYTES
@@ -32,11 +31,11 @@ from kvfs_tools.gpu_rows import LINK, PagedCache
 
 FIO = "fio, O_DIRECT, at the best of four depths"
 FIO_DEPTHS = (("1M", 8, 1), ("1M", 32, 1), ("4M", 16, 1), ("1M", 8, 4))
-READ_THREADS = 16
-FIO_MEMORY_BYTES = 8 * MIB
-"""What fio reads into at the least of its depths."""
-FILE_KINDS = ("queue", f"{READ_THREADS} threads", "queue, verified")
+READ_THREADS = (8, 16, 32)
 SAMPLE_BLOCKS = 32
+FIO_MEMORY_BYTES = 8 * MIB
+"""What fio reads into, over and over again, at the least of its depths: it stays in the caches of
+who copies it there. A load needs memory for all that it reads."""
 
 
 class FioRead:
@@ -105,15 +104,15 @@ def disk(rig: Rig) -> list[Row]:
         limit = FioRead(rig, path)
         cache = PagedCache(rig, min(64 * KIB, rig.block_bytes // 2))
         ways = [
-            _plain_reads(rig, path, stack),
-            _plain_queue(rig, path, stack, rig.total_bytes, "one after the other"),
-            _plain_queue(rig, path, stack, FIO_MEMORY_BYTES, "into the same 8 MiB"),
+            _plain_reads(rig, path, stack, READ_THREADS[1], rig.total_bytes),
+            _plain_reads(rig, path, stack, READ_THREADS[0], FIO_MEMORY_BYTES),
             *_cold_agent(rig, cache, stack),
-            *(_from_file(rig, cache, path, kind, stack) for kind in FILE_KINDS),
+            *(_from_file(rig, cache, path, (n, "direct"), stack) for n in READ_THREADS),
+            _from_file(rig, cache, path, (READ_THREADS[1], "verified"), stack),
             *_from_device(rig, cache, path, stack),
         ]
         rows = _in_turns(rig, ways, limit)
-        cached = _from_file(rig, cache, path, "page cache", stack)
+        cached = _from_file(rig, cache, path, (READ_THREADS[1], "page cache"), stack)
         taken = rig.rounds_of(cached.body, rig.total_bytes, rig.pinned_limit())
         rows.append(make_row(cached.path, cached.fragment, LINK, taken))
         cache.check(rig, [0, rig.count // 2, rig.count - 1])
@@ -149,13 +148,17 @@ def _in_turns(rig: Rig, ways: list[_Way], limit: Callable[[], float]) -> list[Ro
     ]
 
 
-def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
-    """Threads that read the file into memory, and nothing else."""
-    fd, view = _open_direct(path, stack), large_pages.buffer(rig.total_bytes)
-    pool = stack.enter_context(ThreadPoolExecutor(READ_THREADS))
+def _plain_reads(rig: Rig, path: Path, stack: ExitStack, threads: int, memory_bytes: int) -> _Way:
+    """Threads that read the file, and nothing else: what Python makes of the disk. Into so much
+    memory, over and over again."""
+    fd, view = _open_direct(path, stack), large_pages.buffer(memory_bytes)
+    pool = stack.enter_context(ThreadPoolExecutor(threads))
+    free = collections.deque(range(0, memory_bytes, MIB))
 
     def read(at: int) -> None:
-        done = os.preadv(fd, [view[at : at + MIB]], at)
+        to = free.popleft()
+        done = os.preadv(fd, [view[to : to + MIB]], at)
+        free.append(to)
         if done != min(MIB, rig.total_bytes - at):
             raise RuntimeError("a short read")
 
@@ -163,29 +166,10 @@ def _plain_reads(rig: Rig, path: Path, stack: ExitStack) -> _Way:
         for _ in pool.map(read, range(0, rig.total_bytes, MIB)):
             pass
 
-    return _Way(f"cold, plain reads by {READ_THREADS} threads", body)
-
-
-def _plain_queue(rig: Rig, path: Path, stack: ExitStack, memory_bytes: int, what: str) -> _Way:
-    """The same by one thread that waits for many reads at a time, into so much memory, over and
-    over again."""
-    fd, view = _open_direct(path, stack), large_pages.buffer(memory_bytes)
-    queue = ReadQueue()
-    stack.callback(queue.close)
-
-    def body() -> None:
-        left = collections.deque(range(0, rig.total_bytes, MIB))
-        free = collections.deque(range(0, memory_bytes, MIB))
-        while left or not queue.is_idle:
-            count = min(queue.room, len(left), len(free))
-            places = [(left.popleft(), free.popleft()) for _ in range(count)]
-            queue.begin([Read(fd, at, (view[to : to + MIB],), to) for at, to in places])
-            for read, nbytes in queue.wait():
-                free.append(read.tag)
-                if nbytes != MIB:
-                    raise RuntimeError("a short read")
-
-    return _Way(f"cold, plain reads by a queue, {what}", body)
+    name = f"cold, plain reads by {threads} threads"
+    if memory_bytes < rig.total_bytes:
+        name += f", into the same {memory_bytes // MIB} MiB"
+    return _Way(name, body)
 
 
 def _open_direct(path: Path, stack: ExitStack) -> int:
@@ -231,23 +215,24 @@ def _extents(rig: Rig, path: Path, fd: int, *, verified: bool) -> dict[bytes, Fi
     return {key: FileExtent(fd, n * size, size, checksum) for n, (key, checksum) in places}
 
 
-def _from_file(rig: Rig, cache: PagedCache, path: Path, kind: str, stack: ExitStack) -> _Way:
-    """``kind``: one of FILE_KINDS, or page cache."""
-    cached, verified = kind == "page cache", kind.endswith("verified")
+def _from_file(
+    rig: Rig, cache: PagedCache, path: Path, how: tuple[int, str], stack: ExitStack
+) -> _Way:
+    """``how``: threads, and direct, verified (the same with checksums) or page cache."""
+    threads, kind = how
+    cached = kind == "page cache"
     fd = os.open(path, os.O_RDONLY | (0 if cached else os.O_DIRECT))
     stack.callback(os.close, fd)
-    extents = _extents(rig, path, fd, verified=verified)
+    extents = _extents(rig, path, fd, verified=kind == "verified")
+    ring = PinnedRing(rig.device, _ring_bytes(rig))
     source = FileSource(
-        PinnedRing(rig.device, _ring_bytes(rig)),
-        lambda keys: [extents[key] for key in keys],
-        threads=READ_THREADS,
-        asynchronous=kind.startswith("queue"),
-        owns_ring=True,
+        ring, lambda keys: [extents[key] for key in keys], threads=threads, owns_ring=True
     )
     body = _loads(rig, source, cache, stack)
     if cached:
-        return _Way(f"page cache to pages, {READ_THREADS} threads", body, cache.fragment)
-    return _Way(f"cold, file to pages, {kind}", body, cache.fragment)
+        return _Way(f"page cache to pages, {threads} threads", body, cache.fragment)
+    note = ", verified" if kind == "verified" else ""
+    return _Way(f"cold, file to pages, {threads} threads{note}", body, cache.fragment)
 
 
 def _ring_bytes(rig: Rig) -> int:

@@ -13,9 +13,8 @@ import abc
 import dataclasses
 import errno
 import functools
-import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from kvfs_base.errors import (
@@ -30,7 +29,6 @@ from kvfs_base.errors import (
     TargetFailed,
 )
 from kvfs_base.limits import BLOCK_BYTES_MAX, CHECK_CHUNKS_PER_REQUEST
-from kvfs_base.os_aio import Read, ReadQueue, borrowed_queue
 from kvfs_base.types import ChunkId
 from kvfs_datapath import messages as m
 from kvfs_datapath.buffers import round_up
@@ -38,12 +36,12 @@ from kvfs_datapath.checksum import crc32c
 from kvfs_datapath.client.routes import Route
 from kvfs_datapath.client.workers import Portions
 from kvfs_datapath.connections import Ahead, Attempt, ConnectionPool, DataConnection, seconds_for
+from kvfs_datapath.format import ChunkInfo
 from kvfs_datapath.limits import (
     CHAIN_CONNECT_SECONDS,
     PASS_CONNECT_SECONDS,
     READ_AGAIN_ATTEMPTS,
     READ_PIECE_BYTES,
-    READ_PIECES_AHEAD,
 )
 from kvfs_datapath.wire import close_all
 
@@ -224,8 +222,16 @@ def _read_local(
         seconds=seconds_for(0),
         attempt=attempt,
     )
+    results: Results = []
     try:
-        results = _read_descriptors(descriptors, reads, outcomes, route, attempt)
+        remaining = iter(descriptors)
+        for index, (read, info) in enumerate(zip(reads, outcomes.infos, strict=True)):
+            if info is None:
+                results.append(outcomes.error(index))
+                continue
+            if attempt is not None:
+                attempt.check()
+            results.append(_read_descriptor(next(remaining), read, info, route))
     finally:
         close_all(descriptors)
     failed = [r for r, e in zip(reads, results, strict=True) if isinstance(e, TargetFailed)]
@@ -234,113 +240,24 @@ def _read_local(
     return results
 
 
-def _read_descriptors(
-    descriptors: Sequence[int],
-    reads: Sequence[ChunkRead],
-    outcomes: m.Outcomes,
-    route: Route,
-    attempt: Attempt | None,
-) -> Results:
-    """The descriptors were passed to us for this: they are not files of our own."""
-    results: Results = []
-    chunks: dict[int, _ChunkOnDisk] = {}
-    remaining = iter(descriptors)
-    for index, (read, info) in enumerate(zip(reads, outcomes.infos, strict=True)):
-        error = outcomes.error(index)
-        if info is not None:
-            chunk = chunks[index] = _ChunkOnDisk(next(remaining), read, route)
-            difference = read.message().difference(info)
-            if difference:
-                error = ChunkMismatch(*read.chunk, detail=difference)
-                del chunks[index]
-        results.append(error)
-    for index, chunk in _in_turn(chunks):
-        if attempt is not None:
-            attempt.check()
-        results[index] = chunk.verify()
-    return results
-
-
-def _in_turn(chunks: dict[int, _ChunkOnDisk]) -> Iterator[tuple[int, _ChunkOnDisk]]:
-    """Each as soon as it may have been read, while the next one is on its way. Short ones are not
-    on their way: several threads ask for chunks, and a call for each is cheaper than two."""
-    if all(chunk.left <= 1 for chunk in chunks.values()):
-        yield from chunks.items()
-        return
-    with borrowed_queue() as queue:
-        if queue is None:
-            yield from chunks.items()
-        else:
-            yield from _through(queue, chunks)
-
-
-def _through(
-    queue: ReadQueue, chunks: dict[int, _ChunkOnDisk]
-) -> Iterator[tuple[int, _ChunkOnDisk]]:
-    yield from ((index, chunk) for index, chunk in chunks.items() if not chunk.left)
-    pieces = ((index, piece) for index, chunk in chunks.items() for piece in chunk.pieces())
-    room = READ_PIECES_AHEAD
-    while True:
-        reads = [
-            Read(chunks[index].descriptor, at, (view,), index)
-            for index, (at, view) in itertools.islice(pieces, room)
-        ]
-        queue.begin(reads)
-        room -= len(reads)
-        if queue.is_idle:
-            return
-        for read, nbytes in queue.wait():
-            room += 1
-            chunk = chunks[read.tag]
-            chunk.came(read.offset, nbytes)
-            if not chunk.left:
-                yield read.tag, chunk
-
-
-class _ChunkOnDisk:
-    """One that is read by its descriptor, in pieces or at once."""
-
-    def __init__(self, descriptor: int, read: ChunkRead, route: Route) -> None:
-        self.descriptor = descriptor
-        self._read = read
-        self._route = route
-        self.left = -(-read.pages().nbytes // READ_PIECE_BYTES)
-        """Pieces that have not come."""
-        self._is_whole = True
-
-    def pieces(self) -> Iterator[tuple[int, memoryview]]:
-        """Where each begins, and goes."""
-        pages = self._read.pages()
-        for at in range(0, pages.nbytes, READ_PIECE_BYTES):
-            yield at, pages[at : at + READ_PIECE_BYTES]
-
-    def came(self, at: int, nbytes: int) -> None:
-        """Of the piece that begins there so much; an errno below zero if none."""
-        self.left -= 1
-        self._is_whole &= nbytes >= min(READ_PIECE_BYTES, self._read.size - at)
-
-    def verify(self) -> KvfsError | None:
-        """If it has not come whole it is read here."""
-        read, size = self._read, self._read.size
-        if self.left or not self._is_whole:
-            error = self._read_at_once()
-            if error is not None:
-                return error
-        found = crc32c(read.view[:size])
-        return None if found == read.crc32c else _corrupt(read, found)
-
-    def _read_at_once(self) -> KvfsError | None:
-        read, done = self._read, 0
-        try:
-            while done < read.size:
-                count = os.preadv(self.descriptor, [read.pages()[done:]], done)
-                if count == 0:
-                    detail = f"{done} bytes on disk, {read.size} expected"
-                    return ChunkMismatch(*read.chunk, detail=detail)
-                done += count
-        except OSError as exc:
-            return disk_error(exc, self._route.target_id)
-        return None
+def _read_descriptor(fd: int, read: ChunkRead, info: ChunkInfo, route: Route) -> KvfsError | None:
+    """The descriptor was passed to us for this: it is not a file of our own."""
+    difference = read.message().difference(info)
+    if difference:
+        return ChunkMismatch(*read.chunk, detail=difference)
+    done = 0
+    try:
+        while done < read.size:
+            piece = read.pages()[done : done + READ_PIECE_BYTES]
+            count = os.preadv(fd, [piece], done)
+            if count == 0:
+                detail = f"{done} bytes on disk, {read.size} expected"
+                return ChunkMismatch(*read.chunk, detail=detail)
+            done += count
+    except OSError as exc:
+        return disk_error(exc, route.target_id)
+    found = crc32c(read.view[: read.size])
+    return None if found == read.crc32c else _corrupt(read, found)
 
 
 def disk_error(exc: OSError, target_id: int) -> KvfsError:
