@@ -25,6 +25,7 @@ def test_every_row_is_measured_against_its_limit(tmp_path: Path) -> None:
         "API get",
         "match of 1000 keys at the client",
         "API get",
+        "the same files by 8 threads",
         "API put",
         "mount",
         "mount",

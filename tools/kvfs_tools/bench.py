@@ -8,6 +8,7 @@ not flatter. Reported are medians over the rounds, and of the per-round ratios.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import mmap
@@ -267,10 +268,6 @@ class Bench:
     def cold_get(self) -> Row:
         """Batches in storing order over more data than the arena holds: every block is read from
         disk, by O_DIRECT, from the same files as fio reads. Fails rather than measure a hit."""
-        folder = Path(self.cluster.directory, "limit")
-        folder.mkdir()
-        for number, path in enumerate(self._backing(self.keys)):
-            os.link(path, folder / str(number))
 
         def cold() -> float:
             before = self.client.statistics()["arena_hits"]
@@ -279,17 +276,41 @@ class Bench:
                 raise RuntimeError("a block came from the arena")
             return self.total_bytes / taken / 1e9
 
-        pairs = interleave(
-            self.rounds, lambda: fio_read(str(folder), self.total_bytes, self.block_bytes), cold
-        )
-        shutil.rmtree(folder)
-        return Row.of(
-            "API get, cold from disk, verified",
-            "GB/s",
-            pairs,
-            ">= 0.95",
-            "fio O_DIRECT, same files",
-        )
+        return self._beside_fio("API get, cold from disk, verified", cold, ">= 0.95")
+
+    def plain_reads(self) -> Row:
+        """What anybody has of the disk who keeps what he reads: fio does not, and memory that it
+        reads into over and over again stays in the processor's caches."""
+        files = self._backing(self.keys[: GIB // self.block_bytes])
+        room = large_pages.buffer(len(files) * self.block_bytes)
+
+        def read(number: int) -> None:
+            fd = os.open(files[number], os.O_RDONLY | os.O_DIRECT)
+            start = number * self.block_bytes
+            try:
+                for at in range(0, self.block_bytes, MIB):
+                    end = start + min(at + MIB, self.block_bytes)
+                    os.preadv(fd, [room[start + at : end]], at)
+            finally:
+                os.close(fd)
+
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return self._beside_fio(
+                f"the same files by {READ_THREADS} threads, O_DIRECT",
+                lambda: len(room) / seconds(lambda: list(pool.map(read, range(len(files))))) / 1e9,
+            )
+
+    def _beside_fio(self, path: str, body: Callable[[], float], target: str = "") -> Row:
+        folder = Path(self.cluster.directory, "limit")
+        folder.mkdir()
+        try:
+            for number, file in enumerate(self._backing(self.keys)):
+                os.link(file, folder / str(number))
+            limit = functools.partial(fio_read, str(folder), self.total_bytes, self.block_bytes)
+            pairs = interleave(self.rounds, limit, body)
+        finally:
+            shutil.rmtree(folder)
+        return Row.of(path, "GB/s", pairs, target, "fio O_DIRECT, same files")
 
     def _get_everything(self) -> None:
         for first in range(0, len(self.keys), BATCH):
@@ -401,7 +422,7 @@ def run(directory: str, block_bytes: int, total_bytes: int, rounds: int, log: An
             measures: list[Callable[[], Row]] = [lambda: bench.warm_get(32)]
             if arena_bytes >= 256 * block_bytes:
                 measures.append(lambda: bench.warm_get(128))
-            measures += [bench.match, bench.cold_get, bench.put]
+            measures += [bench.match, bench.cold_get, bench.plain_reads, bench.put]
             measures += [lambda: bench.mount_read(warm=False), lambda: bench.mount_read(warm=True)]
             for measure in measures:
                 row = measure()

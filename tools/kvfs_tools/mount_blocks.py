@@ -15,7 +15,7 @@ import kvfs
 from kvfs import KVLayout
 from kvfs_base.limits import KIB, MIB
 from kvfs_tools.cluster import LocalCluster
-from kvfs_tools.mount_rows import Comparison, Sample, timed
+from kvfs_tools.mount_rows import Comparison, Sample, have_memory, timed
 from kvfs_tools.mount_systems import System
 
 NAMESPACE = "bench/mount"
@@ -117,6 +117,7 @@ class BlockFiles:
 
     def _write(self, system: System) -> Sample:
         folder = system.path / f"blocks-{next(self._turns)}"
+        have_memory(2 * self._count * len(self._data))
         with timed(system) as timer:
             self._write_to(folder)
         shutil.rmtree(folder)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvfs_base.limits import KIB, MIB
-from kvfs_tools.mount_rows import Comparison, Sample, timed
+from kvfs_tools.mount_rows import Comparison, Sample, have_memory, timed
 from kvfs_tools.mount_systems import System
 
 KINDS = ("read", "randread", "write", "randwrite")
@@ -88,6 +88,8 @@ class Fio:
         folder.mkdir(exist_ok=True)
         if work.cold:
             CACHES.write_text("3")
+        if self._purpose(work) == "new":
+            have_memory(2 * work.jobs * self._file_bytes)
         with timed(system) as timer:
             report = self._fio(folder, work)
         if self._purpose(work) == "new":
