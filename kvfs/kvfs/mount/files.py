@@ -122,7 +122,7 @@ class OpenFile(FileState):
 
     def _written(self, passed: PassedWrites) -> Backing | None:
         """What the kernel has written, for who reads it next: often soon, as a file tier does."""
-        if self.dirty or self.sparse or self.size < MOUNT_PASSED_BYTES_MIN or not passed.is_whole:
+        if self.size < MOUNT_PASSED_BYTES_MIN or self.dirty or self.sparse or not passed.is_whole:
             return None
         try:
             return Backing(passed.reopen(), self.size, self.mtime_ns, is_finished=True)

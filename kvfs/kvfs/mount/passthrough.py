@@ -20,6 +20,7 @@ from kvfs.mount.device import Device
 log = logging.getLogger(__name__)
 
 NO_BACKING = 0
+NO_FILE = (0, 0)
 
 
 @dataclasses.dataclass(slots=True)
@@ -27,7 +28,8 @@ class _Inode:
     backing_id: int
     """NO_BACKING: through the page cache."""
     file: tuple[int, int]
-    """Device and inode of what the kernel reads. An id holds it: nothing else is called that."""
+    """Device and inode of what the kernel reads. An id holds it: nothing else is called that.
+    NO_FILE of what it writes."""
     is_written: bool = False
     """It holds it open for writing."""
     handles: int = 0
@@ -49,21 +51,23 @@ class Backings:
         read, and write if it ``is_written``; only the first one of an inode counts."""
         known = self._inodes.get(inode)
         if known is None:
-            known = self._inodes[inode] = self._first(inode, descriptor)
-            known.is_written = is_written
+            known = self._first(inode, descriptor, is_written=is_written)
+            self._inodes[inode] = known
         known.handles += 1
         self._handles[handle] = inode
         return known.backing_id
 
-    def _first(self, inode: int, descriptor: int) -> _Inode:
-        status = os.fstat(descriptor)
-        file = status.st_dev, status.st_ino
+    def _first(self, inode: int, descriptor: int, *, is_written: bool) -> _Inode:
+        file = NO_FILE
+        if not is_written:  # else the id is let go with the last handle
+            status = os.fstat(descriptor)
+            file = status.st_dev, status.st_ino
         idle = self._idle.pop(inode, None)
         if idle is not None and idle.file == file:
             return idle
         if idle is not None:
             self._device.close_backing(idle.backing_id)
-        return _Inode(self._register(descriptor), file)
+        return _Inode(self._register(descriptor), file, is_written)
 
     def released(self, handle: int, *, is_kept: bool) -> bool:
         """Whether the kernel read it by itself. ``is_kept``: if nobody else has it open, its
