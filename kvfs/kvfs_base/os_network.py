@@ -32,7 +32,7 @@ SOCKET_BUFFER_BYTES = 4 * MIB
 """Asked for on data connections: half a data request, so that sender and receiver overlap."""
 MESSAGE_BYTES = 32 * KIB
 """Most requests and replies are shorter. Memory for 256 KiB comes from the kernel each time, and
-goes back, which takes as long as the read."""
+goes back: 100 bytes sent and read take 8.8 us then, and 0.8 with room for 32 KiB."""
 _BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 CORKED_BELOW_BYTES = 512 * KIB
 """Files of this size and more are sent without filling the segments between them."""
@@ -120,8 +120,9 @@ class OsStream(trio.abc.HalfCloseableStream):
             raise trio.BrokenResourceError from exc
 
     def _read(self, bytes_max: int) -> bytes:
-        data = os.read(self._descriptor, min(bytes_max, self._expected))
-        self._expected = SOCKET_BUFFER_BYTES if len(data) == self._expected else MESSAGE_BYTES
+        room = min(bytes_max, self._expected)
+        data = os.read(self._descriptor, room)
+        self._expected = SOCKET_BUFFER_BYTES if len(data) == room else MESSAGE_BYTES
         return data
 
     async def send_all(self, data: Buffer) -> None:

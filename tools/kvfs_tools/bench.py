@@ -289,8 +289,9 @@ class Bench:
             start = number * self.block_bytes
             try:
                 for at in range(0, self.block_bytes, MIB):
-                    end = start + min(at + MIB, self.block_bytes)
-                    os.preadv(fd, [room[start + at : end]], at)
+                    piece = room[start + at : start + min(at + MIB, self.block_bytes)]
+                    if os.preadv(fd, [piece], at) != len(piece):
+                        raise RuntimeError(f"a short read of {files[number]}")
             finally:
                 os.close(fd)
 
