@@ -133,8 +133,10 @@ server's each. One request asks for half of them, after an adoption rather than 
 new files a second, 375 requests."""
 
 SEAL_TOGETHER_SECONDS = 0.1
-"""How long a staged file that was closed waits for others to be sealed with: at 200 a second, some
-seven of each server with one request. Whoever opens it meanwhile has it sealed then."""
+SEAL_LATEST_SECONDS = 2.0
+"""Staged files that were closed are sealed once none has been for so long, or the first of them has
+waited for the second: to read all of them once more takes the cores and the memory from who is
+still writing others. Whoever opens one meanwhile has it sealed then."""
 
 STAGED_AHEAD_TARGETS_MAX = 64
 """Chains of one copy on this host that a mount asks empty files of: 2,048 descriptors at most."""

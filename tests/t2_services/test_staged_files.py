@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import select
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -145,6 +147,33 @@ def test_what_is_closed_together_is_sealed_with_one_request(
     assert sealed == [3]
     for inode in range(7, 10):
         assert store.stat(ChunkId(inode, 0)).crc32c == crc32c(b"bytes")
+
+
+@pytest.mark.parametrize(("latest", "batches"), [(60.0, [3]), (0.0, [1])])
+def test_sealing_waits_for_who_closes_more_for_a_while(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, latest: float, batches: list[int]
+) -> None:
+    client = cluster.client()
+    staged = taken(new_file(client, 7))
+    begun: list[Callable[[], None]] = []
+    sealed: list[int] = []
+    closed_meanwhile = iter((8, 9))
+
+    def wait(seconds: float) -> bool:
+        for inode in closed_meanwhile:
+            client.staged.seal_soon(staged, ChunkId(inode, 0))
+            break
+        return False
+
+    shared = dataclasses.replace(client.staged._shared, closed=SimpleNamespace(wait=wait))
+    monkeypatch.setattr(client.staged, "_shared", shared)
+    monkeypatch.setattr(client.staged, "_seal_batch", lambda _, chunks: sealed.append(len(chunks)))
+    monkeypatch.setattr(client.staged._sealer, "submit", begun.append)
+    monkeypatch.setattr("kvfs_datapath.client.staging.SEAL_LATEST_SECONDS", latest)
+    client.staged.seal_soon(staged, ChunkId(7, 0))
+    (seal,) = begun
+    seal()
+    assert sealed == batches
 
 
 def test_a_file_of_more_chunks_is_not_closed_soon(cluster: Cluster) -> None:

