@@ -26,7 +26,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 comma := ,
 TEST_EXTRAS := fuse,test$(if $(filter 3.11,$(PYTHON_VERSION)),$(comma)llm)
 
-.PHONY: help setup demo demo-llm sim test test-mount test-only test-gpu lint format bench docs clean
+.PHONY: help setup demo demo-llm sim test test-mount test-only test-gpu sanitize-gpu lint format bench docs clean
 
 help: ## Show these targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -64,6 +64,12 @@ format: setup ## Rewrite the sources in the project's format
 
 test-gpu: $(VENV)/.stamp-gpu ## Tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+sanitize-gpu: $(VENV)/.stamp-gpu ## The kernels under compute-sanitizer (of the CUDA toolkit)
+	for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --report-api-errors no --error-exitcode 9 \
+	    $(BIN)/python -m pytest -m gpu tests/t7_gpu/test_cuda_copy.py $(PYTEST_ARGS) || exit 1; \
+	done
 
 bench: setup ## Measure against the machine's own limits
 	$(BIN)/kvfs bench

@@ -56,7 +56,10 @@ def tensors(kind: str, piece: int, on: Any) -> tuple[PagedLayout, list[Any]]:
     """A poisoned paged cache of numpy or cupy arrays and its layout."""
 
     def full(*shape: int) -> Any:
-        return on.full(shape, POISON, dtype=on.uint8)
+        found = on.full(shape, POISON, dtype=on.uint8)
+        if on is cupy:  # our streams do not wait for the one that fills it
+            cupy.cuda.get_current_stream().synchronize()
+        return found
 
     if kind == "vllm":
         ts = [full(2, PAGES, piece) for _ in range(LAYERS)]
