@@ -105,6 +105,7 @@ class Fio:
         if self._purpose(work) == "read":
             self._prepare_reads(folder, work)
         if self._purpose(work) == "new":
+            os.sync()  # what the one before has left in memory is not written meanwhile
             have_memory(2 * work.jobs * self._new_files * self._file_bytes)
         with timed(system) as timer:
             report = self._fio(folder, work)
