@@ -96,6 +96,19 @@ async def test_a_child_that_ends_before_it_is_ready(log_file: RotatingLog, lock:
 
 
 @in_trio
+async def test_a_child_that_ended_and_was_signalled_before_anybody_waits(
+    log_file: RotatingLog, lock: int
+) -> None:
+    child = Child("x", argv("raise SystemExit(3)"), log_file, lock)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    child.signal(signal.SIGTERM)
+    assert has_ended(child.pid)  # nothing is left of it but its exit code
+    with trio.fail_after(DEADLINE_SECONDS):
+        await child.run()
+    assert child.exit_code == 3
+
+
+@in_trio
 async def test_a_child_that_is_never_ready_and_ignores_sigterm(
     log_file: RotatingLog, lock: int
 ) -> None:

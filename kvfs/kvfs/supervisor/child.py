@@ -78,6 +78,8 @@ class Child:
                 start_new_session=True,
                 env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
             )
+            # Now: to signal a process that has ended takes its number away.
+            self._end = os.pidfd_open(self._process.pid)
         except BaseException:
             os.close(out_read)
             os.close(err_read)
@@ -126,11 +128,10 @@ class Child:
             self._process.send_signal(number)
 
     async def _wait(self) -> None:
-        descriptor = os.pidfd_open(self.pid)
         try:
-            await trio.lowlevel.wait_readable(descriptor)
+            await trio.lowlevel.wait_readable(self._end)
         finally:
-            os.close(descriptor)
+            os.close(self._end)
         self.exit_code = self._process.wait()
 
     async def _read_ready_line(self) -> None:
