@@ -223,7 +223,7 @@ def _moosefs_master(home: Path) -> Path:
         MATOCS_LISTEN_HOST=MOOSEFS_ADDRESS,
         MATOCL_LISTEN_HOST=MOOSEFS_ADDRESS,
         LOCK_MEMORY=0,
-        # What is deleted goes from the disk before it is full.
+        # Deleted chunks may go at once. (None of 3.0.117's did, for as long as it ran here.)
         REPLICATIONS_DELAY_INIT=1,
         CHUNKS_LOOP_MIN_TIME=2,
         CHUNKS_SOFT_DEL_LIMIT=1000,
